@@ -1,0 +1,49 @@
+"""One tree of errors; each message is a sentence that says what the user can do about it.
+
+Everything below `NbdproxyError` reaches the user as that one sentence and exit code 2. Anything
+else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class NbdproxyError(Exception):
+    """The root: unusable input, or an environment that does not allow what was asked."""
+
+
+class UsageError(NbdproxyError, ValueError):
+    """The command line asks for something contradictory or unknown."""
+
+
+class ImageError(NbdproxyError, OSError):
+    """The disk image is missing, unreadable, or not of a form that can be served."""
+
+
+class RecordingError(NbdproxyError):
+    """A recording cannot be written, or what is there cannot be read as one."""
+
+
+class RecordingFull(RecordingError):
+    """The recording cannot grow; nothing may pass unrecorded, so the export has to stop."""
+
+
+class ProjectionError(NbdproxyError, ValueError):
+    """A recording does not hold what a projection onto this cache mode would need."""
+
+
+class PolicyError(NbdproxyError, ValueError):
+    """A policy file is unknown, unreadable or wrong; the message names file and key path."""
+
+
+class ManifestError(NbdproxyError, ValueError):
+    """A manifest is unreadable, or names nothing that the filesystem has."""
+
+
+class FilesystemError(NbdproxyError):
+    """No filesystem that can be read was found, or it is not in a state that can be judged."""
+
+
+class ProtocolError(NbdproxyError):
+    """The NBD peer broke the protocol in a way that cannot be answered; the connection ends."""
+
+
+class LabError(NbdproxyError):
+    """The lab's guest could not be built, did not boot, or did not do what it was told."""
