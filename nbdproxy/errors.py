@@ -21,7 +21,7 @@ class RecordingError(NbdproxyError):
     """A recording cannot be written, or what is there cannot be read as one."""
 
 
-class RecordingFull(RecordingError):
+class RecordingFullError(RecordingError):
     """The recording cannot grow; nothing may pass unrecorded, so the export has to stop."""
 
 

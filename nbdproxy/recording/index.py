@@ -56,14 +56,14 @@ class RequestTable:
     @property
     def is_flush(self) -> Mask:
         """Rows that are flushes."""
-        return self.command == Command.FLUSH
+        return np.equal(self.command, Command.FLUSH)
 
     @property
     def is_modifying(self) -> Mask:
         """Rows that change the disk: WRITE, WRITE_ZEROES, TRIM."""
-        return self.command != Command.FLUSH
+        return np.not_equal(self.command, Command.FLUSH)
 
     @property
     def is_fua(self) -> Mask:
         """Modifying rows that carry FUA."""
-        return self.is_modifying & ((self.flags & CommandFlag.FUA) != 0)
+        return self.is_modifying & np.not_equal(self.flags & CommandFlag.FUA, 0)
