@@ -1,0 +1,1 @@
+"""Disks: what can be read and written at an offset, whatever is behind it."""

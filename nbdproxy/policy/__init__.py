@@ -1,0 +1,1 @@
+"""Policies: what goes wrong with a disk, declared in a file."""

@@ -66,4 +66,5 @@ class RequestTable:
     @property
     def is_fua(self) -> Mask:
         """Modifying rows that carry FUA."""
-        return self.is_modifying & np.not_equal(self.flags & CommandFlag.FUA, 0)
+        fua: Mask = np.not_equal(self.flags & np.uint16(CommandFlag.FUA), 0)
+        return self.is_modifying & fua

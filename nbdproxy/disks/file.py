@@ -1,0 +1,146 @@
+"""A disk in a raw file or on a block device.
+
+Guarantees: one process at a time writes it (flock), reads that are in the page cache never block
+(`try_pread_into`), zeroes and trims are done by fallocate where the filesystem can.
+Does not cover: image formats; a qcow2 file is bytes here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from nbdproxy.disks import holes
+from nbdproxy.disks.fallocate import punch_hole, zero_range
+from nbdproxy.errors import ImageError
+from nbdproxy.extents import Extent
+
+_ZEROES = memoryview(bytes(1024 * 1024))
+_CANNOT = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM}
+
+
+class FileDisk:
+    """A raw file or block device as a `BlockDevice`.
+
+    Raises ImageError when it is missing, in use by another nbdproxy, empty, or its size is not a
+    multiple of 512 bytes.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._fd = _open(path, read_only=read_only)
+        try:
+            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            _check(path, self._fd, self.size, read_only=read_only)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._nowait = True
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`."""
+        buffer = bytearray(length)
+        self.pread_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`; may block on a cold page."""
+        while buffer:
+            got = os.preadv(self._fd, [buffer], offset)
+            if not got:
+                raise OSError(errno.EIO, f"{self.path} ended early, at {offset}")
+            buffer, offset = buffer[got:], offset + got
+
+    def try_pread_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` if all of it is in the page cache; False leaves it undefined."""
+        if self._nowait:
+            try:
+                return os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+                # Filesystems without RWF_NOWAIT are memory-backed ones: reading does not block.
+                self._nowait = False
+        self.pread_into(offset, buffer)
+        return True
+
+    def pwrite(self, offset: int, data: memoryview | bytes) -> None:
+        """Write `data` at `offset`."""
+        wrote = os.pwrite(self._fd, data, offset)
+        while wrote < len(data):
+            wrote += os.pwrite(self._fd, memoryview(data)[wrote:], offset + wrote)
+
+    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:
+        """Make a range read as zeroes, by fallocate where possible, else by writing them."""
+        for attempt in (punch_hole, zero_range) if may_punch else (zero_range,):
+            try:
+                attempt(self._fd, offset, length)
+            except OSError as error:
+                if error.errno not in _CANNOT:
+                    raise
+            else:
+                return
+        end = offset + length
+        while offset < end:
+            part = _ZEROES[: min(len(_ZEROES), end - offset)]
+            self.pwrite(offset, part)
+            offset += len(part)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Give a range back; it reads as zeroes afterwards."""
+        self.zero(offset, length, may_punch=True)
+
+    def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield what is not a hole."""
+        return holes.data_extents(self._fd, offset, length)
+
+    def sync(self) -> None:
+        """Make everything written so far durable (fdatasync)."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        """Close the file and give up its lock."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(path: Path, *, read_only: bool) -> int:
+    try:
+        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ImageError(f"there is no image at {path}; check the path") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path} is a folder; name an image file in it") from None
+    except PermissionError:
+        hint = "" if read_only else ", or serve it with --overlay or --read-only"
+        raise ImageError(f"{path} may not be opened; check its permissions{hint}") from None
+    except OSError as error:
+        raise ImageError(f"{path} cannot be opened: {error.strerror}") from None
+
+
+def _check(path: Path, fd: int, size: int, *, read_only: bool) -> None:
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise ImageError(f"{path} is neither a file nor a block device; name a disk image")
+    if size == 0:
+        raise ImageError(f"{path} is empty; give it a size with: truncate -s 10G {path}")
+    if size % 512:
+        padded = -(-size // 512) * 512
+        raise ImageError(
+            f"{path} has {size} bytes, which is not a multiple of 512; "
+            f"pad it with: truncate -s {padded} {path}"
+        )
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ImageError(
+            f"{path} is in use by another nbdproxy; end that one first, or serve a copy"
+        ) from None

@@ -1,0 +1,79 @@
+"""A copy-on-write overlay: writes go to a scratch file, the disk below is never touched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.fallocate import punch_hole
+from nbdproxy.disks.scratch import open_scratch
+from nbdproxy.extents import Extent, ExtentSet
+
+
+class OverlayDisk:
+    """`below` with private changes, as a `BlockDevice`; the changes go with `close`."""
+
+    def __init__(self, below: ReadableDevice) -> None:
+        self._below = below
+        self.size = below.size
+        self._scratch = open_scratch(self.size)
+        self._written = ExtentSet()
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`."""
+        buffer = bytearray(length)
+        self.pread_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        end = offset + len(buffer)
+        for part in self._written.overlapping(offset, end):
+            os.preadv(
+                self._scratch, [buffer[part.offset - offset : part.end - offset]], part.offset
+            )
+        for part in self._written.missing(offset, end):
+            piece = buffer[part.offset - offset : part.end - offset]
+            self._below.pread_into(part.offset, piece)
+
+    def try_pread_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` if all of it was written here; what is below may block."""
+        if not self._written.covers(offset, offset + len(buffer)):
+            return False
+        self.pread_into(offset, buffer)
+        return True
+
+    def pwrite(self, offset: int, data: memoryview | bytes) -> None:
+        """Write `data` at `offset`."""
+        os.pwrite(self._scratch, data, offset)
+        self._written.add(offset, offset + len(data))
+
+    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:  # noqa: ARG002
+        """Make a range read as zeroes; a scratch file has no use for keeping it allocated."""
+        punch_hole(self._scratch, offset, length)
+        self._written.add(offset, offset + length)
+
+    def trim(self, offset: int, length: int) -> None:
+        """Give a range back; it reads as zeroes afterwards."""
+        self.zero(offset, length, may_punch=True)
+
+    def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield what was written here and what holds data below, ascending."""
+        found = ExtentSet()
+        for part in self._written.overlapping(offset, offset + length):
+            found.add(part.offset, part.end)
+        for gap in self._written.missing(offset, offset + length):
+            for part in self._below.data_extents(gap.offset, gap.length):
+                found.add(part.offset, part.end)
+        return iter(found)
+
+    def sync(self) -> None:
+        """Do nothing: an overlay ends with its process, so there is nothing to make durable."""
+
+    def close(self) -> None:
+        """Drop the changes and close the disk below."""
+        if self._scratch >= 0:
+            os.close(self._scratch)
+            self._scratch = -1
+        self._below.close()

@@ -1,0 +1,99 @@
+"""The recording format, version 1. This docstring is its specification.
+
+A recording is a directory with two append-only byte streams, all integers little-endian:
+
+    events       64-byte slots; the slot at byte 64*n is event number n, its *seq*
+    data         payloads, one after the other, without padding
+
+While a stream is being written its newest part stands in `events.tail` or `data.tail`; after an
+orderly end there is no tail. A reader lays the tail over the stream's file:
+
+    tail         page 0 (4096 bytes): magic "NBDPTAIL", u32 version 1, u32 segments, u64 segment
+                 size, then for each segment the u64 number of the block it holds, 2^64-1 for none;
+                 then the segments. Block b is the stream's bytes [b*size, (b+1)*size) and, where
+                 it stands in the tail, that is the one that counts.
+
+A slot:
+
+    offset size  field
+         0    1  kind          see `Kind`
+         1    1  command       of a request (NBD number), else 0
+         2    2  flags         of a request (NBD command flags); of a COMPLETED, the NBD error
+         4    4  connection    counted from 1; 0 where the event belongs to none
+         8    8  time          nanoseconds of a monotonic clock since the recording began
+        16    8  offset        of a request or before-image, in bytes of the disk; of a COMPLETED,
+                               the seq of the first request it completes
+        24    8  length        of a request or before-image in bytes; of a COMPLETED, how many
+                               requests of consecutive seq it completes; of a text, its bytes
+        32    8  cookie        of a request, the client's tag
+        40    8  position      where the payload begins in `data`; 2^64-1 for none
+        48    8  digest        xxh3-64 of the payload, 0 for none
+        56    8  checksum      xxh3-64, with the slot's number as seed, of bytes 0 to 55
+
+What is true of the order of slots, and what analyses rely on:
+
+- Slot 0 is META: a JSON text (see `nbdproxy.recording.meta`).
+- A RECEIVED slot stands in the recording before its request touches the disk, and its COMPLETED
+  before the reply is sent. All requests that were read off the wire together are RECEIVED together,
+  before anything is COMPLETED: "completed before received" can be told from the slots' numbers.
+- A payload is complete in `data` before its slot is written.
+- BEFORE is the disk's content under a range, saved before the range is changed for the first time.
+  Together with META's map of what was not a hole it rebuilds the disk as it was at the start. A
+  BEFORE without payload was all zero.
+- REFUSED is a request that never reached the disk (read-only, out of range); `digest` and
+  `position` are empty and `offset`, `length` are as the client sent them. Its COMPLETED follows.
+- The notes (CONNECT to END) are events with a text, which may be empty.
+- A recording whose last slot is not END was not ended in order.
+
+A recorder killed at any instant leaves slots up to the last one whose checksum holds; the rest of
+the tail is from an earlier use or half written and fails the checksum, because the slot's number
+is its seed. A reader stops at the first slot that fails, or whose payload is not wholly there, and
+says what is missing. Payload digests are checked when payloads are read.
+
+Not covered: the recorder's host losing power. The streams are never synced while they grow.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from pathlib import Path
+
+VERSION = 1
+SLOT = struct.Struct("<BBHIQQQQQQ")
+CHECKSUM = struct.Struct("<Q")
+SLOT_SIZE = 64
+NONE = 2**64 - 1
+
+TAIL_MAGIC = b"NBDPTAIL"
+TAIL_HEADER = struct.Struct("<8sIIQ")
+TAIL_PAGE = 4096
+
+
+class Kind(IntEnum):
+    """What a slot is."""
+
+    META = 1
+    RECEIVED = 2
+    COMPLETED = 3
+    BEFORE = 4
+    REFUSED = 5
+    CONNECT = 16
+    DISC = 17
+    EOF = 18
+    TURNED_AWAY = 19
+    MARK = 20
+    QMP = 21
+    CUT = 22
+    LOSS = 23
+    END = 24
+
+
+def events_path(directory: Path) -> Path:
+    """Return where a recording's events are."""
+    return directory / "events"
+
+
+def data_path(directory: Path) -> Path:
+    """Return where a recording's payloads are."""
+    return directory / "data"

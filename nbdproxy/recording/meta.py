@@ -1,0 +1,96 @@
+"""What a recording says of itself: the first event (META) and the last (END), as JSON.
+
+META tells what was recorded and how the disk can be rebuilt; END how the run ended, and what the
+image was like then, so that a later change of it is noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nbdproxy.errors import RecordingError
+from nbdproxy.recording.format import VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Tells whether a file is still what it was: bytes, and the last change in nanoseconds."""
+
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Fingerprint:
+        """Take the fingerprint of a file; raises OSError if it cannot be looked at."""
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """How a recording began.
+
+    size           the disk's, in bytes
+    image          the image's absolute path
+    overlay        the image was not written at all
+    data           what was not a hole at the start, as [offset, length] pairs in bytes
+    base           the image's fingerprint at the start
+    policies       names of the policies in force
+    started        the wall clock, ISO 8601 with its zone
+    program        name and version of the recorder
+    """
+
+    size: int
+    image: str
+    overlay: bool
+    data: tuple[tuple[int, int], ...]
+    base: Fingerprint
+    policies: tuple[str, ...]
+    started: str
+    program: str
+
+    def dump(self) -> str:
+        """Return the JSON text of META."""
+        return json.dumps({"version": VERSION, **asdict(self)})
+
+    @classmethod
+    def parse(cls, text: str) -> Meta:
+        """Read META's JSON text; raises RecordingError if it is of another version."""
+        fields = json.loads(text)
+        version = fields.pop("version", None)
+        if version != VERSION:
+            raise RecordingError(
+                f"this recording has format version {version}, and this nbdproxy reads {VERSION}; "
+                "use the nbdproxy that made it"
+            )
+        fields["base"] = Fingerprint(**fields["base"])
+        fields["data"] = tuple((start, length) for start, length in fields["data"])
+        fields["policies"] = tuple(fields["policies"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a recording ended: the reason in words, and the image's fingerprint then."""
+
+    reason: str
+    image: Fingerprint | None
+
+    def dump(self) -> str:
+        """Return the JSON text of END."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Ending:
+        """Read END's JSON text."""
+        fields = json.loads(text)
+        image = fields["image"]
+        return cls(fields["reason"], None if image is None else Fingerprint(**image))
+
+
+def absolute(path: Path) -> str:
+    """Return a path as it can be found again from another folder."""
+    return os.path.abspath(path)  # noqa: PTH100 - resolving links would name another file

@@ -1,0 +1,68 @@
+"""`Note`: what a recording holds besides requests and replies.
+
+A note is an event like any other and has a seq; it changes nothing on the disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from nbdproxy.recording.format import Kind
+
+
+class NoteKind(Enum):
+    """What a note tells."""
+
+    CONNECT = "connect"
+    """A connection entered transmission; `text` is the client as the listener saw it."""
+    DISC = "disc"
+    """The client said NBD_CMD_DISC."""
+    EOF = "eof"
+    """The socket closed without it."""
+    REFUSED = "refused"
+    """A client was turned away; `text` says why."""
+    MARK = "mark"
+    """Somebody marked the instant; `text` is the name."""
+    QMP = "qmp"
+    """An event of QEMU's monitor; `text` is its JSON."""
+    CUT = "cut"
+    """A policy or the user cut the run here."""
+    LOSS = "loss"
+    """The store lost what was completed and not durable."""
+    END = "end"
+    """How the run ended."""
+
+    @property
+    def slot_kind(self) -> Kind:
+        """The kind of slot such a note is written as."""
+        return _SLOT_KIND[self]
+
+
+_SLOT_KIND = {
+    NoteKind.CONNECT: Kind.CONNECT,
+    NoteKind.DISC: Kind.DISC,
+    NoteKind.EOF: Kind.EOF,
+    NoteKind.REFUSED: Kind.TURNED_AWAY,
+    NoteKind.MARK: Kind.MARK,
+    NoteKind.QMP: Kind.QMP,
+    NoteKind.CUT: Kind.CUT,
+    NoteKind.LOSS: Kind.LOSS,
+    NoteKind.END: Kind.END,
+}
+NOTE_OF_SLOT = {slot: note for note, slot in _SLOT_KIND.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One note.
+
+    `seq` is its position in the recording, `time_ns` nanoseconds since the recording's start,
+    `connection` counts from 1 and is 0 where no connection is concerned.
+    """
+
+    seq: int
+    time_ns: int
+    kind: NoteKind
+    connection: int
+    text: str

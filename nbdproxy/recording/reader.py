@@ -1,0 +1,285 @@
+"""Reads a recording, whatever became of its writer.
+
+`Recording(path)` verifies every slot's checksum and keeps about 50 bytes for each request; the
+payloads stay in the file and their digests are checked as they are read. A recording that was cut
+off anywhere opens to the consistent prefix before the cut, and `missing` says in a sentence what
+is not there. Raises RecordingError when there is nothing to open.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+from nbdproxy.errors import RecordingError
+from nbdproxy.recording.format import (
+    NONE,
+    SLOT,
+    SLOT_SIZE,
+    Kind,
+    data_path,
+    events_path,
+)
+from nbdproxy.recording.index import RequestTable
+from nbdproxy.recording.meta import Ending, Meta
+from nbdproxy.recording.notes import NOTE_OF_SLOT, Note, NoteKind
+from nbdproxy.recording.stream import StreamReader
+from nbdproxy.recording.tables import TableBuilder
+from nbdproxy.requests import Command
+
+SLOTS = np.dtype(
+    [
+        ("kind", "u1"),
+        ("command", "u1"),
+        ("flags", "<u2"),
+        ("connection", "<u4"),
+        ("time", "<u8"),
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("cookie", "<u8"),
+        ("position", "<u8"),
+        ("digest", "<u8"),
+        ("checksum", "<u8"),
+    ]
+)
+_CHUNK = 16384
+_CHECKSUMS = struct.Struct("<56sQ")
+
+
+class Event(NamedTuple):
+    """One slot, as `format` describes it; `seq` is its number."""
+
+    seq: int
+    kind: Kind
+    command: int
+    flags: int
+    connection: int
+    time_ns: int
+    offset: int
+    length: int
+    cookie: int
+    position: int
+    digest: int
+
+
+class BeforeImage(NamedTuple):
+    """What the disk held before a range was first changed; position -1 means zeroes."""
+
+    offset: int
+    length: int
+    position: int
+
+
+class Recording:
+    """A recording that is open for reading."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._events = _open(path, events_path(path))
+        self._data = _open(path, data_path(path))
+        self.missing: str | None = None
+        """What is not there any more, in a sentence; None when all is."""
+        self.notes: list[Note] = []
+        self.befores: list[BeforeImage] = []
+        self.refused = 0
+        """How many requests never reached the disk."""
+        self.events = 0
+        """How many events there are; the position `end`."""
+        self._reach: NDArray[np.int64] | None = None
+        self._verified = bytearray()
+        self._load()
+
+    def _load(self) -> None:
+        builder = TableBuilder(self._events.size // SLOT_SIZE)
+        for chunk in self._chunks():
+            if self.events == 0:
+                self.meta = self._read_meta(chunk)
+            builder.add(chunk, self.events)
+            self._load_rest(chunk)
+            self.events += len(chunk)
+        if self.events == 0:
+            raise RecordingError(
+                f"{self.path} holds no complete event: it was cut off at once; record again"
+            )
+        self.table: RequestTable = builder.finish()
+        last = self.notes[-1] if self.notes else None
+        self.ending = (
+            Ending.parse(last.text) if last is not None and last.kind is NoteKind.END else None
+        )
+        if self.ending is None and self.missing is None:
+            self.missing = (
+                "the recorder did not end in order: what it had recorded until then is here"
+            )
+
+    def _chunks(self) -> Iterator[NDArray[np.void]]:
+        """Yield the slots that hold, in chunks, and stop at the first that does not."""
+        buffer = memoryview(bytearray(_CHUNK * SLOT_SIZE))
+        number = 0
+        while count := self._events.read_into(number * SLOT_SIZE, buffer):
+            good = self._good(buffer[: count - count % SLOT_SIZE], number)
+            if good:
+                # A copy, because the buffer is used again.
+                yield np.frombuffer(bytes(buffer[: good * SLOT_SIZE]), SLOTS)
+            if good * SLOT_SIZE < count:
+                lost = self._events.size - (number + good) * SLOT_SIZE
+                if self._stale(buffer[good * SLOT_SIZE : count]):
+                    return
+                self.missing = (
+                    f"cut off or damaged after event {number + good}: "
+                    f"{lost} bytes behind it cannot be read"
+                )
+                return
+            number += good
+
+    def _good(self, slots: memoryview, number: int) -> int:
+        """Return how many slots from the front are whole, payloads included."""
+        limit = self._data.size
+        digest = xxh3_64_intdigest
+        for index, (body, checksum) in enumerate(_CHECKSUMS.iter_unpack(slots)):
+            if digest(body, number + index) != checksum:
+                return index
+            if body[0] != Kind.COMPLETED:
+                length, position = _payload(body)
+                if position != NONE and position + length > limit:
+                    return index
+        return len(slots) // SLOT_SIZE
+
+    def _stale(self, rest: memoryview) -> bool:
+        """Tell whether what follows is only what a killed writer leaves in its tail."""
+        return self._events.has_tail or not any(rest)
+
+    def _read_meta(self, chunk: NDArray[np.void]) -> Meta:
+        first = chunk[0]
+        if first["kind"] != Kind.META:
+            raise RecordingError(f"{self.path} does not begin as a recording does; check the path")
+        return Meta.parse(self._text(int(first["position"]), int(first["length"])))
+
+    def _load_rest(self, chunk: NDArray[np.void]) -> None:
+        kinds = chunk["kind"]
+        self.refused += int(np.count_nonzero(kinds == Kind.REFUSED))
+        for index in np.flatnonzero((kinds != Kind.RECEIVED) & (kinds != Kind.COMPLETED)):
+            slot = chunk[index]
+            position = -1 if slot["position"] == NONE else int(slot["position"])
+            if slot["kind"] == Kind.BEFORE:
+                where = BeforeImage(int(slot["offset"]), int(slot["length"]), position)
+                self.befores.append(where)
+            elif slot["kind"] in NOTE_OF_SLOT:
+                text = self._text(position, int(slot["length"])) if position >= 0 else ""
+                note = NOTE_OF_SLOT[Kind(slot["kind"])]
+                seq, connection = self.events + int(index), int(slot["connection"])
+                self.notes.append(Note(seq, int(slot["time"]), note, connection, text))
+
+    def _text(self, position: int, length: int) -> str:
+        text = bytearray(length)
+        self._fill(position, memoryview(text))
+        return text.decode(errors="surrogateescape")
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+        return self.meta.size
+
+    def read_payload(self, position: int, buffer: memoryview) -> None:
+        """Fill `buffer` with payload bytes from `position` of the data stream.
+
+        A request's payload is checked against its digest when it is read for the first time;
+        raises RecordingError if it is damaged.
+        """
+        row = self._row_at(position)
+        if row is not None and not self._verified[row]:
+            seq = int(self.table.seq[row])
+            self._verify(next(self.log(seq, seq + 1)))
+            self._verified[row] = 1
+        self._fill(position, buffer)
+
+    def _row_at(self, position: int) -> int | None:
+        """Return the row of the write whose payload `position` is in, None if it is no write's."""
+        if self._reach is None:
+            self._reach = np.maximum.accumulate(self.table.position)
+            self._verified = bytearray(len(self.table))
+        last = int(np.searchsorted(self._reach, position, "right")) - 1
+        if last < 0 or self._reach[last] < 0:
+            return None
+        row = int(np.searchsorted(self._reach, self._reach[last], "left"))
+        inside = position < int(self._reach[row]) + int(self.table.length[row])
+        return row if inside else None
+
+    def _fill(self, position: int, buffer: memoryview) -> None:
+        if self._data.read_into(position, buffer) != len(buffer):
+            raise RecordingError(f"{self.path} lacks payload that its events promise")
+
+    def verify(self) -> None:
+        """Check every payload's digest; raises RecordingError at the first that is wrong."""
+        for event in self.log():
+            if event.position != NONE:
+                self._verify(event)
+
+    def _verify(self, event: Event) -> None:
+        payload = bytearray(event.length)
+        self._fill(event.position, memoryview(payload))
+        if xxh3_64_intdigest(payload) != event.digest:
+            raise RecordingError(
+                f"the payload of event {event.seq} in {self.path} is damaged; "
+                "only cuts before it can be trusted: --at seq:" + str(max(event.seq - 1, 0))
+            )
+
+    def log(self, start: int = 0, end: int | None = None) -> Iterator[Event]:
+        """Yield the events from `start` up to `end`, read from the file as they are asked for."""
+        stop = self.events if end is None else min(end, self.events)
+        buffer = memoryview(bytearray(min(_CHUNK, max(stop - start, 0)) * SLOT_SIZE))
+        for first in range(start, stop, _CHUNK):
+            count = min(_CHUNK, stop - first)
+            self._events.read_into(first * SLOT_SIZE, buffer[: count * SLOT_SIZE])
+            for index in range(count):
+                fields = SLOT.unpack_from(buffer, index * SLOT_SIZE)
+                yield Event(first + index, Kind(fields[0]), *fields[1:])
+
+    def time_of(self, seq: int) -> int:
+        """Return when an event happened, in nanoseconds since the recording began."""
+        return next(self.log(seq, seq + 1)).time_ns
+
+    def position_at(self, time_ns: int) -> int:
+        """Return the position before which everything had happened by `time_ns`."""
+        low, high = 0, self.events
+        while low < high:
+            middle = (low + high) // 2
+            if self.time_of(middle) <= time_ns:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def close(self) -> None:
+        """Release the files; closing twice is harmless."""
+        self._events.close()
+        self._data.close()
+
+
+def _payload(body: bytes) -> tuple[int, int]:
+    """Return length and position of a slot's payload."""
+    length, _, position = struct.unpack_from("<QQQ", body, 24)
+    return length, position
+
+
+def _open(recording: Path, path: Path) -> StreamReader:
+    try:
+        return StreamReader(path)
+    except FileNotFoundError:
+        if not recording.exists():
+            raise RecordingError(f"there is no recording at {recording}; check the path") from None
+        raise RecordingError(
+            f"{recording} is not a recording: it has no file {path.name}"
+        ) from None
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def command_name(command: int) -> str:
+    """Return a command's name as listings show it."""
+    return Command(command).name.lower().replace("_", "-")

@@ -1,0 +1,199 @@
+"""Writes a recording, in the order that `nbdproxy.recording.format` promises.
+
+Nothing here waits: everything is a copy into shared memory (see `stream`), so a batch of requests
+is recorded in a few microseconds each, and what was recorded survives the death of the process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from xxhash import xxh3_64_intdigest
+
+from nbdproxy.errors import RecordingError, RecordingFullError
+from nbdproxy.recording.format import (
+    CHECKSUM,
+    NONE,
+    SLOT,
+    SLOT_SIZE,
+    Kind,
+    data_path,
+    events_path,
+)
+from nbdproxy.recording.meta import Ending, Meta
+from nbdproxy.recording.notes import NoteKind
+from nbdproxy.recording.stream import StreamWriter
+from nbdproxy.requests import Request
+
+_EVENT_SEGMENT = 256 * 1024
+_DATA_SEGMENT = 2 * 1024 * 1024
+_SEGMENTS = 8
+_RESERVE = 16 * 1024 * 1024
+"""Free disk below which no recording is begun: the tails, and some room."""
+
+
+class RecordingWriter:
+    """A recording being made in the new directory `path`; belongs to one thread.
+
+    Raises RecordingError if the directory exists already, RecordingFullError from every call once
+    the disk is full: nothing may pass then.
+    """
+
+    def __init__(self, path: Path, meta: Meta) -> None:
+        self.path = path
+        self.meta = meta
+        _make_directory(path)
+        self._events = StreamWriter(events_path(path), segment=_EVENT_SEGMENT, segments=_SEGMENTS)
+        self._data = StreamWriter(data_path(path), segment=_DATA_SEGMENT, segments=_SEGMENTS)
+        self._start = time.monotonic_ns()
+        self._text(Kind.META, 0, meta.dump())
+
+    @property
+    def seq(self) -> int:
+        """The position that the next event will have."""
+        return self._events.position // SLOT_SIZE
+
+    def has_room(self, payload: int) -> bool:
+        """Tell whether a batch with that many bytes of payload can be recorded without waiting."""
+        return self._data.has_room(payload) and self._events.has_room(_EVENT_SEGMENT)
+
+    def received(self, connection: int, requests: Sequence[Request]) -> int:
+        """Record requests that were read together; return the first one's seq.
+
+        They get consecutive positions.
+        """
+        self._check()
+        first = self.seq
+        now = time.monotonic_ns() - self._start
+        slots = []
+        append, kind = self._data.append, int(Kind.RECEIVED)
+        for seq, (command, flags, cookie, offset, length, payload) in enumerate(requests, first):
+            if payload:
+                position, digest = append(payload), xxh3_64_intdigest(payload)
+            else:
+                position, digest = NONE, 0
+            slot = SLOT.pack(
+                kind,
+                command,
+                flags,
+                connection,
+                now,
+                offset,
+                length,
+                cookie,
+                position,
+                digest,
+            )
+            slots.append(slot + CHECKSUM.pack(xxh3_64_intdigest(slot, seq)))
+        self._events.append(b"".join(slots))
+        return first
+
+    def completed(self, connection: int, first: int, count: int, error: int) -> None:
+        """Record that requests of consecutive seq are answered, all with the same error."""
+        self._slot(Kind.COMPLETED, connection=connection, flags=error, offset=first, length=count)
+
+    def refused(self, connection: int, request: Request, error: int) -> None:
+        """Record a request that never reached the disk, and its answer."""
+        seq = self._slot(
+            Kind.REFUSED,
+            command=request.command & 0xFF,
+            flags=request.flags,
+            connection=connection,
+            offset=request.offset,
+            length=request.length,
+            cookie=request.cookie,
+        )
+        self.completed(connection, seq, 1, error)
+
+    def before(self, offset: int, content: bytes) -> None:
+        """Save what the disk holds at `offset`, before it is changed for the first time."""
+        self._check()
+        if content.count(0) == len(content):
+            self._slot(Kind.BEFORE, offset=offset, length=len(content))
+            return
+        self._slot(
+            Kind.BEFORE,
+            offset=offset,
+            length=len(content),
+            position=self._data.append(content),
+            digest=xxh3_64_intdigest(content),
+        )
+
+    def note(self, kind: NoteKind, text: str = "", *, connection: int = 0) -> int:
+        """Record an event that is not a request; return its seq."""
+        return self._text(kind.slot_kind, connection, text)
+
+    def close(self, ending: Ending) -> None:
+        """Record how the run ended and bring everything to the disk.
+
+        Raises RecordingFullError if there is no room for that; what was recorded stays readable.
+        """
+        errors = []
+        try:
+            self.note(NoteKind.END, ending.dump())
+        except RecordingFullError as error:
+            errors.append(error)
+        for stream in (self._data, self._events):
+            try:
+                stream.close()
+            except RecordingFullError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _check(self) -> None:
+        self._data.check()
+        self._events.check()
+
+    def _text(self, kind: Kind, connection: int, text: str) -> int:
+        payload = text.encode(errors="surrogateescape")
+        return self._slot(
+            kind,
+            connection=connection,
+            length=len(payload),
+            position=self._data.append(payload) if payload else NONE,
+            digest=xxh3_64_intdigest(payload) if payload else 0,
+        )
+
+    def _slot(
+        self,
+        kind: Kind,
+        *,
+        command: int = 0,
+        flags: int = 0,
+        connection: int = 0,
+        offset: int = 0,
+        length: int = 0,
+        cookie: int = 0,
+        position: int = NONE,
+        digest: int = 0,
+    ) -> int:
+        self._check()
+        seq = self.seq
+        now = time.monotonic_ns() - self._start
+        fields = (command, flags, connection, now, offset, length, cookie, position, digest)
+        body = SLOT.pack(kind, *fields)
+        self._events.append(body + CHECKSUM.pack(xxh3_64_intdigest(body, seq)))
+        return seq
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, mode=0o700)
+    except FileExistsError:
+        if not path.is_dir():
+            raise RecordingError(f"{path} is a file; name a new folder to record to") from None
+        if any(path.iterdir()):
+            raise RecordingError(
+                f"{path} exists and is not empty; name a new folder, or remove it first"
+            ) from None
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be made: {error.strerror}") from None
+    free = shutil.disk_usage(path).free
+    if free < 2 * _RESERVE:
+        raise RecordingFullError(
+            f"only {free >> 20} MiB are free for the recording {path}; make room first"
+        )
