@@ -1,0 +1,1 @@
+"""What a failure must and may leave: docs/persistence.md in code."""

@@ -1,0 +1,62 @@
+"""Whose fault it is: the cause for which a file is not whole in a crash state.
+
+Found by counterfactuals, hence exact by construction: the same file is looked at in the states
+that keep more and more at the same cut, and the cause is the first thing that would have had to be
+kept for it to be whole. No byte of filesystem layout is interpreted on the way.
+
+Not covered: `metadata` of the model (data there, the way to it lost) is not told apart from the
+loss of the request that carried it. The manifest names the files at the end of the run; one that
+the guest changed or removed again by the cut counts as never-sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from enum import Enum
+
+from nbdproxy.persistence.model import Level
+
+
+class Cause(Enum):
+    """The first thing that would have had to be kept."""
+
+    FLUSHED_THEN_LOST = "flushed-then-lost"
+    """Durable by the rules: the store, QEMU, or the mode unsafe broke the promise."""
+    FLUSH_IN_FLIGHT = "flush-in-flight"
+    """The covering flush was received and not completed."""
+    UNFLUSHED = "unflushed"
+    """Completed, and no flush covered it."""
+    SENT_UNANSWERED = "sent-unanswered"
+    """Received, and not completed at the cut."""
+    NEVER_SENT = "never-sent"
+    """No request ever carried it: it was still in the guest."""
+
+
+_LAYERS = {
+    Level.FLUSHED: Cause.FLUSHED_THEN_LOST,
+    Level.FLUSHED_OR_FLUSHING: Cause.FLUSH_IN_FLIGHT,
+    Level.COMPLETED: Cause.UNFLUSHED,
+    Level.RECEIVED: Cause.SENT_UNANSWERED,
+}
+
+
+def find_causes(
+    broken: frozenset[str], level: Level, whole_in: Callable[[Level], frozenset[str]]
+) -> Iterator[tuple[str, Cause]]:
+    """Yield each file of `broken` with its cause.
+
+    `level` is what the state at hand keeps; only layers above it can tell anything. `whole_in`
+    gives the files that are whole when all of a layer is kept, and is asked only while files are
+    left without a cause.
+    """
+    levels = list(Level)
+    left = set(broken)
+    for layer in levels[levels.index(level) + 1 :]:
+        if not left:
+            return
+        saved = left & whole_in(layer)
+        left -= saved
+        for path in sorted(saved):
+            yield path, _LAYERS[layer]
+    for path in sorted(left):
+        yield path, Cause.NEVER_SENT

@@ -1,0 +1,323 @@
+"""The table cache mode x failure: which files are whole after each, and who lost the others.
+
+For each cell two crash states are judged, the ends of what the model allows: `worst` has only what
+the failure is bound to leave, `best` has all that was sent. A cell's verdict merges both (fail
+beats unknown beats pass); a state whose filesystem cannot be judged is unknown and never passes.
+
+Guarantees: equal choices of requests are judged once, however many cells share them; the causes
+come from states of the same cut that keep more (`nbdproxy.crash.causes`). A disk that reads all
+zeroes certainly holds no file: all are missing there, which is a fail and not an unknown.
+
+Not covered: the states between the two ends, in which files can break that both ends have whole;
+that is what exploring is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from nbdproxy.crash.causes import Cause, find_causes
+from nbdproxy.crash.cuts import Cut, resolve
+from nbdproxy.crash.source import Source
+from nbdproxy.crash.state import Choice, CrashDisk, StateId, chosen, open_state
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError, ManifestError
+from nbdproxy.oracles import check as ext4_oracle
+from nbdproxy.oracles.check import Findings, Verdict, merge
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.persistence.model import DEFAULTS, Level, Options
+from nbdproxy.persistence.modes import (
+    CacheMode,
+    Failure,
+    check_projection,
+    guarantee,
+    projectable,
+    recorded_under,
+)
+from nbdproxy.recording.index import RequestTable
+
+_READ = 1 << 20
+
+Digests = Mapping[str, Collection[str]]
+
+
+class Oracle(Protocol):
+    """What tells the condition of files; the module `nbdproxy.oracles.check` is one."""
+
+    def check(
+        self, device: ReadableDevice, manifest: Manifest, *, earlier: Digests, partition: int
+    ) -> Findings:
+        """Return the condition of each file of a manifest with absolute paths."""
+        ...
+
+    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+        """Return the partition that a manifest describes, and the manifest with its paths."""
+        ...
+
+    def scan(self, device: ReadableDevice, under: str, *, partition: int) -> Manifest:
+        """Return path, size and digest of each regular file below a directory."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileOutcome:
+    """What became of one file; `cause` is None if it is whole, or if the oracle cannot read it."""
+
+    condition: Condition
+    cause: Cause | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a crash state holds; `files` is empty if that cannot be told, for `reason`."""
+
+    state: StateId
+    verdict: Verdict
+    reason: str | None
+    files: Mapping[str, FileOutcome]
+
+    @property
+    def conditions(self) -> Counter[Condition]:
+        """How many files are in each condition."""
+        return Counter(outcome.condition for outcome in self.files.values())
+
+    @property
+    def causes(self) -> Counter[Cause]:
+        """How many of the files that are not whole have each cause."""
+        return Counter(outcome.cause for outcome in self.files.values() if outcome.cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cache mode, one failure, and the ends of what it may leave."""
+
+    mode: CacheMode
+    failure: Failure
+    cut: Cut
+    verdict: Verdict
+    worst: Outcome
+    best: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The table, for the files of `manifest`, with absolute paths, on a partition (0: no table).
+
+    `left_out` are the modes that this recording tells nothing about.
+    """
+
+    manifest: Manifest
+    partition: int
+    cut: Cut
+    recorded_under: frozenset[CacheMode]
+    left_out: tuple[CacheMode, ...]
+    cells: tuple[Cell, ...]
+
+
+def replay(
+    source: Source,
+    manifest: Manifest,
+    *,
+    modes: Sequence[CacheMode] | None = None,
+    failures: Sequence[Failure] = tuple(Failure),
+    at: str | None = None,
+    options: Options = DEFAULTS,
+    recorded_as: CacheMode | None = None,
+    progress: Callable[[StateId], None] = lambda _: None,
+    oracle: Oracle = ext4_oracle,
+) -> Replay:
+    """Judge every asked-for cell of the table.
+
+    `modes` None means all that the recording can be projected onto. `at` None means `end` for a
+    guest's poweroff and `before-exit` for every other failure. `recorded_as` is the cache mode the
+    recording was taken under, if the user knows. `progress` hears of each state about to be judged.
+    Raises ProjectionError for a mode that the recording tells nothing about, UsageError for a cut
+    that it lacks, ManifestError if none of the files was ever on the disk, and FilesystemError if
+    even the fullest state cannot be read.
+    """
+    recorded = recorded_under(source.table, recorded_as)
+    possible = projectable(recorded)
+    modes = possible if modes is None else modes
+    check_projection(recorded, modes)
+    cut = resolve(source, at or "before-exit")
+    cuts = dict.fromkeys(failures, cut)
+    if at is None and Failure.GUEST_POWEROFF in cuts:
+        cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
+    partition, manifest = _locate(source, manifest, cut, options, oracle)
+    earlier = _earlier_digests(source, manifest, partition, oracle)
+    judge = _Judge(source, manifest, partition, earlier, options, oracle, progress)
+    cells = [_cell(judge, mode, failure, cuts[failure]) for failure in failures for mode in modes]
+    left_out = tuple(mode for mode in CacheMode if mode not in possible)
+    return Replay(manifest, partition, cut, recorded, left_out, tuple(cells))
+
+
+def exit_flush_failed(table: RequestTable, t: int) -> bool:
+    """Tell whether the last request by t is a flush that was answered with an error by then."""
+    last = int(np.searchsorted(table.seq, t)) - 1
+    return bool(
+        last >= 0 and table.is_flush[last] and table.error[last] and table.completed[last] < t
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Judge:
+    """Judges crash states of one recording against one manifest, each choice of requests once."""
+
+    source: Source
+    manifest: Manifest
+    partition: int
+    earlier: Digests
+    options: Options
+    oracle: Oracle
+    progress: Callable[[StateId], None]
+    known: dict[bytes, Findings] = field(default_factory=dict)
+
+    def outcome(self, state: StateId, level: Level) -> Outcome:
+        """Judge a state; `level` is what it keeps for certain, and so cannot be the cause."""
+        findings = self._findings(state)
+        fine = {Condition.WHOLE}
+        if findings.reason is not None:
+            # The oracle, and not the crash, may be why a file cannot be read: nobody's fault.
+            fine.add(Condition.UNREADABLE)
+        broken = frozenset(p for p, found in findings.conditions.items() if found not in fine)
+        causes = dict(find_causes(broken, level, lambda layer: self._whole(state, layer)))
+        files = {
+            path: FileOutcome(found, causes.get(path))
+            for path, found in findings.conditions.items()
+        }
+        return Outcome(state, findings.verdict, findings.reason, files)
+
+    def _whole(self, state: StateId, layer: Level) -> frozenset[str]:
+        fuller = StateId(state.position, layer, Choice.MUST, self.options)
+        conditions = self._findings(fuller).conditions
+        return frozenset(p for p, found in conditions.items() if found is Condition.WHOLE)
+
+    def _findings(self, state: StateId) -> Findings:
+        choice = chosen(self.source.table, state)
+        key = hashlib.blake2b(np.packbits(choice).data, digest_size=16).digest()
+        if key not in self.known:
+            self.progress(state)
+            disk = CrashDisk(self.source, choice)
+            del choice
+            try:
+                self.known[key] = self._look(disk)
+            finally:
+                disk.close()
+        return self.known[key]
+
+    def _look(self, disk: CrashDisk) -> Findings:
+        findings = self.oracle.check(
+            disk, self.manifest, earlier=self.earlier, partition=self.partition
+        )
+        cannot_tell = findings.verdict is Verdict.UNKNOWN and not findings.conditions
+        if cannot_tell and is_blank(disk):
+            missing = {entry.path: Condition.MISSING for entry in self.manifest.entries}
+            return Findings(Verdict.FAIL, missing, "the disk reads all zeroes")
+        return findings
+
+
+def is_blank(device: ReadableDevice) -> bool:
+    """Tell whether a disk reads all zeroes; reads up to the first byte that is not."""
+    for extent in device.data_extents(0, device.size):
+        for at in range(extent.offset, extent.end, _READ):
+            if any(device.pread(at, min(_READ, extent.end - at))):
+                return False
+    return True
+
+
+def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
+    broken_exit = exit_flush_failed(judge.source.table, cut.position)
+    level = guarantee(mode, failure, exit_flush_failed=broken_exit).must
+    must = StateId(cut.position, level, Choice.MUST, judge.options)
+    worst = judge.outcome(must, level)
+    best = judge.outcome(StateId(cut.position, level, Choice.ALL, judge.options), Level.RECEIVED)
+    verdict = merge((worst.verdict, best.verdict))
+    return Cell(mode, failure, cut, verdict, worst, best)
+
+
+def _locate(
+    source: Source, manifest: Manifest, cut: Cut, options: Options, oracle: Oracle
+) -> tuple[int, Manifest]:
+    """Find partition and paths where the most is there: at the end, or else at the cut."""
+
+    def against(position: int) -> tuple[int, Manifest]:
+        disk = open_state(source, StateId(position, Level.RECEIVED, Choice.ALL, options))
+        try:
+            return oracle.locate(disk, manifest)
+        finally:
+            disk.close()
+
+    try:
+        return against(source.events)
+    except (ManifestError, FilesystemError) as at_the_end:
+        if cut.position == source.events:
+            raise
+        try:
+            return against(cut.position)
+        except (ManifestError, FilesystemError):
+            raise at_the_end from None
+
+
+def _earlier_digests(source: Source, manifest: Manifest, partition: int, oracle: Oracle) -> Digests:
+    """Return the digests that the manifest's paths had before the recording, if any."""
+    wanted = {entry.path for entry in manifest.entries}
+    base = source.base()
+    try:
+        folder = posixpath.commonpath([posixpath.dirname(path) for path in wanted])
+        before = oracle.scan(base, folder, partition=partition)
+    except FilesystemError:
+        return {}
+    finally:
+        base.close()
+    return {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
+
+
+def to_json(result: Replay, source: Source, recording: str) -> dict[str, object]:
+    """Return the table as `nbdproxy replay --json` prints it."""
+    return {
+        "recording": recording,
+        "cut": _cut_json(result.cut, source),
+        "files": len(result.manifest.entries),
+        "recorded_under": sorted(mode.value for mode in result.recorded_under),
+        "left_out": [mode.value for mode in result.left_out],
+        "cells": [
+            {
+                "mode": cell.mode.value,
+                "failure": cell.failure.value,
+                "cut": _cut_json(cell.cut, source),
+                "verdict": cell.verdict.value,
+                "worst": _outcome_json(cell.worst),
+                "best": _outcome_json(cell.best),
+            }
+            for cell in result.cells
+        ],
+    }
+
+
+def _cut_json(cut: Cut, source: Source) -> dict[str, object]:
+    return {
+        "text": cut.text,
+        "position": cut.position,
+        "time_s": cut.time_ns(source) / 1e9,
+        "note": cut.note,
+    }
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, object]:
+    found: dict[str, object] = {
+        "state": str(outcome.state),
+        "verdict": outcome.verdict.value,
+        "conditions": {key.value: n for key, n in outcome.conditions.most_common()},
+        "causes": {key.value: n for key, n in outcome.causes.most_common()},
+    }
+    if outcome.reason is not None:
+        found["reason"] = outcome.reason
+    return found

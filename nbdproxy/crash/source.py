@@ -1,0 +1,82 @@
+"""What the crash rooms need of a recording; the recording's reader satisfies it.
+
+`MemorySource` is a recording made up in memory: small examples, and the tests of everything here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.recording.index import RequestTable
+from nbdproxy.recording.notes import Note
+
+
+class Source(Protocol):
+    """A recording, opened to be read."""
+
+    @property
+    def table(self) -> RequestTable:
+        """The requests."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The disk's size in bytes."""
+        ...
+
+    @property
+    def events(self) -> int:
+        """How many events there are: the position of `end`."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[Note]:
+        """The notes, in seq order."""
+        ...
+
+    def base(self) -> ReadableDevice:
+        """Open the disk as it was before the first request; who asks for it closes it."""
+        ...
+
+    def read_payload(self, position: int, buffer: memoryview) -> None:
+        """Fill `buffer` with a WRITE's data from `position` of the data stream."""
+        ...
+
+    def time_of(self, seq: int) -> int:
+        """Return when an event happened, in nanoseconds since the recording's start."""
+        ...
+
+    def position_at(self, time_ns: int) -> int:
+        """Return the cut at an instant: the number of events that happened at or before it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MemorySource:
+    """A made-up recording; its events are one millisecond apart, the first at 0."""
+
+    table: RequestTable
+    size: int
+    events: int
+    open_base: Callable[[], ReadableDevice]
+    payload: bytes = b""
+    notes: Sequence[Note] = field(default_factory=tuple)
+
+    def base(self) -> ReadableDevice:
+        """Open the disk as it was before the first request."""
+        return self.open_base()
+
+    def read_payload(self, position: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `position` of the payload."""
+        buffer[:] = self.payload[position : position + len(buffer)]
+
+    def time_of(self, seq: int) -> int:
+        """Return the event's instant in nanoseconds."""
+        return seq * 1_000_000
+
+    def position_at(self, time_ns: int) -> int:
+        """Return the number of events up to an instant."""
+        return max(0, min(self.events, time_ns // 1_000_000 + 1))

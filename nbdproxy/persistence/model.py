@@ -1,0 +1,268 @@
+"""Which requests a failure must leave on the disk, and which it may: rules 1-5 and 10-12.
+
+A *cut* is a position t in the recording: every event with seq < t has happened, nothing else has.
+All functions answer for one cut (or, `durable_from`, for all of them) with one boolean a row of a
+`RequestTable`; rows of flushes are always False.
+
+Guarantees: the answer for a cut never depends on an event at or after it; the levels are nested
+(`NOTHING` in `FLUSHED` in ... in `RECEIVED`); a request durable at t is durable at every later
+cut. Temporaries stay under ten bytes a request.
+
+Not covered: what becomes of a *sector* (rules 6-9), which follows from the chosen requests painted
+in seq order (`nbdproxy.crash.state`) and is enumerated slowly in `nbdproxy.persistence.reference`;
+shorn or garbage sectors; QEMU's cache modes (`nbdproxy.persistence.modes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nbdproxy.recording.index import NEVER, Mask, RequestTable
+from nbdproxy.requests import Command, CommandFlag
+
+Positions = NDArray[np.int64]
+
+_CHUNK = 1 << 16
+"""Rows worked on at once: bounds the temporaries, and 512 KiB a column stays in the cache."""
+
+
+class Coverage(Enum):
+    """How to read "flush covers what was completed before it" (rule 1)."""
+
+    RECEIVED = "received"
+    """Completed before the flush was received: the careful reading, and the default."""
+    REPLIED = "replied"
+    """Completed before the flush's reply: the generous one, to see which verdicts hang on it."""
+
+
+class Level(Enum):
+    """What a failure is bound to leave, from least to most; each level contains the one before."""
+
+    NOTHING = "nothing"
+    FLUSHED = "flushed"
+    """Durable by the rules."""
+    FLUSHED_OR_FLUSHING = "flushing"
+    """Also what would be durable had the flushes in flight at the cut completed."""
+    COMPLETED = "completed"
+    """Also what was answered with success and not lost since (rules 10 and 12)."""
+    RECEIVED = "received"
+    """Also what was read off the wire and not answered yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The readings and the what-ifs of the model.
+
+    sector      the atomic unit in bytes (rule 7); it matters where single sectors are chosen
+    multi_conn  whether CAN_MULTI_CONN was advertised (rule 11)
+    fsyncgate   whether what a failed flush had in hand is beyond later flushes (rule 10)
+    losses      positions at which the store lost, for good and in silence, what was completed and
+                not durable (rule 12); each strikes just before the event of that seq
+    """
+
+    coverage: Coverage = Coverage.RECEIVED
+    sector: int = 512
+    multi_conn: bool = True
+    fsyncgate: bool = False
+    losses: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert self.sector >= 512
+        assert self.sector & (self.sector - 1) == 0, "an atomic unit is a power of two"
+
+
+DEFAULTS = Options()
+
+
+def received(table: RequestTable, t: int) -> Mask:
+    """Modifying requests received by t, answered or not."""
+    mask = table.is_modifying
+    mask[np.searchsorted(table.seq, t) :] = False
+    return mask
+
+
+def completed(table: RequestTable, t: int) -> Mask:
+    """Modifying requests answered with success by t."""
+    mask = table.is_modifying
+    mask &= table.completed < t
+    mask &= table.error == 0
+    return mask
+
+
+def sent(table: RequestTable, t: int) -> Mask:
+    """Everything received by t but what was answered with an error: the fullest legal choice."""
+    mask = received(table, t)
+    mask &= (table.completed >= t) | (table.error == 0)
+    return mask
+
+
+def durable_from(table: RequestTable, options: Options = DEFAULTS) -> Positions:
+    """For each request the position of the event that made it durable, NEVER if none did.
+
+    A request is durable at t if its `durable_from` < t. Eight bytes a request.
+    """
+    found = np.empty(len(table), np.int64)
+    for rows, since, _ in _fates(table, options):
+        found[rows] = since
+    return found
+
+
+def durable(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
+    """Requests that were made durable by t (rules 1-4, 10-12)."""
+    mask = np.empty(len(table), np.bool_)
+    for rows, since, _ in _fates(table, options):
+        np.less(since, t, out=mask[rows])
+    return mask
+
+
+def lost(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
+    """Completed requests that no flush after t can save any more (rules 10 and 12).
+
+    They may still be found on the disk: nothing says that the store removed them.
+    """
+    mask = np.empty(len(table), np.bool_)
+    for rows, _, gone in _fates(table, options):
+        np.less(gone, t, out=mask[rows])
+    return mask
+
+
+def may(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
+    """Requests that chance decides on: received by t and not durable (rule 5).
+
+    The unanswered ones and those answered with an error are among them.
+    """
+    mask = received(table, t)
+    mask &= ~durable(table, t, options)
+    return mask
+
+
+def in_flight_flush_covers(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
+    """What the flushes in flight at t would have added to `durable`, had they completed."""
+    flushing = table.is_flush
+    flushing &= (table.seq < t) & (table.completed >= t)
+    flushes = np.flatnonzero(flushing)
+    del flushing
+    if not len(flushes):
+        return np.zeros(len(table), np.bool_)
+    mask = completed(table, t)
+    if options.coverage is Coverage.RECEIVED:
+        mask &= table.completed < _newest_flush(table, flushes, options)
+    elif not options.multi_conn:
+        mask &= np.isin(table.connection, table.connection[flushes])
+    for rows, since, gone in _fates(table, options):
+        mask[rows] &= (since >= t) & (gone >= t)
+    return mask
+
+
+def kept(table: RequestTable, t: int, level: Level, options: Options = DEFAULTS) -> Mask:
+    """Requests that a failure at t leaves for certain, at this level of guarantee."""
+    if level is Level.NOTHING:
+        return np.zeros(len(table), np.bool_)
+    if level is Level.FLUSHED:
+        return durable(table, t, options)
+    if level is Level.FLUSHED_OR_FLUSHING:
+        return durable(table, t, options) | in_flight_flush_covers(table, t, options)
+    mask = completed(table, t) if level is Level.COMPLETED else sent(table, t)
+    mask &= ~lost(table, t, options)
+    return mask
+
+
+def _newest_flush(table: RequestTable, flushes: NDArray[np.intp], options: Options) -> Positions:
+    """The seq below which completion is covered by one of `flushes`: for all rows, or for each."""
+    if options.multi_conn:
+        return table.seq[flushes[-1:]]
+    newest = np.zeros(int(table.connection.max()) + 1, np.int64)
+    np.maximum.at(newest, table.connection[flushes], table.seq[flushes])
+    return newest[table.connection]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flushes:
+    """The answered flushes of one connection (of all, if `connection` is None), by ascending key.
+
+    A flush covers a request if its key is greater than the request's completion. `answered[i]` is
+    the earliest answer among flush i and those behind it, `failed[i]` whether that was an error;
+    one more entry at the end stands for "covered by none".
+    """
+
+    connection: int | None
+    keys: Positions
+    answered: Positions
+    failed: Mask
+
+
+def _group(table: RequestTable, rows: NDArray[np.intp], options: Options) -> _Flushes:
+    on_one = not options.multi_conn and len(rows)
+    connection = int(table.connection[rows[0]]) if on_one else None
+    answers = table.completed[rows]
+    keys = table.seq[rows] if options.coverage is Coverage.RECEIVED else answers
+    order = np.argsort(keys, kind="stable")
+    # Position and outcome in one number, so that one running minimum carries both.
+    codes = (answers << 1 | (table.error[rows] != 0))[order]
+    codes = np.minimum.accumulate(codes[::-1])[::-1]
+    return _Flushes(
+        connection,
+        keys[order],
+        np.append(codes >> 1, NEVER),
+        np.append((codes & 1).astype(np.bool_), False),
+    )
+
+
+def _groups(table: RequestTable, options: Options) -> list[_Flushes]:
+    answered = table.is_flush
+    answered &= table.completed != NEVER
+    if not options.fsyncgate:
+        answered &= table.error == 0
+    rows = np.flatnonzero(answered)
+    del answered
+    if options.multi_conn:
+        return [_group(table, rows, options)]
+    connections = table.connection[rows]
+    return [_group(table, rows[connections == one], options) for one in np.unique(connections)]
+
+
+def _fates(table: RequestTable, options: Options) -> Iterator[tuple[slice, Positions, Positions]]:
+    """Yield, chunk by chunk, the positions since which rows are durable and since which lost.
+
+    The flush that decides on a request is the first answered among those that cover it: if it
+    succeeded, the request is safe whatever happens later; if it failed (and failures count, which
+    is fsyncgate), those after it come too late. A loss before that answer comes first.
+    """
+    groups = _groups(table, options)
+    losses = np.array([*sorted(options.losses), NEVER], np.int64)
+    for first in range(0, len(table), _CHUNK):
+        rows = slice(first, min(first + _CHUNK, len(table)))
+        done = table.completed[rows]
+        counts = (done != NEVER) & (table.error[rows] == 0)
+        counts &= table.command[rows] != Command.FLUSH
+        answered, failed = _deciding_flush(groups, done, table.connection[rows])
+        next_loss = np.searchsorted(losses, done, side="right")
+        loss = losses[np.minimum(next_loss, len(losses) - 1)]
+        in_time = answered < loss
+        fua = table.flags[rows] & CommandFlag.FUA != 0
+        since = np.where(in_time & ~failed, answered, NEVER)
+        since[fua] = done[fua]
+        since[~counts] = NEVER
+        gone = np.where(in_time & failed, answered, np.where(in_time, NEVER, loss))
+        gone[fua | ~counts] = NEVER
+        yield rows, since, gone
+
+
+def _deciding_flush(
+    groups: list[_Flushes], done: Positions, connection: NDArray[np.uint32]
+) -> tuple[Positions, Mask]:
+    answered = np.full(len(done), NEVER, np.int64)
+    failed = np.zeros(len(done), np.bool_)
+    for group in groups:
+        covering = np.searchsorted(group.keys, done, side="right")
+        if group.connection is None:
+            return group.answered[covering], group.failed[covering]
+        here = connection == group.connection
+        answered[here] = group.answered[covering[here]]
+        failed[here] = group.failed[covering[here]]
+    return answered, failed

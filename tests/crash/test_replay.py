@@ -1,0 +1,394 @@
+"""The table cache mode x failure, on disks so small that a file is a sector.
+
+File `/a` is sector 0, `/b` sector 1, ...; a sector of 0xFE means that no such file is there, and a
+digest in the manifest is the byte that the sector should hold. Sector 7 is the superblock: unless
+it holds its magic, there is no filesystem.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+
+import pytest
+
+from nbdproxy.crash.causes import Cause
+from nbdproxy.crash.replay import Cell, Replay, exit_flush_failed, is_blank, replay, to_json
+from nbdproxy.crash.source import MemorySource
+from nbdproxy.crash.state import StateId
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
+from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.persistence.model import Coverage, Options
+from nbdproxy.persistence.modes import THROUGH, CacheMode, Failure
+from nbdproxy.persistence.reference import Completed, Received, table_of
+from nbdproxy.recording.notes import NoteKind
+from nbdproxy.requests import Command
+
+MakeSource = Callable[..., MemorySource]
+Log = list[Received | Completed]
+
+ABSENT = 0xFE
+MAGIC = 0xEF
+PATHS = ["/a", "/b", "/c", "/d", "/e", "/f", "/g"]
+FORMATTED = bytes([ABSENT]) * 512 * 7 + bytes([MAGIC]) * 512
+
+
+class SectorFiles:
+    """An oracle for such disks."""
+
+    checks = 0
+
+    def check(
+        self,
+        device: ReadableDevice,
+        manifest: Manifest,
+        *,
+        earlier: Mapping[str, Collection[str]],
+        partition: int,
+    ) -> Findings:
+        assert partition == 2
+        self.checks += 1
+        try:
+            there = self._files(device)
+        except FilesystemError as error:
+            return Findings(verdict=Verdict.UNKNOWN, conditions={}, reason=str(error))
+        conditions: dict[str, Condition] = {}
+        for entry in manifest.entries:
+            found = there.get(entry.path)
+            if found == entry.sha256:
+                conditions[entry.path] = Condition.WHOLE
+            elif found is None:
+                conditions[entry.path] = Condition.MISSING
+            elif found in earlier.get(entry.path, ()):
+                conditions[entry.path] = Condition.STALE
+            else:
+                conditions[entry.path] = Condition.DAMAGED
+        whole = set(conditions.values()) == {Condition.WHOLE}
+        return Findings(
+            verdict=Verdict.PASS if whole else Verdict.FAIL, conditions=conditions, reason=None
+        )
+
+    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+        if not {entry.path for entry in manifest.entries} & self._files(device).keys():
+            raise ManifestError("the manifest matches nothing")
+        return 2, manifest
+
+    def scan(self, device: ReadableDevice, under: str, *, partition: int) -> Manifest:
+        assert (under, partition) == ("/", 2)
+        return Manifest(tuple(Entry(p, found, 512) for p, found in self._files(device).items()))
+
+    def _files(self, device: ReadableDevice) -> dict[str, str]:
+        if device.pread(7 * 512, 1)[0] != MAGIC:
+            raise FilesystemError("no filesystem found")
+        values = {path: device.pread(i * 512, 1)[0] for i, path in enumerate(PATHS)}
+        return {path: str(value) for path, value in values.items() if value != ABSENT}
+
+
+def wrote(source: MemorySource) -> Manifest:
+    """The manifest of everything that the recording's writes were to leave, one file a write."""
+    table = source.table
+    return Manifest(
+        tuple(
+            Entry(PATHS[offset // 512], str(seq + 1), 512)
+            for seq, offset, at in zip(
+                table.seq.tolist(), table.offset.tolist(), table.position.tolist(), strict=True
+            )
+            if at >= 0
+        )
+    )
+
+
+def cell(result: Replay, mode: CacheMode, failure: Failure) -> Cell:
+    (found,) = [c for c in result.cells if (c.mode, c.failure) == (mode, failure)]
+    return found
+
+
+def causes(found: Cell) -> dict[str, str]:
+    return {p: o.cause.value for p, o in found.worst.files.items() if o.cause is not None}
+
+
+def write(first: int) -> Received:
+    return Received(Command.WRITE, first, 1)
+
+
+FLUSH = Received(Command.FLUSH)
+EVERY_FATE: Log = [
+    *(write(0), Completed(0)),
+    *(FLUSH, Completed(2)),
+    *(write(1), Completed(4)),
+    FLUSH,
+    *(write(2), Completed(7)),
+    write(3),
+]
+NEVER_SENT = Entry("/e", "99", 512)
+
+
+def every_fate(make_source: MakeSource) -> tuple[MemorySource, Manifest]:
+    source = make_source(EVERY_FATE, base=FORMATTED)
+    return source, Manifest((*wrote(source).entries, NEVER_SENT))
+
+
+@pytest.mark.parametrize(
+    ("mode", "failure", "expected"),
+    [
+        ("none", "storage-loss", "a=flushed-then-lost b=flush-in-flight c=unflushed"),
+        ("unsafe", "host-power-loss", "a=flushed-then-lost b=flush-in-flight c=unflushed"),
+        ("none", "host-power-loss", "b=flush-in-flight c=unflushed"),
+        ("writeback", "host-power-loss", "b=flush-in-flight c=unflushed"),
+        ("writethrough", "host-power-loss", ""),
+        ("directsync", "host-power-loss", ""),
+        ("unsafe", "qemu-kill", ""),
+    ],
+)
+def test_the_cause_is_the_first_thing_not_kept(
+    make_source: MakeSource, mode: str, failure: str, expected: str
+) -> None:
+    source, manifest = every_fate(make_source)
+    result = replay(source, manifest, oracle=SectorFiles())
+    found = causes(cell(result, CacheMode(mode), Failure(failure)))
+    always = {"/d": "sent-unanswered", "/e": "never-sent"}
+    assert found == always | {f"/{word[0]}": word[2:] for word in expected.split()}
+
+
+@pytest.mark.parametrize("failure", [Failure.GUEST_RESET, Failure.GUEST_POWEROFF])
+def test_what_qemu_was_given_is_drained(make_source: MakeSource, failure: Failure) -> None:
+    source, manifest = every_fate(make_source)
+    result = replay(source, manifest, oracle=SectorFiles())
+    assert causes(cell(result, CacheMode.UNSAFE, failure)) == {"/e": "never-sent"}
+
+
+def test_worst_and_best_are_counted_apart(make_source: MakeSource) -> None:
+    source, manifest = every_fate(make_source)
+    found = cell(
+        replay(source, manifest, oracle=SectorFiles()), CacheMode.NONE, Failure.HOST_POWER_LOSS
+    )
+    assert found.verdict is Verdict.FAIL
+    assert found.worst.conditions == Counter({Condition.MISSING: 4, Condition.WHOLE: 1})
+    assert found.best.conditions == Counter({Condition.WHOLE: 4, Condition.MISSING: 1})
+    assert found.best.causes == Counter({Cause.NEVER_SENT: 1})
+
+
+def test_equal_states_are_judged_once(make_source: MakeSource) -> None:
+    source, manifest = every_fate(make_source)
+    oracle = SectorFiles()
+    heard: list[StateId] = []
+    result = replay(source, manifest, oracle=oracle, progress=heard.append)
+    assert len(result.cells) == 25
+    # Nothing, flushed, flushing, completed, received; all that was sent is the last again.
+    assert oracle.checks == len(heard) == 5
+
+
+def test_a_file_that_was_there_before_is_stale(make_source: MakeSource) -> None:
+    base = bytes([7]) * 512 + FORMATTED[512:]
+    source = make_source([write(0)], base=base)
+    result = replay(source, wrote(source), oracle=SectorFiles())
+    found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
+    assert found.worst.conditions == {Condition.STALE: 1}
+
+
+def test_a_disk_still_blank_misses_every_file(make_source: MakeSource) -> None:
+    log: Log = [write(0), Completed(0), write(1), Completed(2)]
+    log += [Received(Command.WRITE, 7, 1), Completed(4)]
+    made = make_source(log, base=bytes(4096))
+    payload = made.payload[:1024] + bytes([MAGIC]) * 512
+    source = MemorySource(made.table, 4096, len(log), made.open_base, payload)
+    manifest = Manifest((Entry("/a", "1", 512), Entry("/b", "3", 512)))
+    result = replay(source, manifest, oracle=SectorFiles())
+    found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
+    assert found.verdict is Verdict.FAIL
+    assert found.worst.conditions == {Condition.MISSING: 2}
+    assert found.worst.causes == {Cause.UNFLUSHED: 2}
+    assert found.worst.reason == "the disk reads all zeroes"
+    assert cell(result, CacheMode.NONE, Failure.QEMU_KILL).verdict is Verdict.PASS
+
+
+def test_a_state_that_cannot_be_judged_is_unknown_and_never_passes(
+    make_source: MakeSource,
+) -> None:
+    """The superblock is replaced, and the new one is never flushed."""
+    base = FORMATTED[:3584] + bytes([3]) * 512
+    made = make_source([write(0), Received(Command.WRITE, 7, 1)], base=base)
+    payload = bytes([1]) * 512 + bytes([MAGIC]) * 512
+    source = MemorySource(made.table, 4096, 2, made.open_base, payload)
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
+    found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
+    assert (found.verdict, found.worst.verdict) == (Verdict.UNKNOWN, Verdict.UNKNOWN)
+    assert found.worst.reason == "no filesystem found"
+    assert not found.worst.files
+    assert found.best.verdict is Verdict.PASS
+
+
+def test_a_loss_in_the_fullest_state_fails_the_cell(make_source: MakeSource) -> None:
+    """The guest wrote over the file later: the power loss may keep that or not."""
+    log: Log = [write(0), Completed(0), FLUSH, Completed(2), write(0), Completed(4)]
+    source = make_source(log, base=FORMATTED)
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
+    found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
+    assert (found.worst.verdict, found.best.verdict) == (Verdict.PASS, Verdict.FAIL)
+    assert found.verdict is Verdict.FAIL
+
+
+def test_what_a_state_keeps_is_not_the_cause(make_source: MakeSource) -> None:
+    """Flushed once and then changed by the guest: no store is accused of losing it."""
+    log: Log = [write(0), Completed(0), FLUSH, Completed(2), write(0), Completed(4), write(0)]
+    source = make_source(log, base=FORMATTED)
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
+    killed = cell(result, CacheMode.NONE, Failure.QEMU_KILL)
+    assert killed.worst.causes == killed.best.causes == {Cause.NEVER_SENT: 1}
+
+
+def test_no_layer_that_the_fullest_state_has_is_the_cause(make_source: MakeSource) -> None:
+    log: Log = [write(0), Completed(0), write(0)]
+    source = make_source(log, base=FORMATTED)
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
+    found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
+    assert found.worst.causes == {Cause.UNFLUSHED: 1}
+    assert found.best.causes == {Cause.NEVER_SENT: 1}
+
+
+class Doubtful(SectorFiles):
+    """Cannot read `/a`, wherever it is."""
+
+    def check(
+        self,
+        device: ReadableDevice,
+        manifest: Manifest,
+        *,
+        earlier: Mapping[str, Collection[str]],
+        partition: int,
+    ) -> Findings:
+        found = SectorFiles.check(self, device, manifest, earlier=earlier, partition=partition)
+        conditions = {**found.conditions, "/a": Condition.UNREADABLE}
+        return Findings(Verdict.UNKNOWN, conditions, "/a: too new")
+
+
+def test_nobody_is_blamed_for_what_the_oracle_cannot_read(make_source: MakeSource) -> None:
+    source, manifest = every_fate(make_source)
+    result = replay(source, manifest, oracle=Doubtful())
+    found = cell(result, CacheMode.NONE, Failure.QEMU_KILL)
+    assert found.verdict is Verdict.UNKNOWN
+    assert found.worst.conditions[Condition.UNREADABLE] == 1
+    assert causes(found) == {"/d": "sent-unanswered", "/e": "never-sent"}
+
+
+def quit_in_order(make_source: MakeSource, *, error: int = 0) -> MemorySource:
+    log: Log = [write(0), Completed(0), FLUSH, Completed(2), FLUSH, Completed(4, error)]
+    notes = [(0, NoteKind.CONNECT, 1, ""), (6, NoteKind.DISC, 1, "")]
+    return make_source(log, notes=notes, events=7, base=FORMATTED)
+
+
+def test_each_failure_strikes_where_it_tells_most(make_source: MakeSource) -> None:
+    source = quit_in_order(make_source)
+    result = replay(source, wrote(source), oracle=SectorFiles())
+    assert result.cut.text == "before-exit"
+    for found in result.cells:
+        at_end = found.failure is Failure.GUEST_POWEROFF
+        assert (found.cut.text, found.cut.position) == (
+            ("end", 7) if at_end else ("before-exit", 2)
+        )
+    assert causes(cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)) == {"/a": "unflushed"}
+
+
+def test_a_cut_that_is_asked_for_holds_for_all(make_source: MakeSource) -> None:
+    source = quit_in_order(make_source)
+    result = replay(source, wrote(source), at="seq:3", oracle=SectorFiles())
+    assert {found.cut.position for found in result.cells} == {4}
+    with pytest.raises(UsageError):
+        replay(source, wrote(source), at="seq:7", oracle=SectorFiles())
+
+
+def test_a_poweroff_with_a_failed_exit_flush_keeps_what_was_flushed_before(
+    make_source: MakeSource,
+) -> None:
+    log: Log = [write(0), Completed(0), FLUSH, Completed(2, 5)]
+    source = make_source(log, base=FORMATTED)
+    result = replay(source, wrote(source), oracle=SectorFiles())
+    assert causes(cell(result, CacheMode.NONE, Failure.GUEST_POWEROFF)) == {"/a": "unflushed"}
+
+
+@pytest.mark.parametrize(
+    ("log", "t", "failed"),
+    [
+        ([], 0, False),
+        ([FLUSH, Completed(0, 5)], 2, True),
+        ([FLUSH, Completed(0, 5)], 1, False),
+        ([FLUSH, Completed(0)], 2, False),
+        ([FLUSH, Completed(0, 5), write(0)], 3, False),
+        ([write(0), Completed(0, 5)], 2, False),
+    ],
+)
+def test_only_a_failed_last_flush_is_a_failed_exit_flush(log: Log, t: int, failed: bool) -> None:
+    assert exit_flush_failed(table_of(log), t) is failed
+
+
+def test_only_what_was_asked_for_is_in_the_table(make_source: MakeSource) -> None:
+    source, manifest = every_fate(make_source)
+    result = replay(
+        source,
+        manifest,
+        modes=[CacheMode.UNSAFE],
+        failures=[Failure.QEMU_KILL],
+        options=Options(Coverage.REPLIED),
+        oracle=SectorFiles(),
+    )
+    assert [str(found.worst.state) for found in result.cells] == ["s10.completed.must+replied"]
+
+
+def test_a_recording_without_flushes_leaves_three_modes_out(make_source: MakeSource) -> None:
+    source = make_source([Received(Command.WRITE, 0, 1, fua=True), Completed(0)], base=FORMATTED)
+    result = replay(source, wrote(source), oracle=SectorFiles())
+    assert {found.mode for found in result.cells} == THROUGH == result.recorded_under
+    assert set(result.left_out) == set(CacheMode) - THROUGH
+    assert cell(result, CacheMode.DIRECTSYNC, Failure.HOST_POWER_LOSS).verdict is Verdict.PASS
+    with pytest.raises(ProjectionError):
+        replay(source, wrote(source), modes=[CacheMode.NONE], oracle=SectorFiles())
+    told = replay(source, wrote(source), recorded_as=CacheMode.NONE, oracle=SectorFiles())
+    assert not told.left_out
+
+
+def test_a_manifest_that_matches_only_at_the_cut_is_found_there(make_source: MakeSource) -> None:
+    """The guest formats the disk anew at the end: nothing of the manifest is left there."""
+    log: Log = [write(0), Completed(0), Received(Command.TRIM, 0, 8), Completed(2)]
+    source = make_source(log, base=FORMATTED)
+    result = replay(source, wrote(source), at="seq:1", oracle=SectorFiles())
+    assert cell(result, CacheMode.NONE, Failure.QEMU_KILL).verdict is Verdict.PASS
+    with pytest.raises(FilesystemError):
+        replay(source, wrote(source), at="end", oracle=SectorFiles())
+
+
+def test_a_manifest_of_other_files_is_refused(make_source: MakeSource) -> None:
+    source = make_source([write(0)], base=FORMATTED)
+    with pytest.raises(ManifestError):
+        replay(source, Manifest((Entry("/x", "1", 1),)), oracle=SectorFiles())
+
+
+def test_one_byte_anywhere_is_not_blank() -> None:
+    content = bytearray(3 << 20)
+    assert is_blank(MemoryDisk(bytes(content)))
+    content[-1] = 1
+    assert not is_blank(MemoryDisk(bytes(content)))
+
+
+def test_json_has_the_shape_of_the_command_line(make_source: MakeSource) -> None:
+    source, manifest = every_fate(make_source)
+    result = replay(source, manifest, oracle=SectorFiles())
+    shown = json.loads(json.dumps(to_json(result, source, "run")))
+    assert (shown["recording"], shown["files"]) == ("run", 5)
+    assert shown["cut"]["text"] == "before-exit"
+    assert shown["cut"]["time_s"] == 0.009
+    (found,) = [
+        c for c in shown["cells"] if (c["mode"], c["failure"]) == ("none", "host-power-loss")
+    ]
+    assert found["verdict"] == "fail"
+    assert found["worst"] == {
+        "state": "s10.flushed.must",
+        "verdict": "fail",
+        "conditions": {"missing": 4, "whole": 1},
+        "causes": {"flush-in-flight": 1, "unflushed": 1, "sent-unanswered": 1, "never-sent": 1},
+    }
+    assert found["best"]["conditions"] == {"whole": 4, "missing": 1}

@@ -1,0 +1,140 @@
+"""Law: the fast model equals the slow reference, on every log, at every cut, at every level."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbdproxy.crash.source import MemorySource
+from nbdproxy.crash.state import Choice, StateId, open_state, parse_state_id
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.persistence import model, reference
+from nbdproxy.persistence.model import Coverage, Level, Options
+from nbdproxy.persistence.reference import BASE, ZERO, Completed, Received
+from nbdproxy.requests import Command
+
+SECTORS = 4
+SECTOR = 512
+COMMANDS = [
+    *[Command.WRITE, Command.FLUSH] * 2,
+    Command.WRITE_ZEROES,
+    Command.TRIM,
+]
+
+
+@st.composite
+def logs(draw: st.DrawFn, longest: int = 24) -> list[Received | Completed]:
+    """Requests of two connections and their replies, in any order that time allows."""
+    log: list[Received | Completed] = []
+    open_requests: list[int] = []
+    for _ in range(draw(st.integers(0, longest))):
+        answers = draw(st.booleans())
+        if open_requests and answers:
+            request = draw(st.sampled_from(open_requests))
+            open_requests.remove(request)
+            log.append(Completed(request, error=draw(st.sampled_from([0, 0, 0, 5]))))
+            continue
+        open_requests.append(len(log))
+        connection = draw(st.integers(1, 2))
+        command = draw(st.sampled_from(COMMANDS))
+        if command is Command.FLUSH:
+            log.append(Received(command, connection=connection))
+            continue
+        first = draw(st.integers(0, SECTORS - 1))
+        count = draw(st.integers(1, SECTORS - first))
+        log.append(Received(command, first, count, draw(st.integers(0, 4)) == 0, connection))
+    return log
+
+
+options = st.builds(
+    Options,
+    coverage=st.sampled_from(Coverage),
+    multi_conn=st.booleans(),
+    fsyncgate=st.booleans(),
+    losses=st.lists(st.integers(0, 24), max_size=2).map(tuple),
+)
+
+
+@given(logs(), options)
+@settings(max_examples=300, deadline=None)
+def test_the_model_equals_the_reference(log: list[Received | Completed], chosen: Options) -> None:
+    table = reference.table_of(log)
+    since = model.durable_from(table, chosen)
+    for t in range(len(log) + 1):
+        flushed = reference.durable(log, t, chosen)
+        assert set(table.seq[model.durable(table, t, chosen)].tolist()) == flushed
+        assert set(table.seq[since < t].tolist()) == flushed
+        assert set(table.seq[model.may(table, t, chosen)].tolist()) == reference.may(
+            log, t, flushed
+        )
+        for level in Level:
+            found = set(table.seq[model.kept(table, t, level, chosen)].tolist())
+            assert found == reference.kept(log, t, level, chosen), (t, level)
+
+
+@given(logs(), options)
+@settings(max_examples=100, deadline=None)
+def test_levels_are_nested_and_durable_only_grows(
+    log: list[Received | Completed], chosen: Options
+) -> None:
+    table = reference.table_of(log)
+    before = np.zeros(len(table), np.bool_)
+    for t in range(len(log) + 1):
+        levels = [model.kept(table, t, level, chosen) for level in Level]
+        for less, more in pairwise([*levels, model.sent(table, t)]):
+            assert not np.any(less & ~more)
+        assert not np.any(before & ~levels[1])
+        before = levels[1]
+
+
+@given(logs(), options, st.data())
+@settings(max_examples=100, deadline=None)
+def test_no_answer_depends_on_what_comes_after_the_cut(
+    log: list[Received | Completed], chosen: Options, data: st.DataObject
+) -> None:
+    t = data.draw(st.integers(0, len(log)))
+    whole, prefix = reference.table_of(log), reference.table_of(log[:t])
+    for level in Level:
+        known = model.kept(whole, t, level, chosen)
+        assert np.array_equal(known[: len(prefix)], model.kept(prefix, t, level, chosen))
+        assert not known[len(prefix) :].any()
+
+
+def memory_source(log: list[Received | Completed]) -> MemorySource:
+    """A recording in which every sector written holds its request's seq plus one."""
+    table = reference.table_of(log)
+    payload = b"".join(
+        bytes([int(seq) + 1]) * int(length)
+        for seq, length, position in zip(table.seq, table.length, table.position, strict=True)
+        if position >= 0
+    )
+    size = SECTORS * SECTOR
+    return MemorySource(table, size, len(log), lambda: MemoryDisk(b"\xfe" * size), payload)
+
+
+@given(logs(), options)
+@settings(max_examples=150, deadline=None)
+def test_both_ends_are_states_that_the_rules_allow(
+    log: list[Received | Completed], chosen: Options
+) -> None:
+    source = memory_source(log)
+    for t in range(len(log) + 1):
+        for level in Level:
+            allowed = reference.allowed(log, t, SECTORS, chosen, level)
+            for choice in Choice:
+                state = StateId(t, level, choice, chosen)
+                disk = open_state(source, parse_state_id(str(state)))
+                content = disk.pread(0, disk.size)
+                for sector in range(SECTORS):
+                    part = content[sector * SECTOR : (sector + 1) * SECTOR]
+                    assert part == bytes([part[0]]) * SECTOR
+                    assert _value(part[0]) in allowed[sector], (str(state), sector)
+
+
+def _value(byte: int) -> int:
+    if byte == 0xFE:
+        return BASE
+    return byte - 1 if byte else ZERO
