@@ -79,6 +79,7 @@ class VolatileDisk:
         self._newest = _held_map()
         self._open = Layer(0)
         self._frozen: list[Layer] = []
+        self._landed = 0
 
     @property
     def held_bytes(self) -> int:
@@ -147,36 +148,41 @@ class VolatileDisk:
         return self._last
 
     def freeze(self) -> int:
-        """Put a line under all that is held; return how many layers a flush has to land."""
+        """Put a line under all that is held; return the number of the newest layer above it."""
         if len(self._open.pieces):
             self._open.end = self._end
             self._frozen.append(self._open)
             self._open = Layer(self._end)
-        return len(self._frozen)
+        return self._landed + len(self._frozen)
 
-    def copy_down(self, layers: int) -> None:
-        """Write the oldest `layers` to the disk below, in order, and sync it; blocks."""
-        for layer in self._frozen[:layers]:
-            for start, end, held in layer.pieces:
+    def copy_down(self, layer: int) -> None:
+        """Write all layers up to number `layer` to the disk below, in order, and sync it; blocks.
+
+        Raises OSError from the disk below; nothing is forgotten here then.
+        """
+        for one in self._frozen[: max(0, layer - self._landed)]:
+            for start, end, held in one.pieces:
                 self._put(start, end - start, held)
         self._below.sync()
 
-    def landed(self, layers: int) -> None:
-        """Forget the oldest `layers` here: they are on the disk below."""
-        for layer in self._frozen[:layers]:
-            for start, end, held in layer.pieces:
+    def landed(self, layer: int) -> None:
+        """Forget all layers up to number `layer`: they are on the disk below."""
+        count = max(0, layer - self._landed)
+        gone = self._frozen[:count]
+        del self._frozen[:count]
+        self._landed += count
+        for one in gone:
+            for start, end, held in one.pieces:
                 self._forget(self._newest, start, end, held.order)
-        gone = self._frozen[:layers]
-        del self._frozen[:layers]
         if not self._frozen and not len(self._newest):
             os.ftruncate(self._scratch, 0)
             self._end = 0
             self._open = Layer(0)
-        else:
-            for layer in gone:
-                if layer.end > layer.start:
-                    with suppress(OSError):  # only housekeeping: not every filesystem can
-                        punch_hole(self._scratch, layer.start, layer.end - layer.start)
+            return
+        for one in gone:
+            if one.end > one.start:
+                with suppress(OSError):  # only housekeeping: not every filesystem can
+                    punch_hole(self._scratch, one.start, one.end - one.start)
 
     def copy_ticket_down(self, ticket: Ticket) -> None:
         """Write all of one write to the disk below, whatever was held over it since; blocks."""
@@ -221,9 +227,9 @@ class VolatileDisk:
 
     def sync(self) -> None:
         """Land everything that is held; blocks."""
-        layers = self.freeze()
-        self.copy_down(layers)
-        self.landed(layers)
+        layer = self.freeze()
+        self.copy_down(layer)
+        self.landed(layer)
 
     def close(self) -> None:
         """Drop what is held and close the disk below."""

@@ -201,7 +201,7 @@ class ServerConnection:
     def _requests(self, data: memoryview, events: list[Event]) -> int:
         """Read as many whole requests as there are; the hot loop of the server."""
         assert self._export is not None
-        size, can = self._export.size, self._export.flags
+        size, can = self._export.size, int(self._export.flags)
         unpack, header, write = codec.REQUEST.unpack_from, codec.REQUEST.size, int(Command.WRITE)
         at, end = 0, len(data)
         self.needed = header

@@ -23,12 +23,17 @@ class CommandRule:
     needs       the transmission flag that must have been advertised
     """
 
-    flags: CommandFlag
+    flags: int
     ranged: bool
     beyond: NbdErrno
     modifies: bool
     max_length: int | None
-    needs: TransmissionFlag
+    needs: int
+
+    def __post_init__(self) -> None:
+        # Plain integers: operators of IntFlag cost more than all the rest of a check.
+        object.__setattr__(self, "flags", int(self.flags))
+        object.__setattr__(self, "needs", int(self.needs))
 
 
 COMMAND_RULES: dict[int, CommandRule] = {
@@ -55,6 +60,9 @@ COMMAND_RULES: dict[int, CommandRule] = {
 }
 
 
+_READ_ONLY = int(TransmissionFlag.READ_ONLY)
+
+
 def refusal(command: int, flags: int, offset: int, length: int, *, size: int, can: int) -> int:
     """Return the error a request must be refused with, 0 if it is legal.
 
@@ -63,7 +71,7 @@ def refusal(command: int, flags: int, offset: int, length: int, *, size: int, ca
     rule = COMMAND_RULES.get(command)
     if rule is None or not can & rule.needs or flags & ~rule.flags:
         return NbdErrno.EINVAL
-    if rule.modifies and can & TransmissionFlag.READ_ONLY:
+    if rule.modifies and can & _READ_ONLY:
         return NbdErrno.EPERM
     if not rule.ranged:
         return NbdErrno.EINVAL if offset or length else NbdErrno.OK

@@ -108,6 +108,16 @@ class StreamWriter:
         free = self._segment * (self._segments - 1) - (self.position - self._drained)
         return count <= free
 
+    def wait_for_room(self, count: int) -> None:
+        """Block until `count` bytes have room, or all full segments are in the file."""
+        with self._moved:
+            while (
+                self._error is None
+                and not self.has_room(count)
+                and self.position - self._drained >= self._segment
+            ):
+                self._moved.wait()
+
     def _start_block(self, block: int) -> None:
         """Take the segment of `block` into use, when what it held before is in the file."""
         with self._moved:

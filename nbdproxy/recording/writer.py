@@ -7,6 +7,7 @@ is recorded in a few microseconds each, and what was recorded survives the death
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ _RESERVE = 16 * 1024 * 1024
 
 
 class RecordingWriter:
-    """A recording being made in the new directory `path`; belongs to one thread.
+    """A recording being made in the new directory `path`; safe to use from several threads.
 
     Raises RecordingError if the directory exists already, RecordingFullError from every call once
     the disk is full: nothing may pass then.
@@ -48,6 +49,8 @@ class RecordingWriter:
         _make_directory(path)
         self._events = StreamWriter(events_path(path), segment=_EVENT_SEGMENT, segments=_SEGMENTS)
         self._data = StreamWriter(data_path(path), segment=_DATA_SEGMENT, segments=_SEGMENTS)
+        # Before-images come from the thread that lands a flush, all else from the event loop.
+        self._lock = threading.RLock()
         self._start = time.monotonic_ns()
         self._text(Kind.META, 0, meta.dump())
 
@@ -60,11 +63,20 @@ class RecordingWriter:
         """Tell whether a batch with that many bytes of payload can be recorded without waiting."""
         return self._data.has_room(payload) and self._events.has_room(_EVENT_SEGMENT)
 
+    def wait_for_room(self, payload: int) -> None:
+        """Block until such a batch can be recorded without waiting, or never will be."""
+        self._data.wait_for_room(payload)
+        self._events.wait_for_room(_EVENT_SEGMENT)
+
     def received(self, connection: int, requests: Sequence[Request]) -> int:
         """Record requests that were read together; return the first one's seq.
 
         They get consecutive positions.
         """
+        with self._lock:
+            return self._received(connection, requests)
+
+    def _received(self, connection: int, requests: Sequence[Request]) -> int:
         self._check()
         first = self.seq
         now = time.monotonic_ns() - self._start
@@ -97,30 +109,32 @@ class RecordingWriter:
 
     def refused(self, connection: int, request: Request, error: int) -> None:
         """Record a request that never reached the disk, and its answer."""
-        seq = self._slot(
-            Kind.REFUSED,
-            command=request.command & 0xFF,
-            flags=request.flags,
-            connection=connection,
-            offset=request.offset,
-            length=request.length,
-            cookie=request.cookie,
-        )
-        self.completed(connection, seq, 1, error)
+        with self._lock:
+            seq = self._slot(
+                Kind.REFUSED,
+                command=request.command & 0xFF,
+                flags=request.flags,
+                connection=connection,
+                offset=request.offset,
+                length=request.length,
+                cookie=request.cookie,
+            )
+            self.completed(connection, seq, 1, error)
 
-    def before(self, offset: int, content: bytes) -> None:
+    def before(self, offset: int, content: bytes | bytearray) -> None:
         """Save what the disk holds at `offset`, before it is changed for the first time."""
-        self._check()
         if content.count(0) == len(content):
             self._slot(Kind.BEFORE, offset=offset, length=len(content))
             return
-        self._slot(
-            Kind.BEFORE,
-            offset=offset,
-            length=len(content),
-            position=self._data.append(content),
-            digest=xxh3_64_intdigest(content),
-        )
+        with self._lock:
+            self._check()
+            self._slot(
+                Kind.BEFORE,
+                offset=offset,
+                length=len(content),
+                position=self._data.append(memoryview(content)),
+                digest=xxh3_64_intdigest(content),
+            )
 
     def note(self, kind: NoteKind, text: str = "", *, connection: int = 0) -> int:
         """Record an event that is not a request; return its seq."""
@@ -150,13 +164,14 @@ class RecordingWriter:
 
     def _text(self, kind: Kind, connection: int, text: str) -> int:
         payload = text.encode(errors="surrogateescape")
-        return self._slot(
-            kind,
-            connection=connection,
-            length=len(payload),
-            position=self._data.append(payload) if payload else NONE,
-            digest=xxh3_64_intdigest(payload) if payload else 0,
-        )
+        with self._lock:
+            return self._slot(
+                kind,
+                connection=connection,
+                length=len(payload),
+                position=self._data.append(payload) if payload else NONE,
+                digest=xxh3_64_intdigest(payload) if payload else 0,
+            )
 
     def _slot(
         self,
@@ -171,13 +186,14 @@ class RecordingWriter:
         position: int = NONE,
         digest: int = 0,
     ) -> int:
-        self._check()
-        seq = self.seq
-        now = time.monotonic_ns() - self._start
-        fields = (command, flags, connection, now, offset, length, cookie, position, digest)
-        body = SLOT.pack(kind, *fields)
-        self._events.append(body + CHECKSUM.pack(xxh3_64_intdigest(body, seq)))
-        return seq
+        with self._lock:
+            self._check()
+            seq = self.seq
+            now = time.monotonic_ns() - self._start
+            fields = (command, flags, connection, now, offset, length, cookie, position, digest)
+            body = SLOT.pack(kind, *fields)
+            self._events.append(body + CHECKSUM.pack(xxh3_64_intdigest(body, seq)))
+            return seq
 
 
 def _make_directory(path: Path) -> None:

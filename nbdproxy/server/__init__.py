@@ -1,0 +1,1 @@
+"""The shell: sockets, threads and signals. The only room that knows trio."""

@@ -1,0 +1,5 @@
+"""`python -m nbdproxy` is `nbdproxy`."""
+
+from nbdproxy.cli.app import main
+
+main()

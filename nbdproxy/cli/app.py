@@ -1,0 +1,76 @@
+"""The command `nbdproxy`: collects the commands, and turns our errors into one sentence."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from nbdproxy import __version__
+from nbdproxy.cli.console import err
+from nbdproxy.cli.info import info
+from nbdproxy.cli.log import log
+from nbdproxy.cli.manifest import manifest
+from nbdproxy.cli.open import open_
+from nbdproxy.cli.replay import replay
+from nbdproxy.cli.serve import serve
+from nbdproxy.errors import NbdproxyError
+
+app = typer.Typer(
+    name="nbdproxy",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nbdproxy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def nbdproxy(
+    _version_asked: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Find out who lost your files: the guest, QEMU's cache mode, or the storage.
+
+    nbdproxy is an NBD server between QEMU and a disk image. It records every write and flush, can
+    break the disk on purpose, and replays the recording: which files would have survived which
+    failure under which cache mode.
+
+    A first round: serve a disk, use it, and ask.
+
+      nbdproxy serve disk.img --record run1
+
+      nbdproxy manifest run1@end > files
+
+      nbdproxy replay run1 --files files
+    """
+
+
+app.command()(serve)
+app.command()(info)
+app.command()(log)
+app.command()(replay)
+app.command()(manifest)
+app.command(name="open")(open_)
+
+
+def main() -> None:
+    """Run the command line; exit codes: 0 fine, 1 loss or failure found, 2 unusable input."""
+    try:
+        app()
+    except NbdproxyError as error:
+        err.print(f"nbdproxy: {error}", markup=False)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,55 @@
+"""What every command shares: where text goes, how errors look, how logs look.
+
+Results go to stdout; logs, hints and progress to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+import structlog
+from rich.console import Console
+
+out = Console(highlight=False, soft_wrap=True)
+"""For results."""
+
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+"""For everything else."""
+
+
+def print_json(value: Any) -> None:
+    """Print a result for programs."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+
+
+def set_up_logging(*, verbose: bool) -> None:
+    """Send logs to stderr, one line each."""
+    level = logging.DEBUG if verbose else logging.INFO
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            structlog.dev.ConsoleRenderer(colors=err.is_terminal, pad_event_to=0),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people read it: 512 B, 4 KiB, 1.5 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if value % 1 else f"{int(value)} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def plural(count: int, word: str) -> str:
+    """Return "1 write" or "1,234 writes"."""
+    return f"{count:,} {word}{'' if count == 1 else 'es' if word.endswith('sh') else 's'}"

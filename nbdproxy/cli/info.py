@@ -1,0 +1,94 @@
+"""`nbdproxy info`: sum a recording up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from nbdproxy.cli.console import err, out, print_json, size_text
+from nbdproxy.persistence.modes import recorded_under
+from nbdproxy.recording.index import NEVER
+from nbdproxy.recording.notes import NoteKind
+from nbdproxy.recording.reader import Recording, command_name
+
+
+def info(
+    run: Annotated[Path, typer.Argument(help="A recording.")],
+    verify: Annotated[bool, typer.Option(help="Check every payload's digest, too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Sum a recording up: what was recorded, how much, by whom, and how it ended.
+
+    Examples:
+
+      nbdproxy info run1
+
+      nbdproxy info run1 --verify --json
+    """
+    recording = Recording(run)
+    if verify:
+        with err.status("checking payloads"):
+            recording.verify()
+    facts = _facts(recording)
+    if json:
+        print_json(facts)
+        return
+    meta = recording.meta
+    out.print(f"{run}: {meta.image} ({size_text(meta.size)}), policy {', '.join(meta.policies)}",
+              markup=False)  # fmt: skip
+    out.print(f"recorded    {meta.started}, {facts['seconds']:.3f} s, by {meta.program}")
+    out.print(f"ended       {facts['ended']}", markup=False)
+    if recording.missing:
+        out.print(f"missing     {recording.missing}", markup=False)
+    for name, counted in facts["requests"].items():
+        out.print(
+            f"{name:<11} {counted['count']:,} ({size_text(counted['bytes'])}), "
+            f"{counted['fua']:,} with FUA, {counted['failed']:,} failed, "
+            f"{counted['unanswered']:,} unanswered"
+        )
+    out.print(f"refused     {facts['refused']:,} before they reached the disk")
+    out.print(f"clients     {facts['connections']:,}")
+    out.print(f"cache mode  {' or '.join(facts['recorded_under'])}, as far as the requests tell")
+    for note in facts["notes"]:
+        out.print(f"note        {note['time_s']:.3f} s {note['kind']} {note['text']}", markup=False)
+
+
+def _facts(recording: Recording) -> dict[str, Any]:
+    table = recording.table
+    requests = {}
+    for command in np.unique(table.command).tolist():
+        rows = table.command == command
+        requests[command_name(command)] = {
+            "count": int(np.count_nonzero(rows)),
+            "bytes": int(table.length[rows].sum()),
+            "fua": int(np.count_nonzero(rows & table.is_fua)),
+            "failed": int(np.count_nonzero(rows & (table.error != 0))),
+            "unanswered": int(np.count_nonzero(rows & (table.completed == NEVER))),
+        }
+    connections = [note for note in recording.notes if note.kind is NoteKind.CONNECT]
+    shown = {NoteKind.MARK, NoteKind.QMP, NoteKind.CUT, NoteKind.LOSS}
+    return {
+        "recording": str(recording.path),
+        "image": recording.meta.image,
+        "size": recording.meta.size,
+        "overlay": recording.meta.overlay,
+        "policies": list(recording.meta.policies),
+        "started": recording.meta.started,
+        "program": recording.meta.program,
+        "seconds": recording.time_of(recording.events - 1) / 1e9,
+        "events": recording.events,
+        "ended": recording.ending.reason if recording.ending else "not in order",
+        "missing": recording.missing,
+        "requests": requests,
+        "refused": recording.refused,
+        "connections": len(connections),
+        "recorded_under": sorted(mode.value for mode in recorded_under(table)),
+        "notes": [
+            {"seq": n.seq, "time_s": n.time_ns / 1e9, "kind": n.kind.value, "text": n.text}
+            for n in recording.notes
+            if n.kind in shown
+        ],
+    }

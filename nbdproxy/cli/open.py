@@ -1,0 +1,152 @@
+"""`nbdproxy open`: a crash state as a disk."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdproxy.cli.console import err, out, set_up_logging, size_text
+from nbdproxy.cli.replay import Base
+from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.state import Choice, CrashDisk, StateId, open_state, parse_state_id
+from nbdproxy.disks.overlay import OverlayDisk
+from nbdproxy.errors import UsageError
+from nbdproxy.persistence.model import Level
+from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
+from nbdproxy.policy import loader
+from nbdproxy.server.endpoints import listen_unix
+from nbdproxy.server.export import Export
+from nbdproxy.server.service import Run, serve
+
+_COPY = 1024 * 1024
+
+
+class OutputFormat(StrEnum):
+    """What --output writes."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+def open_(
+    run: Annotated[Path, typer.Argument(help="A recording.")],
+    state: Annotated[
+        str | None, typer.Option(metavar="ID", help="A state's id, as replay --json tells it.")
+    ] = None,
+    at: Annotated[str | None, typer.Option(metavar="CUT", help="The disk at this instant.")] = None,
+    mode: Annotated[CacheMode | None, typer.Option(help="The worst state of this mode...")] = None,
+    failure: Annotated[Failure | None, typer.Option(help="...and this failure.")] = None,
+    socket: Annotated[
+        Path | None, typer.Option(help="Listen on this Unix socket.", show_default="a new one")
+    ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option("--run", metavar="COMMAND", help="Serve while this shell command runs."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Write the state here.")
+    ] = None,
+    output_format: Annotated[
+        OutputFormat, typer.Option("--format", help="What to write.")
+    ] = OutputFormat.RAW,
+    base: Base = None,
+) -> None:
+    """Open a crash state as a disk: serve it, run a command on it, or write it to a file.
+
+    Nothing is copied: the disk is the image plus the recording. Writes go to a scratch overlay
+    that ends with the command. --at alone is the disk with all that had been sent by then; with
+    --mode and --failure it is the worst state that these allow.
+
+    Examples:
+
+      nbdproxy open run1 --at before-exit --mode none --failure host-power-loss -o crashed.img
+
+      nbdproxy open run1 --state s1234.flushed.must --run 'nbdcopy "$uri" - | file -'
+
+      nbdproxy open run1 --at end --socket /tmp/crashed.sock
+    """
+    set_up_logging(verbose=False)
+    source = RecordedSource(run, image=base)
+    chosen = _choose(source, state, at, mode, failure)
+    disk = open_state(source, chosen)
+    if output is not None and output_format is OutputFormat.RAW:
+        _write(disk, output)
+        err.print(f"wrote state {chosen} to {output} ({size_text(disk.size)})", markup=False)
+        return
+    if output is not None:
+        if shutil.which("qemu-img") is None:
+            raise UsageError("qemu-img is not installed; apt-get install qemu-utils, or use raw")
+        command = f'qemu-img convert -f raw -O qcow2 "$uri" {shlex.quote(str(output))}'
+    with ExitStack() as stack:
+        if socket is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+            socket = Path(folder) / "socket"
+        endpoint = listen_unix(socket)
+        stack.callback(endpoint.close)
+        export = Export(
+            "",
+            OverlayDisk(disk),
+            loader.load("passthrough").policy,
+            description=f"state {chosen} of {run}",
+        )
+        stack.callback(export.close)
+
+        def announce() -> None:
+            err.print(f"serving state {chosen} of {run}", markup=False)
+            if command is None:
+                out.print(endpoint.uri(""), markup=False)
+                out.file.flush()
+
+        outcome = serve(
+            export, endpoint, run=Run(command) if command is not None else None, on_ready=announce
+        )
+    raise typer.Exit(outcome.exit_code)
+
+
+def _choose(
+    source: RecordedSource,
+    state: str | None,
+    at: str | None,
+    mode: CacheMode | None,
+    failure: Failure | None,
+) -> StateId:
+    if state is not None:
+        if at is not None or mode is not None or failure is not None:
+            raise UsageError("--state says all; drop --at, --mode and --failure")
+        return parse_state_id(state)
+    if at is None:
+        raise UsageError("which state? name it with --state ID or --at CUT")
+    if (mode is None) != (failure is None):
+        raise UsageError("--mode and --failure go together; give both or neither")
+    position = resolve(source, at).position
+    if mode is None or failure is None:
+        return StateId(position, Level.RECEIVED, Choice.ALL)
+    return StateId(position, guarantee(mode, failure).must, Choice.MUST)
+
+
+def _write(disk: CrashDisk, output: Path) -> None:
+    """Write a disk to a new sparse file, under a temporary name until it is whole."""
+    partial = output.with_name(output.name + ".part")
+    try:
+        with partial.open("wb") as file, err.status(f"writing {output}"):
+            file.truncate(disk.size)
+            for extent in disk.data_extents(0, disk.size):
+                for offset in range(extent.offset, extent.end, _COPY):
+                    data = disk.pread(offset, min(_COPY, extent.end - offset))
+                    if data.count(0) != len(data):
+                        os.pwrite(file.fileno(), data, offset)
+        partial.replace(output)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UsageError(f"{output} cannot be written: {error.strerror}") from None
+    finally:
+        disk.close()

@@ -1,0 +1,93 @@
+"""`nbdproxy replay`: the table cache mode x failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdproxy.cli.choices import parse_list
+from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.replay import replay as replay_recording
+from nbdproxy.crash.replay import to_json
+from nbdproxy.oracles import manifest
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.persistence.model import Coverage, Options
+from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.report import table, words
+
+ModeText = Annotated[
+    str | None,
+    typer.Option("--mode", metavar="MODE,...", help="Cache modes.", show_default="all"),
+]
+FailureText = Annotated[
+    str | None,
+    typer.Option("--failure", metavar="FAILURE,...", help="Failures.", show_default="all"),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(metavar="IMAGE", help="The image as it was, if it moved or was copied."),
+]
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="A recording.")],
+    files: Annotated[
+        Path, typer.Option(metavar="MANIFEST", help="The files that should be there (sha256sum).")
+    ],
+    mode: ModeText = None,
+    failure: FailureText = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="CUT", help="When: end, before-exit, seq:N, flush:N, ...")
+    ] = None,
+    recorded_as: Annotated[
+        CacheMode | None,
+        typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),
+    ] = None,
+    covers: Annotated[
+        Coverage,
+        typer.Option(help="A flush covers what was completed before it was received, or replied."),
+    ] = Coverage.RECEIVED,
+    base: Base = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell for each cache mode and failure which files would be whole, and who lost the others.
+
+    Each failure strikes where it tells most: a guest's poweroff at the end, all others at the last
+    instant before QEMU's own exit flushes. Exit code 0 if no file is lost in any cell, else 1.
+
+    Examples:
+
+      nbdproxy replay run1 --files npm.sha256
+
+      nbdproxy replay run1 --files npm.sha256 --mode none,writethrough --failure host-power-loss
+
+      nbdproxy replay run1 --files npm.sha256 --at time:12.5s --json
+    """
+    source = RecordedSource(run, image=base)
+    wanted = manifest.load(files)
+    if source.missing:
+        err.print(f"note: {source.missing}", markup=False)
+    with err.status("judging crash states") as status:
+        result = replay_recording(
+            source,
+            wanted,
+            modes=parse_list(mode, CacheMode, "--mode"),
+            failures=parse_list(failure, Failure, "--failure") or tuple(Failure),
+            at=at,
+            options=Options(coverage=covers),
+            recorded_as=recorded_as,
+            progress=lambda state: status.update(f"judging crash state {state}"),
+        )
+    if json:
+        print_json(to_json(result, source, str(run)))
+    else:
+        out.print(table.render(result, source))
+        for line in table.footnotes(result):
+            out.print(line, markup=False, style="dim")
+        for sentence in words.sentences(result):
+            out.print(sentence, markup=False)
+    fine = all(cell.verdict is Verdict.PASS for cell in result.cells)
+    raise typer.Exit(0 if fine else 1)

@@ -1,0 +1,127 @@
+"""Where clients connect: a Unix socket that only its owner may use, or TCP on loopback."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from nbdproxy.errors import UsageError
+
+NBD_PORT = 10809
+"""The port registered for NBD."""
+
+_BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A listening, non-blocking socket and what clients call it. Closing it is the owner's job."""
+
+    sock: socket.socket
+    path: Path | None
+    host: str
+    port: int
+
+    def uri(self, export: str) -> str:
+        """Return the NBD URI of an export behind this endpoint (NBD URI specification)."""
+        name = quote(export, safe="")
+        if self.path is not None:
+            return f"nbd+unix:///{name}?socket={quote(str(self.path))}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == NBD_PORT else f":{self.port}"
+        return f"nbd://{host}{port}/{name}"
+
+    def client(self, sock: socket.socket) -> str:
+        """Return how an accepted client is called in the recording."""
+        if self.path is None:
+            host, port = sock.getpeername()[:2]
+            return f"tcp {host}:{port}"
+        packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", packed)
+        return f"unix pid {pid} uid {uid}"
+
+    def close(self) -> None:
+        """Stop listening and remove the socket's file."""
+        self.sock.close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def listen_unix(path: Path) -> Endpoint:
+    """Listen on a Unix socket with mode 0600; a stale one, nobody behind it, is replaced."""
+    path = path.absolute()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old_mask = os.umask(0o177)
+    try:
+        _remove_stale(path)
+        sock.bind(str(path))
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except UsageError:
+        sock.close()
+        raise
+    except OSError as error:
+        sock.close()
+        # A path that is too long is told without a number.
+        reason = error.strerror or str(error)
+        raise UsageError(f"cannot listen on {path}: {reason}; choose another --socket") from None
+    finally:
+        os.umask(old_mask)
+    return Endpoint(sock, path, "", 0)
+
+
+def _remove_stale(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"{path} exists and is not a socket; choose another --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:
+            raise UsageError(f"{path} cannot be used: {error.strerror}") from None
+    raise UsageError(f"{path} is in use by another server; end it, or choose another --socket")
+
+
+def listen_tcp(address: str) -> Endpoint:
+    """Listen on HOST:PORT, which must be loopback: there is no encryption."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]") or "127.0.0.1"
+    if not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{address} is not HOST:PORT; write for example 127.0.0.1:{NBD_PORT}")
+    if host == "localhost":
+        host = "127.0.0.1"
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise UsageError(
+            f"{host} is not a loopback address, and without TLS nothing else is offered; "
+            "listen on 127.0.0.1, or use a Unix socket"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, int(port)))
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        in_use = error.errno == errno.EADDRINUSE
+        hint = "it is in use; choose another port" if in_use else error.strerror
+        raise UsageError(f"cannot listen on {address}: {hint}") from None
+    return Endpoint(sock, None, host, sock.getsockname()[1])
