@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nbdproxy import __version__
+from nbdproxy.cli import lab
 from nbdproxy.cli.console import err
 from nbdproxy.cli.info import info
 from nbdproxy.cli.log import log
@@ -62,6 +63,7 @@ app.command()(log)
 app.command()(replay)
 app.command()(manifest)
 app.command(name="open")(open_)
+app.add_typer(lab.app, name="lab")
 
 
 def main() -> None:

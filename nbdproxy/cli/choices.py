@@ -37,12 +37,13 @@ def parse_words(text: str, known: Iterable[str], option: str) -> list[str]:
 def parse_range(text: str) -> tuple[int, int]:
     """Return the bytes [a, b) that "A-B" names; both may have a unit: 4K-1M."""
     low, dash, high = text.partition("-")
-    start, end = _size(low), _size(high)
+    start, end = parse_size(low), parse_size(high)
     if not dash or start is None or end is None or start >= end:
         raise UsageError(f"--range: {text!r} is not a range of bytes; write for example 4K-1M")
     return start, end
 
 
-def _size(text: str) -> int | None:
+def parse_size(text: str) -> int | None:
+    """Return the bytes that "4K" or "10GiB" names, None if it names none."""
     match = _SIZE.fullmatch(text.strip())
     return int(match[1]) << _UNITS[match[2].upper()] if match else None

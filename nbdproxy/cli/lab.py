@@ -1,0 +1,158 @@
+"""`nbdproxy lab`: throw-away QEMU guests that run a workload on a disk."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdproxy.cli.choices import parse_size
+from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.errors import UsageError
+from nbdproxy.lab import guest
+from nbdproxy.lab.build import build_lab
+from nbdproxy.lab.disk import FILESYSTEMS, PARTITION_TABLES, format_disk
+from nbdproxy.lab.workloads import WORKLOADS, parse_ending, shell, workload_named
+from nbdproxy.persistence.modes import CacheMode
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+def _tell(line: str) -> None:
+    err.print(line, markup=False)
+
+
+@app.callback()
+def lab() -> None:
+    """Run a workload in a throw-away QEMU guest that boots in seconds, on any disk.
+
+    Needs no root. The guest is built once, from Debian's kernel and npm's registry, and cached.
+    """
+
+
+@app.command("list")
+def list_workloads(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the workloads there are.
+
+    Example: nbdproxy lab list
+    """
+    if json:
+        print_json([{"name": w.name, "summary": w.summary} for w in WORKLOADS.values()])
+        return
+    for workload in WORKLOADS.values():
+        out.print(f"{workload.name:<20} {workload.summary}", markup=False)
+
+
+@app.command()
+def build() -> None:
+    """Build the guest, if that was not done before: a minute or two, then it is cached.
+
+    Example: nbdproxy lab build
+    """
+    made = build_lab(progress=_tell)
+    err.print(f"the lab is in {made.cache}", markup=False)
+
+
+@app.command("format")
+def format_(
+    disk: Annotated[Path, typer.Argument(help="The image to make; what it held is lost.")],
+    size: Annotated[str, typer.Option(help="Its size.")] = "256M",
+    fs: Annotated[str, typer.Option(help=f"One of {', '.join(FILESYSTEMS)}.")] = "ext4",
+    table: Annotated[
+        str | None, typer.Option(help=f"Partition table: {', '.join(PARTITION_TABLES)} or none.")
+    ] = None,
+) -> None:
+    """Make a raw image with an empty filesystem, for a workload to fill.
+
+    Example: nbdproxy lab format disk.img --size 512M --table gpt
+    """
+    count = parse_size(size)
+    if count is None:
+        raise UsageError(f"--size: {size!r} is not a size; write for example 256M")
+    format_disk(disk, count, fs=fs, partition_table=table)
+
+
+@app.command()
+def manifest(
+    project: Annotated[str, typer.Argument(help="A project: small or medium.")],
+) -> None:
+    """Print what a whole npm install of a project leaves, as a manifest.
+
+    Example: nbdproxy lab manifest small > npm.sha256
+    """
+    manifests = build_lab(progress=_tell).manifests
+    if project not in manifests:
+        raise UsageError(f"there is no project {project}; choose from {', '.join(manifests)}")
+    sys.stdout.buffer.write(manifests[project].read_bytes())
+
+
+@app.command()
+def run(
+    workload: Annotated[str, typer.Argument(help="See nbdproxy lab list; or - with --script.")],
+    disk: Annotated[str, typer.Argument(help="An image file or an NBD URI.")],
+    end: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="cut, sync, umount, hang, or wait:SECONDS[,HOW].",
+            show_default="the workload's own",
+        ),
+    ] = None,
+    script: Annotated[
+        str | None, typer.Option(metavar="SHELL", help="Run this instead of a workload.")
+    ] = None,
+    cache: Annotated[CacheMode, typer.Option(help="QEMU's cache mode.")] = CacheMode.NONE,
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(guest.DEVICES)}.")] = "virtio-blk",
+    partition: Annotated[int | None, typer.Option(help="Use this partition.")] = None,
+    image_format: Annotated[str, typer.Option("--format", help="raw or qcow2.")] = "raw",
+    qmp: Annotated[
+        Path | None, typer.Option(metavar="SOCKET", help="Where QEMU shall offer QMP.")
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", help="Show all that the guest prints.")
+    ] = False,
+) -> None:
+    """Boot a guest, run a workload on a disk, and end as told.
+
+    Endings: cut powers off without writing anything back; sync and umount do that first; hang lets
+    the host kill QEMU; wait:SECONDS idles before.
+
+    Examples:
+
+      nbdproxy lab run npm-small disk.img --end sync
+
+      nbdproxy serve disk.img --record run1 --run 'nbdproxy lab run npm-small "$uri" --end cut'
+
+      nbdproxy lab run - disk.img --script 'echo hello > a; sync' --end cut
+    """
+    chosen = shell(script) if script is not None else workload_named(workload)
+    made = build_lab(progress=_tell)
+    ending = parse_ending(end) if end is not None else None
+    _tell(f"guest: booting, then {chosen.summary}")
+    with err.status("guest is running") as status:
+
+        def show(line: str) -> None:
+            status.update(f"guest: {line[:100]}")
+            if verbose:
+                _tell(f"guest: {line}")
+
+        result = guest.run(
+            made,
+            chosen,
+            disk,
+            ending=ending,
+            cache_mode=cache.value,
+            device=device,
+            partition=partition,
+            image_format=image_format,
+            qmp=qmp,
+            on_line=show,
+        )
+    _tell(
+        f"guest: booted in {result.started_s:.1f} s, worked {result.workload_s:.1f} s, "
+        f"gone after {result.ended_s:.1f} s"
+    )

@@ -1,0 +1,222 @@
+"""Runs one workload in one throw-away guest, from boot to its end.
+
+Guarantees: when `run` returns or raises, QEMU is gone; a guest that outlives its time limit, does
+not mount or whose workload fails raises `LabError` with the end of its serial output. The kernel,
+the initramfs and the tools disk are only read, so any number of guests may share them.
+
+Does not cover the disk behind the target: hand in an image file or the URI of an NBD server.
+Plain blocking code: callers with an event loop run it in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import selectors
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nbdproxy.errors import LabError
+from nbdproxy.lab import accel, cpio
+from nbdproxy.lab.build import Lab
+from nbdproxy.lab.cache import silent
+from nbdproxy.lab.initramfs import MARK
+from nbdproxy.lab.workloads import End, Ending, Workload, render
+
+CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
+
+DEVICES = {
+    "virtio-blk": ("/dev/vdb", ("-device", "virtio-blk-pci,drive=target,addr=5")),
+    "virtio-scsi": (
+        "/dev/sda",
+        ("-device", "virtio-scsi-pci,addr=5", "-device", "scsi-hd,drive=target"),
+    ),
+    "ide": ("/dev/sda", ("-device", "ide-hd,drive=target,bus=ide.0")),
+    "nvme": ("/dev/nvme0n1", ("-device", "nvme,drive=target,serial=target,addr=5")),
+}
+"""How each kind of target disk is attached, and what the guest calls it (the tools are vda)."""
+
+# Not only at a line's beginning: a workload's last line may lack its end.
+_MARKED = re.compile(rf"{MARK} (\w+) ?(\S*)$")
+_TOOLS_DEVICE = "/dev/vda"
+_TAIL_LINES = 25
+
+
+@dataclass(frozen=True, slots=True)
+class GuestRun:
+    """What a run was: times in seconds since QEMU started, and all that the guest printed.
+
+    started_s    the workload began
+    finished_s   the workload was done
+    ended_s      QEMU was gone
+    exit_status  QEMU's: 0, or -9 where the ending is `hang`
+    """
+
+    started_s: float
+    finished_s: float
+    ended_s: float
+    exit_status: int
+    serial: str
+    command: tuple[str, ...]
+
+    @property
+    def workload_s(self) -> float:
+        """How long the workload took."""
+        return self.finished_s - self.started_s
+
+
+def run(
+    lab: Lab,
+    workload: Workload,
+    target: Path | str,
+    *,
+    ending: Ending | None = None,
+    cache_mode: str = "writeback",
+    device: str = "virtio-blk",
+    image_format: str = "raw",
+    partition: int | None = None,
+    qmp: Path | None = None,
+    accelerator: str | None = None,
+    time_limit_s: float = 300,
+    memory_mib: int = 1024,
+    cpus: int = 2,
+    extra: Sequence[str] = (),
+    on_line: Callable[[str], None] = silent,
+) -> GuestRun:
+    """Boot a guest with `target` (an image file or an NBD URI), run the workload, end as told.
+
+    Without `ending` the workload's own is taken.
+    `on_line` gets each line of the serial port as it comes, those with a `MARK` too.
+    `qmp` is where QEMU shall listen for its monitor protocol. `accelerator` is kvm or tcg, by
+    default what `accel.probe` finds. `extra` goes to QEMU as it is. SIGKILL of the caller is
+    covered by `timeout`, which ends QEMU at the limit even then.
+    """
+    if cache_mode not in CACHE_MODES:
+        raise LabError(f"no cache mode {cache_mode!r}; QEMU has {', '.join(CACHE_MODES)}")
+    if device not in DEVICES:
+        raise LabError(f"no device {device!r}; the lab has {', '.join(DEVICES)}")
+    name, attachment = DEVICES[device]
+    if partition is not None:
+        name += f"p{partition}" if device == "nvme" else str(partition)
+    if accelerator is None:
+        accelerator = accel.probe(lab.cache, lab.kit)
+    ending = ending or workload.ending
+    script = render(workload, ending, name, _TOOLS_DEVICE)
+    with _initrd(lab, script) as initrd:
+        command = [
+            *accel.base_command(
+                lab.kit.kernel, initrd, accelerator, memory_mib=memory_mib, cpus=cpus
+            ),
+            "-drive",
+            "if=none,id=tools,format=raw,readonly=on,file.locking=off," + _file(lab.tools_disk),
+            "-device", "virtio-blk-pci,drive=tools,addr=4",
+            "-drive",
+            f"if=none,id=target,format={image_format},cache={cache_mode},discard=unmap,"
+            + _file(target),
+            *attachment,
+            *(("-qmp", f"unix:{_escaped(qmp)},server=on,wait=off") if qmp else ()),
+            *extra,
+        ]  # fmt: skip
+        return _Watch(workload, ending, time_limit_s, on_line).follow(command)
+
+
+def _file(target: Path | str) -> str:
+    """Name an image or an NBD server to QEMU; a path must not be taken for a protocol."""
+    if isinstance(target, str) and "://" in target:
+        return f"file={_escaped(target)}"
+    return f"file.driver=file,file.filename={_escaped(target)}"
+
+
+def _escaped(path: Path | str) -> str:
+    """Write a value for one of QEMU's option lists, where a comma would end it."""
+    return str(path).replace(",", ",,")
+
+
+@contextmanager
+def _initrd(lab: Lab, script: str) -> Iterator[Path]:
+    """Yield the initramfs with the run's own archive behind it: the kernel unpacks both."""
+    own = cpio.archive([cpio.regular("run.sh", script.encode())])
+    with tempfile.NamedTemporaryFile(prefix="nbdproxy-lab-") as joined:
+        joined.write(lab.kit.initrd.read_bytes())
+        joined.write(own)
+        joined.flush()
+        yield Path(joined.name)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Follows one guest by its serial port."""
+
+    workload: Workload
+    ending: Ending
+    time_limit_s: float
+    on_line: Callable[[str], None]
+    started_at: float = field(default_factory=time.monotonic)
+    lines: list[str] = field(default_factory=list)
+    times: dict[str, float] = field(default_factory=dict)
+    status: int | None = None
+
+    def follow(self, command: Sequence[str]) -> GuestRun:
+        """Run QEMU to its end and judge it."""
+        with accel.running(command, self.time_limit_s) as process:
+            for line in _lines(process, self.started_at + self.time_limit_s):
+                self._take(line)
+                if self.ending.how is End.HANG and "ending" in self.times:
+                    accel.kill(process)
+            out_of_time = process.poll() is None
+        took = time.monotonic() - self.started_at
+        if out_of_time:
+            raise self._error(f"was not done after {self.time_limit_s:g} s, give it longer")
+        if "started" not in self.times:
+            raise self._error("did not get as far as its workload, check the disk and its options")
+        if self.status != 0:
+            raise self._error(f"ended its workload with status {self.status}, mend its script")
+        if "ending" not in self.times:
+            raise self._error("ended before it was told to, run it again")
+        return GuestRun(
+            started_s=self.times["started"],
+            finished_s=self.times["finished"],
+            ended_s=took,
+            exit_status=process.returncode,
+            serial="\n".join(self.lines),
+            command=tuple(command),
+        )
+
+    def _take(self, line: str) -> None:
+        self.lines.append(line)
+        if found := _MARKED.search(line):
+            self.times[found[1]] = time.monotonic() - self.started_at
+            if found[1] == "finished" and found[2].isdecimal():
+                self.status = int(found[2])
+        self.on_line(line)
+
+    def _error(self, what: str) -> LabError:
+        tail = "\n".join(f"  {line}" for line in self.lines[-_TAIL_LINES:]) or "  (nothing)"
+        return LabError(f"the guest running {self.workload.name} {what}; its last words:\n{tail}")
+
+
+def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[str]:
+    """Yield what QEMU prints, line by line, until it ends or the deadline passes."""
+    assert process.stdout is not None
+    pending = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if not selector.select(left):
+                return
+            data = os.read(process.stdout.fileno(), 1 << 16)
+            if not data:
+                break
+            *whole, pending = (pending + data).split(b"\n")
+            for line in whole:
+                yield line.decode(errors="replace").rstrip("\r")
+        if pending:
+            yield pending.decode(errors="replace").rstrip("\r")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=max(1.0, deadline - time.monotonic()))

@@ -1,0 +1,92 @@
+"""The host's own programs: finding them, and running them.
+
+Guarantees: what is missing is told in one sentence with the apt line that brings all of it; a
+program that fails is told with its last lines. Does not cover hosts without apt: there the package
+names are only a hint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from nbdproxy.errors import LabError
+
+PACKAGE_OF = {
+    "apt-cache": "apt",
+    "apt-get": "apt",
+    "busybox": "busybox-static",
+    "cpio": "cpio",
+    "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "dpkg-deb": "dpkg",
+    "ldd": "libc-bin",
+    "mke2fs": "e2fsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.xfs": "xfsprogs",
+    "node": "nodejs",
+    "npm": "npm",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "sfdisk": "fdisk",
+}
+"""The Debian package that each program comes from."""
+
+_SUPERUSER_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"  # mke2fs and sfdisk work without root
+
+
+def find(name: str) -> Path | None:
+    """Return where a program is, also looking where only root's PATH would."""
+    path = f"{os.environ.get('PATH', os.defpath)}:{_SUPERUSER_FOLDERS}"
+    found = shutil.which(name, path=path)
+    return Path(found) if found else None
+
+
+def require(names: Iterable[str]) -> dict[str, Path]:
+    """Return where each program is; `LabError` names every package that is missing."""
+    found = {name: find(name) for name in names}
+    missing = sorted(name for name, path in found.items() if path is None)
+    if missing:
+        raise missing_error(missing)
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def missing_error(names: Sequence[str]) -> LabError:
+    """Say which programs the lab lacks and how to get them."""
+    packages = " ".join(sorted({PACKAGE_OF[name] for name in names}))
+    return LabError(
+        f"the lab needs {', '.join(names)}, not found here; run: sudo apt-get install {packages}"
+    )
+
+
+def run_tool(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    time_limit_s: float = 300,
+) -> str:
+    """Run a program to its end and return its stdout; `LabError` if it fails or takes too long."""
+    words = [str(word) for word in argv]
+    shown = " ".join([Path(words[0]).name, *words[1:]])
+    try:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env=None if env is None else {**os.environ, **env},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=time_limit_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise LabError(f"`{shown}` did not end within {time_limit_s:g} s; run it by hand") from None
+    if done.returncode != 0:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise LabError(f"`{shown}` failed with status {done.returncode}; it said:\n{said}")
+    return done.stdout

@@ -1,0 +1,174 @@
+"""What a guest does to the target disk, and how it ends: data, and the shell script made of it.
+
+Guarantees: a workload is a value; the ones that come with the lab are in `WORKLOADS`, by name.
+The script runs in the guest as root in busybox's shell, inside the mounted target disk.
+Does not cover what happens on the host (that is `guest`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from nbdproxy.errors import LabError
+from nbdproxy.lab.initramfs import MARK
+from nbdproxy.lab.userland import APP, NPM_FLAGS
+
+TARGET = "/mnt"
+"""Where the guest mounts the target disk."""
+
+TOOLS = "/tools"
+
+
+class End(Enum):
+    """How a run ends, once its workload is done."""
+
+    CUT = "cut"
+    """The guest powers off without writing anything back; QEMU ends in order."""
+    SYNC = "sync"
+    """The same, behind a `sync`."""
+    UMOUNT = "umount"
+    """The same, behind unmounting the target disk."""
+    HANG = "hang"
+    """The guest does nothing more, and the host kills QEMU (SIGKILL)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a run ends, after idling `wait_s` seconds (the kernel writes back on its own)."""
+
+    how: End = End.CUT
+    wait_s: float = 0
+
+
+def parse_ending(text: str) -> Ending:
+    """Read `cut`, `sync`, `umount`, `hang`, or `wait:SECONDS` with `,HOW` behind it or not."""
+    how, wait_s = text, 0.0
+    try:
+        if text.startswith("wait:"):
+            seconds, _, how = text.removeprefix("wait:").partition(",")
+            how, wait_s = how or End.CUT.value, float(seconds)
+        ending = Ending(End(how), wait_s)
+    except ValueError:
+        raise LabError(
+            f"no such ending: {text!r}; use cut, sync, umount, hang, wait:SECONDS "
+            "or wait:SECONDS,hang"
+        ) from None
+    if not 0 <= wait_s <= 3600:
+        raise LabError(f"a wait is between 0 and 3600 seconds, not {wait_s:g}")
+    return ending
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What to run on which filesystem, and how a run of it ends unless told otherwise.
+
+    `script` is shell; `project` is what it installs, if any; the disk wants `disk_mib` MiB.
+    """
+
+    name: str
+    summary: str
+    script: str
+    project: str | None = None
+    fs: str = "ext4"
+    mount_options: str = "defaults"
+    disk_mib: int = 256
+    ending: Ending = Ending()
+
+
+def npm(project: str) -> Workload:
+    """A real `npm ci` of a project into `/app`, offline, from the cache on the tools disk."""
+    home, app = f"{TOOLS}/projects/{project}", f"{TARGET}/{APP}"
+    script = (
+        f"mkdir {app} && cp {home}/package.json {home}/package-lock.json {app}/ && cd {app} && "
+        f"{TOOLS}/bin/node {TOOLS}/npm/bin/npm-cli.js ci --offline --cache {home}/cache "
+        f"{' '.join(NPM_FLAGS)}"
+    )
+    return Workload(f"npm-{project}", f"npm ci of project {project}", script, project)
+
+
+def tar(project: str) -> Workload:
+    """The same files as `npm` leaves, unpacked by tar: a few seconds instead of many."""
+    script = f"tar -x -f {TOOLS}/projects/{project}/tree.tar -C {TARGET}"
+    return Workload(f"tar-{project}", f"the files of project {project}, by tar", script, project)
+
+
+def shell(script: str, *, name: str = "shell") -> Workload:
+    """Any shell script; its working directory is the top of the target disk."""
+    return Workload(name, "a shell script", script)
+
+
+def with_zeroes(workload: Workload) -> Workload:
+    """The same where ext4 may commit a file before its data, so that a cut leaves it all zero.
+
+    Each second the journal commits the files' sizes and blocks, while their data stays in the
+    guest's page cache for up to 30 s: it is never sent, and every flush is honoured.
+    """
+    return replace(
+        workload,
+        name=f"{workload.name}-zeroes",
+        summary=f"{workload.summary}, on an ext4 that commits files before their data",
+        mount_options="nodelalloc,data=writeback,commit=1",
+        ending=Ending(End.CUT, wait_s=3),
+    )
+
+
+def _shipped() -> dict[str, Workload]:
+    few = "i=0; while [ $i -lt 200 ]; do echo file number $i > f$i; i=$((i+1)); done"
+    listed = [
+        npm("small"),
+        replace(npm("medium"), disk_mib=512),
+        tar("small"),
+        replace(tar("medium"), disk_mib=512),
+        with_zeroes(npm("small")),
+        with_zeroes(tar("small")),
+        replace(shell(few, name="files-200"), summary="200 small files", disk_mib=64),
+    ]
+    return {workload.name: workload for workload in listed}
+
+
+WORKLOADS = _shipped()
+"""The workloads that `nbdproxy lab run NAME` offers."""
+
+
+def workload_named(name: str) -> Workload:
+    """Return a shipped workload; `LabError` lists them if there is none of that name."""
+    try:
+        return WORKLOADS[name]
+    except KeyError:
+        raise LabError(f"no workload {name!r}; there are {', '.join(WORKLOADS)}") from None
+
+
+def render(workload: Workload, ending: Ending, target: str, tools_disk: str) -> str:
+    """Return the script that init runs; `target` and `tools_disk` are the guest's device names."""
+    lines = [
+        "fail() {",
+        f'  echo "{MARK} failed $1"; echo o > /proc/sysrq-trigger; while :; do sleep 60; done',
+        "}",
+        "wait_for() {",
+        "  n=0; until [ -b $1 ]; do n=$((n+1)); [ $n -gt 100 ] && fail $1; sleep 0.1; done",
+        "}",
+        f"wait_for {tools_disk}",
+        f"mount -t ext4 -o ro {tools_disk} {TOOLS} || fail tools-disk",
+        *([f"load {workload.fs}"] if workload.fs in {"xfs", "btrfs"} else []),
+        f"wait_for {target}",
+        f"mount -t {workload.fs} -o {shlex.quote(workload.mount_options)} {target} {TARGET}"
+        " || fail mount",
+        f"cd {TARGET}",
+        f'echo "{MARK} started"',
+        f"sh -c {shlex.quote(workload.script)}",
+        f'echo "{MARK} finished $?"',
+        "cd /",
+    ]
+    if ending.wait_s:
+        lines.append(f"sleep {ending.wait_s:g}")
+    match ending.how:
+        case End.SYNC:
+            lines.append("sync")
+        case End.UMOUNT:
+            lines.append(f"umount {TARGET} || fail umount")
+    lines.append(f'echo "{MARK} ending"')
+    if ending.how is End.HANG:
+        lines.append("while :; do sleep 60; done")
+    return "\n".join([*lines, ""])
