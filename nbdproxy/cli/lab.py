@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -105,6 +106,10 @@ def run(
     script: Annotated[
         str | None, typer.Option(metavar="SHELL", help="Run this instead of a workload.")
     ] = None,
+    mount: Annotated[
+        str | None,
+        typer.Option(metavar="OPTIONS", help="Mount options.", show_default="the workload's own"),
+    ] = None,
     cache: Annotated[CacheMode, typer.Option(help="QEMU's cache mode.")] = CacheMode.NONE,
     device: Annotated[str, typer.Option(help=f"One of {', '.join(guest.DEVICES)}.")] = "virtio-blk",
     partition: Annotated[int | None, typer.Option(help="Use this partition.")] = None,
@@ -130,6 +135,8 @@ def run(
       nbdproxy lab run - disk.img --script 'echo hello > a; sync' --end cut
     """
     chosen = shell(script) if script is not None else workload_named(workload)
+    if mount is not None:
+        chosen = replace(chosen, mount_options=mount)
     made = build_lab(progress=_tell)
     ending = parse_ending(end) if end is not None else None
     _tell(f"guest: booting, then {chosen.summary}")

@@ -42,6 +42,14 @@ def replay(
     at: Annotated[
         str | None, typer.Option(metavar="CUT", help="When: end, before-exit, seq:N, flush:N, ...")
     ] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The folder that the manifest's paths begin at.",
+            show_default="found by looking for the files",
+        ),
+    ] = None,
     recorded_as: Annotated[
         CacheMode | None,
         typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),
@@ -56,7 +64,9 @@ def replay(
     """Tell for each cache mode and failure which files would be whole, and who lost the others.
 
     Each failure strikes where it tells most: a guest's poweroff at the end, all others at the last
-    instant before QEMU's own exit flushes. Exit code 0 if no file is lost in any cell, else 1.
+    instant before QEMU's own exit flushes. Files that were never sent cannot be found by looking:
+    if none was, say where they belong with --root (/ for absolute paths). Exit code 0 if no file is
+    lost in any cell, else 1.
 
     Examples:
 
@@ -79,6 +89,7 @@ def replay(
             at=at,
             options=Options(coverage=covers),
             recorded_as=recorded_as,
+            root=root,
             progress=lambda state: status.update(f"judging crash state {state}"),
         )
     if json:

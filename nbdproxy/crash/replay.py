@@ -18,7 +18,7 @@ import hashlib
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -53,7 +53,7 @@ class Oracle(Protocol):
     """What tells the condition of files; the module `nbdproxy.oracles.check` is one."""
 
     def check(
-        self, device: ReadableDevice, manifest: Manifest, *, earlier: Digests, partition: int
+        self, device: ReadableDevice, manifest: Manifest, *, earlier: Digests, partition: int | None
     ) -> Findings:
         """Return the condition of each file of a manifest with absolute paths."""
         ...
@@ -62,7 +62,7 @@ class Oracle(Protocol):
         """Return the partition that a manifest describes, and the manifest with its paths."""
         ...
 
-    def scan(self, device: ReadableDevice, under: str, *, partition: int) -> Manifest:
+    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
         """Return path, size and digest of each regular file below a directory."""
         ...
 
@@ -109,13 +109,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The table, for the files of `manifest`, with absolute paths, on a partition (0: no table).
+    """The table, for the files of `manifest`, with absolute paths, on a partition.
 
+    `partition` 0 is the whole disk, None whatever has a filesystem.
     `left_out` are the modes that this recording tells nothing about.
     """
 
     manifest: Manifest
-    partition: int
+    partition: int | None
     cut: Cut
     recorded_under: frozenset[CacheMode]
     left_out: tuple[CacheMode, ...]
@@ -131,6 +132,7 @@ def replay(
     at: str | None = None,
     options: Options = DEFAULTS,
     recorded_as: CacheMode | None = None,
+    root: str | None = None,
     progress: Callable[[StateId], None] = lambda _: None,
     oracle: Oracle = ext4_oracle,
 ) -> Replay:
@@ -138,7 +140,10 @@ def replay(
 
     `modes` None means all that the recording can be projected onto. `at` None means `end` for a
     guest's poweroff and `before-exit` for every other failure. `recorded_as` is the cache mode the
-    recording was taken under, if the user knows. `progress` hears of each state about to be judged.
+    recording was taken under, if the user knows. `root` is the directory of the filesystem that
+    the manifest's paths begin at; by default it is found by looking for the files. `progress`
+    hears of each state about to be judged.
+
     Raises ProjectionError for a mode that the recording tells nothing about, UsageError for a cut
     that it lacks, ManifestError if none of the files was ever on the disk, and FilesystemError if
     even the fullest state cannot be read.
@@ -151,7 +156,11 @@ def replay(
     cuts = dict.fromkeys(failures, cut)
     if at is None and Failure.GUEST_POWEROFF in cuts:
         cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
-    partition, manifest = _locate(source, manifest, cut, options, oracle)
+    partition: int | None = None
+    if root is None:
+        partition, manifest = _locate(source, manifest, cut, options, oracle)
+    else:
+        manifest = _below(root, manifest)
     earlier = _earlier_digests(source, manifest, partition, oracle)
     judge = _Judge(source, manifest, partition, earlier, options, oracle, progress)
     cells = [_cell(judge, mode, failure, cuts[failure]) for failure in failures for mode in modes]
@@ -173,7 +182,7 @@ class _Judge:
 
     source: Source
     manifest: Manifest
-    partition: int
+    partition: int | None
     earlier: Digests
     options: Options
     oracle: Oracle
@@ -243,6 +252,16 @@ def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
     return Cell(mode, failure, cut, verdict, worst, best)
 
 
+def _below(root: str, manifest: Manifest) -> Manifest:
+    """Put every path of a manifest below a directory of the filesystem."""
+    return Manifest(
+        tuple(
+            replace(entry, path=posixpath.join("/", root, entry.path.lstrip("/")))
+            for entry in manifest.entries
+        )
+    )
+
+
 def _locate(
     source: Source, manifest: Manifest, cut: Cut, options: Options, oracle: Oracle
 ) -> tuple[int, Manifest]:
@@ -266,7 +285,9 @@ def _locate(
             raise at_the_end from None
 
 
-def _earlier_digests(source: Source, manifest: Manifest, partition: int, oracle: Oracle) -> Digests:
+def _earlier_digests(
+    source: Source, manifest: Manifest, partition: int | None, oracle: Oracle
+) -> Digests:
     """Return the digests that the manifest's paths had before the recording, if any."""
     wanted = {entry.path for entry in manifest.entries}
     base = source.base()

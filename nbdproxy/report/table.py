@@ -13,19 +13,27 @@ _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}
 
 
 def render(result: Replay, source: Source) -> Table:
-    """Return the table: a row for each mode, a column for each failure and its cut."""
-    modes = list(dict.fromkeys(cell.mode for cell in result.cells))
+    """Return the table: a row for modes that fare alike, a column for each failure and its cut."""
     failures = list(dict.fromkeys(cell.failure for cell in result.cells))
-    cells = {(cell.mode, cell.failure): cell for cell in result.cells}
     table = Table(show_lines=True, pad_edge=False)
     table.add_column("cache mode", no_wrap=True)
     for failure in failures:
-        cut = cells[modes[0], failure].cut
-        table.add_column(f"{failure.value}\nat {cut.text} ({cut.time_ns(source) / 1e9:.1f} s)")
-    for mode in modes:
-        row = [_cell_text(cells[mode, failure]) for failure in failures]
-        table.add_row(mode.value, *row)
+        cut = next(cell.cut for cell in result.cells if cell.failure is failure)
+        table.add_column(f"{failure.value}\n{cut.text}\nat {cut.time_ns(source) / 1e9:.1f} s")
+    for modes, row in _rows(result).items():
+        table.add_row("\n".join(modes), *row)
     return table
+
+
+def _rows(result: Replay) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return the text of each row; modes whose rows are the same share one."""
+    by_mode: dict[str, tuple[str, ...]] = {}
+    for cell in result.cells:
+        by_mode[cell.mode.value] = (*by_mode.get(cell.mode.value, ()), _cell_text(cell))
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for mode, row in by_mode.items():
+        alike.setdefault(row, []).append(mode)
+    return {tuple(modes): row for row, modes in alike.items()}
 
 
 def footnotes(result: Replay) -> list[str]:
@@ -51,7 +59,8 @@ def counts(outcome: Outcome, total: int) -> list[str]:
     found = outcome.conditions
     if not found:
         return ["cannot be told"]
-    lines = [f"{found[Condition.WHOLE]:,} of {total:,} whole"]
+    whole = found[Condition.WHOLE]
+    lines = [f"all {total:,} whole" if whole == total else f"{whole:,} of {total:,} whole"]
     lines += [f"{n:,} {c.value}" for c, n in found.most_common() if c is not Condition.WHOLE]
     return lines
 

@@ -18,7 +18,8 @@ _BLAME = {
     Cause.FLUSHED_THEN_LOST: "had been flushed, and were lost below all the same",
 }
 _GUILTY = {
-    Cause.NEVER_SENT: "the guest's own page cache lost them (no fsync), not QEMU and not the store",
+    Cause.NEVER_SENT: "the guest's own page cache lost them (no fsync), "
+    "and no cache mode could have saved them",
     Cause.SENT_UNANSWERED: "nobody had promised to keep them",
     Cause.UNFLUSHED: "a volatile write cache lost them, for want of a flush",
     Cause.FLUSH_IN_FLIGHT: "the flush came too late",
@@ -46,8 +47,11 @@ def _fault(cell: Cell) -> str:
     causes = cell.worst.causes.most_common()
     if not causes:
         return f"Whose fault: {total - whole:,} of {total:,} files cannot be read."
-    parts = [f"{n:,} of {total:,} files {_BLAME[cause]}" for cause, n in causes]
-    return f"Whose fault: {'; '.join(parts)}: {_GUILTY[causes[0][0]]}."
+    main, lost = causes[0]
+    text = f"Whose fault: {lost:,} of {total:,} files {_BLAME[main]}: {_GUILTY[main]}"
+    for cause, count in causes[1:]:
+        text += f"; {count:,} more {_BLAME[cause]}"
+    return text + "."
 
 
 def _saved(cells: dict[CacheMode, Cell]) -> str:
@@ -55,13 +59,15 @@ def _saved(cells: dict[CacheMode, Cell]) -> str:
     for mode, cell in cells.items():
         by_count.setdefault(cell.worst.conditions[Condition.WHOLE], []).append(mode.value)
     total = max(len(cell.worst.files) for cell in cells.values())
-    parts = [
-        f"{_and(modes)} would have saved {count:,}"
-        for count, modes in sorted(by_count.items(), reverse=True)
-    ]
-    if len(parts) == 1 and len(cells) > 1:
-        parts = [f"every mode would have saved the same {next(iter(by_count)):,}"]
-    return f"Had the host lost power then, of {total:,} files {', '.join(parts)}."
+    most, *rest = sorted(by_count.items(), reverse=True)
+    text = f"{_modes(most[1])} would have saved {most[0]:,} of {total:,} files"
+    for count, modes in rest:
+        text += f", {_modes(modes)} {count:,}"
+    return f"Had the host lost power then, {text}."
+
+
+def _modes(names: list[str]) -> str:
+    return f"cache mode{'s' if len(names) > 1 else ''} {_and(names)}"
 
 
 def _and(words: list[str]) -> str:
