@@ -1,6 +1,6 @@
 """Cuts: the texts that name an instant of a recording, and the positions they stand for.
 
-`end` | `before-exit` | `seq:N` | `flush:N` | `time:12.5s` | `mark:NAME`
+`end` | `before-exit` | `riskiest` | `seq:N` | `flush:N` | `time:12.5s` | `mark:NAME`
 
 A cut at position t means: the events with seq < t have happened, the others have not. `resolve`
 raises UsageError, with what there is to choose from, for everything that the recording lacks.
@@ -20,6 +20,7 @@ import numpy as np
 
 from nbdproxy.crash.source import Source
 from nbdproxy.errors import UsageError
+from nbdproxy.persistence.model import durable_from
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import Note, NoteKind
 
@@ -46,12 +47,14 @@ def resolve(source: Source, text: str) -> Cut:
         return Cut(text, source.events)
     if text == "before-exit":
         return before_exit(source)
+    if text == "riskiest":
+        return riskiest(source)
     kind, _, value = text.partition(":")
     finder = _FINDERS.get(kind)
     if finder is None or not value:
         raise UsageError(
-            f"{text!r} names no instant: use end, before-exit, seq:N, flush:N, time:12.5s or "
-            f"mark:NAME"
+            f"{text!r} names no instant: use end, before-exit, riskiest, seq:N, flush:N, "
+            f"time:12.5s or mark:NAME"
         )
     return finder(source, text, value)
 
@@ -83,6 +86,24 @@ def before_exit(source: Source) -> Cut:
     if len(rows) < 2 or not flushed.all():
         return Cut(text, source.events, "no two flushes stand before DISC: nothing was set aside")
     return Cut(text, int(table.seq[rows[0]]), "2 flushes before DISC set aside as QEMU's own")
+
+
+def riskiest(source: Source) -> Cut:
+    """Return the first instant at which the most bytes were completed and not yet durable."""
+    table = source.table
+    rows = np.flatnonzero(table.is_modifying & (table.completed != NEVER) & (table.error == 0))
+    if not len(rows):
+        return Cut("riskiest", source.events, "nothing was ever written")
+    since = durable_from(table)[rows]
+    length = table.length[rows]
+    at = np.concatenate((table.completed[rows], since[since != NEVER]))
+    change = np.concatenate((length, -length[since != NEVER]))
+    order = np.argsort(at, kind="stable")
+    events, first = np.unique(at[order], return_index=True)
+    risk = np.cumsum(np.add.reduceat(change[order], first))
+    most = int(np.argmax(risk))
+    note = f"{int(risk[most]):,} bytes were written and not yet flushed, more than ever else"
+    return Cut("riskiest", int(events[most]) + 1, note)
 
 
 def _is_shutdown(note: Note) -> bool:

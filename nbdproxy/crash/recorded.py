@@ -57,10 +57,21 @@ class RecordedSource(Recording):
             if self._image_given is None:
                 self._check_unchanged()
             image = FileDisk(self.image, read_only=True)
+            if image.size != self.size:
+                image.close()
+                raise ImageError(
+                    f"{self.image} has {image.size} bytes, and the disk that was recorded "
+                    f"{self.size}; name the right image with --base IMAGE"
+                )
         return BaseDisk(self, self._saved, self._unsaved, image)
 
     def _check_unchanged(self) -> None:
         image = Path(self.meta.image)
+        if self.truncated and not self.meta.overlay:
+            raise ImageError(
+                f"the end of {self.path} is lost, and with it what {image} held before it was "
+                "changed; name a copy from before the recording with --base IMAGE"
+            )
         then = self.meta.base if self.meta.overlay or self.ending is None else self.ending.image
         try:
             now = Fingerprint.of(image)

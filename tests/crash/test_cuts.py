@@ -140,3 +140,18 @@ def test_before_exit_takes_no_less_than_two_good_flushes(make_source: MakeSource
     cut = resolve(source, "before-exit")
     assert cut.position == len(log)
     assert "nothing was set aside" in cut.note
+
+
+def test_the_riskiest_instant_is_the_first_with_the_most_bytes_waiting(
+    make_source: MakeSource,
+) -> None:
+    two, one = Received(Command.WRITE, 0, 2), Received(Command.WRITE, 4, 1)
+    log: Log = [two, Completed(0), one, Completed(2), FLUSH, Completed(4), two, Completed(6)]
+    source = make_source(log)
+    assert at(source, "riskiest") == 4  # three sectors wait, just before the flush is received
+    assert "1,536 bytes" in resolve(source, "riskiest").note
+    assert at(make_source([*log, one, Completed(8), one, Completed(10)]), "riskiest") == 12
+
+
+def test_without_writes_nothing_is_risky(make_source: MakeSource) -> None:
+    assert at(make_source([FLUSH, Completed(0)]), "riskiest") == 2
