@@ -70,7 +70,7 @@ def test_mark_is_the_last_of_its_name(make_source: MakeSource) -> None:
         ("time:soon", "write time:12.5s"),
         ("mark:c", "marks are: a"),
         ("mark:", "names no instant"),
-        ("now", "use end, before-exit, seq:N"),
+        ("now", "use end, before-exit, riskiest, seq:N"),
     ],
 )
 def test_what_is_not_there_is_said(make_source: MakeSource, text: str, says: str) -> None:

@@ -49,7 +49,7 @@ class SectorFiles:
         manifest: Manifest,
         *,
         earlier: Mapping[str, Collection[str]],
-        partition: int,
+        partition: int | None,
     ) -> Findings:
         assert partition == 2
         self.checks += 1
@@ -78,7 +78,7 @@ class SectorFiles:
             raise ManifestError("the manifest matches nothing")
         return 2, manifest
 
-    def scan(self, device: ReadableDevice, under: str, *, partition: int) -> Manifest:
+    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
         assert (under, partition) == ("/", 2)
         return Manifest(tuple(Entry(p, found, 512) for p, found in self._files(device).items()))
 
@@ -260,7 +260,7 @@ class Doubtful(SectorFiles):
         manifest: Manifest,
         *,
         earlier: Mapping[str, Collection[str]],
-        partition: int,
+        partition: int | None,
     ) -> Findings:
         found = SectorFiles.check(self, device, manifest, earlier=earlier, partition=partition)
         conditions = {**found.conditions, "/a": Condition.UNREADABLE}
