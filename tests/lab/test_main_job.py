@@ -42,7 +42,7 @@ def record(folder: Path, guest: str, *, table: str | None = None) -> Path:
 
 def judge(recording: Path, manifest: Path, *options: str, status: int = 1) -> Cells:
     """Replay a recording; return its cells by mode and failure."""
-    where = ("--files", manifest, "--root", "/", *options)
+    where: tuple[str | Path, ...] = ("--files", manifest, "--root", "/", *options)
     table = json.loads(run("replay", recording, "--json", *where, status=status))
     return {(cell["mode"], cell["failure"]): cell for cell in table["cells"]}
 
