@@ -1,0 +1,242 @@
+"""The oracle: what became of each file of a manifest on a block device.
+
+Never a false verdict: *pass* means that every file was read, through a filesystem that a kernel
+would mount, and has the right digest; *fail* that at least one certainly is not whole; everything
+doubtful is *unknown*, with the reason. On a device without any filesystem the verdict is unknown
+as well: only the caller knows whether there should be one.
+
+Only the ext family is read here. A state with another filesystem is unknown to this oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError, ManifestError
+from nbdproxy.oracles import manifest as manifests
+from nbdproxy.oracles import partitions
+from nbdproxy.oracles.condition import Condition, classify
+from nbdproxy.oracles.ext4 import superblock
+from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
+from nbdproxy.oracles.ext4.filesystem import Filesystem
+from nbdproxy.oracles.ext4.mounted import open_filesystem
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.partitions import Slice
+
+
+class Verdict(StrEnum):
+    """What an oracle says; merged, fail beats unknown beats pass."""
+
+    PASS = "pass"
+    FAIL = "fail"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """The verdict, the condition of each file by its path in the manifest, and what is doubtful.
+
+    `conditions` is empty if the filesystem as a whole could not be judged. `reason` says why a
+    verdict is unknown, or why a single file is.
+    """
+
+    verdict: Verdict
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def merge(verdicts: Collection[Verdict]) -> Verdict:
+    """Return fail if any fails, else unknown if any is unknown, else pass."""
+    for verdict in (Verdict.FAIL, Verdict.UNKNOWN):
+        if verdict in verdicts:
+            return verdict
+    return Verdict.PASS
+
+
+def check(
+    device: ReadableDevice,
+    manifest: Manifest,
+    *,
+    earlier: Mapping[str, Collection[str]] | None = None,
+    partition: int | None = None,
+) -> Findings:
+    """Tell the condition of every file of `manifest` on `device`.
+
+    `earlier` maps a path to the digests of its earlier versions. `partition` chooses among
+    several filesystems (0 is the whole disk); without it the one with most of the files counts.
+    A manifest of relative paths is resolved against this very device; resolve it once against a
+    good state with `manifest.resolve` if many are checked. Raises ManifestError only if that
+    fails. Whatever else goes wrong, even inside this oracle, is the verdict *unknown*.
+    """
+    try:
+        filesystem = _choose(device, manifest, partition)
+        if not all(entry.path.startswith("/") for entry in manifest.entries):
+            manifest = manifests.resolve(manifest, _paths(filesystem))
+        return _check(filesystem, manifest, earlier or {})
+    except ManifestError:
+        raise
+    except FilesystemError as error:
+        return Findings(Verdict.UNKNOWN, reason=str(error))
+    except Exception as error:  # a crashed oracle must never look like a verdict
+        return Findings(
+            Verdict.UNKNOWN,
+            reason=f"the oracle failed on this state ({type(error).__name__}: {error}); "
+            f"check it in a lab guest",
+        )
+
+
+def scan(device: ReadableDevice, under: str = "/", *, partition: int | None = None) -> Manifest:
+    """Describe all regular files below `under`; hard links appear under each of their names.
+
+    Symbolic links are not followed. Raises FilesystemError if there is no filesystem or several,
+    if the state cannot be judged, and at the first file that cannot be read.
+    """
+    filesystem = open_filesystem(_only(_candidates(device, partition)).device)
+    entries = []
+    for path, node in filesystem.walk(_absolute(under)):
+        name = _shown(path)
+        try:
+            digest = manifests.digest(filesystem.chunks(node))
+        except FilesystemError as error:
+            raise FilesystemError(f"{name}: {error}") from error
+        entries.append(Entry(name, digest, node.size))
+    return Manifest(tuple(entries))
+
+
+def paths(device: ReadableDevice, *, partition: int | None = None) -> list[str]:
+    """Return the paths of all regular files; raises FilesystemError as `scan` does."""
+    return _paths(open_filesystem(_only(_candidates(device, partition)).device))
+
+
+def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+    """Find the partition that a manifest describes and resolve the manifest against it.
+
+    Meant for a good state: what is found there then serves to check all others. Raises
+    FilesystemError if nothing can be read, ManifestError if the manifest matches nowhere.
+    """
+    found: list[tuple[int, int, Manifest]] = []
+    failure: ManifestError | None = None
+    for candidate in _candidates(device, None):
+        known = set(_paths(open_filesystem(candidate.device)))
+        try:
+            resolved = manifests.resolve(manifest, known)
+        except ManifestError as error:
+            failure = error
+            continue
+        count = sum(entry.path in known for entry in resolved.entries)
+        found.append((count, candidate.number, resolved))
+    if not found:
+        assert failure is not None
+        raise failure
+    most = max(count for count, _, _ in found)
+    best = [(number, resolved) for count, number, resolved in found if count == most]
+    if len(best) > 1:
+        numbers = ", ".join(str(number) for number, _ in best)
+        raise FilesystemError(
+            f"the manifest matches the partitions {numbers} equally well; name one of them"
+        )
+    return best[0]
+
+
+def _check(
+    filesystem: Filesystem, manifest: Manifest, earlier: Mapping[str, Collection[str]]
+) -> Findings:
+    conditions: dict[str, Condition] = {}
+    verdicts = set()
+    reason = None
+    for entry in manifest.entries:
+        verdict = Verdict.FAIL
+        try:
+            condition = _condition(filesystem, entry, earlier.get(entry.path, ()))
+        except CorruptError:
+            condition = Condition.UNREADABLE
+        except UnsupportedError as error:
+            condition = Condition.UNREADABLE
+            verdict = Verdict.UNKNOWN
+            reason = reason or f"{entry.path}: {error}"
+        if condition is Condition.WHOLE:
+            verdict = Verdict.PASS
+        conditions[entry.path] = condition
+        verdicts.add(verdict)
+    return Findings(merge(verdicts), conditions, reason)
+
+
+def _condition(filesystem: Filesystem, entry: Entry, earlier: Collection[str]) -> Condition:
+    node = filesystem.lookup(_absolute(entry.path))
+    if node is None:
+        return Condition.MISSING
+    if not node.is_regular:
+        return Condition.DAMAGED
+    if entry.size is None and node.size > filesystem.device.size:
+        raise UnsupportedError("sparse and larger than its disk; give its size in the manifest")
+    return classify(entry, node.size, filesystem.chunks(node), earlier)
+
+
+def _paths(filesystem: Filesystem) -> list[str]:
+    return [_shown(path) for path, _ in filesystem.walk()]
+
+
+def _shown(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
+
+
+def _absolute(path: str) -> bytes:
+    return b"/" + path.encode("utf-8", "surrogateescape").lstrip(b"/")
+
+
+def _candidates(device: ReadableDevice, partition: int | None) -> list[Slice]:
+    found = partitions.slices(device)
+    if partition is not None:
+        chosen = [part for part in found if part.number == partition]
+        if not chosen:
+            there = ", ".join(str(part.number) for part in found)
+            raise FilesystemError(f"there is no partition {partition}; choose one of {there}")
+        return chosen
+    with_filesystem = [part for part in found if superblock.has_magic(part.device)]
+    if not with_filesystem:
+        raise FilesystemError(
+            "no filesystem found: there is no ext2, ext3 or ext4 superblock on the disk "
+            "or in its partitions"
+        )
+    return with_filesystem
+
+
+def _only(candidates: list[Slice]) -> Slice:
+    if len(candidates) > 1:
+        raise FilesystemError(
+            f"several partitions hold a filesystem: {_listed(candidates)}; name one of them"
+        )
+    return candidates[0]
+
+
+def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -> Filesystem:
+    candidates = _candidates(device, partition)
+    if len(candidates) == 1:
+        return open_filesystem(candidates[0].device)
+    filesystems = [open_filesystem(candidate.device) for candidate in candidates]
+    counts = [_matches(filesystem, manifest) for filesystem in filesystems]
+    best = max(counts)
+    if counts.count(best) > 1:
+        raise FilesystemError(
+            f"the files could be on any of several partitions: {_listed(candidates)}; "
+            f"name one of them"
+        )
+    return filesystems[counts.index(best)]
+
+
+def _matches(filesystem: Filesystem, manifest: Manifest) -> int:
+    known = set(_paths(filesystem))
+    try:
+        resolved = manifests.resolve(manifest, known)
+    except ManifestError:
+        return 0
+    return sum(entry.path in known for entry in resolved.entries)
+
+
+def _listed(candidates: list[Slice]) -> str:
+    return ", ".join(
+        f"{part.number} ({part.name}, {part.length} bytes at {part.offset})" for part in candidates
+    )

@@ -1,0 +1,226 @@
+"""`Filesystem`: names, inodes and content of an ext2, ext3 or ext4 filesystem, read-only.
+
+It shows the disk as it is; `mounted.open_filesystem` replays the journal first. The orphan list
+needs no handling: orphans without links have no name, and those with links already carry the size
+they are to be truncated to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.oracles.ext4 import directory, inode, mapping, superblock
+from nbdproxy.oracles.ext4.directory import Directory
+from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
+from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
+
+ROOT = 2
+CHUNK = 1 << 20
+CACHED_BLOCKS_MAX = 4096
+LINKS_MAX = 40  # symbolic links the kernel follows in one path
+_ZEROES = bytes(CHUNK)
+
+
+class Filesystem:
+    """A filesystem as it stands on `device`; the journal is none of its business."""
+
+    def __init__(self, device: ReadableDevice) -> None:
+        """Read superblock and group descriptors.
+
+        Raises NoFilesystemError, or RefusedError for what a kernel would not mount.
+        """
+        self.device = device
+        self.superblock = superblock.parse(device)
+        self._tables = superblock.inode_tables(device, self.superblock)
+        self._blocks: dict[int, bytes] = {}
+        self._directories: dict[int, Directory] = {}
+
+    def block(self, number: int) -> bytes:
+        """Return one block of metadata; blocks are kept for the next call."""
+        found = self._blocks.get(number)
+        if found is None:
+            if len(self._blocks) >= CACHED_BLOCKS_MAX:
+                self._blocks.clear()
+            size = self.superblock.block_size
+            found = self._blocks[number] = self.device.pread(number * size, size)
+        return found
+
+    def inode_offset(self, number: int) -> int:
+        """Return where an inode stands on the disk, in bytes."""
+        sb = self.superblock
+        if not 1 <= number <= sb.inodes:
+            raise CorruptError(f"a name refers to inode {number}, which does not exist")
+        group, index = divmod(number - 1, sb.inodes_per_group)
+        return self._tables[group] * sb.block_size + index * sb.inode_size
+
+    def inode(self, number: int) -> Inode:
+        """Return one inode; raises CorruptError if the kernel could not read it."""
+        sb = self.superblock
+        block, start = divmod(self.inode_offset(number), sb.block_size)
+        if block >= sb.blocks:
+            raise CorruptError(f"inode {number} is outside the disk")
+        return inode.parse(sb, number, self.block(block)[start : start + sb.inode_size])
+
+    def runs(self, node: Inode) -> list[mapping.Run]:
+        """Return where the written blocks of a file are; empty for content in the inode."""
+        if node.flags & InodeFlag.INLINE_DATA:
+            return []
+        return mapping.runs(self.superblock, node, self.block)
+
+    def chunks(self, node: Inode) -> Iterator[bytes]:
+        """Yield a file's content, all `node.size` bytes of it, in pieces of at most 1 MiB."""
+        if node.flags & InodeFlag.ENCRYPT:
+            raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
+        if node.flags & InodeFlag.VERITY and node.is_regular:
+            raise UnsupportedError(f"inode {node.number} has fs-verity, which is not verified here")
+        if node.flags & InodeFlag.INLINE_DATA:
+            yield from self._inline(node)
+            return
+        size = self.superblock.block_size
+        at = 0
+        for run in self.runs(node):
+            start = min(run.logical * size, node.size)
+            yield from _zeroes(start - at)
+            at = start
+            end = min((run.logical + run.blocks) * size, node.size)
+            shift = (run.physical - run.logical) * size
+            while at < end:
+                step = min(CHUNK, end - at)
+                yield self.device.pread(at + shift, step)
+                at += step
+        yield from _zeroes(node.size - at)
+
+    def directory(self, node: Inode) -> Directory:
+        """Return the names in a directory."""
+        found = self._directories.get(node.number)
+        if found is None:
+            found = self._directories[node.number] = self._read_directory(node)
+        return found
+
+    def lookup(self, path: bytes) -> Inode | None:
+        """Return what an absolute path leads to, symbolic links followed; None if nothing.
+
+        Raises CorruptError if a part of the way cannot be read, UnsupportedError if it is
+        encrypted.
+        """
+        todo = path.split(b"/")[::-1]
+        way = [self.inode(ROOT)]
+        links = 0
+        while todo:
+            name = todo.pop()
+            if name in {b"", b"."}:
+                continue
+            if name == b"..":
+                way = way[:-1] or way
+                continue
+            if not way[-1].is_directory:
+                return None
+            names = self.directory(way[-1])
+            number = names.names.get(name)
+            if number is None:
+                if not names.is_complete:
+                    raise CorruptError(f"inode {way[-1].number}, a directory, is broken")
+                return None
+            node = self.inode(number)
+            if not node.is_symlink:
+                way.append(node)
+                continue
+            links += 1
+            if links > LINKS_MAX:
+                return None
+            target = self.symlink_target(node)
+            way = way[:1] if target.startswith(b"/") else way
+            todo += target.split(b"/")[::-1]
+        return way[-1]
+
+    def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, Inode]]:
+        """Yield path and inode of every regular file below a directory, in the order of names.
+
+        Hard links appear under each of their names; symbolic links are left out. Raises
+        CorruptError, with the path, at what cannot be read.
+        """
+        top = self.lookup(under)
+        if top is None:
+            return
+        prefix = under.rstrip(b"/")
+        if top.is_regular:
+            yield prefix, top
+        todo = [(prefix, top)] if top.is_directory else []
+        seen = {top.number}
+        while todo:
+            path, node = todo.pop()
+            names = self.directory(node)
+            if not names.is_complete:
+                raise CorruptError(f"{_shown(path)}: the directory is broken")
+            below = []
+            for name, number in sorted(names.names.items()):
+                full = path + b"/" + name
+                child = self._child(full, number)
+                if child.is_regular:
+                    yield full, child
+                elif child.is_directory and number not in seen:
+                    seen.add(number)
+                    below.append((full, child))
+            todo += reversed(below)
+
+    def symlink_target(self, node: Inode) -> bytes:
+        """Return where a symbolic link points to."""
+        if node.flags & InodeFlag.ENCRYPT:
+            raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
+        is_fast = node.size < len(node.block_map) and not node.flags & (
+            InodeFlag.EXTENTS | InodeFlag.INLINE_DATA
+        )
+        if is_fast:
+            return node.block_map[: node.size]
+        if node.size > self.superblock.block_size:
+            raise CorruptError(f"inode {node.number}, a symbolic link, is too long")
+        return b"".join(self.chunks(node))
+
+    def _child(self, path: bytes, number: int) -> Inode:
+        try:
+            return self.inode(number)
+        except CorruptError as error:
+            raise CorruptError(f"{_shown(path)}: {error}") from error
+
+    def _inline(self, node: Inode) -> Iterator[bytes]:
+        content = b"".join(inode.inline_parts(node))[: node.size]
+        yield content
+        yield from _zeroes(node.size - len(content))
+
+    def _read_directory(self, node: Inode) -> Directory:
+        if node.flags & InodeFlag.ENCRYPT:
+            raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
+        if node.flags & InodeFlag.INLINE_DATA:
+            first, second = inode.inline_parts(node)
+            return directory.parse_inline([first[4:], second])  # 4 bytes name the parent
+        size = self.superblock.block_size
+        if node.size > len(self._tables) * self.superblock.blocks_per_group * size:
+            raise CorruptError(f"inode {node.number}, a directory, has an impossible size")
+        blocks = (
+            chunk[at : at + size]
+            for chunk in self._directory_chunks(node)
+            for at in range(0, len(chunk), size)
+        )
+        return directory.parse(self.superblock, node, blocks)
+
+    def _directory_chunks(self, node: Inode) -> Iterator[bytes]:
+        # A hole in a directory holds no names; the kernel skips it.
+        size = self.superblock.block_size
+        end = -(-node.size // size)
+        for run in self.runs(node):
+            count = min(run.blocks, end - run.logical)
+            for first in range(0, count, CHUNK // size):
+                step = min(CHUNK // size, count - first)
+                yield self.device.pread((run.physical + first) * size, step * size)
+
+
+def _zeroes(length: int) -> Iterator[bytes]:
+    while length > 0:
+        step = min(length, CHUNK)
+        yield _ZEROES[:step] if step < CHUNK else _ZEROES
+        length -= step
+
+
+def _shown(path: bytes) -> str:
+    return path.decode("utf-8", "backslashreplace")

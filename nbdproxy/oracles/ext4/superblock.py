@@ -1,0 +1,240 @@
+"""The superblock and the group descriptors: where everything else is.
+
+Source: "ext4 Disk Layout", sections Super Block, Block Group Descriptors, Meta Block Groups.
+A superblock that the kernel would not mount raises `RefusedError`.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntFlag
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.oracles.ext4.checksum import ONES, crc32c
+from nbdproxy.oracles.ext4.faults import NoFilesystemError, RefusedError, refusal
+
+OFFSET = 1024
+LENGTH = 1024
+MAGIC = b"\x53\xef"
+HAS_JOURNAL = 0x4
+SPARSE_SUPER2 = 0x200
+
+
+class Incompat(IntFlag):
+    """Features without which the filesystem must not be touched."""
+
+    FILETYPE = 0x2
+    RECOVER = 0x4
+    JOURNAL_DEV = 0x8
+    META_BG = 0x10
+    EXTENTS = 0x40
+    BITS_64 = 0x80
+    MMP = 0x100
+    FLEX_BG = 0x200
+    EA_INODE = 0x400
+    CSUM_SEED = 0x2000
+    LARGEDIR = 0x4000
+    INLINE_DATA = 0x8000
+    ENCRYPT = 0x10000
+    CASEFOLD = 0x20000
+
+
+class RoCompat(IntFlag):
+    """Features without which the filesystem must not be written, as a mount with replay does."""
+
+    SPARSE_SUPER = 0x1
+    LARGE_FILE = 0x2
+    BTREE_DIR = 0x4
+    HUGE_FILE = 0x8
+    GDT_CSUM = 0x10
+    DIR_NLINK = 0x20
+    EXTRA_ISIZE = 0x40
+    QUOTA = 0x100
+    BIGALLOC = 0x200
+    METADATA_CSUM = 0x400
+    READONLY = 0x1000
+    PROJECT = 0x2000
+    VERITY = 0x8000
+    ORPHAN_PRESENT = 0x10000
+
+
+KNOWN_INCOMPAT = int(sum(Incompat) & ~Incompat.JOURNAL_DEV)  # an int, so that ~ knows all bits
+KNOWN_RO_COMPAT = sum(RoCompat)
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """The fields this reader needs, in the units of the disk (blocks unless said otherwise)."""
+
+    block_size: int
+    blocks: int
+    first_data_block: int
+    blocks_per_group: int
+    inodes: int
+    inodes_per_group: int
+    inode_size: int
+    descriptor_size: int
+    first_meta_bg: int
+    backup_groups: tuple[int, int]
+    compat: int
+    incompat: int
+    ro_compat: int
+    journal_inode: int
+    seed: int
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether metadata carries CRC-32C checksums."""
+        return bool(self.ro_compat & RoCompat.METADATA_CSUM)
+
+    @property
+    def needs_recovery(self) -> bool:
+        """Whether the filesystem was not unmounted: the kernel replays the journal then."""
+        return bool(self.incompat & Incompat.RECOVER)
+
+    @property
+    def groups(self) -> int:
+        """The number of block groups."""
+        return -(-(self.blocks - self.first_data_block) // self.blocks_per_group)
+
+
+def has_magic(device: ReadableDevice) -> bool:
+    """Tell whether an ext superblock may stand at the start of `device`."""
+    return device.size >= OFFSET + LENGTH and device.pread(OFFSET + 0x38, 2) == MAGIC
+
+
+def parse(device: ReadableDevice) -> Superblock:
+    """Read and validate the primary superblock.
+
+    Raises NoFilesystemError without a magic number, RefusedError for what no kernel would mount.
+    """
+    if not has_magic(device):
+        raise NoFilesystemError("no filesystem found: there is no ext2, ext3 or ext4 superblock")
+    raw = device.pread(OFFSET, LENGTH)
+    inodes, blocks = struct.unpack_from("<II", raw)
+    first_data_block, log_block_size = struct.unpack_from("<II", raw, 0x14)
+    blocks_per_group, _, inodes_per_group = struct.unpack_from("<III", raw, 0x20)
+    (revision,) = struct.unpack_from("<I", raw, 0x4C)
+    inode_size, _, compat, incompat, ro_compat = struct.unpack_from("<HHIII", raw, 0x58)
+    if revision == 0:
+        inode_size, compat, incompat, ro_compat = 128, 0, 0, 0
+    _check_features(incompat, ro_compat)
+    if ro_compat & RoCompat.METADATA_CSUM:
+        (found,) = struct.unpack_from("<I", raw, 0x3FC)
+        _require(found == crc32c(ONES, raw[:0x3FC]), "its checksum is wrong")
+    if incompat & Incompat.BITS_64:
+        blocks |= struct.unpack_from("<I", raw, 0x150)[0] << 32
+        (descriptor_size,) = struct.unpack_from("<H", raw, 0xFE)
+    else:
+        descriptor_size = 32
+    _require(log_block_size <= 6, "its block size is impossible")
+    block_size = 1024 << log_block_size
+    _require(inode_size in {128 << n for n in range(10)}, "its inode size is impossible")
+    _require(inode_size <= block_size, "its inode size is impossible")
+    _require(descriptor_size in {32 << n for n in range(6)}, "its descriptor size is impossible")
+    _require(0 < blocks_per_group <= 8 * block_size * (1 << 20), "its groups are impossible")
+    _require(first_data_block < blocks, "its block count is impossible")
+    _require(blocks * block_size <= device.size, "it is larger than the device it is on")
+    result = Superblock(
+        block_size=block_size,
+        blocks=blocks,
+        first_data_block=first_data_block,
+        blocks_per_group=blocks_per_group,
+        inodes=inodes,
+        inodes_per_group=inodes_per_group,
+        inode_size=inode_size,
+        descriptor_size=descriptor_size,
+        first_meta_bg=struct.unpack_from("<I", raw, 0x104)[0],
+        backup_groups=struct.unpack_from("<II", raw, 0x24C),
+        compat=compat,
+        incompat=incompat,
+        ro_compat=ro_compat,
+        journal_inode=struct.unpack_from("<I", raw, 0xE0)[0],
+        seed=_seed(raw, incompat),
+    )
+    _require(
+        inodes_per_group > 0 and inodes == inodes_per_group * result.groups,
+        "its inode count is impossible",
+    )
+    return result
+
+
+def inode_tables(device: ReadableDevice, sb: Superblock) -> list[int]:
+    """Return the first block of each group's inode table; verifies the descriptors' checksums."""
+    per_block = sb.block_size // sb.descriptor_size
+    tables = []
+    for index in range(-(-sb.groups // per_block)):
+        where = _descriptor_block(sb, index, per_block)
+        if where >= sb.blocks:
+            raise refusal("its group descriptors are outside of it")
+        block = device.pread(where * sb.block_size, sb.block_size)
+        for slot in range(min(per_block, sb.groups - index * per_block)):
+            raw = block[slot * sb.descriptor_size : (slot + 1) * sb.descriptor_size]
+            group = index * per_block + slot
+            if sb.has_checksums and not _descriptor_is_sound(sb, group, raw):
+                raise refusal(f"the checksum of group {group} is wrong")
+            (table,) = struct.unpack_from("<I", raw, 8)
+            if sb.descriptor_size >= 64:
+                table |= struct.unpack_from("<I", raw, 0x28)[0] << 32
+            if not sb.first_data_block <= table < sb.blocks:
+                raise refusal(f"the inode table of group {group} is outside of it")
+            tables.append(table)
+    return tables
+
+
+def _check_features(incompat: int, ro_compat: int) -> None:
+    if incompat & Incompat.JOURNAL_DEV:
+        raise NoFilesystemError("no filesystem found: this is an external ext4 journal")
+    if incompat & ~KNOWN_INCOMPAT:
+        raise RefusedError(
+            f"the filesystem has features this reader does not know "
+            f"(incompat {incompat & ~KNOWN_INCOMPAT:#x}); check the state in a lab guest"
+        )
+    if ro_compat & ~KNOWN_RO_COMPAT:
+        raise RefusedError(
+            f"the filesystem has features this reader does not know "
+            f"(ro_compat {ro_compat & ~KNOWN_RO_COMPAT:#x}); check the state in a lab guest"
+        )
+
+
+def _seed(raw: bytes, incompat: int) -> int:
+    if incompat & Incompat.CSUM_SEED:
+        value: int = struct.unpack_from("<I", raw, 0x270)[0]
+        return value
+    return crc32c(ONES, raw[0x68:0x78])
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise refusal(what)
+
+
+def _descriptor_is_sound(sb: Superblock, group: int, raw: bytes) -> bool:
+    # The checksum is part of what it covers, counted as zero.
+    value = crc32c(sb.seed, struct.pack("<I", group))
+    value = crc32c(value, raw[:0x1E] + b"\0\0" + raw[0x20:])
+    return bool(value & 0xFFFF == struct.unpack_from("<H", raw, 0x1E)[0])
+
+
+def _descriptor_block(sb: Superblock, index: int, per_block: int) -> int:
+    if not sb.incompat & Incompat.META_BG or index < sb.first_meta_bg:
+        return sb.first_data_block + 1 + index
+    group = index * per_block
+    return sb.first_data_block + group * sb.blocks_per_group + _has_backup(sb, group)
+
+
+def _has_backup(sb: Superblock, group: int) -> bool:
+    if group == 0:
+        return True
+    if sb.compat & SPARSE_SUPER2:
+        return group in sb.backup_groups
+    if group == 1 or not sb.ro_compat & RoCompat.SPARSE_SUPER:
+        return True
+    return any(_is_power(group, base) for base in (3, 5, 7))
+
+
+def _is_power(number: int, base: int) -> bool:
+    while number % base == 0:
+        number //= base
+    return number == 1

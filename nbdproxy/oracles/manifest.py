@@ -1,0 +1,246 @@
+r"""Manifests: the files that should be there, with digest and, where known, size.
+
+The format is that of GNU `sha256sum`, so `sha256sum -c` reads what `dump` writes and `parse` reads
+what `sha256sum` writes: 64 hex digits, a space, a space or `*`, the name; a line that starts with
+a backslash has `\n`, `\r` and `\\` escaped in its name. Sizes travel in comments, which
+`sha256sum -c` skips: a line `# size 1234` belongs to the entry in the next line. Names that are
+not UTF-8 are carried as surrogate escapes.
+
+Names may be absolute in the filesystem or stand below some directory of it; `resolve` finds out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nbdproxy.errors import ManifestError
+
+LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
+SIZE = re.compile(r"# size (\d+)")
+ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
+CHUNK = 1 << 20
+PAIRS = 200_000
+"""Pairs of an entry and a file of its name that propose where a manifest belongs; all vote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file: its path, the SHA-256 of its content in hex, its size in bytes if known."""
+
+    path: str
+    sha256: str
+    size: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Files in the order given; no path stands twice."""
+
+    entries: tuple[Entry, ...]
+
+
+def load(path: Path) -> Manifest:
+    """Read a manifest file; raises ManifestError if it cannot be read as one."""
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise ManifestError(
+            f"{path}: {error.strerror}; write a manifest with `nbdproxy manifest` or `sha256sum`"
+        ) from error
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str) -> Manifest:
+    """Read a manifest; `source` names it in error messages.
+
+    Raises ManifestError, with the line's number, for a line that is none, for a name with two
+    digests, and for a manifest without entries.
+    """
+    entries: dict[str, Entry] = {}
+    size: int | None = None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.startswith("#"):
+            comment = SIZE.fullmatch(line.rstrip())
+            size = int(comment[1]) if comment else None
+            continue
+        if line.strip():
+            entry = _entry(line, size, f"{source}:{number}")
+            known = entries.setdefault(entry.path, entry)
+            if known.sha256 != entry.sha256:
+                raise ManifestError(
+                    f"{source}:{number}: {entry.path!r} already stands above with another digest; "
+                    f"keep the line of the version you expect"
+                )
+        size = None
+    if not entries:
+        raise ManifestError(
+            f"{source}: the manifest is empty; write one with `nbdproxy manifest` or `sha256sum`"
+        )
+    return Manifest(tuple(entries.values()))
+
+
+def dump(manifest: Manifest) -> str:
+    """Return the manifest as text; encode it as UTF-8 with `surrogateescape`."""
+    lines = []
+    for entry in manifest.entries:
+        if entry.size is not None:
+            lines.append(f"# size {entry.size}")
+        name = entry.path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
+        mark = "" if name == entry.path else "\\"
+        lines.append(f"{mark}{entry.sha256}  {name}")
+    return "".join(line + "\n" for line in lines)
+
+
+def from_directory(root: Path, under: str | None = None) -> Manifest:
+    """Describe every regular file below `root`, named by its path from there.
+
+    `under` names a directory to put in front of each path (where `root` stands in the guest).
+    Symbolic links are neither followed nor listed. Raises ManifestError for what cannot be read.
+    """
+    if not root.is_dir():
+        raise ManifestError(f"{root}: not a directory; name the one whose files are expected")
+    front = "" if under is None else under.rstrip("/") + "/"
+    entries = tuple(
+        _describe(path, front + path.relative_to(root).as_posix()) for path in _regular(root)
+    )
+    if not entries:
+        raise ManifestError(f"{root}: there are no files in it; name the directory that has them")
+    return Manifest(entries)
+
+
+def resolve(manifest: Manifest, paths: Collection[str]) -> Manifest:
+    """Return the manifest with the absolute paths of a filesystem that has the files `paths`.
+
+    Looks for the one change of a leading directory under which most entries exist: none at all,
+    a directory put in front (`node_modules/a.js` is `/app/node_modules/a.js`), or one taken off
+    (`/data/a.js`, named in a guest that mounts the filesystem at /data, is `/a.js`).
+
+    Raises ManifestError if nothing matches anywhere, or if two places match equally well.
+    """
+    known = paths if isinstance(paths, (set, frozenset)) else set(paths)
+    votes: Counter[tuple[str, str]] = Counter()
+    for old, new in _proposals(manifest, known):
+        votes[old, new] = sum(_moved(e.path, old, new) in known for e in manifest.entries)
+    if not votes:
+        raise ManifestError(
+            "the manifest matches nothing on this filesystem: "
+            "if none of its files was ever there, say where they belong with --root PATH; "
+            "else list what is there with `nbdproxy manifest` and name the files as it does"
+        )
+    most = max(votes.values())
+    best = sorted(change for change, count in votes.items() if count == most)
+    if ("", "") in best:
+        best = [("", "")]
+    if len(best) > 1:
+        places = ", ".join(sorted({new or "/" for _, new in best}))
+        raise ManifestError(
+            f"the manifest matches equally well under {places}; write its paths absolute, "
+            f"as `nbdproxy manifest IMAGE` does"
+        )
+    ((old, new),) = best
+    entries = (replace(e, path=_moved(e.path, old, new)) for e in manifest.entries)
+    return Manifest(tuple(entries))
+
+
+def digest(chunks: Iterable[bytes]) -> str:
+    """Return the SHA-256 of a stream, in hex."""
+    result = hashlib.sha256()
+    for chunk in chunks:
+        result.update(chunk)
+    return result.hexdigest()
+
+
+def _entry(line: str, size: int | None, where: str) -> Entry:
+    match = LINE.fullmatch(line.removesuffix("\r") if not line.startswith("\\") else line)
+    if match is None:
+        raise ManifestError(
+            f"{where}: not a line of `sha256sum` output (64 hex digits, two spaces, a file name); "
+            f"mend or remove it"
+        )
+    escaped, digest, name = match.groups()
+    if escaped:
+        name = _unescape(name, where)
+    while name.startswith("./"):
+        name = name[2:].lstrip("/")
+    return Entry(path=name, sha256=digest.lower(), size=size)
+
+
+def _unescape(name: str, where: str) -> str:
+    pieces = re.split(r"\\(.?)", name, flags=re.DOTALL)
+    for i in range(1, len(pieces), 2):
+        if pieces[i] not in ESCAPES:
+            raise ManifestError(
+                f"{where}: the name has an escape that is none of \\\\, \\n and \\r; "
+                f"write the line with `sha256sum`"
+            )
+        pieces[i] = ESCAPES[pieces[i]]
+    return "".join(pieces)
+
+
+def _regular(root: Path) -> Iterator[Path]:
+    def stop(error: OSError) -> None:
+        raise ManifestError(f"{error.filename}: {error.strerror}; make it readable") from error
+
+    for folder, folders, files in os.walk(root, onerror=stop):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(folder, name)
+            if path.is_file() and not path.is_symlink():
+                yield path
+
+
+def _describe(path: Path, name: str) -> Entry:
+    try:
+        with path.open("rb") as file:
+            found = digest(iter(lambda: file.read(CHUNK), b""))
+            size = file.tell()
+    except OSError as error:
+        raise ManifestError(f"{path}: {error.strerror}; make it readable") from error
+    return Entry(path=name, sha256=found, size=size)
+
+
+def _proposals(manifest: Manifest, known: Collection[str]) -> set[tuple[str, str]]:
+    """Return the changes (old front, new front) under which at least one entry exists."""
+    by_name: dict[str, list[str]] = {}
+    for path in known:
+        by_name.setdefault(path.rpartition("/")[2], []).append(path)
+    common = os.path.commonpath(
+        ["/" + e.path.strip("/").rpartition("/")[0] for e in manifest.entries]
+    )
+    # Rare names propose few places, so they go first.
+    found = [by_name.get(e.path.rpartition("/")[2], []) for e in manifest.entries]
+    order = sorted((len(places), i) for i, places in enumerate(found) if places)
+    result = set()
+    looked_at = 0
+    for count, i in order:
+        looked_at += count
+        if looked_at > PAIRS:
+            break
+        for place in found[i]:
+            old, new = _fronts(manifest.entries[i].path, place)
+            if old == "" or (common + "/").startswith(old + "/"):
+                result.add((old, new))
+    return result
+
+
+def _fronts(path: str, place: str) -> tuple[str, str]:
+    """Cut what two paths have in common at their ends; both results are '' or start with '/'."""
+    here, there = path.strip("/").split("/"), place.strip("/").split("/")
+    while here and there and here[-1] == there[-1]:
+        del here[-1], there[-1]
+    return _join(here), _join(there)
+
+
+def _join(parts: list[str]) -> str:
+    return "".join("/" + part for part in parts)
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    absolute = "/" + path.lstrip("/")
+    return new + absolute.removeprefix(old)

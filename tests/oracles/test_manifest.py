@@ -1,0 +1,159 @@
+"""Manifests: what sha256sum writes, what it reads, and where in a filesystem the files are."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdproxy.errors import ManifestError
+from nbdproxy.oracles.manifest import Entry, Manifest, dump, from_directory, load, parse, resolve
+
+A, B = "a" * 64, "b" * 64
+NAMES = ["plain", "two  spaces", "new\nline", "back\\slash", "carriage\rreturn", "é", "x\udcff"]
+NAMES += ["\\n", " leading", "# comment", "trailing "]
+
+
+def of(*paths: str) -> Manifest:
+    return Manifest(tuple(Entry(path, A, None) for path in paths))
+
+
+def paths(manifest: Manifest) -> list[str]:
+    return [entry.path for entry in manifest.entries]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    for name in NAMES:
+        (root / "sub" / name).write_bytes(name.encode("utf-8", "surrogateescape"))
+    (root / "empty").touch()
+    (root / "link").symlink_to("empty")
+    return root
+
+
+def test_sha256sum_accepts_what_dump_writes(folder: Path) -> None:
+    text = dump(from_directory(folder)).encode("utf-8", "surrogateescape")
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict"],
+        input=text,
+        cwd=folder,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b": OK\n") == len(NAMES) + 1
+    (folder / "empty").write_bytes(b"no longer")
+    again = subprocess.run(
+        ["sha256sum", "--check"], input=text, cwd=folder, capture_output=True, check=False
+    )
+    assert again.returncode == 1
+
+
+def test_parse_reads_what_sha256sum_writes(folder: Path, tmp_path: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    names = [f"./{path.relative_to(folder)}" for path in files]
+    for option in ("--text", "--binary"):
+        done = subprocess.run(
+            ["sha256sum", option, "--", *names], cwd=folder, capture_output=True, check=True
+        )
+        manifest = tmp_path / "manifest"
+        manifest.write_bytes(done.stdout)
+        expected = {(e.path, e.sha256) for e in from_directory(folder).entries}
+        assert {(e.path, e.sha256) for e in load(manifest).entries} == expected
+
+
+def test_sizes_and_names_survive(folder: Path, tmp_path: Path) -> None:
+    manifest = from_directory(folder, under="/app/")
+    file = tmp_path / "manifest"
+    file.write_bytes(dump(manifest).encode("utf-8", "surrogateescape"))
+    assert load(file) == manifest
+    assert {e.path: e.size for e in manifest.entries}["/app/empty"] == 0
+    assert "/app/link" not in paths(manifest)
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda name: "\0" not in name), min_size=1, unique=True))
+def test_dump_and_parse_are_inverse(names: list[str]) -> None:
+    manifest = Manifest(tuple(Entry("/" + name, A, len(name) or None) for name in names))
+    assert parse(dump(manifest), "test") == manifest
+
+
+def test_a_comment_belongs_to_the_next_line_only() -> None:
+    text = f"# size 5\n{A}  a\n{A}  b\n# size 7\n\n{A}  c\n# sizes are fun\n{B} *d\n"
+    assert [e.size for e in parse(text, "test").entries] == [5, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "m: the manifest is empty"),
+        ("# size 4\n", "m: the manifest is empty"),
+        (f"{A}  a\nnonsense\n", "m:2: not a line"),
+        (f"{A[:-1]}  a\n", "m:1: not a line"),
+        (f"{A}  \n", "m:1: not a line"),
+        (f"\\{A}  a\\b\n", "m:1: the name has an escape"),
+        (f"{A}  a\n{B}  ./a\n", "m:2: 'a' already stands above"),
+    ],
+)
+def test_bad_manifests_name_the_line(text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
+        parse(text, "m")
+
+
+def test_lines_of_other_systems_and_repetitions_are_taken() -> None:
+    assert paths(parse(f"{A.upper()}  a\r\n{A}  a\r\n", "test")) == ["a"]
+
+
+def test_a_missing_file_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="No such file"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ManifestError, match="not a directory"):
+        from_directory(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("named", "there", "found"),
+    [
+        # absolute already, even if another place matches as well
+        (["/app/a.js", "/app/b.js"], ["/app/a.js", "/old/app/a.js"], ["/app/a.js", "/app/b.js"]),
+        # a directory in front; the majority decides
+        (["m/a", "m/b"], ["/app/m/a", "/app/m/b", "/x/m/a"], ["/app/m/a", "/app/m/b"]),
+        # named in a guest that mounts the filesystem at /data
+        (["/data/m/a", "/data/b"], ["/m/a", "/b", "/c"], ["/m/a", "/b"]),
+        # moved from one directory to another
+        (["/srv/x/a", "/srv/x/b"], ["/app/x/a", "/app/x/b"], ["/app/x/a", "/app/x/b"]),
+        # relative to the root
+        (["a", "b"], ["/a"], ["/a", "/b"]),
+        # half of the files are gone, and frequent names lie about
+        (
+            ["m/p/i.js", "m/q/i.js"],
+            ["/z/i.js", "/app/m/q/i.js"],
+            ["/app/m/p/i.js", "/app/m/q/i.js"],
+        ),
+    ],
+)
+def test_resolve_finds_the_place(named: list[str], there: list[str], found: list[str]) -> None:
+    assert paths(resolve(of(*named), there)) == found
+
+
+def test_resolve_refuses_what_it_cannot_know() -> None:
+    with pytest.raises(ManifestError, match="matches nothing on this filesystem"):
+        resolve(of("m/a"), ["/b", "/m/c"])
+    with pytest.raises(ManifestError, match="equally well under /x, /y"):
+        resolve(of("m/a"), ["/x/m/a", "/y/m/a"])
+
+
+def test_resolve_copes_with_thousands_of_equal_names() -> None:
+    named = [f"m/p{i}/package.json" for i in range(3000)]
+    assert paths(resolve(of(*named), ["/app/" + name for name in named]))[7] == "/app/" + named[7]
+
+
+def test_a_place_is_found_where_only_the_most_common_name_is_there() -> None:
+    """A guest that was cut off early has the one package.json that it wrote first."""
+    packages = [f"/app/node_modules/p{i:03}/package.json" for i in range(200)]
+    manifest = Manifest(tuple(Entry(p, "0" * 64, None) for p in [*packages, "/app/package.json"]))
+    assert resolve(manifest, {"/app/package.json"}) == manifest

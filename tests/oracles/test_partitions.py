@@ -1,0 +1,101 @@
+"""Partition tables as sfdisk writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.oracles.partitions import slices
+
+MIB = 1 << 20
+SIZE = 64 * MIB
+Run = Callable[..., str]
+
+GPT = "label: gpt\nstart=2048, size=8192\nstart=20480, size=16384\n"
+MBR = (
+    "label: dos\n"
+    "start=2048, size=8192, type=83\n"
+    "start=12288, size=40960, type=5\n"
+    "start=14336, size=4096, type=83\n"
+    "start=20480, size=8192, type=83\n"
+    "start=30720, size=2048, type=83\n"
+)
+
+
+@pytest.fixture
+def disk(run: Run, tmp_path: Path) -> Callable[[str], MemoryDisk]:
+    def make(table: str) -> MemoryDisk:
+        image = tmp_path / "disk"
+        image.write_bytes(b"")
+        run("truncate", "-s", str(SIZE), image)
+        run("sfdisk", "--quiet", image, stdin=table)
+        return MemoryDisk(image.read_bytes())
+
+    return make
+
+
+def found(device: MemoryDisk) -> list[tuple[int, int, int]]:
+    return [(part.number, part.offset // 512, part.length // 512) for part in slices(device)]
+
+
+WHOLE = (0, 0, SIZE // 512)
+GPT_FOUND = [WHOLE, (1, 2048, 8192), (2, 20480, 16384)]
+
+
+def test_gpt(disk: Callable[[str], MemoryDisk]) -> None:
+    assert found(disk(GPT)) == GPT_FOUND
+
+
+@pytest.mark.parametrize("at", [512, 512 + 40, 1024, 1024 + 200])
+def test_a_broken_gpt_is_read_from_its_backup(disk: Callable[[str], MemoryDisk], at: int) -> None:
+    device = disk(GPT)
+    device.pwrite(at, b"\xa5")
+    assert found(device) == GPT_FOUND
+    device.pwrite(SIZE - 512, bytes(512))
+    assert found(device) == [WHOLE]
+
+
+def test_gpt_with_large_sectors(disk: Callable[[str], MemoryDisk]) -> None:
+    small, large = disk(GPT), MemoryDisk(SIZE)
+    # The same header and table, each at the place that 4096-byte sectors give it.
+    large.pwrite(0, small.pread(0, 512))
+    large.pwrite(4096, small.pread(512, 512))
+    large.pwrite(8192, small.pread(1024, 16384))
+    assert found(large) == [WHOLE, (1, 2048 * 8, 8192 * 8)]  # the second is outside the disk
+
+
+def test_mbr_with_logical_partitions(disk: Callable[[str], MemoryDisk]) -> None:
+    assert found(disk(MBR)) == [
+        WHOLE,
+        (1, 2048, 8192),
+        (5, 14336, 4096),
+        (6, 20480, 8192),
+        (7, 30720, 2048),
+    ]
+
+
+def test_a_loop_of_logical_partitions_ends(disk: Callable[[str], MemoryDisk]) -> None:
+    device = disk(MBR)
+    # The first extended record's link, in its second entry, now leads to itself.
+    device.pwrite(12288 * 512 + 462 + 8, bytes(4))
+    assert len(found(device)) < 200
+
+
+def test_no_table_and_no_room(disk: Callable[[str], MemoryDisk]) -> None:
+    assert found(MemoryDisk(SIZE)) == [WHOLE]
+    assert [part.number for part in slices(MemoryDisk(100))] == [0]
+    assert [part.number for part in slices(MemoryDisk(0))] == [0]
+
+
+def test_a_slice_reads_its_own_part(disk: Callable[[str], MemoryDisk]) -> None:
+    device = disk(GPT)
+    device.pwrite(2048 * 512 + 7, b"here")
+    part = slices(device)[1].device
+    buffer = bytearray(4)
+    part.pread_into(7, memoryview(buffer))
+    assert part.pread(7, 4) == bytes(buffer) == b"here"
+    assert part.size == 8192 * 512
+    assert [tuple(extent) for extent in part.data_extents(5, 10)] == [(5, 10)]
