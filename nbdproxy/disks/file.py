@@ -114,11 +114,13 @@ class FileDisk:
 
 def _open(path: Path, *, read_only: bool) -> int:
     try:
+        # Opening a pipe would wait for somebody at its other end.
+        _check_kind(path, path.stat())
         return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ImageError(f"there is no image at {path}; check the path") from None
-    except IsADirectoryError:
-        raise ImageError(f"{path} is a folder; name an image file in it") from None
+    except ImageError:
+        raise
     except PermissionError:
         hint = "" if read_only else ", or serve it with --overlay or --read-only"
         raise ImageError(f"{path} may not be opened; check its permissions{hint}") from None
@@ -126,10 +128,14 @@ def _open(path: Path, *, read_only: bool) -> int:
         raise ImageError(f"{path} cannot be opened: {error.strerror}") from None
 
 
-def _check(path: Path, fd: int, size: int, *, read_only: bool) -> None:
-    mode = os.fstat(fd).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+def _check_kind(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path} is a folder; name an image file in it")
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise ImageError(f"{path} is neither a file nor a block device; name a disk image")
+
+
+def _check(path: Path, fd: int, size: int, *, read_only: bool) -> None:
     if size == 0:
         raise ImageError(f"{path} is empty; give it a size with: truncate -s 10G {path}")
     if size % 512:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.fallocate import punch_hole
-from nbdproxy.disks.scratch import open_scratch
+from nbdproxy.disks.scratch import open_scratch, write_scratch
 from nbdproxy.extents import Extent, ExtentSet
 
 
@@ -19,6 +20,8 @@ class OverlayDisk:
         self.size = below.size
         self._scratch = open_scratch(self.size)
         self._written = ExtentSet()
+        # Cold reads run in threads, and the set may not change while it is looked through.
+        self._lock = threading.Lock()
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
@@ -29,11 +32,14 @@ class OverlayDisk:
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
         end = offset + len(buffer)
-        for part in self._written.overlapping(offset, end):
+        with self._lock:
+            written = list(self._written.overlapping(offset, end))
+            missing = list(self._written.missing(offset, end))
+        for part in written:
             os.preadv(
                 self._scratch, [buffer[part.offset - offset : part.end - offset]], part.offset
             )
-        for part in self._written.missing(offset, end):
+        for part in missing:
             piece = buffer[part.offset - offset : part.end - offset]
             self._below.pread_into(part.offset, piece)
 
@@ -46,13 +52,17 @@ class OverlayDisk:
 
     def pwrite(self, offset: int, data: memoryview | bytes) -> None:
         """Write `data` at `offset`."""
-        os.pwrite(self._scratch, data, offset)
-        self._written.add(offset, offset + len(data))
+        write_scratch(self._scratch, data, offset)
+        self._add(offset, offset + len(data))
 
     def zero(self, offset: int, length: int, *, may_punch: bool) -> None:  # noqa: ARG002
         """Make a range read as zeroes; a scratch file has no use for keeping it allocated."""
         punch_hole(self._scratch, offset, length)
-        self._written.add(offset, offset + length)
+        self._add(offset, offset + length)
+
+    def _add(self, start: int, end: int) -> None:
+        with self._lock:
+            self._written.add(start, end)
 
     def trim(self, offset: int, length: int) -> None:
         """Give a range back; it reads as zeroes afterwards."""

@@ -20,3 +20,10 @@ def open_scratch(size: int = 0) -> int:
     os.unlink(name)  # noqa: PTH108 - it never had a Path
     os.ftruncate(fd, size)
     return fd
+
+
+def write_scratch(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of `data`; a nearly full disk takes a part first and fails only then."""
+    wrote = os.pwrite(fd, data, offset)
+    while wrote < len(data):
+        wrote += os.pwrite(fd, memoryview(data)[wrote:], offset + wrote)

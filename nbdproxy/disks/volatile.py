@@ -2,9 +2,11 @@
 
 Reads see the newest write. `freeze` at the instant a flush is received puts a line under what it
 covers; `copy_down` writes everything above the lines to the disk below and syncs it; `landed`
-then forgets it here; the `ticket` calls do the same for a single FUA write. The copying may run in
-a thread while reads and writes go on; everything else belongs to one thread. Every write has an
-order number, so that a FUA write that lands first removes what is older than it, and nothing newer.
+then forgets it here; the `ticket` calls do the same for a single FUA write. The copying and
+`pread_into` may run in threads while reads and writes go on; everything else belongs to one
+thread, and there is one landing (copying, then forgetting) at a time. Every write has an order
+number, so that a FUA write that lands first removes what is older than it, and nothing newer, and
+one whose flush landed first is not written again over what is newer.
 
 A process that is killed leaves on the disk below what was landed: the held data is in an unnamed
 scratch file. Does not cover: which writes a flush covers; that is decided by who calls `freeze`.
@@ -13,6 +15,7 @@ scratch file. Does not cover: which writes a flush covers; that is decided by wh
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,7 +24,7 @@ from typing import NamedTuple
 
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.fallocate import punch_hole
-from nbdproxy.disks.scratch import open_scratch
+from nbdproxy.disks.scratch import open_scratch, write_scratch
 from nbdproxy.extents import Extent, ExtentMap, ExtentSet
 
 
@@ -59,10 +62,14 @@ def _held_map() -> ExtentMap[Held]:
 
 @dataclass(slots=True)
 class Layer:
-    """The writes between two flushes, and the run of the scratch file that holds their data."""
+    """The writes between two flushes, and the run of the scratch file that holds their data.
+
+    `order` is that of the newest write at the flush.
+    """
 
     start: int
     end: int = 0
+    order: int = 0
     pieces: ExtentMap[Held] = field(default_factory=_held_map)
 
 
@@ -80,6 +87,10 @@ class VolatileDisk:
         self._open = Layer(0)
         self._frozen: list[Layer] = []
         self._landed = 0
+        # What each ticket still has to land, by its order.
+        self._tickets: dict[int, ExtentMap[Held]] = {}
+        # Guards _newest, and the scratch against being given back while it is read.
+        self._lock = threading.Lock()
 
     @property
     def held_bytes(self) -> int:
@@ -94,7 +105,10 @@ class VolatileDisk:
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the newest data."""
-        self._fill(offset, buffer, list(self._newest.segments(offset, offset + len(buffer))))
+        with self._lock:
+            segments = list(self._newest.segments(offset, offset + len(buffer)))
+            self._fill(offset, buffer, [part for part in segments if part[2] is not None])
+        self._fill(offset, buffer, [part for part in segments if part[2] is None])
 
     def try_pread_into(self, offset: int, buffer: memoryview) -> bool:
         """Fill `buffer` if that does not block: what is held is, the rest asks below."""
@@ -122,7 +136,7 @@ class VolatileDisk:
     def pwrite(self, offset: int, data: memoryview | bytes) -> None:
         """Hold `data` for `offset`."""
         position = self._end
-        os.pwrite(self._scratch, data, position)
+        write_scratch(self._scratch, data, position)
         self._end += len(data)
         self._hold(offset, len(data), Kind.DATA, position)
 
@@ -138,19 +152,24 @@ class VolatileDisk:
         self._order += 1
         held = Held(self._order, kind, position)
         self._last = Ticket(offset, length, held)
-        self._newest.set(offset, offset + length, held)
+        with self._lock:
+            self._newest.set(offset, offset + length, held)
         self._open.pieces.set(offset, offset + length, held)
 
-    @property
-    def last_ticket(self) -> Ticket:
-        """Names the newest write, for landing it alone (FUA)."""
-        assert self._last is not None
-        return self._last
+    def issue_ticket(self) -> Ticket:
+        """Return a ticket for the newest write, for landing it alone (FUA)."""
+        ticket = self._last
+        assert ticket is not None
+        self._tickets[ticket.held.order] = _held_map()
+        self._tickets[ticket.held.order].set(
+            ticket.offset, ticket.offset + ticket.length, ticket.held
+        )
+        return ticket
 
     def freeze(self) -> int:
         """Put a line under all that is held; return the number of the newest layer above it."""
         if len(self._open.pieces):
-            self._open.end = self._end
+            self._open.end, self._open.order = self._end, self._order
             self._frozen.append(self._open)
             self._open = Layer(self._end)
         return self._landed + len(self._frozen)
@@ -169,31 +188,54 @@ class VolatileDisk:
         """Forget all layers up to number `layer`: they are on the disk below."""
         count = max(0, layer - self._landed)
         gone = self._frozen[:count]
+        if not gone:
+            return
         del self._frozen[:count]
         self._landed += count
-        for one in gone:
-            for start, end, held in one.pieces:
-                self._forget(self._newest, start, end, held.order)
+        with self._lock:
+            for one in gone:
+                for start, end, held in one.pieces:
+                    self._forget(self._newest, start, end, held.order)
+            for order in [order for order in self._tickets if order <= gone[-1].order]:
+                del self._tickets[order]
+            self._give_back([(one.start, one.end) for one in gone])
+
+    def _give_back(self, runs: list[tuple[int, int]]) -> None:
+        """Free these runs of the scratch file, or all of it if nothing is held."""
         if not self._frozen and not len(self._newest):
             os.ftruncate(self._scratch, 0)
             self._end = 0
             self._open = Layer(0)
+            self._tickets.clear()
             return
-        for one in gone:
-            if one.end > one.start:
+        for start, end in runs:
+            if end > start:
                 with suppress(OSError):  # only housekeeping: not every filesystem can
-                    punch_hole(self._scratch, one.start, one.end - one.start)
+                    punch_hole(self._scratch, start, end - start)
 
     def copy_ticket_down(self, ticket: Ticket) -> None:
-        """Write all of one write to the disk below, whatever was held over it since; blocks."""
-        self._put(ticket.offset, ticket.length, ticket.held)
+        """Write one write to the disk below, whatever was held over it since; blocks.
+
+        What a flush, or a newer FUA write over it, has brought down before is left out.
+        """
+        for start, end, held in self._tickets.get(ticket.held.order, ()):
+            self._put(start, end - start, held)
         self._below.sync()
 
     def ticket_landed(self, ticket: Ticket) -> None:
         """Forget that write, and within its range everything older."""
+        held = ticket.held
+        if self._tickets.pop(held.order, None) is None:
+            return
         start, end = ticket.offset, ticket.offset + ticket.length
-        for pieces in (self._newest, self._open.pieces, *(f.pieces for f in self._frozen)):
-            self._forget(pieces, start, end, ticket.held.order)
+        with self._lock:
+            for pieces in (self._newest, self._open.pieces, *(f.pieces for f in self._frozen)):
+                self._forget(pieces, start, end, held.order)
+            for order, pieces in self._tickets.items():
+                if order < held.order:
+                    pieces.remove(start, end)
+            data = held.kind is Kind.DATA
+            self._give_back([(held.position, held.position + ticket.length)] if data else [])
 
     def _put(self, offset: int, length: int, held: Held) -> None:
         if held.kind is Kind.ZERO:

@@ -107,7 +107,8 @@ class ServerConnection:
         if len(data) < codec.CLIENT_FLAGS.size:
             return 0
         (flags,) = codec.CLIENT_FLAGS.unpack_from(data)
-        known = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+        # As an integer: the complement of an IntFlag has no bits that the enum does not name.
+        known = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
         if flags & ~known:
             raise ProtocolError(f"the client sent unknown handshake flags {flags:#x}")
         if not flags & HandshakeFlag.FIXED_NEWSTYLE:
@@ -236,7 +237,7 @@ def _reply(option: int, kind: OptionReply, data: bytes = b"") -> Send:
 
 def _listed(export: ExportInfo) -> bytes:
     name = export.name.encode(errors="surrogateescape")
-    return struct.pack(">I", len(name)) + name + export.description.encode()
+    return struct.pack(">I", len(name)) + name + export.description.encode(errors="surrogateescape")
 
 
 def _parse_info(body: bytes) -> tuple[bytes, set[int]] | None:

@@ -63,16 +63,20 @@ COMMAND_RULES: dict[int, CommandRule] = {
 _READ_ONLY = int(TransmissionFlag.READ_ONLY)
 
 
-def refusal(command: int, flags: int, offset: int, length: int, *, size: int, can: int) -> int:
+def refusal(  # noqa: PLR0911 - one return for each rule
+    command: int, flags: int, offset: int, length: int, *, size: int, can: int
+) -> int:
     """Return the error a request must be refused with, 0 if it is legal.
 
     `size` is the export's in bytes, `can` its transmission flags (proto.md, "Error values").
     """
     rule = COMMAND_RULES.get(command)
-    if rule is None or not can & rule.needs or flags & ~rule.flags:
+    if rule is None or flags & ~rule.flags:
         return NbdErrno.EINVAL
     if rule.modifies and can & _READ_ONLY:
         return NbdErrno.EPERM
+    if not can & rule.needs:
+        return NbdErrno.EINVAL
     if not rule.ranged:
         return NbdErrno.EINVAL if offset or length else NbdErrno.OK
     if rule.max_length is not None and length > rule.max_length:

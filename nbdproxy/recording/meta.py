@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.format import VERSION
@@ -58,18 +59,21 @@ class Meta:
 
     @classmethod
     def parse(cls, text: str) -> Meta:
-        """Read META's JSON text; raises RecordingError if it is of another version."""
-        fields = json.loads(text)
+        """Read META's JSON text; raises RecordingError if it is of another version, or no META."""
+        fields = _load(text, "META")
         version = fields.pop("version", None)
         if version != VERSION:
             raise RecordingError(
                 f"this recording has format version {version}, and this nbdproxy reads {VERSION}; "
                 "use the nbdproxy that made it"
             )
-        fields["base"] = Fingerprint(**fields["base"])
-        fields["data"] = tuple((start, length) for start, length in fields["data"])
-        fields["policies"] = tuple(fields["policies"])
-        return cls(**fields)
+        try:
+            fields["base"] = Fingerprint(**fields["base"])
+            fields["data"] = tuple((start, length) for start, length in fields["data"])
+            fields["policies"] = tuple(fields["policies"])
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _wrong("META", error) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +89,30 @@ class Ending:
 
     @classmethod
     def parse(cls, text: str) -> Ending:
-        """Read END's JSON text."""
+        """Read END's JSON text; raises RecordingError if it is not one."""
+        fields = _load(text, "END")
+        try:
+            image = fields["image"]
+            return cls(fields["reason"], None if image is None else Fingerprint(**image))
+        except (KeyError, TypeError) as error:
+            raise _wrong("END", error) from None
+
+
+def _load(text: str, what: str) -> dict[str, Any]:
+    try:
         fields = json.loads(text)
-        image = fields["image"]
-        return cls(fields["reason"], None if image is None else Fingerprint(**image))
+    except ValueError as error:
+        raise _wrong(what, error) from None
+    if not isinstance(fields, dict):
+        raise _wrong(what, TypeError(f"a JSON {type(fields).__name__}"))
+    return fields
+
+
+def _wrong(what: str, error: Exception) -> RecordingError:
+    return RecordingError(
+        f"this recording's {what} event cannot be understood ({error}); "
+        "it was made by another program, or damaged: record again"
+    )
 
 
 def absolute(path: Path) -> str:

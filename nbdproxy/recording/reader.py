@@ -9,6 +9,7 @@ is not there. Raises RecordingError when there is nothing to open.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from xxhash import xxh3_64_intdigest
 
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.format import (
+    CHECKSUM,
     NONE,
     SLOT,
     SLOT_SIZE,
@@ -49,6 +51,7 @@ SLOTS = np.dtype(
     ]
 )
 _CHUNK = 16384
+_TEXTS = frozenset({Kind.META, *NOTE_OF_SLOT})
 _CHECKSUMS = struct.Struct("<56sQ")
 
 
@@ -74,6 +77,7 @@ class BeforeImage(NamedTuple):
     offset: int
     length: int
     position: int
+    seq: int
 
 
 class Recording:
@@ -93,6 +97,8 @@ class Recording:
         """How many events there are; the position `end`."""
         self._reach: NDArray[np.int64] | None = None
         self._verified = bytearray()
+        self._with_content: list[BeforeImage] = []
+        self._saved_verified: set[int] = set()
         self._load()
 
     def _load(self) -> None:
@@ -148,7 +154,18 @@ class Recording:
                 length, position = _payload(body)
                 if position != NONE and position + length > limit:
                     return index
+                if body[0] in _TEXTS and not self._intact(body, position, length):
+                    return index
         return len(slots) // SLOT_SIZE
+
+    def _intact(self, body: bytes, position: int, length: int) -> bool:
+        """Tell whether a text is the one that was recorded."""
+        if position == NONE:
+            return True
+        text = bytearray(length)
+        (expected,) = CHECKSUM.unpack_from(body, 48)
+        there = self._data.read_into(position, memoryview(text))
+        return there == length and xxh3_64_intdigest(text) == expected
 
     def _stale(self, rest: memoryview) -> bool:
         """Tell whether what follows is only what a killed writer leaves in its tail."""
@@ -167,8 +184,11 @@ class Recording:
             slot = chunk[index]
             position = -1 if slot["position"] == NONE else int(slot["position"])
             if slot["kind"] == Kind.BEFORE:
-                where = BeforeImage(int(slot["offset"]), int(slot["length"]), position)
+                seq = self.events + int(index)
+                where = BeforeImage(int(slot["offset"]), int(slot["length"]), position, seq)
                 self.befores.append(where)
+                if position >= 0:
+                    self._with_content.append(where)
             elif slot["kind"] in NOTE_OF_SLOT:
                 text = self._text(position, int(slot["length"])) if position >= 0 else ""
                 note = NOTE_OF_SLOT[Kind(slot["kind"])]
@@ -181,6 +201,11 @@ class Recording:
         return text.decode(errors="surrogateescape")
 
     @property
+    def truncated(self) -> bool:
+        """Whether events are gone that were recorded: a recorder that was killed leaves a tail."""
+        return self.ending is None and not (self._events.has_tail or self._data.has_tail)
+
+    @property
     def size(self) -> int:
         """The disk's size in bytes."""
         return self.meta.size
@@ -188,15 +213,24 @@ class Recording:
     def read_payload(self, position: int, buffer: memoryview) -> None:
         """Fill `buffer` with payload bytes from `position` of the data stream.
 
-        A request's payload is checked against its digest when it is read for the first time;
-        raises RecordingError if it is damaged.
+        What a request or a before-image wrote there is checked against its digest when it is read
+        for the first time; raises RecordingError if it is damaged.
         """
         row = self._row_at(position)
-        if row is not None and not self._verified[row]:
+        if row is None:
+            self._verify_saved(position)
+        elif not self._verified[row]:
             seq = int(self.table.seq[row])
             self._verify(next(self.log(seq, seq + 1)))
             self._verified[row] = 1
         self._fill(position, buffer)
+
+    def _verify_saved(self, position: int) -> None:
+        index = bisect_right(self._with_content, position, key=lambda before: before.position) - 1
+        if index >= 0 and index not in self._saved_verified:
+            seq = self._with_content[index].seq
+            self._verify(next(self.log(seq, seq + 1)))
+            self._saved_verified.add(index)
 
     def _row_at(self, position: int) -> int | None:
         """Return the row of the write whose payload `position` is in, None if it is no write's."""

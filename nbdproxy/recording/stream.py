@@ -229,11 +229,16 @@ class StreamReader:
         magic, version, segments, segment = TAIL_HEADER.unpack_from(tail)
         if magic != TAIL_MAGIC or version != VERSION:
             return
+        if not segment or TAIL_HEADER.size + 8 * segments > TAIL_PAGE:
+            return
         self._segment = segment
+        # Blocks stand in turn, and none is begun before the one it replaces is in the file; a
+        # number that cannot be is damage, and must not make a stream of any size.
+        limit = self.size // segment + segments
         for index in range(segments):
             (block,) = CHECKSUM.unpack_from(tail, TAIL_HEADER.size + 8 * index)
             where = TAIL_PAGE + index * segment
-            if block != NONE:
+            if block < limit and block % segments == index:
                 self._blocks[block] = memoryview(tail)[where : where + segment]
                 self.size = max(self.size, block * segment + len(self._blocks[block]))
 

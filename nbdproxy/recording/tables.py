@@ -50,6 +50,8 @@ class TableBuilder:
 
     def _complete(self, slots: NDArray[np.void], seqs: NDArray[np.int64]) -> None:
         """Enter completions; each may answer a run of consecutive requests."""
+        if not self._rows:
+            return  # whatever was answered so far had been refused
         counts = slots["length"].astype(np.int64)
         total = int(counts.sum())
         starts = np.repeat(np.cumsum(counts) - counts, counts)

@@ -112,7 +112,7 @@ class RecordingWriter:
         with self._lock:
             seq = self._slot(
                 Kind.REFUSED,
-                command=request.command & 0xFF,
+                command=min(request.command, 0xFF),
                 flags=request.flags,
                 connection=connection,
                 offset=request.offset,

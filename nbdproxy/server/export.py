@@ -5,13 +5,17 @@
 
 Guarantees: a request is in the recording before it touches the disk, and its completion before the
 reply leaves. A flush makes durable what was completed before it was received, in whichever
-connection. A cut lets a landing that is at work finish; after it no reply leaves and nothing
-lands. If the recording cannot grow, no modification succeeds any more and `failed` is set.
+connection. Flushes and FUA requests land in the order in which they were received, whatever becomes
+of their connections: so nothing lands with a flush that is not completed yet, and an older write
+never lands over a newer one. A cut lets a landing that is at work finish; after it no reply leaves
+and nothing lands. If the recording cannot grow, no modification succeeds any more, and `failed` is
+set.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +23,7 @@ import structlog
 import trio
 
 from nbdproxy.disks.device import BlockDevice
-from nbdproxy.disks.volatile import Ticket, VolatileDisk
+from nbdproxy.disks.volatile import VolatileDisk
 from nbdproxy.errors import RecordingError
 from nbdproxy.nbd.constants import TransmissionFlag
 from nbdproxy.nbd.events import Refused
@@ -28,6 +32,7 @@ from nbdproxy.policy.model import CutEvent, Decision, Policy, decide
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import MODIFYING, Command, CommandFlag, NbdErrno, Request
+from nbdproxy.server.jobs import Counters, Job, Landing
 from nbdproxy.server.preserve import PreservingDisk
 from nbdproxy.server.replies import Replies
 from nbdproxy.server.syncer import Syncer
@@ -46,34 +51,11 @@ _NBD_ERRNO = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request that has to wait for the disk: a cold read, a flush, a FUA request.
-
-    `layer` is what a flush has to land, `ticket` what a FUA request has to, both of the volatile
-    cache; neither is set where the disk itself is synced.
-    """
-
-    request: Request
-    seq: int
-    layer: int | None = None
-    ticket: Ticket | None = None
-
-
-@dataclass(slots=True)
-class Counters:
-    """What passed, for the summary at the end; bytes of writes."""
-
-    reads: int = 0
-    writes: int = 0
-    written: int = 0
-    flushes: int = 0
-
-
 @dataclass(slots=True)
 class _Batch:
     """A batch while it is handled: what was answered inline, as (cookie, seq, error)."""
 
+    connection: int
     answered: list[tuple[int, int, int]] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
 
@@ -116,6 +98,8 @@ class Export:
         self._cut_noted = False
         self._syncer = Syncer(self._disk)
         self._landing = trio.Lock()
+        self._landings: deque[Landing] = deque()
+        # Those that were received and are not down yet, in the order received.
         self._seq = 0
         self._decisions: dict[tuple[int, int], Decision] = {
             (int(command), fua): decide(policy, command, fua)
@@ -151,7 +135,7 @@ class Export:
             self.before_flush()
         if self.fenced:
             return []
-        batch = _Batch()
+        batch = _Batch(connection)
         try:
             seq = self._receive(connection, requests, changing)
         except RecordingError as error:
@@ -235,17 +219,19 @@ class Export:
             batch.answered.append((request.cookie, seq, NbdErrno.ENOSPC))
             return
         if decision is Decision.LAND:
-            batch.jobs.append(Job(_without_payload(request), seq, layer=layer))
+            batch.jobs.append(self._job(request, Landing(batch.connection, seq, layer=layer)))
         elif decision is Decision.HOLD_AND_LAND:
             assert self._volatile is not None
-            ticket = self._volatile.last_ticket
-            batch.jobs.append(Job(_without_payload(request), seq, ticket=ticket))
-        elif decision is Decision.PASS and (
-            command == Command.FLUSH or request.flags & _FUA
-        ):
+            ticket = self._volatile.issue_ticket()
+            batch.jobs.append(self._job(request, Landing(batch.connection, seq, ticket=ticket)))
+        elif decision is Decision.PASS and (command == Command.FLUSH or request.flags & _FUA):
             batch.jobs.append(Job(_without_payload(request), seq))
         else:
             batch.answered.append((request.cookie, seq, 0))
+
+    def _job(self, request: Request, landing: Landing) -> Job:
+        self._landings.append(landing)
+        return Job(_without_payload(request), landing.seq, landing)
 
     def _answer(self, connection: int, batch: _Batch, replies: Replies) -> None:
         """Record what was done inline as completed, and only then prepare its replies."""
@@ -277,8 +263,9 @@ class Export:
         """Do a job; return its error and data, None if the power went in between."""
         if job.request.command == Command.READ:
             return await self._finish_read(job.request)
-        if job.layer is not None or job.ticket is not None:
-            return await self._land(connection, job)
+        if job.landing is not None:
+            error = await self._land(job.landing)
+            return None if error is None else (error, memoryview(b""))
         try:
             await self._syncer.sync()
             error = 0
@@ -290,31 +277,44 @@ class Export:
             error = NbdErrno.ENOSPC
         return error, memoryview(b"")
 
-    async def _land(self, connection: int, job: Job) -> tuple[int, memoryview] | None:
-        """Write through the cache what a flush or FUA covers; one landing at a time.
+    async def _land(self, landing: Landing) -> int | None:
+        """Land everything up to `landing`; return its error, None if the power went before.
+
+        Whoever comes first lands what was received earlier, too, even if its client is gone.
+        """
+        async with self._landing:
+            while landing.error is None:
+                if self.fenced:
+                    return None
+                await self._land_next()
+        return landing.error
+
+    async def _land_next(self) -> None:
+        """Write through the cache what the oldest flush or FUA request covers.
 
         Its completion is recorded before the next landing, or a cut, may begin.
         """
         assert self._volatile is not None
+        landing = self._landings[0]
         error = 0
-        async with self._landing:
-            if self.fenced:
-                return None
-            try:
-                if job.ticket is not None:
-                    await trio.to_thread.run_sync(self._volatile.copy_ticket_down, job.ticket)
-                    self._volatile.ticket_landed(job.ticket)
-                elif job.layer is not None:
-                    await trio.to_thread.run_sync(self._volatile.copy_down, job.layer)
-                    self._volatile.landed(job.layer)
-            except OSError as failed:
-                error = nbd_errno(failed)
-            except RecordingError as full:
-                self._fail(full)
-                return NbdErrno.ENOSPC, memoryview(b"")
-            if not self._complete(connection, job.seq, 1, error):
-                error = NbdErrno.ENOSPC
-        return error, memoryview(b"")
+        try:
+            if landing.ticket is not None:
+                await trio.to_thread.run_sync(self._volatile.copy_ticket_down, landing.ticket)
+                self._volatile.ticket_landed(landing.ticket)
+            elif landing.layer is not None:
+                await trio.to_thread.run_sync(self._volatile.copy_down, landing.layer)
+                self._volatile.landed(landing.layer)
+        except OSError as failed:
+            error = nbd_errno(failed)
+        except RecordingError as full:
+            self._fail(full)
+            error = NbdErrno.ENOSPC
+        if self.failure is not None or not self._complete(
+            landing.connection, landing.seq, 1, error
+        ):
+            error = NbdErrno.ENOSPC
+        landing.error = error
+        self._landings.popleft()
 
     async def _finish_read(self, request: Request) -> tuple[int, memoryview]:
         data = memoryview(bytearray(request.length))

@@ -91,7 +91,7 @@ class Service:
     async def main(self) -> Outcome:
         """Serve, and end."""
         async with trio.open_nursery() as everything, trio.open_nursery() as service:
-            service.start_soon(self._watch_signals)
+            await service.start(self._watch_signals)
             service.start_soon(self._watch_export)
             if self._qmp is not None:
                 self._export.before_flush = self._poll_qmp
@@ -170,8 +170,9 @@ class Service:
         finally:
             self._sessions.discard(session)
 
-    async def _watch_signals(self) -> None:
+    async def _watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
             async for number in signals:
                 if self._ending.is_set():
                     os._exit(128 + number)
@@ -221,6 +222,8 @@ class Service:
             code = await process.wait()
         except trio.Cancelled:
             process.terminate()
+            with trio.move_on_after(_GRACE_S, shield=True):
+                await process.wait()
             raise
         self._exit_code = code if code >= 0 else 128 - code
         self._end("the command ended")

@@ -21,7 +21,8 @@ from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.policy.model import CutEvent
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import Request
-from nbdproxy.server.export import Export, Job
+from nbdproxy.server.export import Export
+from nbdproxy.server.jobs import Job
 from nbdproxy.server.replies import Replies
 
 log = structlog.get_logger()
