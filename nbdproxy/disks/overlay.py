@@ -11,6 +11,8 @@ from nbdproxy.disks.fallocate import punch_hole
 from nbdproxy.disks.scratch import open_scratch, write_scratch
 from nbdproxy.extents import Extent, ExtentSet
 
+_ZEROES = memoryview(bytes(1024 * 1024))
+
 
 class OverlayDisk:
     """`below` with private changes, as a `BlockDevice`; the changes go with `close`."""
@@ -57,7 +59,12 @@ class OverlayDisk:
 
     def zero(self, offset: int, length: int, *, may_punch: bool) -> None:  # noqa: ARG002
         """Make a range read as zeroes; a scratch file has no use for keeping it allocated."""
-        punch_hole(self._scratch, offset, length)
+        try:
+            punch_hole(self._scratch, offset, length)
+        except OSError:  # not every filesystem can
+            for at in range(offset, offset + length, len(_ZEROES)):
+                part = _ZEROES[: min(len(_ZEROES), offset + length - at)]
+                write_scratch(self._scratch, part, at)
         self._add(offset, offset + length)
 
     def _add(self, start: int, end: int) -> None:

@@ -7,9 +7,10 @@ the same events.
 
 Theory of operation: a connection is in one phase (client flags, options, transmission, closed)
 and each phase has one function that reads one unit. Whatever can be answered is answered; what
-cannot (a wrong magic, a length beyond every limit) raises `ProtocolError`, and the connection is
-over. Fixed newstyle with simple replies only: structured replies, meta contexts, extended headers
-and TLS are answered as unsupported.
+cannot (a wrong magic, a length beyond every limit) is a breach, and the connection is over.
+
+Not covered: anything but fixed newstyle with simple replies. Structured replies, meta contexts,
+extended headers and TLS are answered as unsupported.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class ServerConnection:
         self.phase = Phase.CLIENT_FLAGS
         self.needed = codec.CLIENT_FLAGS.size
         """How many bytes the next unit has in all; a receive buffer must hold that many."""
+        self.breach: ProtocolError | None = None
+        """How the client broke the protocol, if it did."""
         self._exports = exports
         self._export: ExportInfo | None = None
         self._zeroes = True
@@ -85,22 +88,30 @@ class ServerConnection:
     def receive(self, data: memoryview) -> tuple[int, list[Event]]:
         """Return how many bytes of `data` were used, and what they meant, in order.
 
-        Payloads of the events are views into `data`. Raises ProtocolError when the stream cannot
-        be followed any further.
+        Payloads of the events are views into `data`. When the stream cannot be followed any
+        further, `breach` is set and the connection is closed; the events before that still count.
         """
-        used = 0
         events: list[Event] = []
+        try:
+            return self._receive(data, events), events
+        except ProtocolError as breach:
+            self.breach = breach
+            self.phase = Phase.CLOSED
+            return len(data), events
+
+    def _receive(self, data: memoryview, events: list[Event]) -> int:
+        used = 0
         while True:
             if self.phase is Phase.TRANSMISSION:
-                return used + self._requests(data[used:], events), events
+                return used + self._requests(data[used:], events)
             if self.phase is Phase.CLOSED:
-                return len(data), events
+                return len(data)
             if self.phase is Phase.CLIENT_FLAGS:
                 step = self._client_flags(data[used:])
             else:
                 step = self._option(data[used:], events)
             if not step:
-                return used, events
+                return used
             used += step
 
     def _client_flags(self, data: memoryview) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -161,7 +162,9 @@ class StreamWriter:
             self._finish()
         finally:
             self._view.release()
-            self._map.close()
+            # The traceback of a failed write still refers to the map, which then goes with it.
+            with suppress(BufferError):
+                self._map.close()
         tail_path(self._path).unlink()
 
     def _finish(self) -> None:

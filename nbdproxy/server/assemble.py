@@ -35,10 +35,10 @@ class Plan:
 
 def assemble(plan: Plan) -> Export:
     """Return the export; raises ImageError or RecordingError with nothing left open."""
+    if not plan.raw and _is_qcow2(plan.image):
+        raise ImageError(_explain_qcow2(plan.image))
     disk = FileDisk(plan.image, read_only=plan.read_only or plan.overlay)
     try:
-        if not plan.raw and disk.pread(0, 4) == QCOW2_MAGIC:
-            raise ImageError(_explain_qcow2(plan.image))
         recorder = _record(plan, disk) if plan.record is not None else None
     except BaseException:
         disk.close()
@@ -87,6 +87,17 @@ def _record(plan: Plan, disk: FileDisk) -> RecordingWriter:
         program=f"nbdproxy {__version__}",
     )
     return RecordingWriter(plan.record, meta)
+
+
+def _is_qcow2(image: Path) -> bool:
+    """Tell it before the size is looked at: a new qcow2 file is no multiple of 512 bytes."""
+    try:
+        if not (image.is_file() or image.is_block_device()):
+            return False
+        with image.open("rb") as file:
+            return file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC
+    except OSError:
+        return False  # opening it for good will say why
 
 
 def _explain_qcow2(image: Path) -> str:

@@ -147,7 +147,7 @@ class Service:
             self._welcome(sock, sessions)
 
     def _welcome(self, sock: socket.socket, sessions: trio.Nursery) -> None:
-        if self._export.fenced:
+        if self._export.fenced or self._ending.is_set():
             sock.close()
             return
         sock.setblocking(False)

@@ -116,6 +116,8 @@ class Session:
             used, events = connection.receive(buffer[:end])
             if events:
                 await self._act(events, jobs)
+            if connection.breach is not None:
+                raise connection.breach
             if connection.phase is Phase.CLOSED:
                 return
             rest = end - used
