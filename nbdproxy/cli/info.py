@@ -17,7 +17,9 @@ from nbdproxy.recording.reader import Recording, command_name
 
 def info(
     run: Annotated[Path, typer.Argument(help="A recording.")],
-    verify: Annotated[bool, typer.Option(help="Check every payload's digest, too.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every payload's digest, too.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Sum a recording up: what was recorded, how much, by whom, and how it ended.

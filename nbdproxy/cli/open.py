@@ -46,7 +46,8 @@ def open_(
     mode: Annotated[CacheMode | None, typer.Option(help="The worst state of this mode...")] = None,
     failure: Annotated[Failure | None, typer.Option(help="...and this failure.")] = None,
     socket: Annotated[
-        Path | None, typer.Option(help="Listen on this Unix socket.", show_default="a new one")
+        Path | None,
+        typer.Option(help="Listen on this Unix socket.", show_default="one in a new folder"),
     ] = None,
     command: Annotated[
         str | None,

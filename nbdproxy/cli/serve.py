@@ -29,7 +29,8 @@ class ImageFormat(StrEnum):
 def serve(
     image: Annotated[Path, typer.Argument(help="A raw image file or a block device.")],
     socket: Annotated[
-        Path | None, typer.Option(help="Listen on this Unix socket.", show_default="a new one")
+        Path | None,
+        typer.Option(help="Listen on this Unix socket.", show_default="one in a new folder"),
     ] = None,
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Listen on TCP, loopback only.")
@@ -39,14 +40,14 @@ def serve(
         ImageFormat | None,
         typer.Option("--format", help="raw: serve the file's bytes, even if it is a qcow2."),
     ] = None,
-    read_only: Annotated[bool, typer.Option(help="Refuse every write.")] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write.")] = False,
     policy: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="What goes wrong, and when.")
     ] = "passthrough",
     record: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Record all that passes to a new folder.")
     ] = None,
-    overlay: Annotated[bool, typer.Option(help="Never write the image.")] = False,
+    overlay: Annotated[bool, typer.Option("--overlay", help="Never write the image.")] = False,
     qmp: Annotated[
         Path | None,
         typer.Option(metavar="SOCKET", help="QEMU's QMP socket, which may appear later."),

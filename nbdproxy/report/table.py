@@ -19,7 +19,10 @@ def render(result: Replay, source: Source) -> Table:
     table.add_column("cache mode", no_wrap=True)
     for failure in failures:
         cut = next(cell.cut for cell in result.cells if cell.failure is failure)
-        table.add_column(f"{failure.value}\n{cut.text}\nat {cut.time_ns(source) / 1e9:.1f} s")
+        # Broken behind the first hyphen, so that the table fits 80 columns.
+        name = failure.value.replace("-", "-\n", 1)
+        when = f"{cut.text}\nat {cut.time_ns(source) / 1e9:.1f} s"
+        table.add_column(f"{name}\n{when}", overflow="fold")
     for modes, row in _rows(result).items():
         table.add_row("\n".join(modes), *row)
     return table
@@ -70,7 +73,7 @@ def _cell_text(cell: Cell) -> str:
     lines = counts(cell.worst, total)
     style = _STYLE[cell.worst.verdict]
     lines[0] = f"[{style}]{lines[0]}[/{style}]"
-    lines += [f"[dim]{cause.value}: {n:,}[/dim]" for cause, n in cell.worst.causes.most_common()]
+    lines += [f"[dim]{n:,} {cause.value}[/dim]" for cause, n in cell.worst.causes.most_common()]
     if cell.best.conditions != cell.worst.conditions:
         best = counts(cell.best, sum(cell.best.conditions.values()))[0]
         lines.append(f"best: {best}")
