@@ -40,7 +40,11 @@ def replay(
     mode: ModeText = None,
     failure: FailureText = None,
     at: Annotated[
-        str | None, typer.Option(metavar="CUT", help="When: end, before-exit, seq:N, flush:N, ...")
+        str | None,
+        typer.Option(
+            metavar="CUT",
+            help="When: end, before-exit, riskiest, seq:N, flush:N, time:12.5s or mark:NAME.",
+        ),
     ] = None,
     root: Annotated[
         str | None,
@@ -59,10 +63,15 @@ def replay(
         typer.Option(help="A flush covers what was completed before it was received, or replied."),
     ] = Coverage.RECEIVED,
     base: Base = None,
+    list_files: Annotated[
+        bool,
+        typer.Option("--list", help="Also list the lost files, one a line; with --json, too."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell for each cache mode and failure which files would be whole, and who lost the others.
+    """Tell which files each mode and failure would leave whole.
 
+    And for each of the others, who lost it: the guest, a cache without a flush, or the store.
     Each failure strikes where it tells most: a guest's poweroff at the end, all others at the last
     instant before QEMU's own exit flushes. Files that were never sent cannot be found by looking:
     if none was, say where they belong with --root (/ for absolute paths). Exit code 0 if no file is
@@ -74,7 +83,9 @@ def replay(
 
       nbdproxy replay run1 --files npm.sha256 --mode none,writethrough --failure host-power-loss
 
-      nbdproxy replay run1 --files npm.sha256 --at time:12.5s --json
+      nbdproxy replay run1 --files npm.sha256 --root / --at riskiest --json
+
+      nbdproxy replay run1 --files npm.sha256 --mode none --failure host-power-loss --list
     """
     source = RecordedSource(run, image=base)
     wanted = manifest.load(files)
@@ -93,8 +104,11 @@ def replay(
             progress=lambda state: status.update(f"judging crash state {state}"),
         )
     if json:
-        print_json(to_json(result, source, str(run)))
+        print_json(to_json(result, source, str(run), files=list_files))
     else:
+        if list_files:
+            for line in table.lost_files(result):
+                out.print(line, markup=False)
         out.print(table.render(result, source))
         for line in table.footnotes(result):
             out.print(line, markup=False, style="dim")

@@ -5,8 +5,7 @@ that keep more and more at the same cut, and the cause is the first thing that w
 kept for it to be whole. No byte of filesystem layout is interpreted on the way.
 
 Not covered: `metadata` of the model (data there, the way to it lost) is not told apart from the
-loss of the request that carried it. The manifest names the files at the end of the run; one that
-the guest changed or removed again by the cut counts as never-sent.
+loss of the request that carried it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ class Cause(Enum):
     """Completed, and no flush covered it."""
     SENT_UNANSWERED = "sent-unanswered"
     """Received, and not completed at the cut."""
+    CHANGED_BY_GUEST = "changed-by-guest"
+    """It was whole at an earlier flush, and the guest changed or removed it since: no loss."""
     NEVER_SENT = "never-sent"
     """No request ever carried it: it was still in the guest."""
 
@@ -41,13 +42,18 @@ _LAYERS = {
 
 
 def find_causes(
-    broken: frozenset[str], level: Level, whole_in: Callable[[Level], frozenset[str]]
+    broken: frozenset[str],
+    level: Level,
+    promised: Level,
+    whole_in: Callable[[Level], frozenset[str]],
+    earlier: Callable[[frozenset[str]], frozenset[str]],
 ) -> Iterator[tuple[str, Cause]]:
     """Yield each file of `broken` with its cause.
 
-    `level` is what the state at hand keeps; only layers above it can tell anything. `whole_in`
-    gives the files that are whole when all of a layer is kept, and is asked only while files are
-    left without a cause.
+    `level` is what the state at hand keeps; only layers above it can tell anything. `promised` is
+    what the cache mode promises to keep: what is whole in that was lost against the promise.
+    `whole_in` gives the files that are whole when all of a layer is kept, and `earlier` those of
+    some files that were whole at an earlier instant; both are asked only while files are left.
     """
     levels = list(Level)
     left = set(broken)
@@ -56,7 +62,9 @@ def find_causes(
             return
         saved = left & whole_in(layer)
         left -= saved
+        kept = levels.index(layer) <= levels.index(promised)
         for path in sorted(saved):
-            yield path, _LAYERS[layer]
+            yield path, Cause.FLUSHED_THEN_LOST if kept else _LAYERS[layer]
+    changed = earlier(frozenset(left)) if left else frozenset()
     for path in sorted(left):
-        yield path, Cause.NEVER_SENT
+        yield path, Cause.CHANGED_BY_GUEST if path in changed else Cause.NEVER_SENT

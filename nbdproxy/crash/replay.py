@@ -40,11 +40,15 @@ from nbdproxy.persistence.modes import (
     check_projection,
     guarantee,
     projectable,
+    promised,
     recorded_under,
 )
 from nbdproxy.recording.index import RequestTable
 
 _READ = 1 << 20
+
+_LOOK_BACK = 16
+"""After so many flushes, evenly spread, it is looked for what the guest changed itself."""
 
 Digests = Mapping[str, Collection[str]]
 
@@ -189,15 +193,26 @@ class _Judge:
     progress: Callable[[StateId], None]
     known: dict[bytes, Findings] = field(default_factory=dict)
 
-    def outcome(self, state: StateId, level: Level) -> Outcome:
-        """Judge a state; `level` is what it keeps for certain, and so cannot be the cause."""
+    def outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
+        """Judge a state; `level` is what it keeps for certain, and so cannot be the cause.
+
+        `promise` is what the mode says is durable.
+        """
         findings = self._findings(state)
         fine = {Condition.WHOLE}
         if findings.reason is not None:
             # The oracle, and not the crash, may be why a file cannot be read: nobody's fault.
             fine.add(Condition.UNREADABLE)
         broken = frozenset(p for p, found in findings.conditions.items() if found not in fine)
-        causes = dict(find_causes(broken, level, lambda layer: self._whole(state, layer)))
+        causes = dict(
+            find_causes(
+                broken,
+                level,
+                promise,
+                lambda layer: self._whole(state, layer),
+                lambda paths: self._whole_earlier(state, paths),
+            )
+        )
         files = {
             path: FileOutcome(found, causes.get(path))
             for path, found in findings.conditions.items()
@@ -208,6 +223,20 @@ class _Judge:
         fuller = StateId(state.position, layer, Choice.MUST, self.options)
         conditions = self._findings(fuller).conditions
         return frozenset(p for p, found in conditions.items() if found is Condition.WHOLE)
+
+    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> frozenset[str]:
+        """Return those of `paths` that were whole, all sent, after some flush before the cut."""
+        table = self.source.table
+        done = table.completed[table.is_flush & (table.completed < state.position)]
+        steps = np.unique(np.linspace(0, max(len(done) - 1, 0), _LOOK_BACK).astype(int))
+        found: set[str] = set()
+        for position in [*(np.sort(done)[steps[::-1]] + 1 if len(done) else ()), 0]:
+            earlier = StateId(int(position), Level.RECEIVED, Choice.MUST, self.options)
+            conditions = self._findings(earlier).conditions
+            found |= {p for p in paths if conditions.get(p) is Condition.WHOLE}
+            if len(found) == len(paths):
+                break
+        return frozenset(found)
 
     def _findings(self, state: StateId) -> Findings:
         choice = chosen(self.source.table, state)
@@ -246,8 +275,10 @@ def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
     broken_exit = exit_flush_failed(judge.source.table, cut.position)
     level = guarantee(mode, failure, exit_flush_failed=broken_exit).must
     must = StateId(cut.position, level, Choice.MUST, judge.options)
-    worst = judge.outcome(must, level)
-    best = judge.outcome(StateId(cut.position, level, Choice.ALL, judge.options), Level.RECEIVED)
+    promise = promised(mode)
+    worst = judge.outcome(must, level, promise)
+    fullest = StateId(cut.position, level, Choice.ALL, judge.options)
+    best = judge.outcome(fullest, Level.RECEIVED, promise)
     verdict = merge((worst.verdict, best.verdict))
     return Cell(mode, failure, cut, verdict, worst, best)
 
@@ -301,8 +332,10 @@ def _earlier_digests(
     return {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
 
 
-def to_json(result: Replay, source: Source, recording: str) -> dict[str, object]:
-    """Return the table as `nbdproxy replay --json` prints it."""
+def to_json(
+    result: Replay, source: Source, recording: str, *, files: bool = False
+) -> dict[str, object]:
+    """Return the table as `nbdproxy replay --json` prints it; `files` adds those that are lost."""
     return {
         "recording": recording,
         "cut": _cut_json(result.cut, source),
@@ -315,8 +348,8 @@ def to_json(result: Replay, source: Source, recording: str) -> dict[str, object]
                 "failure": cell.failure.value,
                 "cut": _cut_json(cell.cut, source),
                 "verdict": cell.verdict.value,
-                "worst": _outcome_json(cell.worst),
-                "best": _outcome_json(cell.best),
+                "worst": _outcome_json(cell.worst, files=files),
+                "best": _outcome_json(cell.best, files=files),
             }
             for cell in result.cells
         ],
@@ -332,7 +365,7 @@ def _cut_json(cut: Cut, source: Source) -> dict[str, object]:
     }
 
 
-def _outcome_json(outcome: Outcome) -> dict[str, object]:
+def _outcome_json(outcome: Outcome, *, files: bool) -> dict[str, object]:
     found: dict[str, object] = {
         "state": str(outcome.state),
         "verdict": outcome.verdict.value,
@@ -341,4 +374,10 @@ def _outcome_json(outcome: Outcome) -> dict[str, object]:
     }
     if outcome.reason is not None:
         found["reason"] = outcome.reason
+    if files:
+        found["files"] = {
+            path: {"condition": one.condition.value, "cause": one.cause and one.cause.value}
+            for path, one in outcome.files.items()
+            if one.condition is not Condition.WHOLE
+        }
     return found

@@ -89,6 +89,11 @@ def guarantee(mode: CacheMode, failure: Failure, *, exit_flush_failed: bool = Fa
     return Guarantee(_EVERY_MODE[failure])
 
 
+def promised(mode: CacheMode) -> Level:
+    """Return what a mode tells the guest is durable; unsafe tells the same lie as the others."""
+    return Level.COMPLETED if mode in THROUGH else Level.FLUSHED
+
+
 def recorded_under(table: RequestTable, stated: CacheMode | None = None) -> frozenset[CacheMode]:
     """Tell under which cache modes the recording can have been taken.
 

@@ -13,38 +13,60 @@ _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}
 
 
 def render(result: Replay, source: Source) -> Table:
-    """Return the table: a row for modes that fare alike, a column for each failure and its cut."""
-    failures = list(dict.fromkeys(cell.failure for cell in result.cells))
-    table = Table(show_lines=True, pad_edge=False)
-    table.add_column("cache mode", no_wrap=True)
-    for failure in failures:
+    """Return the table: a column for modes that fare alike, a row for each failure and its cut."""
+    groups = _alike(result)
+    table = Table(show_lines=True)
+    table.add_column("failure, and when", no_wrap=True)
+    for modes in groups:
+        table.add_column("\n".join(modes), overflow="fold")
+    for index, failure in enumerate(dict.fromkeys(cell.failure for cell in result.cells)):
         cut = next(cell.cut for cell in result.cells if cell.failure is failure)
-        # Broken behind the first hyphen, so that the table fits 80 columns.
-        name = failure.value.replace("-", "-\n", 1)
-        when = f"{cut.text}\nat {cut.time_ns(source) / 1e9:.1f} s"
-        table.add_column(f"{name}\n{when}", overflow="fold")
-    for modes, row in _rows(result).items():
-        table.add_row("\n".join(modes), *row)
+        when = f"{cut.text}, {cut.time_ns(source) / 1e9:.1f} s"
+        table.add_row(f"{failure.value}\n{when}", *(column[index] for column in groups.values()))
     return table
 
 
-def _rows(result: Replay) -> dict[tuple[str, ...], tuple[str, ...]]:
-    """Return the text of each row; modes whose rows are the same share one."""
+def _alike(result: Replay) -> dict[tuple[str, ...], tuple[str, ...]]:
+    """Return the cells' texts by mode; modes whose cells are all the same go together."""
     by_mode: dict[str, tuple[str, ...]] = {}
     for cell in result.cells:
         by_mode[cell.mode.value] = (*by_mode.get(cell.mode.value, ()), _cell_text(cell))
     alike: dict[tuple[str, ...], list[str]] = {}
-    for mode, row in by_mode.items():
-        alike.setdefault(row, []).append(mode)
-    return {tuple(modes): row for row, modes in alike.items()}
+    for mode, column in by_mode.items():
+        alike.setdefault(column, []).append(mode)
+    return {tuple(modes): column for column, modes in alike.items()}
+
+
+def lost_files(result: Replay) -> list[str]:
+    """Return a line for each file that is not whole in the worst state of a cell, by cell."""
+    return [
+        "\t".join(
+            (
+                cell.mode.value,
+                cell.failure.value,
+                one.condition.value,
+                one.cause.value if one.cause else "-",
+                path.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+            )
+        )
+        for cell in result.cells
+        for path, one in sorted(cell.worst.files.items())
+        if one.condition is not Condition.WHOLE
+    ]
 
 
 def footnotes(result: Replay) -> list[str]:
     """Return what has to be said about the table, one line each."""
+    total = len(result.manifest.entries)
     notes = [
-        f"{len(result.manifest.entries):,} files. Each cell: the worst state that the model allows"
-        " after that failure, who lost the files, and the best state where it differs."
+        f"{total:,} files. Each cell: the worst state that the model allows, who lost the files, "
+        "and the best state where it differs."
     ]
+    empty = sum(entry.size == 0 for entry in result.manifest.entries)
+    if empty > 10 and empty * 5 > total:
+        notes.append(
+            f"{empty:,} files of the manifest are empty: was it made when they were lost already?"
+        )
     cuts = {cell.cut.text: cell.cut for cell in result.cells}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
     if result.left_out:

@@ -11,29 +11,38 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.modes import CacheMode, Failure
 
 _BLAME = {
-    Cause.NEVER_SENT: "the guest had not sent to any disk when it was cut off",
-    Cause.SENT_UNANSWERED: "were still on their way to the disk",
-    Cause.UNFLUSHED: "had been written, but nobody had asked to flush them",
-    Cause.FLUSH_IN_FLIGHT: "were being flushed at that very moment",
-    Cause.FLUSHED_THEN_LOST: "had been flushed, and were lost below all the same",
-}
-_GUILTY = {
-    Cause.NEVER_SENT: "the guest's own page cache lost them (no fsync), "
-    "and no cache mode could have saved them",
-    Cause.SENT_UNANSWERED: "nobody had promised to keep them",
-    Cause.UNFLUSHED: "a volatile write cache lost them, for want of a flush",
-    Cause.FLUSH_IN_FLIGHT: "the flush came too late",
-    Cause.FLUSHED_THEN_LOST: "the mode or the store broke the promise of a flush",
+    Cause.NEVER_SENT: "were lost in the guest, which had not sent them to any disk (no fsync): "
+    "no cache mode could have saved them",
+    Cause.CHANGED_BY_GUEST: "were changed or removed by the guest itself: nobody lost them",
+    Cause.SENT_UNANSWERED: "were still on their way to the disk, and nobody had promised anything",
+    Cause.UNFLUSHED: "had been written and not flushed: a volatile write cache may lose them",
+    Cause.FLUSH_IN_FLIGHT: "were being flushed at that very moment: the flush came too late",
+    Cause.FLUSHED_THEN_LOST: "were lost although they were durable: "
+    "the cache mode, or the store below, broke its promise",
 }
 
 
 def sentences(result: Replay) -> list[str]:
-    """Return the two sentences; none if the table has no column for host power loss."""
+    """Return the two sentences; none if the table has no row for host power loss."""
     cells = {c.mode: c for c in result.cells if c.failure is Failure.HOST_POWER_LOSS}
     if not cells:
         return []
+    if never_seen(result):
+        return [
+            "Whose fault: that cannot be told, because none of the files was ever seen on this "
+            "disk; either the guest never sent them, or --root, the manifest or the disk is wrong."
+        ]
     shown = cells.get(CacheMode.NONE) or next(iter(cells.values()))
     return [_fault(shown), _saved(cells)]
+
+
+def never_seen(result: Replay) -> bool:
+    """Tell whether even the fullest states have none of the files."""
+    missing = {Condition.MISSING}
+    return all(
+        cell.best.conditions.keys() == missing and Cause.CHANGED_BY_GUEST not in cell.best.causes
+        for cell in result.cells
+    )
 
 
 def _fault(cell: Cell) -> str:
@@ -48,26 +57,26 @@ def _fault(cell: Cell) -> str:
     if not causes:
         return f"Whose fault: {total - whole:,} of {total:,} files cannot be read."
     main, lost = causes[0]
-    text = f"Whose fault: {lost:,} of {total:,} files {_BLAME[main]}: {_GUILTY[main]}"
+    text = f"Whose fault: {lost:,} of {total:,} files {_BLAME[main]}"
     for cause, count in causes[1:]:
         text += f"; {count:,} more {_BLAME[cause]}"
     return text + "."
 
 
 def _saved(cells: dict[CacheMode, Cell]) -> str:
-    by_count: dict[int, list[str]] = {}
+    by_count: dict[tuple[int, int], list[str]] = {}
     for mode, cell in cells.items():
-        by_count.setdefault(cell.worst.conditions[Condition.WHOLE], []).append(mode.value)
+        ends = tuple(end.conditions[Condition.WHOLE] for end in (cell.worst, cell.best))
+        by_count.setdefault((ends[0], ends[1]), []).append(mode.value)
     total = max(len(cell.worst.files) for cell in cells.values())
-    most, *rest = sorted(by_count.items(), reverse=True)
-    text = f"{_modes(most[1])} would have saved {most[0]:,} of {total:,} files"
-    for count, modes in rest:
-        text += f", {_modes(modes)} {count:,}"
-    return f"Had the host lost power then, {text}."
-
-
-def _modes(names: list[str]) -> str:
-    return f"cache mode{'s' if len(names) > 1 else ''} {_and(names)}"
+    parts = []
+    for (worst, best), modes in sorted(by_count.items(), reverse=True):
+        perhaps = f" (at best {best:,})" if best > worst else ""
+        parts.append(f"{_and(modes)} {worst:,}{perhaps}")
+    return (
+        f"Had the host lost power then, these cache modes would certainly have saved, "
+        f"of {total:,} files: {'; '.join(parts)}."
+    )
 
 
 def _and(words: list[str]) -> str:

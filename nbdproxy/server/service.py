@@ -89,9 +89,15 @@ class Service:
         self._qmp = QmpListener(qmp, self._on_qmp) if qmp is not None else None
 
     async def main(self) -> Outcome:
-        """Serve, and end."""
+        """Serve, and end; a second signal ends at once until the very last client has left."""
+        async with trio.open_nursery() as signals:
+            await signals.start(self._watch_signals)
+            await self._serve()
+            signals.cancel_scope.cancel()
+        return Outcome(self._export.fence_reason or self._reason, self._exit_code)
+
+    async def _serve(self) -> None:
         async with trio.open_nursery() as everything, trio.open_nursery() as service:
-            await service.start(self._watch_signals)
             service.start_soon(self._watch_export)
             if self._qmp is not None:
                 self._export.before_flush = self._poll_qmp
@@ -103,7 +109,6 @@ class Service:
             await self._ending.wait()
             await self._stop()
             service.cancel_scope.cancel()
-        return Outcome(self._export.fence_reason or self._reason, self._exit_code)
 
     async def _stop(self) -> None:
         """Let no one in any more; let the sessions end in order, or cut them off."""

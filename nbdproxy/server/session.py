@@ -62,13 +62,19 @@ class Session:
         self._sending = trio.Lock()
         self._slots = trio.Semaphore(MAX_JOBS)
         self._cold_reads = trio.Semaphore(MAX_COLD_READS)
-        self._reading = trio.CancelScope()
+        self._stopping = False
+        self._negotiating = trio.CancelScope()
+        self._parked: trio.CancelScope | None = None
         self._all = trio.CancelScope()
         self._goodbye = NoteKind.EOF
 
     def stop_reading(self) -> None:
         """Take no more requests; what is in flight is finished and answered."""
-        self._reading.cancel()
+        self._stopping = True
+        if self._export is None:
+            self._negotiating.cancel()
+        if self._parked is not None:
+            self._parked.cancel()
 
     def cut_off(self) -> None:
         """Drop the connection at once: the power is gone."""
@@ -79,8 +85,8 @@ class Session:
         try:
             with self._all:
                 async with trio.open_nursery() as jobs:
-                    self._reading.deadline = trio.current_time() + NEGOTIATION_S
-                    with self._reading:
+                    self._negotiating.deadline = trio.current_time() + NEGOTIATION_S
+                    with self._negotiating:
                         await self._pump(jobs)
         except* _PowerLost:
             pass
@@ -152,7 +158,7 @@ class Session:
 
     def _open(self, name: str) -> None:
         self._export = self._exports[name]
-        self._reading.deadline = float("inf")
+        self._negotiating.deadline = float("inf")
         self._export.note(NoteKind.CONNECT, self._client, connection=self._number)
 
     async def _batch(self, requests: list[Request | Refused], jobs: trio.Nursery) -> None:
@@ -188,11 +194,15 @@ class Session:
             await self._send([header, data] if data else [header])
 
     async def _receive(self, buffer: memoryview) -> int:
-        while True:
+        """Wait for bytes; 0 if the client is gone, or nothing more shall be read."""
+        while not self._stopping:
             try:
                 return self._sock.recv_into(buffer)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._sock)
+                with trio.CancelScope() as self._parked:
+                    await trio.lowlevel.wait_readable(self._sock)
+                self._parked = None
+        return 0
 
     async def _send(self, parts: list[memoryview]) -> None:
         """Send all of `parts`, whole replies only, unless the power goes."""

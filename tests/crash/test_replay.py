@@ -143,6 +143,11 @@ def every_fate(make_source: MakeSource) -> tuple[MemorySource, Manifest]:
         ("writethrough", "host-power-loss", ""),
         ("directsync", "host-power-loss", ""),
         ("unsafe", "qemu-kill", ""),
+        (
+            "writethrough",
+            "storage-loss",
+            "a=flushed-then-lost b=flushed-then-lost c=flushed-then-lost",
+        ),
     ],
 )
 def test_the_cause_is_the_first_thing_not_kept(
@@ -239,7 +244,23 @@ def test_what_a_state_keeps_is_not_the_cause(make_source: MakeSource) -> None:
     source = make_source(log, base=FORMATTED)
     result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
     killed = cell(result, CacheMode.NONE, Failure.QEMU_KILL)
-    assert killed.worst.causes == killed.best.causes == {Cause.NEVER_SENT: 1}
+    assert killed.worst.causes == killed.best.causes == {Cause.CHANGED_BY_GUEST: 1}
+
+
+def test_a_file_that_was_never_whole_at_a_flush_was_never_sent(make_source: MakeSource) -> None:
+    log: Log = [write(0), Completed(0), write(0), Completed(2), FLUSH, Completed(4)]
+    source = make_source(log, base=FORMATTED)
+    result = replay(source, Manifest((Entry("/a", "9", 512),)), oracle=SectorFiles())
+    assert causes(cell(result, CacheMode.NONE, Failure.QEMU_KILL)) == {"/a": "never-sent"}
+
+
+def test_what_was_whole_before_the_recording_was_changed_by_the_guest(
+    make_source: MakeSource,
+) -> None:
+    source = make_source([write(0), Completed(0)], base=bytes([7]) * 512 + FORMATTED[512:])
+    result = replay(source, Manifest((Entry("/a", "7", 512),)), oracle=SectorFiles())
+    found = causes(cell(result, CacheMode.NONE, Failure.QEMU_KILL))
+    assert found == {"/a": "changed-by-guest"}
 
 
 def test_no_layer_that_the_fullest_state_has_is_the_cause(make_source: MakeSource) -> None:

@@ -1,0 +1,75 @@
+"""The two sentences: whose fault, and which mode would have saved how many."""
+
+from __future__ import annotations
+
+from nbdproxy.crash.causes import Cause
+from nbdproxy.crash.cuts import Cut
+from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
+from nbdproxy.crash.state import Choice, StateId
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.persistence.model import Level
+from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.report.table import lost_files
+from nbdproxy.report.words import sentences
+
+WHOLE = FileOutcome(Condition.WHOLE, None)
+EMPTY = FileOutcome(Condition.EMPTY, Cause.NEVER_SENT)
+ZEROED = FileOutcome(Condition.ZEROED, Cause.UNFLUSHED)
+MISSING = FileOutcome(Condition.MISSING, Cause.NEVER_SENT)
+GONE = FileOutcome(Condition.MISSING, Cause.CHANGED_BY_GUEST)
+
+
+def outcome(*files: FileOutcome) -> Outcome:
+    state = StateId(9, Level.FLUSHED, Choice.MUST)
+    return Outcome(state, Verdict.FAIL, None, {f"/f{i}": one for i, one in enumerate(files)})
+
+
+def table(
+    cells: dict[CacheMode, tuple[Outcome, Outcome]], failure: Failure = Failure.HOST_POWER_LOSS
+) -> Replay:
+    cut = Cut("end", 9)
+    made = [Cell(m, failure, cut, Verdict.FAIL, worst, best) for m, (worst, best) in cells.items()]
+    manifest = Manifest(tuple(Entry(f"/f{i}", "0" * 64, 1) for i in range(3)))
+    return Replay(manifest, 0, cut, frozenset(CacheMode), (), tuple(made))
+
+
+def test_the_main_cause_is_told_first_and_each_mode_with_what_it_saves() -> None:
+    worst, best = outcome(ZEROED, ZEROED, EMPTY), outcome(WHOLE, WHOLE, EMPTY)
+    fault, saved = sentences(
+        table({CacheMode.NONE: (worst, best), CacheMode.WRITETHROUGH: (best, best)})
+    )
+    assert fault.startswith("Whose fault: 2 of 3 files had been written and not flushed")
+    assert "; 1 more were lost in the guest" in fault
+    assert saved.endswith("of 3 files: writethrough 2; none 0 (at best 2).")
+
+
+def test_nobody_is_blamed_where_all_is_whole() -> None:
+    whole = outcome(WHOLE, WHOLE, WHOLE)
+    assert "nobody's" in sentences(table({CacheMode.NONE: (whole, whole)}))[0]
+
+
+def test_the_guest_is_not_blamed_for_files_that_never_were_on_the_disk() -> None:
+    nothing = outcome(MISSING, MISSING, MISSING)
+    (only,) = sentences(table({CacheMode.NONE: (nothing, nothing)}))
+    assert "none of the files was ever seen on this disk" in only
+
+
+def test_files_that_the_guest_removed_were_seen() -> None:
+    removed = outcome(GONE, GONE, GONE)
+    fault, _ = sentences(table({CacheMode.NONE: (removed, removed)}))
+    assert "3 of 3 files were changed or removed by the guest itself" in fault
+
+
+def test_without_host_power_loss_there_is_nothing_to_say() -> None:
+    some = outcome(EMPTY, WHOLE, WHOLE)
+    assert sentences(table({CacheMode.NONE: (some, some)}, Failure.QEMU_KILL)) == []
+
+
+def test_lost_files_are_listed_by_cell() -> None:
+    some = outcome(EMPTY, WHOLE, ZEROED)
+    assert lost_files(table({CacheMode.NONE: (some, some)})) == [
+        "none\thost-power-loss\tempty\tnever-sent\t/f0",
+        "none\thost-power-loss\tzeroed\tunflushed\t/f2",
+    ]
