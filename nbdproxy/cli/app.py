@@ -47,11 +47,11 @@ def nbdproxy(
     break the disk on purpose, and replays the recording: which files would have survived which
     failure under which cache mode.
 
-    A first round: serve a disk, use it, and ask.
+    A first round: record a VM, end nbdproxy when it is off, say what should be there, and ask.
 
       nbdproxy serve disk.img --record run1
 
-      nbdproxy manifest run1@end > files
+      nbdproxy manifest ./node_modules > files
 
       nbdproxy replay run1 --files files
     """

@@ -53,7 +53,8 @@ def info(
         )
     out.print(f"refused     {facts['refused']:,} before they reached the disk")
     out.print(f"clients     {facts['connections']:,}")
-    out.print(f"cache mode  {' or '.join(facts['recorded_under'])}, as far as the requests tell")
+    modes = ", ".join(facts["recorded_under"])
+    out.print(f"cache mode  one of {modes}: these look alike on the wire")
     for note in facts["notes"]:
         out.print(f"note        {note['time_s']:.3f} s {note['kind']} {note['text']}", markup=False)
 

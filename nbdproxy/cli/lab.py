@@ -30,6 +30,8 @@ def lab() -> None:
     """Run a workload in a throw-away QEMU guest that boots in seconds, on any disk.
 
     Needs no root. The guest is built once, from Debian's kernel and npm's registry, and cached.
+
+    Example: nbdproxy lab format disk.img && nbdproxy lab run npm-small disk.img
     """
 
 
@@ -134,6 +136,8 @@ def run(
 
       nbdproxy lab run - disk.img --script 'echo hello > a; sync' --end cut
     """
+    if workload == "-" and script is None:
+        raise UsageError("- stands for a script; give it with --script 'SHELL'")
     chosen = shell(script) if script is not None else workload_named(workload)
     if mount is not None:
         chosen = replace(chosen, mount_options=mount)

@@ -13,7 +13,7 @@ from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.state import Choice, StateId, open_state
 from nbdproxy.disks.file import FileDisk
-from nbdproxy.errors import ManifestError
+from nbdproxy.errors import ImageError, ManifestError
 from nbdproxy.oracles import check
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest
@@ -35,7 +35,7 @@ def manifest(
     """List the files that are there, in the format of sha256sum, with their sizes as comments.
 
     RUN@CUT is the disk with all that the recording's guest had sent until that instant; RUN alone
-    means RUN@end.
+    means RUN@end: right only if the guest had ended in order, or after a sync.
 
     Examples:
 
@@ -63,11 +63,21 @@ def _list(where: str, under: str | None, base: Path | None) -> Manifest:
     run, at, cut = where.rpartition("@")
     if at and not path.exists():
         return _of_recording(Path(run), cut, under, base)
-    disk = FileDisk(path, read_only=True)
+    disk = _open_image(path)
     try:
         return check.scan(disk, under or "/")
     finally:
         disk.close()
+
+
+def _open_image(path: Path) -> FileDisk:
+    try:
+        return FileDisk(path, read_only=True)
+    except ImageError as error:
+        if path.is_file() and path.stat().st_size % 512:
+            # Padding it, as for a disk, would change the user's file.
+            raise ManifestError(f"{path} is neither a folder nor a disk image") from None
+        raise error from None
 
 
 def _is_recording(path: Path) -> bool:

@@ -79,6 +79,8 @@ def open_(
     source = RecordedSource(run, image=base)
     chosen = _choose(source, state, at, mode, failure)
     disk = open_state(source, chosen)
+    if output is not None and output.exists():
+        raise UsageError(f"{output} exists; name a new file, or remove it first")
     if output is not None and output_format is OutputFormat.RAW:
         _write(disk, output)
         err.print(f"wrote state {chosen} to {output} ({size_text(disk.size)})", markup=False)
@@ -102,7 +104,8 @@ def open_(
         stack.callback(export.close)
 
         def announce() -> None:
-            err.print(f"serving state {chosen} of {run}", markup=False)
+            doing = "serving" if output is None else f"writing to {output}"
+            err.print(f"{doing}: state {chosen} of {run}", markup=False)
             if command is None:
                 out.print(endpoint.uri(""), markup=False)
                 out.file.flush()

@@ -13,7 +13,7 @@ import typer
 from nbdproxy.cli.console import err, out, plural, set_up_logging, size_text
 from nbdproxy.errors import UsageError
 from nbdproxy.policy import loader
-from nbdproxy.server.assemble import Plan, assemble, finish
+from nbdproxy.server.assemble import Plan, assemble, finish, is_qcow2
 from nbdproxy.server.endpoints import Endpoint, listen_tcp, listen_unix
 from nbdproxy.server.export import Export
 from nbdproxy.server.service import Run
@@ -75,6 +75,8 @@ def serve(
       nbdproxy serve disk.img --policy cut-at-shutdown --qmp /tmp/qmp.sock --record run2
     """
     set_up_logging(verbose=verbose)
+    if "://" in str(image) or str(image).startswith(("nbd:/", "nbds:/", "nbd+unix:/")):
+        raise UsageError("an NBD server cannot be the image yet; name a raw file or block device")
     if socket is not None and listen is not None:
         raise UsageError("--socket and --listen exclude each other; choose one")
     if read_only and overlay:
@@ -98,7 +100,7 @@ def serve(
                 endpoint,
                 run=Run(run) if run is not None else None,
                 qmp=qmp,
-                on_ready=lambda: _announce(plan, endpoint, served, quiet=run is not None),
+                on_ready=lambda: _announce(plan, endpoint, served, qmp, quiet=run is not None),
             )
             reason = outcome.reason
         finally:
@@ -119,7 +121,9 @@ def _endpoint(socket: Path | None, listen: str | None, stack: ExitStack) -> Endp
     return endpoint
 
 
-def _announce(plan: Plan, endpoint: Endpoint, export: Export, *, quiet: bool) -> None:
+def _announce(
+    plan: Plan, endpoint: Endpoint, export: Export, qmp: Path | None, *, quiet: bool
+) -> None:
     uri = endpoint.uri(plan.name)
     size, name = size_text(export.info.size), plan.policy.name
     err.print(f"serving {plan.image} ({size}), policy {name}", markup=False)
@@ -129,8 +133,10 @@ def _announce(plan: Plan, endpoint: Endpoint, export: Export, *, quiet: bool) ->
         return
     out.print(uri, markup=False)
     out.file.flush()
-    disk_format = "qcow2" if plan.raw else "raw"
-    err.print(f"attach QEMU with: -drive if=virtio,format={disk_format},file={uri}", markup=False)
+    disk_format = "qcow2" if is_qcow2(plan.image) else "raw"
+    drive = f"if=virtio,format={disk_format},cache=none,discard=unmap,file={uri}"
+    monitor = "" if qmp is None else f" -qmp unix:{qmp},server=on,wait=off"
+    err.print(f"attach QEMU with: -drive '{drive}'{monitor}", markup=False)
 
 
 def _summarize(plan: Plan, export: Export, reason: str) -> None:
@@ -142,6 +148,6 @@ def _summarize(plan: Plan, export: Export, reason: str) -> None:
     err.print(text, markup=False)
     if export.fenced:
         lost = size_text(export.held_at_cut)
-        err.print(f"power cut: {lost} that were not flushed are gone from {plan.image}")
+        err.print(f"power cut: {lost} that no flush had covered are gone from {plan.image}")
     if plan.record is not None:
         err.print(f"look at it with: nbdproxy info {plan.record}", markup=False)

@@ -104,7 +104,7 @@ def parse_state_id(text: str) -> StateId:
         )
     except ValueError:
         raise UsageError(
-            f"{text!r} is not the id of a crash state: paste one that `nbdproxy replay` printed, "
+            f"{text!r} is not the id of a crash state: paste one of `nbdproxy replay --json`, "
             f"such as s1234.flushed.must"
         ) from None
 

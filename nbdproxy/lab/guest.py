@@ -42,8 +42,9 @@ DEVICES = {
 }
 """How each kind of target disk is attached, and what the guest calls it (the tools are vda)."""
 
-# Not only at a line's beginning: a workload's last line may lack its end.
-_MARKED = re.compile(rf"{MARK} (\w+) ?(\S*)$")
+# Not only at a line's beginning: a workload's last line may lack its end; and a message of the
+# kernel may come before the mark's own end of line.
+_MARKED = re.compile(rf"{MARK} (\w+) ?(\S*?)(?:\[ *\d+\.\d+\] .*)?$")
 _TOOLS_DEVICE = "/dev/vda"
 _TAIL_LINES = 25
 

@@ -120,7 +120,7 @@ class Recording:
         )
         if self.ending is None and self.missing is None:
             self.missing = (
-                "the recorder did not end in order: what it had recorded until then is here"
+                "the recorder is still at work, or did not end in order; until here all is there"
             )
 
     def _chunks(self) -> Iterator[NDArray[np.void]]:
@@ -310,6 +310,8 @@ def _open(recording: Path, path: Path) -> StreamReader:
         raise RecordingError(
             f"{recording} is not a recording: it has no file {path.name}"
         ) from None
+    except NotADirectoryError:
+        raise RecordingError(f"{recording} is a file; a recording is a folder") from None
     except OSError as error:
         raise RecordingError(f"{path} cannot be read: {error.strerror}") from None
 

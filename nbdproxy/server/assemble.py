@@ -35,7 +35,7 @@ class Plan:
 
 def assemble(plan: Plan) -> Export:
     """Return the export; raises ImageError or RecordingError with nothing left open."""
-    if not plan.raw and _is_qcow2(plan.image):
+    if not plan.raw and is_qcow2(plan.image):
         raise ImageError(_explain_qcow2(plan.image))
     disk = FileDisk(plan.image, read_only=plan.read_only or plan.overlay)
     try:
@@ -89,7 +89,7 @@ def _record(plan: Plan, disk: FileDisk) -> RecordingWriter:
     return RecordingWriter(plan.record, meta)
 
 
-def _is_qcow2(image: Path) -> bool:
+def is_qcow2(image: Path) -> bool:
     """Tell it before the size is looked at: a new qcow2 file is no multiple of 512 bytes."""
     try:
         if not (image.is_file() or image.is_block_device()):

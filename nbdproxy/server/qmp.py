@@ -35,11 +35,14 @@ class QmpListener:
         self._on_event = on_event
         self._sock: socket.socket | None = None
         self._pending = b""
+        self.connected = False
+        """Whether QEMU was ever there."""
 
     async def run(self) -> None:
         """Listen until cancelled."""
         while True:
             self._sock = await self._connect()
+            self.connected = True
             try:
                 self._sock.send(b'{"execute": "qmp_capabilities"}\n')
                 while self.poll():

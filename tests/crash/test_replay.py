@@ -14,18 +14,17 @@ from collections.abc import Callable, Collection, Mapping
 import pytest
 
 from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.replay import Cell, Replay, exit_flush_failed, is_blank, replay, to_json
+from nbdproxy.crash.replay import Cell, Replay, replay, to_json
 from nbdproxy.crash.source import MemorySource
 from nbdproxy.crash.state import StateId
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import THROUGH, CacheMode, Failure
-from nbdproxy.persistence.reference import Completed, Received, table_of
+from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import Command
 
@@ -332,21 +331,6 @@ def test_a_poweroff_with_a_failed_exit_flush_keeps_what_was_flushed_before(
     assert causes(cell(result, CacheMode.NONE, Failure.GUEST_POWEROFF)) == {"/a": "unflushed"}
 
 
-@pytest.mark.parametrize(
-    ("log", "t", "failed"),
-    [
-        ([], 0, False),
-        ([FLUSH, Completed(0, 5)], 2, True),
-        ([FLUSH, Completed(0, 5)], 1, False),
-        ([FLUSH, Completed(0)], 2, False),
-        ([FLUSH, Completed(0, 5), write(0)], 3, False),
-        ([write(0), Completed(0, 5)], 2, False),
-    ],
-)
-def test_only_a_failed_last_flush_is_a_failed_exit_flush(log: Log, t: int, failed: bool) -> None:
-    assert exit_flush_failed(table_of(log), t) is failed
-
-
 def test_only_what_was_asked_for_is_in_the_table(make_source: MakeSource) -> None:
     source, manifest = every_fate(make_source)
     result = replay(
@@ -386,13 +370,6 @@ def test_a_manifest_of_other_files_is_refused(make_source: MakeSource) -> None:
     source = make_source([write(0)], base=FORMATTED)
     with pytest.raises(ManifestError):
         replay(source, Manifest((Entry("/x", "1", 1),)), oracle=SectorFiles())
-
-
-def test_one_byte_anywhere_is_not_blank() -> None:
-    content = bytearray(3 << 20)
-    assert is_blank(MemoryDisk(bytes(content)))
-    content[-1] = 1
-    assert not is_blank(MemoryDisk(bytes(content)))
 
 
 def test_json_has_the_shape_of_the_command_line(make_source: MakeSource) -> None:
