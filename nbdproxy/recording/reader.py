@@ -86,7 +86,11 @@ class Recording:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._events = _open(path, events_path(path))
-        self._data = _open(path, data_path(path))
+        try:
+            self._data = _open(path, data_path(path))
+        except BaseException:
+            self._events.close()
+            raise
         self.missing: str | None = None
         """What is not there any more, in a sentence; None when all is."""
         self.notes: list[Note] = []
@@ -99,7 +103,11 @@ class Recording:
         self._verified = bytearray()
         self._with_content: list[BeforeImage] = []
         self._saved_verified: set[int] = set()
-        self._load()
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
 
     def _load(self) -> None:
         builder = TableBuilder(self._events.size // SLOT_SIZE)
