@@ -1,11 +1,12 @@
 """Whose fault it is: the cause for which a file is not whole in a crash state.
 
-Found by counterfactuals, hence exact by construction: the same file is looked at in the states
-that keep more and more at the same cut, and the cause is the first thing that would have had to be
-kept for it to be whole. No byte of filesystem layout is interpreted on the way.
+Found by counterfactuals: the same file is looked at in the states that keep more and more at the
+same cut, and the cause is the first thing that would have had to be kept for it to be whole. No
+byte of filesystem layout is interpreted on the way.
 
 Not covered: `metadata` of the model (data there, the way to it lost) is not told apart from the
-loss of the request that carried it.
+loss of the request that carried it. What the guest changed itself is looked for at some earlier
+instants only (see `replay`); a file that was whole between two of them counts as never-sent.
 """
 
 from __future__ import annotations

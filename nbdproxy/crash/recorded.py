@@ -3,7 +3,10 @@
 That disk is put together from three places: what was saved before it was changed, zeroes where
 the image had holes at the start, and the image itself for data that the recording never changed.
 Only the last needs the image, unchanged since; if it was changed by others, the answer is an
-ImageError and never a wrong state.
+ImageError and not a wrong state.
+
+Not covered: a killed recorder, and an image that was changed by others within a minute after; and
+an image that the user names as unchanged.
 """
 
 from __future__ import annotations
@@ -11,14 +14,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
+from nbdproxy.crash.paint import NOTHING, Painting
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError
-from nbdproxy.extents import Extent, ExtentMap, ExtentSet
+from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.recording.meta import Fingerprint
 from nbdproxy.recording.reader import Recording
 
-_ZERO = -1
+_LAZY_NS = 60 * 10**9
+"""How much older a killed recording's files may look than the last write of its image: the time of
+change of a mapped file is told late."""
 
 
 class RecordedSource(Recording):
@@ -30,15 +38,24 @@ class RecordedSource(Recording):
     def __init__(self, path: Path, *, image: Path | None = None) -> None:
         super().__init__(path)
         self._image_given = image
-        self._saved = ExtentMap[int](lambda position, n: position if position < 0 else position + n)
-        for before in self.befores:
-            end = before.offset + before.length
-            self._saved.set(before.offset, end, before.position)
-        self._unsaved = ExtentSet()
-        for start, length in self.meta.data:
-            for low, high, position in self._saved.segments(start, start + length):
-                if position is None:
-                    self._unsaved.add(low, high)
+        saved = self.befores
+        # Painted from the last to the first, so that the first shows.
+        rows = np.arange(len(saved), dtype=np.int32)
+        self._painting = Painting(saved.offset[::-1], saved.length[::-1], rows)
+
+    def saved_segments(self, start: int, end: int) -> Iterator[tuple[int, int, int | None]]:
+        """Yield all of [start, end) with where it was saved in the data stream.
+
+        -1 means that it was saved as zeroes, None that it was never saved.
+        """
+        saved = self.befores
+        for low, high, painted in self._painting.segments(start, end):
+            if painted == NOTHING:
+                yield low, high, None
+                continue
+            row = len(saved) - 1 - painted
+            position = int(saved.position[row])
+            yield low, high, position if position < 0 else position + low - int(saved.offset[row])
 
     @property
     def image(self) -> Path:
@@ -48,7 +65,11 @@ class RecordedSource(Recording):
     @property
     def needs_image(self) -> bool:
         """Whether a part of the disk is in the image only."""
-        return len(self._unsaved) > 0
+        return any(
+            position is None
+            for start, length in self.meta.data
+            for _, _, position in self.saved_segments(start, start + length)
+        )
 
     def base(self) -> ReadableDevice:
         """Open the disk as it was at the start; raises ImageError if the image went on since."""
@@ -63,7 +84,7 @@ class RecordedSource(Recording):
                     f"{self.image} has {image.size} bytes, and the disk that was recorded "
                     f"{self.size}; name the right image with --base IMAGE"
                 )
-        return BaseDisk(self, self._saved, self._unsaved, image)
+        return BaseDisk(self, image)
 
     def _check_unchanged(self) -> None:
         image = Path(self.meta.image)
@@ -80,33 +101,37 @@ class RecordedSource(Recording):
                 f"{image}, which this recording builds on, is not there any more; "
                 "name it with --base IMAGE"
             ) from None
-        if then is None or (self.ending is None and not self.meta.overlay):
-            # A killed recorder could not say what it left; only the size can be compared.
-            if now.size != self.meta.base.size:
-                raise ImageError(f"{image} has another size than when it was recorded")
-            return
-        if now != then:
+        if image.is_block_device() or then is None:
+            raise ImageError(
+                f"it cannot be told whether {image} was changed since; if nothing else wrote to "
+                f"it, name it with --base {image}"
+            )
+        if self.ending is None and not self.meta.overlay:
+            # A killed recorder could not say what it left: the recording is as old as its files.
+            changed = now.mtime_ns > self._last_change_ns() + _LAZY_NS
+            changed |= now.size != self.meta.base.size
+        else:
+            changed = now != then
+        if changed:
             raise ImageError(
                 f"{image} was changed after the recording ended, so its crash states cannot be "
                 "rebuilt; name a copy from before that with --base IMAGE"
             )
 
+    def _last_change_ns(self) -> int:
+        return max(file.stat().st_mtime_ns for file in self.path.iterdir())
+
 
 class BaseDisk:
     """The disk as it was when the recording began, as a `ReadableDevice`."""
 
-    def __init__(
-        self,
-        recording: Recording,
-        saved: ExtentMap[int],
-        unsaved: ExtentSet,
-        image: FileDisk | None,
-    ) -> None:
+    def __init__(self, recording: RecordedSource, image: FileDisk | None) -> None:
         self.size = recording.size
         self._recording = recording
-        self._saved = saved
-        self._unsaved = unsaved
         self._image = image
+        self._data = ExtentSet()
+        for start, length in recording.meta.data:
+            self._data.add(start, start + length)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
@@ -117,26 +142,27 @@ class BaseDisk:
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
         end = offset + len(buffer)
-        for start, stop, position in self._saved.segments(offset, end):
+        for start, stop, position in self._recording.saved_segments(offset, end):
             piece = buffer[start - offset : stop - offset]
-            if position is not None and position != _ZERO:
+            if position is not None and position >= 0:
                 self._recording.read_payload(position, piece)
                 continue
             piece[:] = bytes(len(piece))
             if position is None and self._image is not None:
-                for part in self._unsaved.overlapping(start, stop):
+                for part in self._data.overlapping(start, stop):
                     self._image.pread_into(
                         part.offset, piece[part.offset - start : part.end - start]
                     )
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield what was not a hole, or was saved with content."""
+        """Yield what was not a hole, and not saved as zeroes."""
         found = ExtentSet()
-        for start, stop, position in self._saved.overlapping(offset, offset + length):
-            if position != _ZERO:
+        for start, stop, position in self._recording.saved_segments(offset, offset + length):
+            if position is None:
+                for part in self._data.overlapping(start, stop):
+                    found.add(part.offset, part.end)
+            elif position >= 0:
                 found.add(start, stop)
-        for part in self._unsaved.overlapping(offset, offset + length):
-            found.add(part.offset, part.end)
         return iter(found)
 
     def close(self) -> None:

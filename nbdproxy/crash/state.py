@@ -19,11 +19,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from nbdproxy.crash.paint import NOTHING, Painting
 from nbdproxy.crash.source import Source
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import UsageError
@@ -31,10 +30,6 @@ from nbdproxy.extents import Extent
 from nbdproxy.persistence.model import DEFAULTS, Coverage, Level, Options, kept, sent
 from nbdproxy.recording.index import Mask, RequestTable
 from nbdproxy.requests import Command
-
-_CHUNK = 1 << 16
-_BASE = -1
-_Int = TypeVar("_Int", np.int64, np.int32)
 
 
 class Choice(Enum):
@@ -131,7 +126,9 @@ class CrashDisk:
 
     def __init__(self, source: Source, choice: Mask) -> None:
         """Paint the rows that `choice` names; opens the base and owns it."""
-        self._starts, self._owners = _paint(source.table, choice)
+        rows = np.flatnonzero(choice & (source.table.length > 0)).astype(np.int32)
+        self._painting = Painting(source.table.offset, source.table.length, rows)
+        del rows
         self._source = source
         self._base: ReadableDevice | None = source.base()
 
@@ -150,9 +147,9 @@ class CrashDisk:
         """Fill `buffer` from `offset`."""
         assert self._base is not None, "read from a closed disk"
         table = self._source.table
-        for start, end, owner in self._segments(offset, offset + len(buffer)):
+        for start, end, owner in self._painting.segments(offset, offset + len(buffer)):
             part = buffer[start - offset : end - offset]
-            if owner == _BASE:
+            if owner == NOTHING:
                 self._base.pread_into(start, part)
             elif table.command[owner] == Command.WRITE:
                 inside = start - int(table.offset[owner])
@@ -181,97 +178,8 @@ class CrashDisk:
 
     def _data(self, first: int, last: int) -> Iterator[Extent]:
         assert self._base is not None, "read from a closed disk"
-        for start, end, owner in self._segments(first, last):
-            if owner == _BASE:
+        for start, end, owner in self._painting.segments(first, last):
+            if owner == NOTHING:
                 yield from self._base.data_extents(start, end - start)
             elif self._source.table.command[owner] == Command.WRITE:
                 yield Extent(start, end - start)
-
-    def _segments(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Yield [start, end) and the row that shows there, or _BASE, for all of [first, last)."""
-        index = int(np.searchsorted(self._starts, first, side="right"))
-        stop = int(np.searchsorted(self._starts, last, side="left"))
-        at = first
-        owner = int(self._owners[index - 1]) if index else _BASE
-        for low in range(index, stop, _CHUNK):
-            high = min(low + _CHUNK, stop)
-            starts, owners = self._starts[low:high].tolist(), self._owners[low:high].tolist()
-            for start, following in zip(starts, owners, strict=True):
-                if at < start:
-                    yield at, start, owner
-                at, owner = start, following
-        if at < last:
-            yield at, last, owner
-
-
-def _paint(table: RequestTable, choice: Mask) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Return where segments start, ascending, and which row each shows; the last shows _BASE.
-
-    The distinct boundaries of the requests cut the disk into cells. Each cell shows the greatest
-    row that covers it. A request covers the cells [a, b); that range is the union of two (mostly
-    overlapping) runs of 2^k cells, so its row is entered at the head of both at level k. Going
-    down, a run hands its row to its two halves, and at level 0 every cell has its own. All steps
-    are whole-array maxima: n log n, however the requests overlap.
-    """
-    rows = np.flatnonzero(choice & (table.length > 0)).astype(np.int32)
-    if not len(rows):
-        return np.zeros(1, np.int64), np.full(1, _BASE, np.int32)
-    bounds = _bounds(table, rows)
-    low, high = np.empty(len(rows), np.int32), np.empty(len(rows), np.int32)
-    level = np.empty(len(rows), np.int8)
-    for part in _chunks(len(rows)):
-        offset = table.offset[rows[part]]
-        low[part] = np.searchsorted(bounds, offset)
-        high[part] = np.searchsorted(bounds, offset + table.length[rows[part]])
-        level[part] = np.frexp(np.subtract(high[part], low[part], dtype=np.float64))[1] - 1
-    owners = np.full(len(bounds), _BASE, np.int32)
-    for k in range(int(level.max()), -1, -1):
-        for part in _chunks(len(rows)):
-            at = np.flatnonzero(level[part] == k)
-            np.maximum.at(owners, low[part][at], rows[part][at])
-            np.maximum.at(owners, high[part][at] - (1 << k), rows[part][at])
-        if k:
-            _hand_down(owners, 1 << (k - 1))
-    del low, high, level, rows
-    shown = _changes(owners)
-    return _compact(bounds, shown), _compact(owners, shown)
-
-
-def _bounds(table: RequestTable, rows: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return where the rows start and end, ascending, each position once."""
-    bounds = np.empty(2 * len(rows), np.int64)
-    for part in _chunks(len(rows)):
-        offset = table.offset[rows[part]]
-        bounds[part] = offset
-        bounds[len(rows) :][part] = offset + table.length[rows[part]]
-    bounds.sort()
-    return _compact(bounds, _changes(bounds))
-
-
-def _hand_down(owners: NDArray[np.int32], half: int) -> None:
-    """Give each run's row to its second half too; the first half starts where the run does."""
-    for part in reversed(list(_chunks(len(owners) - half))):
-        behind = slice(part.start + half, part.stop + half)
-        np.maximum(owners[behind], owners[part], out=owners[behind])
-
-
-def _changes(array: NDArray[np.int64] | NDArray[np.int32]) -> Mask:
-    """Mark each entry that differs from the one before it."""
-    changes = np.empty(len(array), np.bool_)
-    changes[0] = True
-    np.not_equal(array[1:], array[:-1], out=changes[1:])
-    return changes
-
-
-def _compact(array: NDArray[_Int], keep: Mask) -> NDArray[_Int]:
-    """Move the marked entries to the front, in place, and return them."""
-    end = 0
-    for part in _chunks(len(array)):
-        kept_here = array[part][keep[part]]
-        array[end : end + len(kept_here)] = kept_here
-        end += len(kept_here)
-    return array[:end].copy() if 2 * end < len(array) else array[:end]
-
-
-def _chunks(length: int) -> Iterator[slice]:
-    return (slice(at, min(at + _CHUNK, length)) for at in range(0, length, _CHUNK))

@@ -39,7 +39,8 @@ What is true of the order of slots, and what analyses rely on:
 - A payload is complete in `data` before its slot is written.
 - BEFORE is the disk's content under a range, saved before the range is changed for the first time.
   Together with META's map of what was not a hole it rebuilds the disk as it was at the start. A
-  BEFORE without payload was all zero.
+  BEFORE without payload was all zero. Where two overlap the first counts: two clients may save the
+  same place at once, and only the first surely comes before every change.
 - REFUSED is a request that never reached the disk (read-only, out of range); `digest` and
   `position` are empty and `offset`, `length` are as the client sent them. Its COMPLETED follows.
 - The notes (CONNECT to END) are events with a text, which may be empty.

@@ -9,8 +9,8 @@ is not there. Raises RecordingError when there is nothing to open.
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from nbdproxy.recording.format import (
 from nbdproxy.recording.index import RequestTable
 from nbdproxy.recording.meta import Ending, Meta
 from nbdproxy.recording.notes import NOTE_OF_SLOT, Note, NoteKind
+from nbdproxy.recording.payloads import PayloadIndex
 from nbdproxy.recording.stream import StreamReader
 from nbdproxy.recording.tables import TableBuilder
 from nbdproxy.requests import Command
@@ -51,6 +52,7 @@ SLOTS = np.dtype(
     ]
 )
 _CHUNK = 16384
+_NOTES = [int(kind) for kind in NOTE_OF_SLOT]
 _TEXTS = frozenset({Kind.META, *NOTE_OF_SLOT})
 _CHECKSUMS = struct.Struct("<56sQ")
 
@@ -71,13 +73,21 @@ class Event(NamedTuple):
     digest: int
 
 
-class BeforeImage(NamedTuple):
-    """What the disk held before a range was first changed; position -1 means zeroes."""
+@dataclass(frozen=True, slots=True, eq=False)
+class BeforeTable:
+    """What the disk held before ranges were first changed, as columns in the order recorded.
 
-    offset: int
-    length: int
-    position: int
-    seq: int
+    `position` -1 means zeroes. Where ranges overlap the first one counts: two clients may save the
+    same place, and only the first surely comes before every change.
+    """
+
+    seq: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.seq)
 
 
 class Recording:
@@ -94,15 +104,12 @@ class Recording:
         self.missing: str | None = None
         """What is not there any more, in a sentence; None when all is."""
         self.notes: list[Note] = []
-        self.befores: list[BeforeImage] = []
         self.refused = 0
         """How many requests never reached the disk."""
         self.events = 0
         """How many events there are; the position `end`."""
-        self._reach: NDArray[np.int64] | None = None
-        self._verified = bytearray()
-        self._with_content: list[BeforeImage] = []
-        self._saved_verified: set[int] = set()
+        self._indexes: tuple[PayloadIndex, ...] = ()
+        self._saved: list[NDArray[np.int64]] = []
         try:
             self._load()
         except BaseException:
@@ -122,6 +129,10 @@ class Recording:
                 f"{self.path} holds no complete event: it was cut off at once; record again"
             )
         self.table: RequestTable = builder.finish()
+        columns = np.concatenate(self._saved, axis=1) if self._saved else np.empty((4, 0), np.int64)
+        self._saved.clear()
+        self.befores = BeforeTable(*columns)
+        """What was saved of the disk before it was changed."""
         last = self.notes[-1] if self.notes else None
         self.ending = (
             Ending.parse(last.text) if last is not None and last.kind is NoteKind.END else None
@@ -188,20 +199,19 @@ class Recording:
     def _load_rest(self, chunk: NDArray[np.void]) -> None:
         kinds = chunk["kind"]
         self.refused += int(np.count_nonzero(kinds == Kind.REFUSED))
-        for index in np.flatnonzero((kinds != Kind.RECEIVED) & (kinds != Kind.COMPLETED)):
+        before = np.flatnonzero(kinds == Kind.BEFORE)
+        if len(before):
+            slots = chunk[before]
+            # NONE has all bits set: as a signed number it is -1.
+            fields = (slots[name].astype(np.int64) for name in ("offset", "length", "position"))
+            self._saved.append(np.stack((before + self.events, *fields)))
+        for index in np.flatnonzero(np.isin(kinds, _NOTES)):
             slot = chunk[index]
             position = -1 if slot["position"] == NONE else int(slot["position"])
-            if slot["kind"] == Kind.BEFORE:
-                seq = self.events + int(index)
-                where = BeforeImage(int(slot["offset"]), int(slot["length"]), position, seq)
-                self.befores.append(where)
-                if position >= 0:
-                    self._with_content.append(where)
-            elif slot["kind"] in NOTE_OF_SLOT:
-                text = self._text(position, int(slot["length"])) if position >= 0 else ""
-                note = NOTE_OF_SLOT[Kind(slot["kind"])]
-                seq, connection = self.events + int(index), int(slot["connection"])
-                self.notes.append(Note(seq, int(slot["time"]), note, connection, text))
+            text = self._text(position, int(slot["length"])) if position >= 0 else ""
+            note = NOTE_OF_SLOT[Kind(slot["kind"])]
+            seq, connection = self.events + int(index), int(slot["connection"])
+            self.notes.append(Note(seq, int(slot["time"]), note, connection, text))
 
     def _text(self, position: int, length: int) -> str:
         text = bytearray(length)
@@ -224,33 +234,19 @@ class Recording:
         What a request or a before-image wrote there is checked against its digest when it is read
         for the first time; raises RecordingError if it is damaged.
         """
-        row = self._row_at(position)
-        if row is None:
-            self._verify_saved(position)
-        elif not self._verified[row]:
-            seq = int(self.table.seq[row])
-            self._verify(next(self.log(seq, seq + 1)))
-            self._verified[row] = 1
+        if not self._indexes:
+            saved, table = self.befores, self.table
+            self._indexes = (
+                PayloadIndex(table.seq, table.position, table.length),
+                PayloadIndex(saved.seq, saved.position, saved.length),
+            )
+        for index in self._indexes:
+            found = index.unverified(position)
+            if found is not None:
+                row, seq = found
+                self._verify(next(self.log(seq, seq + 1)))
+                index.verified(row)
         self._fill(position, buffer)
-
-    def _verify_saved(self, position: int) -> None:
-        index = bisect_right(self._with_content, position, key=lambda before: before.position) - 1
-        if index >= 0 and index not in self._saved_verified:
-            seq = self._with_content[index].seq
-            self._verify(next(self.log(seq, seq + 1)))
-            self._saved_verified.add(index)
-
-    def _row_at(self, position: int) -> int | None:
-        """Return the row of the write whose payload `position` is in, None if it is no write's."""
-        if self._reach is None:
-            self._reach = np.maximum.accumulate(self.table.position)
-            self._verified = bytearray(len(self.table))
-        last = int(np.searchsorted(self._reach, position, "right")) - 1
-        if last < 0 or self._reach[last] < 0:
-            return None
-        row = int(np.searchsorted(self._reach, self._reach[last], "left"))
-        inside = position < int(self._reach[row]) + int(self.table.length[row])
-        return row if inside else None
 
     def _fill(self, position: int, buffer: memoryview) -> None:
         if self._data.read_into(position, buffer) != len(buffer):

@@ -68,10 +68,19 @@ def finish(plan: Plan, export: Export, reason: str) -> None:
     try:
         if not export.fenced and export.failure is None and not plan.read_only:
             export.sync()
+    except OSError as error:
+        raise ImageError(f"{plan.image} could not be made durable: {error.strerror}") from None
     finally:
         export.close()
         if export.recorder is not None:
-            export.recorder.close(Ending(reason, Fingerprint.of(plan.image)))
+            export.recorder.close(Ending(reason, _fingerprint(plan.image)))
+
+
+def _fingerprint(image: Path) -> Fingerprint | None:
+    try:
+        return Fingerprint.of(image)
+    except OSError:  # moved or removed meanwhile
+        return None
 
 
 def _record(plan: Plan, disk: FileDisk) -> RecordingWriter:

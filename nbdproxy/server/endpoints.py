@@ -48,7 +48,9 @@ class Endpoint:
         return f"unix pid {pid} uid {uid}"
 
     def close(self) -> None:
-        """Stop listening and remove the socket's file."""
+        """Stop listening and remove the socket's file; closing twice is harmless."""
+        if self.sock.fileno() < 0:
+            return  # by now the path may be another server's
         self.sock.close()
         if self.path is not None:
             self.path.unlink(missing_ok=True)

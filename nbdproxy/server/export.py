@@ -108,12 +108,25 @@ class Export:
         }
 
     async def prepare(self, requests: Sequence[Request | Refused]) -> None:
-        """Wait for what `handle` would block on: cold before-images, a slow recording."""
+        """Wait for what `handle` would block on: cold before-images, a slow recording.
+
+        What fails here fails again in `handle`, and is answered there.
+        """
         if self.recorder is None or self.fenced or self.failure is not None:
             return
+        try:
+            await self._prepare(self.recorder, requests)
+        except RecordingError as full:
+            self._fail(full)
+        except OSError as error:
+            log.warning("a before-image cannot be read", reason=str(error))
+
+    async def _prepare(
+        self, recorder: RecordingWriter, requests: Sequence[Request | Refused]
+    ) -> None:
         payload = sum(len(r.payload) for r in requests if type(r) is Request)
-        if not self.recorder.has_room(payload):
-            await trio.to_thread.run_sync(self.recorder.wait_for_room, payload)
+        if not recorder.has_room(payload):
+            await trio.to_thread.run_sync(recorder.wait_for_room, payload)
         if self._preserver is not None and self._volatile is None:
             cold = [
                 (r.offset, r.length)
@@ -192,7 +205,7 @@ class Export:
             if self._disk.try_pread_into(request.offset, place):
                 return
             batch.jobs.append(Job(request, -1))
-        except OSError as error:
+        except (OSError, RecordingError) as error:
             batch.answered.append((request.cookie, -1, nbd_errno(error)))
         replies.take_back_read(request.length)
 
@@ -320,7 +333,8 @@ class Export:
         data = memoryview(bytearray(request.length))
         try:
             await trio.to_thread.run_sync(self._disk.pread_into, request.offset, data)
-        except OSError as error:
+        except (OSError, RecordingError) as error:
+            log.error("a read failed", offset=request.offset, reason=str(error))
             return nbd_errno(error), memoryview(b"")
         return 0, data
 
@@ -368,9 +382,13 @@ class Export:
         self._disk.close()
 
 
-def nbd_errno(error: OSError) -> int:
-    """Return how a disk's error is told to the client (proto.md, "Error values")."""
-    return _NBD_ERRNO.get(error.errno or 0, NbdErrno.EIO)
+def nbd_errno(error: Exception) -> int:
+    """Return how a disk's error is told to the client (proto.md, "Error values").
+
+    A damaged recording, which is what a crash state's disk reads from, is EIO.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    return _NBD_ERRNO.get(number or 0, NbdErrno.EIO)
 
 
 def _without_payload(request: Request) -> Request:

@@ -97,7 +97,7 @@ class Session:
             log.debug("client is gone", client=self._client, reason=str(gone.exceptions[0]))
         finally:
             self._sock.close()
-        self._leave()
+            self._leave()
 
     def _leave(self) -> None:
         export = self._export

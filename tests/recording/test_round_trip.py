@@ -17,7 +17,7 @@ from nbdproxy.recording.format import NONE, Kind
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.notes import NoteKind
-from nbdproxy.recording.reader import BeforeImage, Recording
+from nbdproxy.recording.reader import Recording
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import Command
 from tests.recording.example import ENDING, META, SIZE, Original, assert_prefix, bare, make, write
@@ -85,11 +85,13 @@ def test_every_kind_of_note_can_be_written(tmp_path: Path, kind: NoteKind) -> No
 
 
 def test_before_images_are_kept_and_zeroes_take_no_room(recording: Recording) -> None:
-    saved, zeroes = recording.befores
-    assert zeroes == BeforeImage(8192, 512, -1, 9)
-    assert (saved.offset, saved.length, saved.seq) == (0, 512, 2)
+    saved = recording.befores
+    assert saved.seq.tolist() == [2, 9]
+    assert saved.offset.tolist() == [0, 8192]
+    assert saved.length.tolist() == [512, 512]
+    assert saved.position[1] == -1
     buffer = bytearray(512)
-    recording.read_payload(saved.position, memoryview(buffer))
+    recording.read_payload(int(saved.position[0]), memoryview(buffer))
     assert buffer == b"old" + bytes(509)
 
 
@@ -195,8 +197,10 @@ def test_a_damaged_before_image_is_noticed(tmp_path: Path) -> None:
     data = tmp_path / "run" / "data"
     data.write_bytes(data.read_bytes().replace(b"old", b"olD", 1))
     recording = Recording(tmp_path / "run")
-    with pytest.raises(RecordingError, match="payload of event 2"):
-        recording.read_payload(recording.befores[0].position + 100, memoryview(bytearray(8)))
+    at = int(recording.befores.position[0])
+    for _ in range(2):  # it is not taken for good the second time
+        with pytest.raises(RecordingError, match="payload of event 2"):
+            recording.read_payload(at + 100, memoryview(bytearray(8)))
 
 
 def test_meta_and_ending_survive_their_json() -> None:

@@ -260,3 +260,10 @@ def test_a_failed_command_is_still_a_cut(image: Path) -> None:
     assert done.returncode == 137
     assert "power cut" in done.stderr
     assert image.read_bytes() == b"-" * SIZE
+
+
+def test_an_image_that_is_removed_meanwhile_costs_the_recording_nothing(
+    image: Path, tmp_path: Path
+) -> None:
+    nbdproxy("serve", image, "--record", tmp_path / "run", "--run", f"rm {image}")
+    assert "the command ended" in nbdproxy("info", tmp_path / "run").stdout

@@ -27,11 +27,6 @@ class ReplayedDevice:
         """The disk's size in bytes."""
         return self._base.size
 
-    @property
-    def replaced(self) -> Mapping[int, bytes]:
-        """The replaced blocks by block number."""
-        return self._blocks
-
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
         first, last = self._touched(offset, length)
