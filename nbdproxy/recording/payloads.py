@@ -7,17 +7,27 @@ from numpy.typing import NDArray
 
 Column = NDArray[np.int64]
 
+_STEP = 1024
+"""Rows between two entries of the index."""
+
 
 class PayloadIndex:
     """The payloads of one kind of event, in the order recorded; position -1 is none.
 
-    Payloads are appended as their events are, so positions ascend. Nine bytes an event.
+    Payloads are appended as their events are, so positions ascend. One byte an event.
     """
 
     def __init__(self, seq: Column, position: Column, length: Column) -> None:
         self._seq = seq
         self._length = length
-        self._reach = np.maximum.accumulate(position) if len(position) else position
+        self._position = position
+        # The greatest position up to the end of each step.
+        starts = np.arange(0, len(position), _STEP)
+        self._most = (
+            np.maximum.accumulate(np.maximum.reduceat(position, starts))
+            if len(position)
+            else position
+        )
         self._verified = bytearray(len(seq))
 
     def unverified(self, position: int) -> tuple[int, int] | None:
@@ -25,14 +35,24 @@ class PayloadIndex:
 
         None also once the row was passed to `verified`.
         """
-        last = int(np.searchsorted(self._reach, position, "right")) - 1
-        if last < 0 or self._reach[last] < 0:
+        row = self._last_from(position)
+        if row is None or self._verified[row]:
             return None
-        row = int(np.searchsorted(self._reach, self._reach[last], "left"))
-        inside = position < int(self._reach[row]) + int(self._length[row])
-        if not inside or self._verified[row]:
+        inside = position < int(self._position[row]) + int(self._length[row])
+        return (row, int(self._seq[row])) if inside else None
+
+    def _last_from(self, position: int) -> int | None:
+        """Return the last row whose payload begins at `position` or before."""
+        step = int(np.searchsorted(self._most, position, "right"))
+        if step < len(self._most):
+            part = self._position[step * _STEP : (step + 1) * _STEP]
+            fits = np.flatnonzero((part >= 0) & (part <= position))
+            if len(fits):
+                return step * _STEP + int(fits[-1])
+        if step == 0 or self._most[step - 1] < 0:
             return None
-        return row, int(self._seq[row])
+        step = int(np.searchsorted(self._most, self._most[step - 1], "left"))
+        return step * _STEP + int(np.argmax(self._position[step * _STEP : (step + 1) * _STEP]))
 
     def verified(self, row: int) -> None:
         """Remember that a row's payload is what was recorded."""
