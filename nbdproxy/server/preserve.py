@@ -24,8 +24,9 @@ _AT_ONCE = 256
 class PreservingDisk:
     """`below`, as a `BlockDevice` that records before-images. Owns `below`.
 
-    Memory is one byte for each granule that was data at the start. Not for two threads at once;
-    the recorder belongs to one.
+    Memory is one byte for each granule that was data at the start. The event
+    loop and a thread may save the same place at once: it is recorded twice then, and readers take
+    the first, which is the one from before every change.
     """
 
     def __init__(self, below: BlockDevice, recorder: RecordingWriter) -> None:
