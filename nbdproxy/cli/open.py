@@ -6,7 +6,8 @@ import os
 import shlex
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,8 @@ from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
 from nbdproxy.policy import loader
 from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.export import Export
-from nbdproxy.server.service import Run, serve
+from nbdproxy.server.power import Power
+from nbdproxy.server.service import Setting, serve
 
 _COPY = 1024 * 1024
 
@@ -95,24 +97,30 @@ def open_(
             socket = Path(folder) / "socket"
         endpoint = listen_unix(socket)
         stack.callback(endpoint.close)
-        export = Export(
-            "",
-            OverlayDisk(disk),
-            loader.load("passthrough").policy,
-            description=f"state {chosen} of {run}",
-        )
-        stack.callback(export.close)
+        setting = Setting(endpoint, command=command)
 
-        def announce() -> None:
+        @asynccontextmanager
+        async def opened(power: Power) -> AsyncIterator[Export]:
+            export = Export(
+                "",
+                OverlayDisk(disk),
+                loader.load("passthrough").policy,
+                description=f"state {chosen} of {run}",
+                power=power,
+            )
+            try:
+                yield export
+            finally:
+                export.close()
+
+        def announce(exports: Sequence[Export]) -> None:
             doing = "serving" if output is None else f"writing to {output}"
             err.print(f"{doing}: state {chosen} of {run}", markup=False)
             if command is None:
-                out.print(endpoint.uri(""), markup=False)
+                out.print(setting.uri(exports[0]), markup=False)
                 out.file.flush()
 
-        outcome = serve(
-            export, endpoint, run=Run(command) if command is not None else None, on_ready=announce
-        )
+        outcome = serve([opened], setting, on_ready=announce)
     raise typer.Exit(outcome.exit_code)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,40 +15,76 @@ import typer
 
 from nbdproxy.cli.console import err, out, plural, set_up_logging, size_text
 from nbdproxy.errors import UsageError
+from nbdproxy.nbd.constants import MAX_STRING, TlsMode
 from nbdproxy.policy import loader
-from nbdproxy.server.assemble import Plan, assemble, finish, is_qcow2
-from nbdproxy.server.endpoints import Endpoint, listen_tcp, listen_unix
+from nbdproxy.server.assemble import ImageFormat, Plan, opened
+from nbdproxy.server.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
 from nbdproxy.server.export import Export
-from nbdproxy.server.service import Run
-from nbdproxy.server.service import serve as serve_export
+from nbdproxy.server.qcow2 import is_qcow2
+from nbdproxy.server.service import Setting
+from nbdproxy.server.service import serve as serve_exports
+from nbdproxy.server.tls import ServerTls, server_tls
 
 
-class ImageFormat(StrEnum):
-    """How the bytes of an image are taken."""
+class Tls(StrEnum):
+    """Whether clients may, or must, use TLS."""
 
-    RAW = "raw"
+    OFF = "off"
+    ALLOW = "allow"
+    REQUIRE = "require"
 
 
 def serve(
-    image: Annotated[Path, typer.Argument(help="A raw image file or a block device.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="A raw image file, a block device, a qcow2 file or an NBD URI; several are "
+            "several exports.",
+        ),
+    ],
     socket: Annotated[
         Path | None,
         typer.Option(help="Listen on this Unix socket.", show_default="one in a new folder"),
     ] = None,
-    listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Listen on TCP, loopback only.")
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Listen on TCP.")] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Let --listen go beyond this machine without TLS."),
+    ] = False,
+    tls: Annotated[Tls, typer.Option(help="Whether clients may, or must, use TLS.")] = Tls.OFF,
+    tls_certificates: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="server-cert.pem, server-key.pem and ca-cert.pem."),
     ] = None,
-    export: Annotated[str, typer.Option(help="The export's name.")] = "",
+    tls_verify_peer: Annotated[
+        bool, typer.Option("--tls-verify-peer", help="Ask clients for a certificate of our CA.")
+    ] = False,
+    export: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="The export's name; once for each image.",
+            show_default="empty, or the files' names",
+        ),
+    ] = None,
     image_format: Annotated[
         ImageFormat | None,
-        typer.Option("--format", help="raw: serve the file's bytes, even if it is a qcow2."),
+        typer.Option(
+            "--format",
+            help="raw: serve the file's bytes, even if it is a qcow2; qcow2: the disk in it.",
+        ),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write.")] = False,
     policy: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="What goes wrong, and when.")
     ] = "passthrough",
     record: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Record all that passes to a new folder.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Record all that passes to a new folder; several images, to folders in it.",
+        ),
     ] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Never write the image.")] = False,
     qmp: Annotated[
@@ -58,7 +97,7 @@ def serve(
     ] = None,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Log more.")] = False,
 ) -> None:
-    """Serve a disk over NBD, record it, and let a policy break it.
+    """Serve disks over NBD, record them, and let a policy break them.
 
     Prints the NBD URI on stdout when ready, and on stderr what to paste into QEMU's command line.
     With --run, the command gets $uri, $socket and $export, stdout is the command's, and the exit
@@ -73,45 +112,87 @@ def serve(
       nbdproxy serve disk.img --overlay --run 'qemu-img info "$uri"'
 
       nbdproxy serve disk.img --policy cut-at-shutdown --qmp /tmp/qmp.sock --record run2
+
+      nbdproxy serve disk.qcow2 --format qcow2 --record run3
+
+      nbdproxy serve 'nbd+unix:///?socket=/tmp/qemu-nbd.sock' --socket /tmp/proxy.sock
+
+      nbdproxy serve root.img data.img --export root --export data
+
+      nbdproxy serve disk.img --listen 0.0.0.0:10809 --tls require --tls-certificates pki
     """
     set_up_logging(verbose=verbose)
-    if "://" in str(image) or str(image).startswith(("nbd:/", "nbds:/", "nbd+unix:/")):
-        raise UsageError("an NBD server cannot be the image yet; name a raw file or block device")
     if socket is not None and listen is not None:
         raise UsageError("--socket and --listen exclude each other; choose one")
     if read_only and overlay:
         raise UsageError("--read-only and --overlay exclude each other; choose one")
-    plan = Plan(
-        image,
-        loader.load(policy).policy,
-        name=export,
-        raw=image_format is ImageFormat.RAW,
-        read_only=read_only,
-        overlay=overlay,
-        record=record,
-    )
+    names = _names(images, export or [])
+    policies = loader.load(policy).policy
+    plans = [
+        Plan(
+            *(image, policies, name, image_format, read_only, overlay),
+            record=_folder(record, name, alone=len(images) == 1),
+        )
+        for image, name in zip(images, names, strict=True)
+    ]
+    security = server_tls(TlsMode[tls.name], tls_certificates, verify_peer=tls_verify_peer)
     with ExitStack() as stack:
-        endpoint = _endpoint(socket, listen, stack)
-        served = assemble(plan)
-        reason = "nbdproxy failed"
-        try:
-            outcome = serve_export(
-                served,
-                endpoint,
-                run=Run(run) if run is not None else None,
-                qmp=qmp,
-                on_ready=lambda: _announce(plan, endpoint, served, qmp, quiet=run is not None),
-            )
-            reason = outcome.reason
-        finally:
-            finish(plan, served, reason)
-    _summarize(plan, served, outcome.reason)
+        endpoint = _endpoint(socket, listen, security, stack, insecure=insecure)
+        setting = Setting(endpoint, security, run, qmp)
+        served: list[Export] = []
+
+        def announce(exports: Sequence[Export]) -> None:
+            served.extend(exports)
+            _announce(plans, exports, setting)
+
+        outcome = serve_exports(
+            [partial(opened, plan) for plan in plans], setting, on_ready=announce
+        )
+    for plan, one in zip(plans, served, strict=True):
+        _summarize(plan, one, outcome.reason)
     raise typer.Exit(outcome.exit_code)
 
 
-def _endpoint(socket: Path | None, listen: str | None, stack: ExitStack) -> Endpoint:
+def _names(images: Sequence[str], given: Sequence[str]) -> Sequence[str]:
+    """Return the exports' names: as given, or the files' where there are several."""
+    if given and len(given) != len(images):
+        raise UsageError(
+            f"there are {plural(len(images), 'image')} and {plural(len(given), 'name')}: "
+            "give --export once for each image, in their order"
+        )
+    names = given or ([""] if len(images) == 1 else [Path(image).name for image in images])
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UsageError(
+            f"two exports would be called {twice[0]!r}; name them with --export, once for each"
+        )
+    if any(
+        "\0" in name or len(name.encode(errors="surrogateescape")) > MAX_STRING for name in names
+    ):
+        raise UsageError(f"an export's name has at most {MAX_STRING} bytes, none of them 0")
+    return names
+
+
+def _folder(record: Path | None, name: str, *, alone: bool) -> Path | None:
+    """Return where an export is recorded: a folder in the one named, if there are several."""
+    if record is None or alone:
+        return record
+    if "/" in name or name in {"", ".", ".."}:
+        raise UsageError(f"a recording's folder cannot be called {name!r}; choose another --export")
+    return record / name
+
+
+def _endpoint(
+    socket: Path | None, listen: str | None, tls: ServerTls, stack: ExitStack, *, insecure: bool
+) -> Endpoint:
     if listen is not None:
-        endpoint = listen_tcp(listen)
+        safe = tls.mode is TlsMode.REQUIRE
+        endpoint = listen_tcp(listen, anywhere=safe or insecure)
+        if not safe and not is_loopback(endpoint.host):
+            warning = "anybody who reaches {} can read and write the disk, and listen in"
+            err.print(
+                f"warning: {warning.format(listen)}; --tls require keeps them out", markup=False
+            )
     else:
         if socket is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
@@ -121,22 +202,21 @@ def _endpoint(socket: Path | None, listen: str | None, stack: ExitStack) -> Endp
     return endpoint
 
 
-def _announce(
-    plan: Plan, endpoint: Endpoint, export: Export, qmp: Path | None, *, quiet: bool
-) -> None:
-    uri = endpoint.uri(plan.name)
-    size, name = size_text(export.info.size), plan.policy.name
-    err.print(f"serving {plan.image} ({size}), policy {name}", markup=False)
-    if plan.record is not None:
-        err.print(f"recording to {plan.record}", markup=False)
-    if quiet:
-        return
-    out.print(uri, markup=False)
-    out.file.flush()
-    disk_format = "qcow2" if is_qcow2(plan.image) else "raw"
-    drive = f"if=virtio,format={disk_format},cache=none,discard=unmap,file={uri}"
-    monitor = "" if qmp is None else f" -qmp unix:{qmp},server=on,wait=off"
-    err.print(f"attach QEMU with: -drive '{drive}'{monitor}", markup=False)
+def _announce(plans: Sequence[Plan], exports: Sequence[Export], setting: Setting) -> None:
+    for plan, export in zip(plans, exports, strict=True):
+        size, name = size_text(export.info.size), plan.policy.name
+        err.print(f"serving {plan.image} ({size}), policy {name}", markup=False)
+        if plan.record is not None:
+            err.print(f"recording to {plan.record}", markup=False)
+        if setting.command is not None:
+            continue
+        uri = setting.uri(export)
+        out.print(uri, markup=False)
+        out.file.flush()
+        below = plan.kind == "raw" and is_qcow2(Path(plan.image))
+        drive = f"if=virtio,format={'qcow2' if below else 'raw'},cache=none,discard=unmap"
+        monitor = "" if setting.qmp is None else f" -qmp unix:{setting.qmp},server=on,wait=off"
+        err.print(f"attach QEMU with: -drive '{drive},file={uri}'{monitor}", markup=False)
 
 
 def _summarize(plan: Plan, export: Export, reason: str) -> None:
@@ -146,7 +226,7 @@ def _summarize(plan: Plan, export: Export, reason: str) -> None:
         f"{plural(counted.flushes, 'flush')}, {plural(counted.reads, 'read')}"
     )
     err.print(text, markup=False)
-    if export.fenced:
+    if export.power.off:
         lost = size_text(export.held_at_cut)
         err.print(f"power cut: {lost} that no flush had covered are gone from {plan.image}")
     if plan.record is not None:

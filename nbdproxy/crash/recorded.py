@@ -76,6 +76,7 @@ class RecordedSource(Recording):
         image = None
         if self.needs_image:
             if self._image_given is None:
+                self._check_raw()
                 self._check_unchanged()
             image = FileDisk(self.image, read_only=True)
             if image.size != self.size:
@@ -85,6 +86,18 @@ class RecordedSource(Recording):
                     f"{self.size}; name the right image with --base IMAGE"
                 )
         return BaseDisk(self, image)
+
+    def _check_raw(self) -> None:
+        """Refuse an image whose bytes are not the disk's."""
+        copy = {
+            "qcow2": f"qemu-img convert -O raw {self.meta.image} base.img",
+            "nbd": f"nbdcopy '{self.meta.image}' base.img",
+        }.get(self.meta.kind)
+        if copy is not None:
+            raise ImageError(
+                f"this recording builds on {self.meta.image}, which is no raw image; if nothing "
+                f"else wrote to it since, copy it with: {copy}; then add --base base.img"
+            )
 
     def _check_unchanged(self) -> None:
         image = Path(self.meta.image)

@@ -49,12 +49,19 @@ class BlockDevice(ReadableDevice, Protocol):
         """Write `data` at `offset`; visible to every later read, durable only after `sync`."""
         ...
 
-    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:
-        """Make a range read as zeroes; keep it allocated unless `may_punch`."""
+    def zero(self, offset: int, length: int, *, may_punch: bool, fast: bool = False) -> None:
+        """Make a range read as zeroes; keep it allocated unless `may_punch`.
+
+        Where that would take writing them, `fast` raises OSError (EOPNOTSUPP) and changes nothing.
+        """
         ...
 
-    def trim(self, offset: int, length: int) -> None:
-        """Give a range back; it reads as zeroes afterwards."""
+    def trim(self, offset: int, length: int, *, fast: bool = False) -> None:
+        """Give a range back; it reads as zeroes afterwards. `fast` is as for `zero`."""
+        ...
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Take the hint that a range is going to be read; may block."""
         ...
 
     def sync(self) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from nbdproxy.disks import holes
@@ -77,7 +78,7 @@ class FileDisk:
         while wrote < len(data):
             wrote += os.pwrite(self._fd, memoryview(data)[wrote:], offset + wrote)
 
-    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:
+    def zero(self, offset: int, length: int, *, may_punch: bool, fast: bool = False) -> None:
         """Make a range read as zeroes, by fallocate where possible, else by writing them."""
         for attempt in (punch_hole, zero_range) if may_punch else (zero_range,):
             try:
@@ -87,15 +88,22 @@ class FileDisk:
                     raise
             else:
                 return
+        if fast:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         end = offset + length
         while offset < end:
             part = _ZEROES[: min(len(_ZEROES), end - offset)]
             self.pwrite(offset, part)
             offset += len(part)
 
-    def trim(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int, *, fast: bool = False) -> None:
         """Give a range back; it reads as zeroes afterwards."""
-        self.zero(offset, length, may_punch=True)
+        self.zero(offset, length, may_punch=True, fast=fast)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Ask the kernel to read ahead."""
+        with suppress(OSError):  # only a hint: not every filesystem can
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield what is not a hole."""

@@ -31,13 +31,23 @@ class MemoryDisk:
         """Write `data` at `offset`."""
         self._bytes[offset : offset + len(data)] = data
 
-    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:  # noqa: ARG002
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_punch: bool,  # noqa: ARG002
+        fast: bool = False,  # noqa: ARG002
+    ) -> None:
         """Make a range read as zeroes."""
         self._bytes[offset : offset + length] = bytes(length)
 
-    def trim(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int, *, fast: bool = False) -> None:
         """Give a range back; it reads as zeroes afterwards."""
-        self.zero(offset, length, may_punch=True)
+        self.zero(offset, length, may_punch=True, fast=fast)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Do nothing: memory is always there."""
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield the whole range: memory knows no holes."""

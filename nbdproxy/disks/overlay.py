@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
 
+from nbdproxy.disks import holes
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.fallocate import punch_hole
 from nbdproxy.disks.scratch import open_scratch, write_scratch
@@ -57,11 +59,20 @@ class OverlayDisk:
         write_scratch(self._scratch, data, offset)
         self._add(offset, offset + len(data))
 
-    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:  # noqa: ARG002
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_punch: bool,  # noqa: ARG002
+        fast: bool = False,
+    ) -> None:
         """Make a range read as zeroes; a scratch file has no use for keeping it allocated."""
         try:
             punch_hole(self._scratch, offset, length)
         except OSError:  # not every filesystem can
+            if fast:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from None
             for at in range(offset, offset + length, len(_ZEROES)):
                 part = _ZEROES[: min(len(_ZEROES), offset + length - at)]
                 write_scratch(self._scratch, part, at)
@@ -71,19 +82,25 @@ class OverlayDisk:
         with self._lock:
             self._written.add(start, end)
 
-    def trim(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int, *, fast: bool = False) -> None:
         """Give a range back; it reads as zeroes afterwards."""
-        self.zero(offset, length, may_punch=True)
+        self.zero(offset, length, may_punch=True, fast=fast)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Do nothing: what was written here is warm, and below may be no file at all."""
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield what was written here and what holds data below, ascending."""
-        found = ExtentSet()
-        for part in self._written.overlapping(offset, offset + length):
-            found.add(part.offset, part.end)
-        for gap in self._written.missing(offset, offset + length):
-            for part in self._below.data_extents(gap.offset, gap.length):
-                found.add(part.offset, part.end)
-        return iter(found)
+        """Yield what holds data here, where something was written, and below elsewhere."""
+        with self._lock:
+            written = list(self._written.overlapping(offset, offset + length))
+        at = offset
+        for part in written:
+            if at < part.offset:
+                yield from self._below.data_extents(at, part.offset - at)
+            yield from holes.data_extents(self._scratch, part.offset, part.length)
+            at = part.end
+        if at < offset + length:
+            yield from self._below.data_extents(at, offset + length - at)
 
     def sync(self) -> None:
         """Do nothing: an overlay ends with its process, so there is nothing to make durable."""

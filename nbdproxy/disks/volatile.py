@@ -25,7 +25,7 @@ from typing import NamedTuple
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.fallocate import punch_hole
 from nbdproxy.disks.scratch import open_scratch, write_scratch
-from nbdproxy.extents import Extent, ExtentMap, ExtentSet
+from nbdproxy.extents import Extent, ExtentMap
 
 
 class Kind(Enum):
@@ -140,13 +140,24 @@ class VolatileDisk:
         self._end += len(data)
         self._hold(offset, len(data), Kind.DATA, position)
 
-    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_punch: bool,
+        fast: bool = False,  # noqa: ARG002 - holding is
+    ) -> None:
         """Hold zeroes for a range."""
         self._hold(offset, length, Kind.HOLE if may_punch else Kind.ZERO, 0)
 
-    def trim(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int, *, fast: bool = False) -> None:  # noqa: ARG002
         """Hold a trim of a range; it reads as zeroes."""
         self._hold(offset, length, Kind.HOLE, 0)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Hand the hint on."""
+        self._below.will_need(offset, length)
 
     def _hold(self, offset: int, length: int, kind: Kind, position: int) -> None:
         self._order += 1
@@ -257,15 +268,14 @@ class VolatileDisk:
                 pieces.remove(piece_start, piece_end)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield what is held and what holds data below, ascending."""
-        found = ExtentSet()
-        for start, end, held in self._newest.segments(offset, offset + length):
+        """Yield what is held and what holds data below, ascending; may run in a thread."""
+        with self._lock:
+            segments = list(self._newest.segments(offset, offset + length))
+        for start, end, held in segments:
             if held is None:
-                for part in self._below.data_extents(start, end - start):
-                    found.add(part.offset, part.end)
+                yield from self._below.data_extents(start, end - start)
             elif held.kind is Kind.DATA:
-                found.add(start, end)
-        return iter(found)
+                yield Extent(start, end - start)
 
     def sync(self) -> None:
         """Land everything that is held; blocks."""

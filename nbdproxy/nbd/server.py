@@ -5,51 +5,50 @@ the events they meant. It keeps no bytes: what was not used must be handed in ag
 behind it, so payloads are never copied. Fed whole, byte by byte or with trailing bytes it gives
 the same events.
 
-Theory of operation: a connection is in one phase (client flags, options, transmission, closed)
-and each phase has one function that reads one unit. Whatever can be answered is answered; what
-cannot (a wrong magic, a length beyond every limit) is a breach, and the connection is over.
+Theory of operation: a connection is in one phase (client flags, options, TLS handshake,
+transmission, closed) and each phase has one function that reads one unit. What an option does is
+in `haggling`, what is legal in `tables`. Whatever can be answered is answered; what cannot (a
+wrong magic, a length beyond every limit) is a breach, and the connection is over.
 
-Not covered: anything but fixed newstyle with simple replies. Structured replies, meta contexts,
-extended headers and TLS are answered as unsupported.
+Not covered: oldstyle, and newstyle that is not fixed.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from enum import Enum, auto
 
 from nbdproxy.errors import ProtocolError
 from nbdproxy.nbd import codec
 from nbdproxy.nbd.constants import (
+    ALLOCATION_ID,
+    EXTENDED_REQUEST_MAGIC,
     IHAVEOPT,
     MAX_OPTION_DATA,
     MAX_OPTIONS,
     MAX_PAYLOAD,
-    MAX_STRING,
     REQUEST_MAGIC,
     HandshakeFlag,
-    Info,
-    Option,
-    OptionReply,
+    ReplyStyle,
+    TlsMode,
     TransmissionFlag,
 )
-from nbdproxy.nbd.events import Closed, Event, Opened, Refused, Send
-from nbdproxy.nbd.tables import refusal
-from nbdproxy.requests import Command, Request
+from nbdproxy.nbd.events import Closed, Event, Refused, StartTls
+from nbdproxy.nbd.export_info import ExportInfo
+from nbdproxy.nbd.haggling import Haggling
+from nbdproxy.nbd.tables import BAD_FILTER, NO_PAYLOAD, UNEXPECTED_PAYLOAD, Refusal, Terms
+from nbdproxy.requests import Command, CommandFlag, Request
 
 NOTHING = memoryview(b"")
 
-
-@dataclass(frozen=True, slots=True)
-class ExportInfo:
-    """What the negotiation tells of an export; `size` in bytes."""
-
-    name: str
-    size: int
-    flags: TransmissionFlag
-    description: str = ""
+# Plain integers: operators of IntEnum and IntFlag are slow, and these are in the hot path.
+_READ, _WRITE, _DISC, _STATUS = (
+    int(Command.READ),
+    int(Command.WRITE),
+    int(Command.DISC),
+    int(Command.BLOCK_STATUS),
+)
+_PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
 
 
 class Phase(Enum):
@@ -57,6 +56,7 @@ class Phase(Enum):
 
     CLIENT_FLAGS = auto()
     OPTIONS = auto()
+    TLS = auto()
     TRANSMISSION = auto()
     CLOSED = auto()
 
@@ -67,49 +67,56 @@ class ServerConnection:
     The empty name is the default export: the first of `exports`.
     """
 
-    def __init__(self, exports: Mapping[str, ExportInfo]) -> None:
+    def __init__(self, exports: Mapping[str, ExportInfo], *, tls: TlsMode = TlsMode.OFF) -> None:
         self.phase = Phase.CLIENT_FLAGS
         self.needed = codec.CLIENT_FLAGS.size
         """How many bytes the next unit has in all; a receive buffer must hold that many."""
         self.breach: ProtocolError | None = None
         """How the client broke the protocol, if it did."""
-        self._exports = exports
-        self._export: ExportInfo | None = None
-        self._zeroes = True
+        self.terms: Terms | None = None
+        """What holds in transmission."""
+        self._haggling = Haggling(exports, tls)
         self._options = 0
-        self._answers: dict[int, Callable[[bytes], list[Event]]] = {
-            Option.EXPORT_NAME: self._export_name,
-            Option.ABORT: self._abort,
-            Option.LIST: self._list,
-            Option.INFO: self._info,
-            Option.GO: self._go,
-        }
 
-    def receive(self, data: memoryview) -> tuple[int, list[Event]]:
+    def receive(self, data: memoryview, *, owed: int = 1 << 62) -> tuple[int, list[Event]]:
         """Return how many bytes of `data` were used, and what they meant, in order.
 
         Payloads of the events are views into `data`. When the stream cannot be followed any
         further, `breach` is set and the connection is closed; the events before that still count.
+        No request is taken any more once the replies to those before it hold `owed` bytes of data.
         """
         events: list[Event] = []
         try:
-            return self._receive(data, events), events
+            return self._receive(data, events, owed), events
         except ProtocolError as breach:
             self.breach = breach
             self.phase = Phase.CLOSED
             return len(data), events
 
-    def _receive(self, data: memoryview, events: list[Event]) -> int:
+    def tls_started(self) -> None:
+        """Go on with the options: the TLS handshake is done."""
+        assert self.phase is Phase.TLS
+        self.phase = Phase.OPTIONS
+
+    def _receive(self, data: memoryview, events: list[Event], owed: int) -> int:
         used = 0
         while True:
-            if self.phase is Phase.TRANSMISSION:
-                return used + self._requests(data[used:], events)
-            if self.phase is Phase.CLOSED:
-                return len(data)
-            if self.phase is Phase.CLIENT_FLAGS:
-                step = self._client_flags(data[used:])
-            else:
-                step = self._option(data[used:], events)
+            match self.phase:
+                case Phase.TRANSMISSION:
+                    assert self.terms is not None
+                    if self.terms.style is ReplyStyle.EXTENDED:
+                        return used + self._extended(data[used:], events, owed)
+                    return used + self._compact(data[used:], events, owed)
+                case Phase.CLOSED:
+                    return len(data)
+                case Phase.TLS:
+                    if used < len(data):
+                        raise ProtocolError("the client sent more before STARTTLS was answered")
+                    return used
+                case Phase.CLIENT_FLAGS:
+                    step = self._client_flags(data[used:])
+                case Phase.OPTIONS:
+                    step = self._option(data[used:], events)
             if not step:
                 return used
             used += step
@@ -124,7 +131,7 @@ class ServerConnection:
             raise ProtocolError(f"the client sent unknown handshake flags {flags:#x}")
         if not flags & HandshakeFlag.FIXED_NEWSTYLE:
             raise ProtocolError("the client does not speak fixed newstyle negotiation")
-        self._zeroes = not flags & HandshakeFlag.NO_ZEROES
+        self._haggling.zeroes = not flags & HandshakeFlag.NO_ZEROES
         self.phase = Phase.OPTIONS
         self.needed = codec.OPTION.size
         return codec.CLIENT_FLAGS.size
@@ -145,85 +152,31 @@ class ServerConnection:
             return 0
         used = self.needed
         self._options += 1
-        body = bytes(data[codec.OPTION.size : used])
-        answer = self._answers.get(option)
-        if answer is None:
-            events.append(_reply(option, OptionReply.ERR_UNSUP, b"this option is not supported"))
-        else:
-            events.extend(answer(body))
-        self.needed = codec.REQUEST.size if self.phase is Phase.TRANSMISSION else codec.OPTION.size
+        events += self._haggling.answer(option, bytes(data[codec.OPTION.size : used]))
+        self.needed = codec.OPTION.size
+        self.terms = self._haggling.terms
+        if self.terms is not None:
+            self.phase = Phase.TRANSMISSION
+            self.needed = codec.REQUEST.size
+        elif self._haggling.closed:
+            self.phase = Phase.CLOSED
+        elif type(events[-1]) is StartTls:
+            self.phase = Phase.TLS
         return used
 
-    def _find(self, name: bytes) -> ExportInfo | None:
-        text = name.decode(errors="surrogateescape")
-        if text in self._exports:
-            return self._exports[text]
-        return next(iter(self._exports.values()), None) if not text else None
-
-    def _open(self, export: ExportInfo) -> Opened:
-        self._export = export
-        self.phase = Phase.TRANSMISSION
-        return Opened(export.name)
-
-    def _export_name(self, body: bytes) -> list[Event]:
-        export = self._find(body) if len(body) <= MAX_STRING else None
-        if export is None:
-            raise ProtocolError("EXPORT_NAME asked for an export that does not exist")
-        hello = codec.export_name_reply(export.size, export.flags, zeroes=self._zeroes)
-        return [Send(hello), self._open(export)]
-
-    def _abort(self, _body: bytes) -> list[Event]:
-        self.phase = Phase.CLOSED
-        return [_reply(Option.ABORT, OptionReply.ACK), Closed()]
-
-    def _list(self, body: bytes) -> list[Event]:
-        if body:
-            return [_reply(Option.LIST, OptionReply.ERR_INVALID, b"LIST carries no data")]
-        replies = [_reply(Option.LIST, OptionReply.SERVER, _listed(e)) for e in self._all()]
-        return [*replies, _reply(Option.LIST, OptionReply.ACK)]
-
-    def _all(self) -> list[ExportInfo]:
-        return list(self._exports.values())
-
-    def _info(self, body: bytes) -> list[Event]:
-        return self._describe(Option.INFO, body)[1]
-
-    def _go(self, body: bytes) -> list[Event]:
-        export, replies = self._describe(Option.GO, body)
-        return [*replies, self._open(export)] if export else replies
-
-    def _describe(self, option: Option, body: bytes) -> tuple[ExportInfo | None, list[Event]]:
-        asked = _parse_info(body)
-        if asked is None:
-            return None, [_reply(option, OptionReply.ERR_INVALID, b"malformed INFO or GO")]
-        name, infos = asked
-        export = self._find(name) if len(name) <= MAX_STRING else None
-        if export is None:
-            # The name is not repeated: a long one would make the error itself an attack.
-            return None, [_reply(option, OptionReply.ERR_UNKNOWN, b"no export has this name")]
-        told = [codec.info_export(export.size, export.flags)]
-        if Info.NAME in infos:
-            told.append(codec.info_text(Info.NAME, export.name))
-        if Info.DESCRIPTION in infos and export.description:
-            told.append(codec.info_text(Info.DESCRIPTION, export.description))
-        told.append(codec.info_block_size(MAX_PAYLOAD))
-        replies: list[Event] = [_reply(option, OptionReply.INFO, data) for data in told]
-        return export, [*replies, _reply(option, OptionReply.ACK)]
-
-    def _requests(self, data: memoryview, events: list[Event]) -> int:
+    def _compact(self, data: memoryview, events: list[Event], owed: int) -> int:
         """Read as many whole requests as there are; the hot loop of the server."""
-        assert self._export is not None
-        size, can = self._export.size, int(self._export.flags)
-        unpack, header, write = codec.REQUEST.unpack_from, codec.REQUEST.size, int(Command.WRITE)
+        assert self.terms is not None
+        refusal, unpack, header = self.terms.refusal, codec.REQUEST.unpack_from, codec.REQUEST.size
         at, end = 0, len(data)
         self.needed = header
-        while end - at >= header:
+        while end - at >= header and owed > 0:
             magic, flags, command, cookie, offset, length = unpack(data, at)
             if magic != REQUEST_MAGIC:
                 raise ProtocolError(f"a request began with {magic:#x}")
             body = at + header
             payload = NOTHING
-            if command == write:
+            if command == _WRITE:
                 if length > MAX_PAYLOAD:
                     raise ProtocolError(f"a write announces {length} bytes, more than the maximum")
                 if end - body < length:
@@ -231,46 +184,64 @@ class ServerConnection:
                     return at
                 payload = data[body : body + length]
                 body += length
-            elif command == Command.DISC:
-                self.phase = Phase.CLOSED
-                events.append(Closed())
-                return end
+            elif command == _READ:
+                owed -= length
+            elif command == _DISC:
+                return self._disconnect(events, end)
             request = Request(command, flags, cookie, offset, length, payload)
-            error = refusal(command, flags, offset, length, size=size, can=can)
-            events.append(Refused(request, error) if error else request)
+            error = refusal(command, flags, offset, length)
+            events.append(request if error is None else Refused(request, *error))
             at = body
         return at
 
+    def _extended(self, data: memoryview, events: list[Event], owed: int) -> int:
+        """The same with extended headers, where any request may have a payload."""
+        unpack, header = codec.EXTENDED_REQUEST.unpack_from, codec.EXTENDED_REQUEST.size
+        at, end = 0, len(data)
+        self.needed = header
+        while end - at >= header and owed > 0:
+            magic, flags, command, cookie, offset, length = unpack(data, at)
+            if magic != EXTENDED_REQUEST_MAGIC:
+                raise ProtocolError(f"an extended request began with {magic:#x}")
+            body = at + header
+            payload: memoryview | None = None
+            if flags & _PAYLOAD_LEN:
+                if length > MAX_PAYLOAD:
+                    raise ProtocolError(f"a payload of {length} bytes is more than the maximum")
+                if end - body < length:
+                    self.needed = header + length
+                    return at
+                payload = data[body : body + length]
+                body += length
+            elif command == _READ:
+                owed -= length
+            if command == _DISC:
+                return self._disconnect(events, end)
+            flags &= ~_PAYLOAD_LEN
+            request = Request(command, flags, cookie, offset, length, payload or NOTHING)
+            request, error = self._judge(request, has_payload=payload is not None)
+            events.append(request if error is None else Refused(request, *error))
+            at = body
+        return at
 
-def _reply(option: int, kind: OptionReply, data: bytes = b"") -> Send:
-    return Send(codec.option_reply(option, kind, data))
+    def _judge(self, request: Request, *, has_payload: bool) -> tuple[Request, Refusal | None]:
+        """Return an extended request, its length being of the disk, and why it is refused."""
+        assert self.terms is not None
+        if request.command == _WRITE:
+            if not has_payload:
+                return request, NO_PAYLOAD
+        elif request.command == _STATUS and has_payload:
+            if not self.terms.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+                return request, UNEXPECTED_PAYLOAD
+            asked = codec.parse_status_filter(request.payload)
+            if asked is None or asked[1] != (ALLOCATION_ID,):
+                return request, BAD_FILTER
+            request = request._replace(length=asked[0], payload=NOTHING)
+        elif has_payload:
+            return request, UNEXPECTED_PAYLOAD
+        return request, self.terms.refusal(*request[:2], *request[3:5])
 
-
-def _listed(export: ExportInfo) -> bytes:
-    name = export.name.encode(errors="surrogateescape")
-    return struct.pack(">I", len(name)) + name + export.description.encode(errors="surrogateescape")
-
-
-def _parse_info(body: bytes) -> tuple[bytes, set[int]] | None:
-    """Return the name and the infos that INFO or GO asks for, None if the lengths disagree."""
-    if len(body) < 6:
-        return None
-    (length,) = struct.unpack_from(">I", body)
-    if length > len(body) - 6:
-        return None
-    name = body[4 : 4 + length]
-    (count,) = struct.unpack_from(">H", body, 4 + length)
-    if len(body) != 6 + length + 2 * count:
-        return None
-    return name, set(struct.unpack_from(f">{count}H", body, 6 + length))
-
-
-WRITABLE = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.CAN_MULTI_CONN
-)
-"""The flags of a writable export: its volatile cache belongs to the export, so MULTI_CONN holds."""
+    def _disconnect(self, events: list[Event], end: int) -> int:
+        self.phase = Phase.CLOSED
+        events.append(Closed())
+        return end

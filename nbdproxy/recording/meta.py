@@ -35,13 +35,15 @@ class Meta:
     """How a recording began.
 
     size           the disk's, in bytes
-    image          the image's absolute path
+    image          the image's absolute path; an NBD URI if `kind` is nbd
     overlay        the image was not written at all
     data           what was not a hole at the start, as [offset, length] pairs in bytes
     base           the image's fingerprint at the start
     policies       names of the policies in force
     started        the wall clock, ISO 8601 with its zone
     program        name and version of the recorder
+    kind           raw: the image's bytes are the disk; qcow2: its guest's view was recorded;
+                   nbd: the disk of another server
     """
 
     size: int
@@ -52,6 +54,7 @@ class Meta:
     policies: tuple[str, ...]
     started: str
     program: str
+    kind: str = "raw"
 
     def dump(self) -> str:
         """Return the JSON text of META."""

@@ -1,43 +1,109 @@
-"""Puts an export together: image, overlay, before-images, cache, policy, recording."""
+"""Puts an export together: image, overlay, before-images, cache, policy, recording.
+
+The image is a raw file or block device, the disk of another NBD server, or the guest's view of a
+qcow2 file, which is the disk of a qemu-storage-daemon of ours.
+"""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
+
+import trio
 
 from nbdproxy import __version__
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import ImageError
+from nbdproxy.nbd import uri as nbd_uri
+from nbdproxy.nbd.constants import TransmissionFlag
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta, absolute
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.server.export import Export
+from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
+from nbdproxy.server.qcow2 import guests_view, is_qcow2
+from nbdproxy.server.upstream import Upstream, connected
+from nbdproxy.server.upstream_disk import UpstreamDisk
 
-QCOW2_MAGIC = b"QFI\xfb"
+
+class ImageFormat(StrEnum):
+    """How the bytes of an image are taken."""
+
+    RAW = "raw"
+    QCOW2 = "qcow2"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What `nbdproxy serve` was asked for. `raw` says that the image's bytes are the disk."""
+    """What one export is to be. `image` is a path or an NBD URI, as the user named it."""
 
-    image: Path
+    image: str
     policy: Policy
     name: str = ""
-    raw: bool = False
+    image_format: ImageFormat | None = None
     read_only: bool = False
     overlay: bool = False
     record: Path | None = None
 
+    @property
+    def kind(self) -> str:
+        """What the image is, in the recording's words: raw, qcow2 or nbd."""
+        if nbd_uri.is_uri(self.image):
+            return "nbd"
+        return "qcow2" if self.image_format is ImageFormat.QCOW2 else "raw"
 
-def assemble(plan: Plan) -> Export:
-    """Return the export; raises ImageError or RecordingError with nothing left open."""
-    if not plan.raw and is_qcow2(plan.image):
-        raise ImageError(_explain_qcow2(plan.image))
-    disk = FileDisk(plan.image, read_only=plan.read_only or plan.overlay)
+    @property
+    def keeps_below(self) -> bool:
+        """Whether what is below is never written."""
+        return self.read_only or self.overlay
+
+
+@asynccontextmanager
+async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
+    """Have an export for as long as the block runs; it ends in order, and so does its recording.
+
+    Raises ImageError, UsageError or RecordingError with nothing left open.
+    """
+    async with AsyncExitStack() as stack:
+        upstream = await _connect(plan, stack)
+        export = await trio.to_thread.run_sync(_assemble, plan, power, upstream)
+        if upstream is not None:
+            upstream.on_lost = partial(_lose, plan, export)
+        try:
+            yield export
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_finish, plan, export)
+
+
+async def _connect(plan: Plan, stack: AsyncExitStack) -> Upstream | None:
+    if plan.kind == "raw":
+        return None
+    if plan.kind == "nbd":
+        where = nbd_uri.parse(plan.image)
+    else:
+        view = guests_view(Path(plan.image), read_only=plan.keeps_below)
+        where = await stack.enter_async_context(view)
+    return await stack.enter_async_context(connected(where, plan.image))
+
+
+def _lose(plan: Plan, export: Export, reason: str) -> None:
+    export.fail(ImageError(f"the NBD server of {plan.image} is lost: {reason}; start it again"))
+
+
+def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
+    disk = _open_disk(plan, upstream)
+    read_only = plan.read_only
+    if upstream is not None and not plan.overlay:
+        read_only |= bool(upstream.info.flags & TransmissionFlag.READ_ONLY)
     try:
         recorder = _record(plan, disk) if plan.record is not None else None
     except BaseException:
@@ -47,71 +113,79 @@ def assemble(plan: Plan) -> Export:
     preserver = None
     if plan.overlay:
         stack = OverlayDisk(disk)
-    elif recorder is not None and not plan.read_only:
+    elif recorder is not None and not read_only:
         stack = preserver = PreservingDisk(disk, recorder)
+    direct = upstream if not plan.overlay else None
     return Export(
         plan.name,
         stack,
         plan.policy,
-        description=f"{plan.image.name} through nbdproxy ({plan.policy.name})",
-        read_only=plan.read_only,
+        description=f"{_short_name(plan)} through nbdproxy ({plan.policy.name})",
+        read_only=read_only,
         recorder=recorder,
         preserver=preserver,
+        power=power,
+        offered=direct.info if direct is not None else None,
+        remote=direct,
     )
 
 
-def finish(plan: Plan, export: Export, reason: str) -> None:
+def _open_disk(plan: Plan, upstream: Upstream | None) -> BlockDevice:
+    if upstream is not None:
+        return UpstreamDisk(upstream)
+    image = Path(plan.image)
+    if plan.image_format is None and is_qcow2(image):
+        raise ImageError(_explain_qcow2(image))
+    return FileDisk(image, read_only=plan.keeps_below)
+
+
+def _short_name(plan: Plan) -> str:
+    return plan.image if plan.kind == "nbd" else Path(plan.image).name
+
+
+def _finish(plan: Plan, export: Export) -> None:
     """End in order: make durable what is kept, close the disk, then the recording.
 
     Raises RecordingError if the recording could not be completed.
     """
     try:
-        if not export.fenced and export.failure is None and not plan.read_only:
+        writable = not export.info.flags & TransmissionFlag.READ_ONLY
+        if writable and not export.power.off and export.failure is None:
             export.sync()
     except OSError as error:
         raise ImageError(f"{plan.image} could not be made durable: {error.strerror}") from None
     finally:
         export.close()
         if export.recorder is not None:
-            export.recorder.close(Ending(reason, _fingerprint(plan.image)))
+            export.recorder.close(Ending(export.ended, _fingerprint(plan)))
 
 
-def _fingerprint(image: Path) -> Fingerprint | None:
+def _fingerprint(plan: Plan) -> Fingerprint | None:
     try:
-        return Fingerprint.of(image)
+        return Fingerprint.of(Path(plan.image)) if plan.kind != "nbd" else None
     except OSError:  # moved or removed meanwhile
         return None
 
 
-def _record(plan: Plan, disk: FileDisk) -> RecordingWriter:
+def _record(plan: Plan, disk: BlockDevice) -> RecordingWriter:
     assert plan.record is not None
     meta = Meta(
         size=disk.size,
-        image=absolute(plan.image),
+        image=plan.image if plan.kind == "nbd" else absolute(Path(plan.image)),
         overlay=plan.overlay,
         data=tuple((e.offset, e.length) for e in disk.data_extents(0, disk.size)),
-        base=Fingerprint.of(plan.image),
+        base=_fingerprint(plan) or Fingerprint(disk.size, 0),
         policies=(plan.policy.name,),
         started=datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
         program=f"nbdproxy {__version__}",
+        kind=plan.kind,
     )
     return RecordingWriter(plan.record, meta)
 
 
-def is_qcow2(image: Path) -> bool:
-    """Tell it before the size is looked at: a new qcow2 file is no multiple of 512 bytes."""
-    try:
-        if not (image.is_file() or image.is_block_device()):
-            return False
-        with image.open("rb") as file:
-            return file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC
-    except OSError:
-        return False  # opening it for good will say why
-
-
 def _explain_qcow2(image: Path) -> str:
     return (
-        f"{image} is a qcow2 file; add --format raw to stand below it (QEMU opens it with "
-        "format=qcow2,file.driver=nbd), or export the guest's disk as a raw file with "
-        "qemu-storage-daemon and serve that (README, 'Above qcow2')"
+        f"{image} is a qcow2 file; add --format qcow2 to serve the guest's disk in it (QEMU opens "
+        "it with format=raw), or --format raw to stand below it (QEMU opens it with "
+        "format=qcow2,file.driver=nbd)"
     )

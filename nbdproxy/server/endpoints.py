@@ -1,4 +1,7 @@
-"""Where clients connect: a Unix socket that only its owner may use, or TCP on loopback."""
+"""Where clients connect: a Unix socket that only its owner may use, or TCP.
+
+TCP beyond loopback needs TLS, or the user's word that none is wanted.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nbdproxy.errors import UsageError
-
-NBD_PORT = 10809
-"""The port registered for NBD."""
+from nbdproxy.nbd import codec
+from nbdproxy.nbd.constants import NBD_PORT
 
 _BACKLOG = 128
 
@@ -29,14 +31,15 @@ class Endpoint:
     host: str
     port: int
 
-    def uri(self, export: str) -> str:
+    def uri(self, export: str, *, tls: bool = False) -> str:
         """Return the NBD URI of an export behind this endpoint (NBD URI specification)."""
-        name = quote(export, safe="")
+        name = quote(codec.encode_name(export), safe="")
+        scheme = "nbds" if tls else "nbd"
         if self.path is not None:
-            return f"nbd+unix:///{name}?socket={quote(str(self.path))}"
+            return f"{scheme}+unix:///{name}?socket={quote(str(self.path))}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         port = "" if self.port == NBD_PORT else f":{self.port}"
-        return f"nbd://{host}{port}/{name}"
+        return f"{scheme}://{host}{port}/{name}"
 
     def client(self, sock: socket.socket) -> str:
         """Return how an accepted client is called in the recording."""
@@ -97,22 +100,18 @@ def _remove_stale(path: Path) -> None:
     raise UsageError(f"{path} is in use by another server; end it, or choose another --socket")
 
 
-def listen_tcp(address: str) -> Endpoint:
-    """Listen on HOST:PORT, which must be loopback: there is no encryption."""
+def listen_tcp(address: str, *, anywhere: bool = False) -> Endpoint:
+    """Listen on HOST:PORT, which must be loopback unless `anywhere`; HOST is an IP address."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
     if not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{address} is not HOST:PORT; write for example 127.0.0.1:{NBD_PORT}")
     if host == "localhost":
         host = "127.0.0.1"
-    try:
-        loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not (anywhere or is_loopback(host)):
         raise UsageError(
-            f"{host} is not a loopback address, and without TLS nothing else is offered; "
-            "listen on 127.0.0.1, or use a Unix socket"
+            f"{host} is not a loopback address, so anybody could come and listen in: add --tls "
+            "require, or --insecure if that is what you want, or use 127.0.0.1 or a Unix socket"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -127,3 +126,11 @@ def listen_tcp(address: str) -> Endpoint:
         hint = "it is in use; choose another port" if in_use else error.strerror
         raise UsageError(f"cannot listen on {address}: {hint}") from None
     return Endpoint(sock, None, host, sock.getsockname()[1])
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach an address; a name is not looked up."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,13 +1,12 @@
 """One disk as its clients see it: where requests meet policy, recording and disk.
 
 `handle` does a whole batch inline: record *received*, do what the page cache can do at once, record
-*completed*, prepare the replies. What may block comes back as jobs that `finish` does in a thread.
+*completed*, prepare the replies. What may block comes back as jobs that `Waiting` does beside the
+event loop (`server/waiting.py`).
 
 Guarantees: a request is in the recording before it touches the disk, and its completion before the
 reply leaves. A flush makes durable what was completed before it was received, in whichever
-connection. Flushes and FUA requests land in the order in which they were received, whatever becomes
-of their connections: so nothing lands with a flush that is not completed yet, and an older write
-never lands over a newer one. A cut lets a landing that is at work finish; after it no reply leaves
+connection. Changes of the same place are done in the order received. After a cut no reply leaves
 and nothing lands. If the recording cannot grow, no modification succeeds any more, and `failed` is
 set.
 """
@@ -15,7 +14,6 @@ set.
 from __future__ import annotations
 
 import errno
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,44 +22,50 @@ import trio
 
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.volatile import VolatileDisk
-from nbdproxy.errors import RecordingError
-from nbdproxy.nbd.constants import TransmissionFlag
+from nbdproxy.errors import NbdproxyError, RecordingError
+from nbdproxy.nbd.constants import MAX_PAYLOAD, MIN_BLOCK, PREFERRED_BLOCK, TransmissionFlag
 from nbdproxy.nbd.events import Refused
-from nbdproxy.nbd.server import WRITABLE, ExportInfo
+from nbdproxy.nbd.export_info import READABLE, WRITABLE, ExportInfo
+from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.model import CutEvent, Decision, Policy, decide
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.requests import MODIFYING, Command, CommandFlag, NbdErrno, Request
-from nbdproxy.server.jobs import Counters, Job, Landing
+from nbdproxy.requests import MODIFYING, Command, CommandFlag, Request
+from nbdproxy.server.jobs import NOT_RECORDED, NOT_SAVED, Claims, Counters, Failure, Job, failure_of
+from nbdproxy.server.landings import Landings
+from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
-from nbdproxy.server.replies import Replies
-from nbdproxy.server.syncer import Syncer
+from nbdproxy.server.remote import Remote
+from nbdproxy.server.waiting import Waiting, apply
 
 log = structlog.get_logger()
 
 # Plain integers: operators of IntFlag are slow, and these are in the hot path.
 _FUA = int(CommandFlag.FUA)
-_NO_HOLE = int(CommandFlag.NO_HOLE)
-_NBD_ERRNO = {
-    errno.EPERM: NbdErrno.EPERM,
-    errno.ENOMEM: NbdErrno.ENOMEM,
-    errno.ENOSPC: NbdErrno.ENOSPC,
-    errno.EDQUOT: NbdErrno.ENOSPC,
-    errno.EFBIG: NbdErrno.ENOSPC,
-}
+_FAST_ZERO = int(CommandFlag.FAST_ZERO)
+_READ, _WRITE, _FLUSH = int(Command.READ), int(Command.WRITE), int(Command.FLUSH)
+_RECORDED = frozenset(int(command) for command in (*MODIFYING, Command.FLUSH))
 
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch while it is handled: what was answered inline, as (cookie, seq, error)."""
+    """A batch while it is handled: what was answered inline, with seq and what went wrong.
+
+    `layer` is the newest one of the volatile cache that a flush of the batch covers.
+    """
 
     connection: int
-    answered: list[tuple[int, int, int]] = field(default_factory=list)
+    layer: int | None = None
+    answered: list[tuple[Request, int, Failure | None]] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
 
 
 class Export:
-    """A disk under a policy, recorded or not. Owns `disk`, and the recording until `close`."""
+    """A disk under a policy, recorded or not. Owns `disk`, and the recording until `close`.
+
+    `offered` is what the disk below can do, if that is less than everything; `remote` is set where
+    changes are passed on to another server.
+    """
 
     def __init__(
         self,
@@ -73,37 +77,46 @@ class Export:
         read_only: bool = False,
         recorder: RecordingWriter | None = None,
         preserver: PreservingDisk | None = None,
+        power: Power | None = None,
+        offered: ExportInfo | None = None,
+        remote: Remote | None = None,
     ) -> None:
-        flags = WRITABLE
-        if read_only:
-            flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY
-            flags |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.CAN_MULTI_CONN
-        self.info = ExportInfo(name, disk.size, flags, description)
+        self.info = _info(name, disk.size, description, offered, read_only=read_only)
         self.policy = policy
         self.recorder = recorder
-        self.before_flush: Callable[[], None] = lambda: None
+        self.power = power or Power()
+        self.before_flush: Callable[[], object] = lambda: None
         """Called before a batch with a flush in it is received: the last chance for a cut."""
         self.counters = Counters()
-        self.fenced = False
-        """The power is going, or gone: no reply leaves any more."""
-        self.fence_reason = ""
-        self.fence_event = trio.Event()
         self.failed = trio.Event()
-        self.failure: RecordingError | None = None
+        self.failure: NbdproxyError | None = None
         self.held_at_cut = 0
         """Bytes that the cut took back."""
+        self.ended = "nbdproxy failed"
+        """How the serving ended, for the recording."""
         self._volatile = VolatileDisk(disk) if policy.holds else None
         self._disk: BlockDevice = self._volatile or disk
         self._preserver = preserver
         self._cut_noted = False
-        self._syncer = Syncer(self._disk)
-        self._landing = trio.Lock()
-        self._landings: deque[Landing] = deque()
-        # Those that were received and are not down yet, in the order received.
+        self._claims = Claims()
+        self._remote = remote if self._volatile is None else None
+        self._landings: Landings | None = None
+        if self._volatile is not None:
+            self._landings = Landings(
+                self._volatile,
+                self.power,
+                complete=lambda one, how: self._outcome(one.connection, one.seq, how),
+                fail=self.fail,
+            )
+        self._waiting = Waiting(
+            *(self._disk, self._remote, self._landings, self.power),
+            complete=self._outcome,
+            fail=self.fail,
+        )
         self._seq = 0
         self._decisions: dict[tuple[int, int], Decision] = {
-            (int(command), fua): decide(policy, command, fua)
-            for command in (*MODIFYING, Command.READ, Command.FLUSH)
+            (command, fua): decide(policy, command, fua)
+            for command in _RECORDED
             for fua in (0, _FUA)
         }
 
@@ -112,12 +125,12 @@ class Export:
 
         What fails here fails again in `handle`, and is answered there.
         """
-        if self.recorder is None or self.fenced or self.failure is not None:
+        if self.recorder is None or self.power.off or self.failure is not None:
             return
         try:
             await self._prepare(self.recorder, requests)
         except RecordingError as full:
-            self._fail(full)
+            self.fail(full)
         except OSError as error:
             log.warning("a before-image cannot be read", reason=str(error))
 
@@ -143,33 +156,35 @@ class Export:
     ) -> list[Job]:
         """Do a batch that was read off one connection together; return what has to wait."""
         accepted = [r for r in requests if type(r) is Request]
-        changing = [r for r in accepted if r.command != Command.READ]
-        if any(r.command == Command.FLUSH for r in changing):
+        changing = [r for r in accepted if r.command in _RECORDED]
+        if any(r.command == _FLUSH for r in changing):
             self.before_flush()
-        if self.fenced:
+        if self.power.off:
             return []
         batch = _Batch(connection)
         try:
             seq = self._receive(connection, requests, changing)
         except RecordingError as error:
-            self._fail(error)
+            self.fail(error)
         if self.failure is not None:
             for request in changing:
-                replies.add(request.cookie, NbdErrno.ENOSPC)
-            accepted = [r for r in accepted if r.command == Command.READ]
+                replies.fail(request, *NOT_RECORDED)
+            accepted = [r for r in accepted if r.command not in _RECORDED]
             seq = 0
         # A flush covers what was completed before it was received: nothing of its own batch.
-        layer = self._freeze(changing)
+        batch.layer = self._freeze(changing)
         for request in accepted:
-            if request.command == Command.READ:
+            if request.command == _READ:
                 self._read(request, replies, batch)
-            else:
-                self._change(request, seq, layer, batch)
+            elif request.command in _RECORDED:
+                self._change(request, seq, batch)
                 seq += 1
+            else:
+                batch.jobs.append(Job(request))
         self._answer(connection, batch, replies)
         for refused in requests:
             if type(refused) is Refused:
-                replies.add(refused.request.cookie, refused.error)
+                replies.fail(*refused)
         return batch.jobs
 
     def _receive(
@@ -200,67 +215,91 @@ class Export:
 
     def _read(self, request: Request, replies: Replies, batch: _Batch) -> None:
         self.counters.reads += 1
-        place = replies.reserve_read(request.cookie, request.length)
+        if self._remote is not None:
+            batch.jobs.append(Job(request))
+            return
+        place = replies.reserve_read(request)
         try:
             if self._disk.try_pread_into(request.offset, place):
+                replies.finish_read(request)
                 return
-            batch.jobs.append(Job(request, -1))
+            batch.jobs.append(Job(request))
         except (OSError, RecordingError) as error:
-            batch.answered.append((request.cookie, -1, nbd_errno(error)))
-        replies.take_back_read(request.length)
+            batch.answered.append((request, -1, failure_of(error)))
+        replies.take_back_read(request)
 
-    def _change(self, request: Request, seq: int, layer: int | None, batch: _Batch) -> None:
-        command = request.command
+    def _flush(self, request: Request, seq: int, batch: _Batch) -> None:
+        self.counters.flushes += 1
         decision = self._decide(request)
+        if decision is Decision.PASS:
+            batch.jobs.append(Job(request, seq))
+        elif decision is Decision.LAND and self._landings is not None:
+            landing = self._landings.add_flush(batch.connection, seq, batch.layer)
+            batch.jobs.append(Job(request, seq, landing))
+        else:
+            batch.answered.append((request, seq, None))
+
+    def _change(self, request: Request, seq: int, batch: _Batch) -> None:
+        if request.command == _FLUSH:
+            self._flush(request, seq, batch)
+            return
+        if request.command == _WRITE:
+            self.counters.writes += 1
+            self.counters.written += request.length
+        decision = self._decide(request)
+        if decision is Decision.PASS and (self._remote or self._claims.overlap(request)):
+            self._postpone(request, seq, batch)
+            return
         try:
-            if command == Command.WRITE:
-                self.counters.writes += 1
-                self.counters.written += request.length
-                self._disk.pwrite(request.offset, request.payload)
-            elif command == Command.WRITE_ZEROES:
-                punch = not request.flags & _NO_HOLE
-                self._disk.zero(request.offset, request.length, may_punch=punch)
-            elif command == Command.TRIM:
-                self._disk.trim(request.offset, request.length)
-            else:
-                self.counters.flushes += 1
+            apply(self._disk, request, fast=True)
         except OSError as error:
-            batch.answered.append((request.cookie, seq, nbd_errno(error)))
+            if error.errno == errno.EOPNOTSUPP and not request.flags & _FAST_ZERO:
+                self._postpone(request, seq, batch)
+            else:
+                batch.answered.append((request, seq, failure_of(error, request)))
             return
         except RecordingError as full:  # its before-image could not be saved
-            self._fail(full)
-            batch.answered.append((request.cookie, seq, NbdErrno.ENOSPC))
+            self.fail(full)
+            batch.answered.append((request, seq, NOT_RECORDED))
             return
-        if decision is Decision.LAND:
-            batch.jobs.append(self._job(request, Landing(batch.connection, seq, layer=layer)))
-        elif decision is Decision.HOLD_AND_LAND:
-            assert self._volatile is not None
-            ticket = self._volatile.issue_ticket()
-            batch.jobs.append(self._job(request, Landing(batch.connection, seq, ticket=ticket)))
-        elif decision is Decision.PASS and (command == Command.FLUSH or request.flags & _FUA):
+        if decision is Decision.HOLD_AND_LAND and self._landings is not None:
+            landing = self._landings.add_fua(batch.connection, seq)
+            batch.jobs.append(Job(_without_payload(request), seq, landing))
+        elif decision is Decision.PASS and request.flags & _FUA:
             batch.jobs.append(Job(_without_payload(request), seq))
         else:
-            batch.answered.append((request.cookie, seq, 0))
+            batch.answered.append((request, seq, None))
 
-    def _job(self, request: Request, landing: Landing) -> Job:
-        self._landings.append(landing)
-        return Job(_without_payload(request), landing.seq, landing)
+    def _postpone(self, request: Request, seq: int, batch: _Batch) -> None:
+        """Leave a change to a job, with a payload that outlives the receive buffer."""
+        saved = self._preserver
+        if self._remote and saved is not None and saved.unsaved(request.offset, request.length):
+            batch.answered.append((request, seq, NOT_SAVED))
+            return
+        request = request._replace(payload=memoryview(bytes(request.payload)))
+        batch.jobs.append(Job(request, seq, claim=self._claims.claim(request)))
 
     def _answer(self, connection: int, batch: _Batch, replies: Replies) -> None:
         """Record what was done inline as completed, and only then prepare its replies."""
         run_first, run_count, run_error = -1, 0, 0
-        failed = False
-        for _, seq, error in batch.answered:
+        recorded = True
+        for _, seq, failure in batch.answered:
+            error = failure.error if failure is not None else 0
             if seq < 0:
                 continue
             if run_count and seq == run_first + run_count and error == run_error:
                 run_count += 1
                 continue
-            failed |= not self._complete(connection, run_first, run_count, run_error)
+            recorded &= self._complete(connection, run_first, run_count, run_error)
             run_first, run_count, run_error = seq, 1, error
-        failed |= not self._complete(connection, run_first, run_count, run_error)
-        for cookie, seq, error in batch.answered:
-            replies.add(cookie, NbdErrno.ENOSPC if failed and seq >= 0 else error)
+        recorded &= self._complete(connection, run_first, run_count, run_error)
+        for request, seq, failure in batch.answered:
+            if not recorded and seq >= 0:
+                replies.fail(request, *NOT_RECORDED)
+            elif failure is not None:
+                replies.fail(request, *failure)
+            else:
+                replies.done(request)
 
     def _complete(self, connection: int, first: int, count: int, error: int) -> bool:
         if self.recorder is None or not count:
@@ -268,92 +307,29 @@ class Export:
         try:
             self.recorder.completed(connection, first, count, error)
         except RecordingError as full:
-            self._fail(full)
+            self.fail(full)
             return False
         return True
 
-    async def finish(self, connection: int, job: Job) -> tuple[int, memoryview] | None:
-        """Do a job; return its error and data, None if the power went in between."""
-        if job.request.command == Command.READ:
-            return await self._finish_read(job.request)
-        if job.landing is not None:
-            error = await self._land(job.landing)
-            return None if error is None else (error, memoryview(b""))
-        try:
-            await self._syncer.sync()
-            error = 0
-        except OSError as failed:
-            error = nbd_errno(failed)
-        if self.fenced:
-            return None
-        if not self._complete(connection, job.seq, 1, error):
-            error = NbdErrno.ENOSPC
-        return error, memoryview(b"")
+    def _outcome(self, connection: int, seq: int, failure: Failure | None) -> Failure | None:
+        """Record how a job ended; return what the client is told."""
+        error = failure.error if failure is not None else 0
+        if self.failure is not None or not self._complete(connection, seq, 1, error):
+            return NOT_RECORDED
+        return failure
 
-    async def _land(self, landing: Landing) -> int | None:
-        """Land everything up to `landing`; return its error, None if the power went before.
-
-        Whoever comes first lands what was received earlier, too, even if its client is gone.
-        """
-        async with self._landing:
-            while landing.error is None:
-                if self.fenced:
-                    return None
-                await self._land_next()
-        return landing.error
-
-    async def _land_next(self) -> None:
-        """Write through the cache what the oldest flush or FUA request covers.
-
-        Its completion is recorded before the next landing, or a cut, may begin.
-        """
-        assert self._volatile is not None
-        landing = self._landings[0]
-        error = 0
-        try:
-            if landing.ticket is not None:
-                await trio.to_thread.run_sync(self._volatile.copy_ticket_down, landing.ticket)
-                self._volatile.ticket_landed(landing.ticket)
-            elif landing.layer is not None:
-                await trio.to_thread.run_sync(self._volatile.copy_down, landing.layer)
-                self._volatile.landed(landing.layer)
-        except OSError as failed:
-            error = nbd_errno(failed)
-        except RecordingError as full:
-            self._fail(full)
-            error = NbdErrno.ENOSPC
-        if self.failure is not None or not self._complete(
-            landing.connection, landing.seq, 1, error
-        ):
-            error = NbdErrno.ENOSPC
-        landing.error = error
-        self._landings.popleft()
-
-    async def _finish_read(self, request: Request) -> tuple[int, memoryview]:
-        data = memoryview(bytearray(request.length))
-        try:
-            await trio.to_thread.run_sync(self._disk.pread_into, request.offset, data)
-        except (OSError, RecordingError) as error:
-            log.error("a read failed", offset=request.offset, reason=str(error))
-            return nbd_errno(error), memoryview(b"")
-        return 0, data
+    async def finish(self, connection: int, job: Job, replies: Replies) -> bool:
+        """Do a job and prepare its reply; False if the power went in between."""
+        return await self._waiting.finish(connection, job, replies)
 
     async def cut(self) -> None:
-        """Finish the cut that `fence` began: return when no landing is at work any more."""
-        assert self.fenced
-        async with self._landing:
-            if not self._cut_noted:
-                self._cut_noted = True
-                if self._volatile is not None:
-                    self.held_at_cut = self._volatile.held_bytes
-                self.note(NoteKind.CUT, self.fence_reason)
-
-    def fence(self, reason: str) -> None:
-        """Begin a cut: from now on no request is taken and no reply leaves."""
-        if not self.fenced:
-            self.fenced = True
-            self.fence_reason = reason
-            self.fence_event.set()
+        """Finish a cut of the power: return when no landing is at work any more."""
+        assert self.power.off
+        held = await self._landings.settled() if self._landings is not None else 0
+        if not self._cut_noted:
+            self._cut_noted = True
+            self.held_at_cut = held
+            self.note(NoteKind.CUT, self.power.reason)
 
     def cuts_at(self, event: CutEvent) -> bool:
         """Tell whether the policy cuts at this event."""
@@ -365,11 +341,12 @@ class Export:
             try:
                 self.recorder.note(kind, text, connection=connection)
             except RecordingError as error:
-                self._fail(error)
+                self.fail(error)
 
-    def _fail(self, error: RecordingError) -> None:
+    def fail(self, error: NbdproxyError) -> None:
+        """Stop for good: the recording is full, or the server below is gone."""
         if self.failure is None:
-            log.error("the recording stops, so the export stops", reason=str(error))
+            log.error("the export stops", reason=str(error))
             self.failure = error
             self.failed.set()
 
@@ -382,13 +359,25 @@ class Export:
         self._disk.close()
 
 
-def nbd_errno(error: Exception) -> int:
-    """Return how a disk's error is told to the client (proto.md, "Error values").
-
-    A damaged recording, which is what a crash state's disk reads from, is EIO.
-    """
-    number = error.errno if isinstance(error, OSError) else None
-    return _NBD_ERRNO.get(number or 0, NbdErrno.EIO)
+def _info(
+    name: str, size: int, description: str, offered: ExportInfo | None, *, read_only: bool
+) -> ExportInfo:
+    """Return what clients are told: what we can do, and what is below as well."""
+    flags = READABLE | TransmissionFlag.READ_ONLY if read_only else WRITABLE
+    if offered is None:
+        return ExportInfo(name, size, flags, description)
+    always = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY
+    # All our clients share one connection below, so its cache is one for them all.
+    always |= TransmissionFlag.CAN_MULTI_CONN
+    return ExportInfo(
+        name,
+        size,
+        flags & (offered.flags | always),
+        description,
+        min_block=max(MIN_BLOCK, offered.min_block),
+        preferred=max(PREFERRED_BLOCK, offered.preferred),
+        max_payload=min(MAX_PAYLOAD, offered.max_payload),
+    )
 
 
 def _without_payload(request: Request) -> Request:

@@ -1,37 +1,146 @@
-"""What an export keeps of requests that have to wait for the disk, and of those that passed."""
+"""What an export keeps of requests that have to wait, and of those that passed."""
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import trio
 
 from nbdproxy.disks.volatile import Ticket
-from nbdproxy.requests import Request
+from nbdproxy.errors import RecordingError
+from nbdproxy.requests import CommandFlag, NbdErrno, Request
+
+_NBD_ERRNO = {
+    errno.EPERM: NbdErrno.EPERM,
+    errno.ENOMEM: NbdErrno.ENOMEM,
+    errno.ENOSPC: NbdErrno.ENOSPC,
+    errno.EDQUOT: NbdErrno.ENOSPC,
+    errno.EFBIG: NbdErrno.ENOSPC,
+}
+_FAST_ZERO = int(CommandFlag.FAST_ZERO)
+
+
+class Failure(NamedTuple):
+    """Why a request failed: the NBD error number, and words for people."""
+
+    error: int
+    text: str
+
+
+class ToldError(OSError):
+    """An NBD server below told an error; it goes up as it is."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.error, failure.text)
+        self.failure = failure
+
+
+NOT_RECORDED = Failure(NbdErrno.ENOSPC, "nothing may pass unrecorded, and the recording is full")
+
+NOT_SAVED = Failure(NbdErrno.EIO, "what is there could not be read, and is not lost unsaved")
+
+
+def failure_of(error: Exception, request: Request | None = None) -> Failure:
+    """Return how an error of a disk is told to the client (proto.md, "Error values").
+
+    A damaged recording, which is what a crash state's disk reads from, is EIO.
+    """
+    if isinstance(error, ToldError):
+        return error.failure
+    if isinstance(error, RecordingError):
+        return Failure(NbdErrno.EIO, str(error))
+    number = error.errno if isinstance(error, OSError) else None
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if number == errno.EOPNOTSUPP and request is not None and request.flags & _FAST_ZERO:
+        return Failure(NbdErrno.ENOTSUP, "zeroes are not faster than writing here")
+    return Failure(_NBD_ERRNO.get(number or 0, NbdErrno.EIO), text)
 
 
 @dataclass(slots=True, eq=False)
 class Landing:
     """What a flush (`layer`) or a FUA request (`ticket`) has to land of the volatile cache.
 
-    `error` is the outcome, None until there is one.
+    `over` says that it is down; `failure` how that went.
     """
 
     connection: int
     seq: int
     layer: int | None = None
     ticket: Ticket | None = None
-    error: int | None = None
+    over: bool = False
+    failure: Failure | None = None
+
+
+class Claim:
+    """A change that is at work on its range; a later one over it waits until it is released."""
+
+    __slots__ = ("_done", "_earlier", "end", "offset")
+
+    def __init__(self, offset: int, end: int, earlier: list[Claim]) -> None:
+        self.offset = offset
+        self.end = end
+        self._earlier = earlier
+        self._done = trio.Event()
+
+    async def wait_turn(self) -> None:
+        """Return when all earlier changes of the range are over."""
+        for claim in self._earlier:
+            await claim._done.wait()
+        self._earlier.clear()
+
+    def release(self) -> None:
+        """Let the later ones go; doing so twice is harmless."""
+        self._done.set()
+
+
+class Claims:
+    """The changes that are at work beside the event loop: two of one place land in order."""
+
+    def __init__(self) -> None:
+        self._claims: list[Claim] = []
+
+    def overlap(self, request: Request) -> bool:
+        """Tell whether a request has to wait for another."""
+        if not self._claims:
+            return False
+        self._claims = [claim for claim in self._claims if not claim._done.is_set()]
+        return bool(self._over(request))
+
+    def claim(self, request: Request) -> Claim:
+        """Claim a request's range, behind all that claim a part of it now."""
+        claim = Claim(request.offset, request.end, self._over(request))
+        self._claims.append(claim)
+        return claim
+
+    def _over(self, request: Request) -> list[Claim]:
+        return [c for c in self._claims if c.offset < request.end and request.offset < c.end]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request that has to wait for the disk: a cold read, a flush, a FUA request.
+    """A request that has to wait for the disk.
 
-    `landing` is not set where the disk itself is synced.
+    seq      its place in the recording, -1 if it changes nothing
+    landing  set for a flush or FUA request that lands what a volatile cache holds
+    claim    set for a change that is done beside the event loop
     """
 
     request: Request
-    seq: int
+    seq: int = -1
     landing: Landing | None = None
+    claim: Claim | None = None
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory it needs while it is done."""
+        return self.request.length if self.request.command == 0 else len(self.request.payload)
+
+    def abandon(self) -> None:
+        """Let others go on: nobody is going to do this job any more."""
+        if self.claim is not None:
+            self.claim.release()
 
 
 @dataclass(slots=True)

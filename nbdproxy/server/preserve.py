@@ -87,17 +87,21 @@ class PreservingDisk:
             self.save(offset, len(data))
         self._below.pwrite(offset, data)
 
-    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:
+    def zero(self, offset: int, length: int, *, may_punch: bool, fast: bool = False) -> None:
         """Save what is there, then zero."""
         if self.unsaved(offset, length):
             self.save(offset, length)
-        self._below.zero(offset, length, may_punch=may_punch)
+        self._below.zero(offset, length, may_punch=may_punch, fast=fast)
 
-    def trim(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int, *, fast: bool = False) -> None:
         """Save what is there, then trim."""
         if self.unsaved(offset, length):
             self.save(offset, length)
-        self._below.trim(offset, length)
+        self._below.trim(offset, length, fast=fast)
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Hand the hint on."""
+        self._below.will_need(offset, length)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield what holds data."""

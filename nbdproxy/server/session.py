@@ -1,72 +1,98 @@
-"""One client: bytes from its socket to the export in batches, and replies back.
+"""One client: bytes from its wire to the export in batches, and replies back.
 
 One wake-up reads what has arrived, parses every whole request in it, lets the export do what it
-can at once, and sends all replies with one call. The raw socket is tried before the event loop is
-asked to wait. Requests that have to wait for the disk run beside, at most `MAX_JOBS` of them; then
-nothing more is read. A client that does not read its replies is not read from either.
+can at once, and sends all replies with one call. Requests that have to wait run beside, as many as
+`MAX_JOBS` and `MAX_JOB_BYTES` allow; then nothing more is read. A client that does not read its
+replies is not read from either, so what one client can make us hold is bounded whatever it sends.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 
 import structlog
 import trio
 
 from nbdproxy.errors import ProtocolError
-from nbdproxy.nbd.codec import greeting, simple_reply
-from nbdproxy.nbd.events import Closed, Opened, Refused, Send
+from nbdproxy.nbd.codec import greeting
+from nbdproxy.nbd.events import Event, Opened, Refused, Send, StartTls
+from nbdproxy.nbd.replies import Replies
 from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.policy.model import CutEvent
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import Request
+from nbdproxy.server.budget import Budget
 from nbdproxy.server.export import Export
 from nbdproxy.server.jobs import Job
-from nbdproxy.server.replies import Replies
+from nbdproxy.server.power import Power, PowerLostError
+from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.wire import SocketWire, TlsWire, Wire
 
 log = structlog.get_logger()
 
 BUFFER = 1024 * 1024
 """Bytes of the receive buffer; it grows for a single larger request and shrinks again."""
 
+NEGOTIATION_BUFFER = 4096
+"""Bytes of it before an export is opened: idle clients must not cost memory."""
+
+MAX_OWED = 8 * 1024 * 1024
+"""Bytes of READs handled in one batch, give or take the last one."""
+
 MAX_JOBS = 64
-MAX_COLD_READS = 8
-"""Cold reads at once; each holds a buffer of up to 32 MiB."""
+MAX_JOB_BYTES = 32 * 1024 * 1024
+"""Bytes that jobs of one client may hold at once: one of the largest requests."""
 
 NEGOTIATION_S = 10
 """Seconds a client has to open an export; an idle one must not hold a place (CVE-2019-14850)."""
 
+_GOODBYE_S = 1
+"""Seconds that a peer has to take the end of a TLS connection."""
+
 _BATCHES_IN_A_ROW = 16
 """Batches after which other clients get a turn though more has arrived."""
-
-
-class _PowerLost(Exception):  # noqa: N818 - not an error: it only unwinds the session
-    """The export was cut while this session was at work."""
 
 
 class Session:
     """One connection, from greeting to good-bye. Owns `sock`, a non-blocking stream socket."""
 
     def __init__(
-        self, sock: socket.socket, number: int, client: str, exports: Mapping[str, Export]
+        self,
+        sock: socket.socket,
+        number: int,
+        client: str,
+        exports: Mapping[str, Export],
+        *,
+        power: Power,
+        tls: ServerTls | None = None,
     ) -> None:
-        self._sock = sock
+        self._socket_wire = SocketWire(sock, power)
+        self._wire: Wire = self._socket_wire
         self._number = number
         self._client = client
         self._exports = exports
+        self._power = power
+        self._tls = tls or ServerTls()
         self._export: Export | None = None
         infos = {name: export.info for name, export in exports.items()}
-        self._connection = ServerConnection(infos)
-        self._replies = Replies()
+        self._connection = ServerConnection(infos, tls=self._tls.mode)
+        self._replies = Replies(arena=0)
         self._sending = trio.Lock()
-        self._slots = trio.Semaphore(MAX_JOBS)
-        self._cold_reads = trio.Semaphore(MAX_COLD_READS)
+        self._jobs = Budget(MAX_JOBS)
+        self._job_bytes = Budget(MAX_JOB_BYTES)
         self._stopping = False
         self._negotiating = trio.CancelScope()
         self._parked: trio.CancelScope | None = None
         self._all = trio.CancelScope()
         self._goodbye = NoteKind.EOF
+        self._in_a_row = 0
+
+    @property
+    def negotiating(self) -> bool:
+        """Whether the client has not opened an export yet."""
+        return self._export is None
 
     def stop_reading(self) -> None:
         """Take no more requests; what is in flight is finished and answered."""
@@ -77,7 +103,7 @@ class Session:
             self._parked.cancel()
 
     def cut_off(self) -> None:
-        """Drop the connection at once: the power is gone."""
+        """Drop the connection at once: the power is gone, or its place is needed."""
         self._all.cancel()
 
     async def run(self) -> None:
@@ -88,7 +114,7 @@ class Session:
                     self._negotiating.deadline = trio.current_time() + NEGOTIATION_S
                     with self._negotiating:
                         await self._pump(jobs)
-        except* _PowerLost:
+        except* PowerLostError:
             pass
         except* ProtocolError as broken:
             for error in broken.exceptions:
@@ -96,52 +122,66 @@ class Session:
         except* OSError as gone:
             log.debug("client is gone", client=self._client, reason=str(gone.exceptions[0]))
         finally:
-            self._sock.close()
+            with trio.move_on_after(_GOODBYE_S, shield=True), suppress(OSError):
+                await self._wire.close()
+            self._socket_wire.sock.close()
             self._leave()
 
     def _leave(self) -> None:
         export = self._export
-        if export is None or export.fenced:
+        if export is None or self._power.off:
             return
         export.note(self._goodbye, connection=self._number)
         if export.cuts_at(CutEvent.DISCONNECT):
             said = self._goodbye is NoteKind.DISC
-            export.fence("the client said DISC" if said else "the client went away")
+            self._power.cut("the client said DISC" if said else "the client went away")
 
     async def _pump(self, jobs: trio.Nursery) -> None:
         await self._send([memoryview(greeting())])
-        connection = self._connection
-        buffer = memoryview(bytearray(BUFFER))
+        buffer = memoryview(bytearray(NEGOTIATION_BUFFER))
         end = 0
-        in_a_row = 0
-        while True:
-            count = await self._receive(buffer[end:])
-            if not count:
-                return
+        while count := await self._receive(buffer[end:]):
             end += count
-            used, events = connection.receive(buffer[:end])
+            used = await self._digest(buffer[:end], jobs)
+            if used is None:
+                return
+            buffer, end = self._make_room(buffer, used, end)
+
+    async def _digest(self, data: memoryview, jobs: trio.Nursery) -> int | None:
+        """Do all that `data` means; return how much of it was used, None at the end."""
+        connection = self._connection
+        at = 0
+        while not self._stopping:
+            used, events = connection.receive(data[at:], owed=MAX_OWED)
+            at += used
             if events:
                 await self._act(events, jobs)
             if connection.breach is not None:
                 raise connection.breach
             if connection.phase is Phase.CLOSED:
-                return
-            rest = end - used
-            if connection.needed > len(buffer) or (len(buffer) > BUFFER and rest < BUFFER):
-                roomier = memoryview(bytearray(max(BUFFER, connection.needed)))
-                roomier[:rest] = buffer[used:end]
-                buffer = roomier
-            elif rest and used:
-                buffer[:rest] = buffer[used:end]
-            end = rest
-            in_a_row += 1
-            if in_a_row >= _BATCHES_IN_A_ROW:
-                in_a_row = 0
+                return None
+            self._in_a_row += 1
+            if self._in_a_row >= _BATCHES_IN_A_ROW:
+                self._in_a_row = 0
                 await trio.lowlevel.checkpoint()
+            if not used or len(data) - at < connection.needed:
+                return at
+        return None
 
-    async def _act(
-        self, events: list[Request | Refused | Send | Opened | Closed], jobs: trio.Nursery
-    ) -> None:
+    def _make_room(self, buffer: memoryview, used: int, end: int) -> tuple[memoryview, int]:
+        """Move what is left over to the front of a buffer of the right size."""
+        rest = end - used
+        usual = NEGOTIATION_BUFFER if self._export is None else BUFFER
+        wanted = max(usual, self._connection.needed)
+        if len(buffer) != wanted and rest < wanted:
+            roomier = memoryview(bytearray(wanted))
+            roomier[:rest] = buffer[used:end]
+            return roomier, rest
+        if rest and used:
+            buffer[:rest] = buffer[used:end]
+        return buffer, rest
+
+    async def _act(self, events: list[Event], jobs: trio.Nursery) -> None:
         """Do what one receive meant: negotiation first, then all requests as one batch."""
         requests: list[Request | Refused] = []
         for event in events:
@@ -151,12 +191,27 @@ class Session:
                 await self._send([memoryview(event.data)])
             elif type(event) is Opened:
                 self._open(event.export)
+            elif type(event) is StartTls:
+                await self._start_tls()
             elif self._export is not None:
                 self._goodbye = NoteKind.DISC
         if requests:
             await self._batch(requests, jobs)
 
+    async def _start_tls(self) -> None:
+        assert self._tls.context is not None
+        try:
+            self._wire = await TlsWire.start(
+                self._socket_wire, self._tls.context, self._power, server_side=True
+            )
+        except OSError as error:
+            log.warning("a client is turned away", client=self._client, reason=str(error))
+            raise
+        self._connection.tls_started()
+
     def _open(self, name: str) -> None:
+        assert self._connection.terms is not None
+        self._replies = Replies(self._connection.terms.style)
         self._export = self._exports[name]
         self._negotiating.deadline = float("inf")
         self._export.note(NoteKind.CONNECT, self._client, connection=self._number)
@@ -167,42 +222,47 @@ class Session:
         if export.recorder is not None:
             await export.prepare(requests)
         waiting = export.handle(self._number, requests, self._replies)
+        if not waiting:
+            await self._send_batch()
+            return
+        try:
+            await self._send_batch()
+            while waiting:
+                await self._jobs.acquire(1)
+                await self._job_bytes.acquire(waiting[0].cost)
+                jobs.start_soon(self._finish, export, waiting.pop(0))
+        finally:
+            for job in waiting:
+                job.abandon()
+
+    async def _send_batch(self) -> None:
         parts = self._replies.take()
         if parts:
             await self._send(parts)
-        elif export.fenced:
-            raise _PowerLost
-        for job in waiting:
-            await self._slots.acquire()
-            jobs.start_soon(self._finish, export, job)
+        elif self._power.off:
+            raise PowerLostError
 
     async def _finish(self, export: Export, job: Job) -> None:
+        assert self._connection.terms is not None
+        replies = Replies(self._connection.terms.style, arena=0)
         try:
-            if job.seq < 0:
-                async with self._cold_reads:
-                    await self._finish_one(export, job)
-            else:
-                await self._finish_one(export, job)
+            if await export.finish(self._number, job, replies):
+                await self._send(replies.take())
         finally:
-            self._slots.release()
-
-    async def _finish_one(self, export: Export, job: Job) -> None:
-        result = await export.finish(self._number, job)
-        if result is not None:
-            error, data = result
-            header = memoryview(simple_reply(error, job.request.cookie))
-            await self._send([header, data] if data else [header])
+            self._jobs.release(1)
+            self._job_bytes.release(job.cost)
 
     async def _receive(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 if the client is gone, or nothing more shall be read."""
-        while not self._stopping:
-            try:
-                return self._sock.recv_into(buffer)
-            except BlockingIOError:
-                with trio.CancelScope() as self._parked:
-                    await trio.lowlevel.wait_readable(self._sock)
-                self._parked = None
-        return 0
+        if self._stopping:
+            return 0
+        count = self._wire.receive_now(buffer)
+        if count is None:
+            count = 0
+            with trio.CancelScope() as self._parked:
+                count = await self._wire.receive(buffer)
+            self._parked = None
+        return count
 
     async def _send(self, parts: list[memoryview]) -> None:
         """Send all of `parts`, whole replies only, unless the power goes."""
@@ -211,13 +271,6 @@ class Session:
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
-            for part in parts:
-                while part:
-                    if self._export is not None and self._export.fenced:
-                        raise _PowerLost
-                    try:
-                        part = part[self._sock.send(part) :]  # noqa: PLW2901
-                    except BlockingIOError:
-                        await trio.lowlevel.wait_writable(self._sock)
+            await self._wire.send(parts)
         finally:
             self._sending.release()

@@ -1,17 +1,17 @@
-"""Shares one fdatasync among all who asked for it before it began."""
+"""Shares one sync among all who asked for it before it began."""
 
 from __future__ import annotations
 
-import trio
+from collections.abc import Awaitable, Callable
 
-from nbdproxy.disks.device import BlockDevice
+import trio
 
 
 class Syncer:
-    """Makes a disk durable, in a thread, as seldom as is correct."""
+    """Makes a disk durable as seldom as is correct; `sync` is what really does it."""
 
-    def __init__(self, disk: BlockDevice) -> None:
-        self._disk = disk
+    def __init__(self, sync: Callable[[], Awaitable[None]]) -> None:
+        self._really = sync
         self._lock = trio.Lock()
         self._asked = 0
         self._done = 0
@@ -33,7 +33,7 @@ class Syncer:
                 return
             covered = self._asked
             try:
-                await trio.to_thread.run_sync(self._disk.sync)
+                await self._really()
             except OSError as error:
                 self._failed, self._error = covered, error
                 raise

@@ -43,13 +43,13 @@ class Below(MemoryDisk):
         self.changes.append(("write", offset, len(data)))
         super().pwrite(offset, data)
 
-    def zero(self, offset: int, length: int, *, may_punch: bool) -> None:
+    def zero(self, offset: int, length: int, *, may_punch: bool, fast: bool = False) -> None:
         self.changes.append(("punch" if may_punch else "zero", offset, length))
-        super().zero(offset, length, may_punch=may_punch)
+        super().zero(offset, length, may_punch=may_punch, fast=fast)
 
-    def trim(self, offset: int, length: int) -> None:
+    def trim(self, offset: int, length: int, *, fast: bool = False) -> None:
         self.changes.append(("trim", offset, length))
-        super().zero(offset, length, may_punch=True)
+        super().zero(offset, length, may_punch=True, fast=fast)
 
     def letters(self) -> str:
         """The letter of each sector, without calling back."""

@@ -10,12 +10,12 @@ import pytest
 import trio
 
 from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.examples import Example, Step, parse_step
 from nbdproxy.policy.loader import load, names
 from nbdproxy.policy.model import CutEvent, Policy
 from nbdproxy.requests import Command, CommandFlag, Request
 from nbdproxy.server.export import Export
-from nbdproxy.server.replies import Replies
 
 SECTOR = 512
 SECTORS = 4
@@ -42,17 +42,17 @@ async def tell(export: Export, steps: tuple[Step, ...]) -> None:
     """Run a story, and end in order if the power did not go."""
     for step in steps:
         if step.command is None:
-            if not export.fenced and export.cuts_at(CutEvent(step.event)):
-                export.fence(step.event)
+            if not export.power.off and export.cuts_at(CutEvent(step.event)):
+                export.power.cut(step.event)
                 await export.cut()
             continue
         replies = Replies()
         jobs = export.handle(1, [request(step)], replies)
         answers = len(replies.take())
         for job in jobs:
-            answers += await export.finish(1, job) is not None
-        assert answers == (0 if export.fenced else 1)
-    if not export.fenced:
+            answers += await export.finish(1, job, replies)
+        assert answers == (0 if export.power.off else 1)
+    if not export.power.off:
         export.sync()
 
 

@@ -1,0 +1,29 @@
+"""A number of units, such as bytes, of which several are taken at once."""
+
+from __future__ import annotations
+
+import trio
+
+
+class Budget:
+    """`total` units; who wants more than are free waits.
+
+    A wish for more than `total` is granted when nothing else is out, so that it cannot wait for
+    ever: `release` must be called with the same number.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._taken = 0
+        self._lot = trio.lowlevel.ParkingLot()
+
+    async def acquire(self, count: int) -> None:
+        """Take `count` units, waiting until they are free."""
+        while self._taken and self._taken + count > self._total:
+            await self._lot.park()
+        self._taken += count
+
+    def release(self, count: int) -> None:
+        """Give them back."""
+        self._taken -= count
+        self._lot.unpark_all()

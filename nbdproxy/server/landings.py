@@ -1,0 +1,94 @@
+"""What flushes and FUA requests land of a volatile cache, one after the other.
+
+They land in the order in which they were received, whatever becomes of their connections: so
+nothing lands with a flush that is not completed yet, and an older write never lands over a newer
+one. A cut lets the landing that is at work finish; after it nothing lands.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from nbdproxy.disks.volatile import VolatileDisk
+from nbdproxy.errors import RecordingError
+from nbdproxy.server.jobs import NOT_RECORDED, Failure, Landing, failure_of
+from nbdproxy.server.power import Power
+
+
+class Landings:
+    """The queue of landings of one cache.
+
+    `complete` records an outcome and returns what the client is told, which may be worse;
+    `fail` is told of a recording that is full.
+    """
+
+    def __init__(
+        self,
+        volatile: VolatileDisk,
+        power: Power,
+        *,
+        complete: Callable[[Landing, Failure | None], Failure | None],
+        fail: Callable[[RecordingError], None],
+    ) -> None:
+        self._volatile = volatile
+        self._power = power
+        self._complete = complete
+        self._fail = fail
+        self._lock = trio.Lock()
+        # Those that were received and are not down yet, in the order received.
+        self._queue: deque[Landing] = deque()
+
+    def add_flush(self, connection: int, seq: int, layer: int | None) -> Landing:
+        """Queue a flush that covers all layers up to `layer`, as `freeze` numbered them."""
+        return self._add(Landing(connection, seq, layer=layer))
+
+    def add_fua(self, connection: int, seq: int) -> Landing:
+        """Queue the write that was held last."""
+        return self._add(Landing(connection, seq, ticket=self._volatile.issue_ticket()))
+
+    def _add(self, landing: Landing) -> Landing:
+        self._queue.append(landing)
+        return landing
+
+    async def land(self, landing: Landing) -> bool:
+        """Land everything up to `landing`; False if the power went before.
+
+        Whoever comes first lands what was received earlier, too, even if its client is gone.
+        """
+        async with self._lock:
+            while not landing.over:
+                if self._power.off:
+                    return False
+                await self._land_next()
+        return True
+
+    async def settled(self) -> int:
+        """Wait for the landing that is at work, and return how many bytes are still held."""
+        async with self._lock:
+            return self._volatile.held_bytes
+
+    async def _land_next(self) -> None:
+        """Write through the cache what the oldest flush or FUA request covers.
+
+        Its completion is recorded before the next landing, or a cut, may begin.
+        """
+        landing = self._queue[0]
+        failure = None
+        try:
+            if landing.ticket is not None:
+                await trio.to_thread.run_sync(self._volatile.copy_ticket_down, landing.ticket)
+                self._volatile.ticket_landed(landing.ticket)
+            elif landing.layer is not None:
+                await trio.to_thread.run_sync(self._volatile.copy_down, landing.layer)
+                self._volatile.landed(landing.layer)
+        except OSError as failed:
+            failure = failure_of(failed)
+        except RecordingError as full:
+            self._fail(full)
+            failure = NOT_RECORDED
+        landing.failure = self._complete(landing, failure)
+        landing.over = True
+        self._queue.popleft()

@@ -1,0 +1,108 @@
+"""The guest's disk in a qcow2 file: qemu-storage-daemon reads and writes the format for us."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from nbdproxy.errors import ImageError
+from nbdproxy.nbd.uri import NbdUri
+
+QCOW2_MAGIC = b"QFI\xfb"
+
+_DAEMON = "qemu-storage-daemon"
+_START_S = 10
+_END_S = 10
+_RETRY_S = 0.01
+
+
+def is_qcow2(image: Path) -> bool:
+    """Tell it before the size is looked at: a new qcow2 file is no multiple of 512 bytes."""
+    try:
+        if not (image.is_file() or image.is_block_device()):
+            return False
+        with image.open("rb") as file:
+            return file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC
+    except OSError:
+        return False  # opening it for good will say why
+
+
+@asynccontextmanager
+async def guests_view(image: Path, *, read_only: bool) -> AsyncIterator[NbdUri]:
+    """Serve what a guest would see of a qcow2 file, for as long as the block runs."""
+    if not is_qcow2(image):
+        raise ImageError(f"{image} is not a qcow2 file; check the path, or drop --format qcow2")
+    with tempfile.TemporaryDirectory(prefix="nbdproxy-qcow2-") as folder:
+        path = Path(folder, "socket")
+        daemon = _start(image, path, read_only=read_only)
+        try:
+            await _wait_until_up(daemon, path, image)
+            yield NbdUri(socket=str(path))
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_end, daemon)
+
+
+def _start(image: Path, path: Path, *, read_only: bool) -> subprocess.Popen[bytes]:
+    program = shutil.which(_DAEMON)
+    if program is None:
+        raise ImageError(
+            f"{_DAEMON} is not installed, and qcow2 needs it: apt-get install qemu-system-common "
+            "(or qemu-utils)"
+        )
+    common = {"read-only": read_only, "discard": "unmap"}
+    file = {"driver": "file", "filename": str(image.absolute()), **common}
+    node = {"driver": "qcow2", "node-name": "disk", "file": file, **common}
+    export = {"type": "nbd", "id": "disk", "node-name": "disk", "name": ""}
+    command = [
+        *(program, "--blockdev", json.dumps(node)),
+        *("--nbd-server", json.dumps({"addr": {"type": "unix", "path": str(path)}})),
+        *("--export", json.dumps({**export, "writable": not read_only})),
+    ]
+    # If we are killed, it must not keep the file; and Ctrl-C is for us, not for it.
+    if guard := shutil.which("setpriv"):
+        command = [guard, "--pdeathsig", "TERM", *command]
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+async def _wait_until_up(daemon: subprocess.Popen[bytes], path: Path, image: Path) -> None:
+    with trio.move_on_after(_START_S):
+        while daemon.poll() is None:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if path.exists() and probe.connect_ex(str(path)) == 0:
+                    return
+            await trio.sleep(_RETRY_S)
+    daemon.kill()
+    assert daemon.stderr is not None
+    said = daemon.stderr.read().decode(errors="replace").strip().splitlines()
+    reason = said[-1].removeprefix(f"{_DAEMON}: ") if said else "it did not start in time"
+    raise ImageError(f"{image} cannot be opened by {_DAEMON}: {reason}")
+
+
+def _end(daemon: subprocess.Popen[bytes]) -> None:
+    """End it in order, so that it writes its caches back."""
+    if daemon.poll() is None:
+        daemon.send_signal(signal.SIGTERM)
+    try:
+        daemon.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
+    finally:
+        if daemon.stderr is not None:
+            daemon.stderr.close()
