@@ -114,6 +114,9 @@ def run(
     ] = None,
     cache: Annotated[CacheMode, typer.Option(help="QEMU's cache mode.")] = CacheMode.NONE,
     device: Annotated[str, typer.Option(help=f"One of {', '.join(guest.DEVICES)}.")] = "virtio-blk",
+    connections: Annotated[
+        int, typer.Option(min=1, max=16, help="With --device nbd: connections, and CPUs for them.")
+    ] = 1,
     partition: Annotated[int | None, typer.Option(help="Use this partition.")] = None,
     image_format: Annotated[str, typer.Option("--format", help="raw or qcow2.")] = "raw",
     qmp: Annotated[
@@ -135,6 +138,8 @@ def run(
       nbdproxy serve disk.img --record run1 --run 'nbdproxy lab run npm-small "$uri" --end cut'
 
       nbdproxy lab run - disk.img --script 'echo hello > a; sync' --end cut
+
+      nbdproxy lab run stress nbd://127.0.0.1:10809/ --device nbd --connections 4
     """
     if workload == "-" and script is None:
         raise UsageError("- stands for a script; give it with --script 'SHELL'")
@@ -158,6 +163,8 @@ def run(
             ending=ending,
             cache_mode=cache.value,
             device=device,
+            connections=connections,
+            cpus=max(2, connections),
             partition=partition,
             image_format=image_format,
             qmp=qmp,

@@ -43,13 +43,15 @@ class Lab:
     """What a guest is made of.
 
     `manifests` has, for each project, the `sha256sum` file of what a whole run leaves on the
-    target disk; its paths are absolute there.
+    target disk; its paths are absolute there. `has_nbd_client` tells whether a guest may be told
+    to use its kernel's NBD client.
     """
 
     cache: Path
     kit: Kit
     tools_disk: Path
     manifests: Mapping[str, Path]
+    has_nbd_client: bool
 
 
 def build_lab(
@@ -73,9 +75,10 @@ def build_lab(
         npm_key = key_of(userland.NPM_VERSION)
         npm = parts.part("npm", npm_key, userland.fetch_npm, "lab: fetching npm")
         built = {name: _build_project(parts, name, projects[name], npm) for name in projects}
-        disk = _build_disk(parts, where["node"], npm, built)
+        nbd_client = tools.find("nbd-client")  # few want it, so it is not among what is needed
+        disk = _build_disk(parts, where["node"], npm, built, nbd_client)
     manifests = {name: part / "manifest.sha256" for name, part in built.items()}
-    return Lab(parts.root, kit, disk / "tools.img", manifests)
+    return Lab(parts.root, kit, disk / "tools.img", manifests, nbd_client is not None)
 
 
 def _build_kit(parts: Cache, busybox: Path) -> Kit:
@@ -112,17 +115,20 @@ def _build_project(parts: Cache, name: str, source: Path, npm: Path) -> Path:
     )
 
 
-def _build_disk(parts: Cache, node: Path, npm: Path, projects: Mapping[str, Path]) -> Path:
+def _build_disk(
+    parts: Cache, node: Path, npm: Path, projects: Mapping[str, Path], nbd_client: Path | None
+) -> Path:
     key = key_of(
         identity_of(node),
         npm.name,
         *(f"{name} {part.name}" for name, part in projects.items()),
+        identity_of(nbd_client) if nbd_client else "no nbd-client",
         _source_of(userland),
     )
     return parts.part(
         "tools",
         key,
-        lambda into: userland.make_tools_disk(into, npm, projects),
+        lambda into: userland.make_tools_disk(into, npm, projects, nbd_client),
         "lab: writing the tools disk (node, npm, packages)",
     )
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import accel, cpio
+from nbdproxy.lab import accel, cpio, kernel_client, tools
 from nbdproxy.lab.build import Lab
 from nbdproxy.lab.cache import silent
 from nbdproxy.lab.initramfs import MARK
@@ -39,8 +39,12 @@ DEVICES = {
     ),
     "ide": ("/dev/sda", ("-device", "ide-hd,drive=target,bus=ide.0")),
     "nvme": ("/dev/nvme0n1", ("-device", "nvme,drive=target,serial=target,addr=5")),
+    "nbd": (kernel_client.DISK, kernel_client.NETWORK),
 }
-"""How each kind of target disk is attached, and what the guest calls it (the tools are vda)."""
+"""How each kind of target disk is attached, and what the guest calls it (the tools are vda).
+
+`nbd` is none of QEMU's disks: the guest's own kernel connects to the server.
+"""
 
 # Not only at a line's beginning: a workload's last line may lack its end; and a message of the
 # kernel may come before the mark's own end of line.
@@ -82,6 +86,7 @@ def run(
     device: str = "virtio-blk",
     image_format: str = "raw",
     partition: int | None = None,
+    connections: int = 1,
     qmp: Path | None = None,
     accelerator: str | None = None,
     time_limit_s: float = 300,
@@ -93,6 +98,8 @@ def run(
     """Boot a guest with `target` (an image file or an NBD URI), run the workload, end as told.
 
     Without `ending` the workload's own is taken.
+    `connections` are those of the device `nbd`, which needs a URI on 127.0.0.1 and to which
+    `cache_mode` and `image_format`, being QEMU's, do not apply.
     `on_line` gets each line of the serial port as it comes, those with a `MARK` too.
     `qmp` is where QEMU shall listen for its monitor protocol. `accelerator` is kvm or tcg, by
     default what `accel.probe` finds. `extra` goes to QEMU as it is. SIGKILL of the caller is
@@ -104,11 +111,23 @@ def run(
         raise LabError(f"no device {device!r}; the lab has {', '.join(DEVICES)}")
     name, attachment = DEVICES[device]
     if partition is not None:
-        name += f"p{partition}" if device == "nvme" else str(partition)
+        name += f"p{partition}" if name[-1].isdigit() else str(partition)
     if accelerator is None:
         accelerator = accel.probe(lab.cache, lab.kit)
     ending = ending or workload.ending
-    script = render(workload, ending, name, _TOOLS_DEVICE)
+    drive: tuple[str, ...] = (
+        "-drive",
+        f"if=none,id=target,format={image_format},cache={cache_mode},discard=unmap,"
+        + _file(target),
+    )
+    attach: tuple[str, ...] = ()
+    detach: tuple[str, ...] = ()
+    if device == "nbd":
+        if not lab.has_nbd_client:
+            raise tools.missing_error(["nbd-client"])
+        attach, detach = kernel_client.attach(str(target), connections), kernel_client.DETACH
+        drive = ()
+    script = render(workload, ending, name, _TOOLS_DEVICE, attach=attach, detach=detach)
     with _initrd(lab, script) as initrd:
         command = [
             *accel.base_command(
@@ -117,9 +136,7 @@ def run(
             "-drive",
             "if=none,id=tools,format=raw,readonly=on,file.locking=off," + _file(lab.tools_disk),
             "-device", "virtio-blk-pci,drive=tools,addr=4",
-            "-drive",
-            f"if=none,id=target,format={image_format},cache={cache_mode},discard=unmap,"
-            + _file(target),
+            *drive,
             *attachment,
             *(("-qmp", f"unix:{_escaped(qmp)},server=on,wait=off") if qmp else ()),
             *extra,

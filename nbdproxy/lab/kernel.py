@@ -26,7 +26,14 @@ BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "ata_piix",
 FILESYSTEM_MODULES = ("xfs", "btrfs")
 """What a guest loads only when it mounts such a disk."""
 
-GROUPS: dict[str, tuple[str, ...]] = {"boot": BOOT_MODULES, **{n: (n,) for n in FILESYSTEM_MODULES}}
+CLIENT_MODULES = ("virtio_net", "nbd")
+"""What a guest loads only when its kernel is to be the NBD client: a network card, and that."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "boot": BOOT_MODULES,
+    **{name: (name,) for name in FILESYSTEM_MODULES},
+    "nbd": CLIENT_MODULES,
+}
 
 _INDISPENSABLE = frozenset({"virtio_pci", "virtio_blk", "ext4"})
 
@@ -68,19 +75,21 @@ def _resolve(apt_cache: Path) -> str:
 def collect(tree: Path, into: Path) -> None:
     """Copy the modules of every group out of an unpacked `lib/modules/RELEASE` directory."""
     into.mkdir()
-    builtin = {_name(Path(line)) for line in (tree / "modules.builtin").read_text().split()}
+    loaded = {_name(Path(line)) for line in (tree / "modules.builtin").read_text().split()}
     files = {_name(path): path for path in sorted(tree.rglob("*.ko*"))}
     for group, wanted in GROUPS.items():
-        order = load_order(wanted, files, builtin)
+        order = load_order(wanted, files, loaded)
         for name in order:
             (into / f"{name}.ko").write_bytes(read_module(files[name]))
         (into / f"{group}.order").write_text("".join(f"{name}\n" for name in order))
+        if group == "boot":
+            loaded |= set(order)  # insmod would complain of a second time
 
 
-def load_order(wanted: Sequence[str], files: dict[str, Path], builtin: Iterable[str]) -> list[str]:
-    """Return the modules to load, each behind all it depends on; what is built in is left out."""
+def load_order(wanted: Sequence[str], files: dict[str, Path], loaded: Iterable[str]) -> list[str]:
+    """Return the modules to load, each behind all it depends on, without those there already."""
     order: list[str] = []
-    seen = set(builtin)
+    seen = set(loaded)
 
     def visit(name: str, *, indispensable: bool) -> None:
         if name in seen:

@@ -27,6 +27,7 @@ PACKAGE_OF = {
     "mke2fs": "e2fsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "mkfs.xfs": "xfsprogs",
+    "nbd-client": "nbd-client",
     "node": "nodejs",
     "npm": "npm",
     "qemu-system-x86_64": "qemu-system-x86",

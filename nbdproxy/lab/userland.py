@@ -1,4 +1,4 @@
-"""The tools disk: node with its libraries, npm, and projects whose packages are all cached.
+"""The tools disk: node and npm, projects whose packages are all cached, and maybe nbd-client.
 
 Guarantees: made without root; one pinned npm fills the cache on the host and runs in the guest, so
 both agree on the cache's form and on what they install, and the manifest written here is what a
@@ -113,7 +113,9 @@ def files_below(root: Path) -> Iterator[Path]:
             yield path
 
 
-def make_tools_disk(into: Path, npm: Path, projects: Mapping[str, Path]) -> None:
+def make_tools_disk(
+    into: Path, npm: Path, projects: Mapping[str, Path], nbd_client: Path | None
+) -> None:
     """Write `tools.img`, an ext4 without a journal that any number of guests may share."""
     mke2fs = tools.require(["mke2fs"])["mke2fs"]
     root = into / "root"
@@ -122,6 +124,8 @@ def make_tools_disk(into: Path, npm: Path, projects: Mapping[str, Path]) -> None
     for name in ("lib", "lib64", "usr"):
         (root / name).mkdir()
     _copy_node(root)
+    if nbd_client is not None:
+        _copy_program(root, nbd_client)
     shutil.copytree(npm / "npm", root / "npm", symlinks=True)
     for name, part in projects.items():
         shutil.copytree(part, root / "projects" / name, symlinks=True)
@@ -139,27 +143,29 @@ def make_tools_disk(into: Path, npm: Path, projects: Mapping[str, Path]) -> None
 
 def _copy_node(root: Path) -> None:
     """Copy node, its libraries and the scripts that Debian keeps outside the binary."""
-    where = tools.require(["node", "ldd"])
-    node = where["node"].resolve()
-    libraries = [
-        Path(found) for found in re.findall(r"(/\S+) \(0x", tools.run_tool([where["ldd"], node]))
-    ]
-    for path in [node, *libraries]:
-        place = root / path.relative_to("/")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, place)
-    for path in [node, *libraries]:
+    for path in _copy_program(root, tools.require(["node"])["node"]):
         for found in set(re.findall(rb"/usr/share/nodejs/[\w./@-]+\.js", path.read_bytes())):
             script = Path(found.decode())
             if script.is_file():
                 place = root / script.relative_to("/")
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(script, place)
-    copied = root / node.relative_to("/")
+
+
+def _copy_program(root: Path, program: Path) -> list[Path]:
+    """Copy a program, stripped, with its libraries, and link to it in `bin`; return them all."""
+    real = program.resolve()
+    ldd = tools.require(["ldd"])["ldd"]
+    libraries = [Path(found) for found in re.findall(r"(/\S+) \(0x", tools.run_tool([ldd, real]))]
+    for path in [real, *libraries]:
+        place = root / path.relative_to("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
     strip = tools.find("strip")
     if strip is not None:
-        tools.run_tool([strip, copied])
-    (root / "bin" / "node").symlink_to(Path("/tools") / node.relative_to("/"))
+        tools.run_tool([strip, root / real.relative_to("/")])
+    (root / "bin" / program.name).symlink_to(Path("/tools") / real.relative_to("/"))
+    return [real, *libraries]
 
 
 def _needed(root: Path) -> tuple[int, int]:

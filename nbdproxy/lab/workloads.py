@@ -8,10 +8,12 @@ Does not cover what happens on the host (that is `guest`).
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from nbdproxy.errors import LabError
+from nbdproxy.lab import stress
 from nbdproxy.lab.initramfs import MARK
 from nbdproxy.lab.userland import APP, NPM_FLAGS
 
@@ -124,6 +126,13 @@ def _shipped() -> dict[str, Workload]:
         with_zeroes(npm("small")),
         with_zeroes(tar("small")),
         replace(shell(few, name="files-200"), summary="200 small files", disk_mib=64),
+        Workload(
+            "stress",
+            "four processes that change files at once, all of which are then checked",
+            stress.script(),
+            disk_mib=128,
+            ending=Ending(End.UMOUNT),
+        ),
     ]
     return {workload.name: workload for workload in listed}
 
@@ -140,8 +149,20 @@ def workload_named(name: str) -> Workload:
         raise LabError(f"no workload {name!r}; there are {', '.join(WORKLOADS)}") from None
 
 
-def render(workload: Workload, ending: Ending, target: str, tools_disk: str) -> str:
-    """Return the script that init runs; `target` and `tools_disk` are the guest's device names."""
+def render(
+    workload: Workload,
+    ending: Ending,
+    target: str,
+    tools_disk: str,
+    *,
+    attach: Sequence[str] = (),
+    detach: Sequence[str] = (),
+) -> str:
+    """Return the script that init runs; `target` and `tools_disk` are the guest's device names.
+
+    `attach` are lines of shell that the target needs before it is there, `detach` those that end
+    it in order, behind an unmount.
+    """
     lines = [
         "fail() {",
         f'  echo "{MARK} failed $1"; echo o > /proc/sysrq-trigger; while :; do sleep 60; done',
@@ -152,6 +173,7 @@ def render(workload: Workload, ending: Ending, target: str, tools_disk: str) -> 
         f"wait_for {tools_disk}",
         f"mount -t ext4 -o ro {tools_disk} {TOOLS} || fail tools-disk",
         *([f"load {workload.fs}"] if workload.fs in {"xfs", "btrfs"} else []),
+        *attach,
         f"wait_for {target}",
         f"mount -t {workload.fs} -o {shlex.quote(workload.mount_options)} {target} {TARGET}"
         " || fail mount",
@@ -167,7 +189,7 @@ def render(workload: Workload, ending: Ending, target: str, tools_disk: str) -> 
         case End.SYNC:
             lines.append("sync")
         case End.UMOUNT:
-            lines.append(f"umount {TARGET} || fail umount")
+            lines += [f"umount {TARGET} || fail umount", *detach]
     lines.append(f'echo "{MARK} ending"')
     if ending.how is End.HANG:
         lines.append("while :; do sleep 60; done")
