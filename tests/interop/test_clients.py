@@ -3,12 +3,14 @@
 qemu-io, qemu-img, nbdinfo, nbdcopy and fio. Whatever a client wrote stands in the image afterwards,
 byte for byte, and the recording's last state is the image.
 
-Not covered: guests (the lab's tests) and the kernel's client, which needs root and a module.
+Not covered: guests and the kernel's client (tests/lab), nbdsh (test_nbdsh), other servers as our
+clients (test_servers_as_clients).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,10 +131,39 @@ def test_nbdinfo_is_told_what_the_export_can_do(serve: Serve, image: Path) -> No
         assert export["uri"] == server.uri
         assert "image through nbdproxy" in export["description"]
         assert export["is_read_only"] is False
-        able = ["can_flush", "can_fua", "can_trim", "can_zero", "can_multi_conn"]
+        able = [name for name in export if name.startswith("can_")]
         assert [name for name in able if not export[name]] == []
+        assert {"can_cache", "can_df", "can_fast_zero", "can_multi_conn"} <= set(able)
+        assert told["structured"] or told["extended"]
+        assert export["contexts"] == ["base:allocation"]
         sizes = ["block_size_minimum", "block_size_preferred", "block_size_maximum"]
         assert [export[name] for name in sizes] == [512, 4096, 32 * MIB]
+
+
+def test_nbdinfo_maps_the_holes_of_the_file(serve: Serve, image: Path) -> None:
+    """Byte for byte what SEEK_DATA and SEEK_HOLE say, here of data, a hole, and data again."""
+    with image.open("r+b") as file:
+        file.seek(6 * MIB)
+        file.write(b"x" * 4096)
+    found, fd = [], os.open(image, os.O_RDONLY)
+    at = 0
+    while at < 8 * MIB:
+        hole = os.lseek(fd, at, os.SEEK_HOLE)
+        if hole > at:
+            found.append((at, hole - at, 0))
+        try:
+            data = os.lseek(fd, hole, os.SEEK_DATA)
+        except OSError:
+            data = 8 * MIB
+        if data > hole:
+            found.append((hole, data - hole, 3))
+        at = data
+    os.close(fd)
+    assert len(found) == 4, "the filesystem keeps holes"
+    with serve(image) as server:
+        told = json.loads(tool("nbdinfo", "--map", "--json", server.uri))
+        assert server.stop() == 0
+    assert [(one["offset"], one["length"], one["type"]) for one in told] == found
 
 
 def test_nbdinfo_lists_the_export(serve: Serve, image: Path) -> None:

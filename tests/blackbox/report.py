@@ -1,0 +1,170 @@
+"""Results as Markdown and JSON: the table, the same by check, and the faults with their evidence.
+
+Not covered: running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tests.blackbox.check import Feature, Level, Result, Verdict
+
+EVIDENCE_LINES = 6
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(map(_cell, cells)) + " |"
+
+
+def _word(result: Result) -> str:
+    return {
+        Verdict.RIGHT: result.word,
+        Verdict.LEGAL: f"{result.word} (allowed)",
+        Verdict.ABSENT: "no",
+        Verdict.WRONG: f"**{result.word}**",
+    }[result.verdict]
+
+
+def _sum(results: Sequence[Result]) -> str:
+    good = sum(result.verdict in {Verdict.RIGHT, Verdict.LEGAL} for result in results)
+    absent = sum(result.verdict is Verdict.ABSENT for result in results)
+    if good == len(results):
+        return "yes"
+    if absent == len(results):
+        return "no"
+    wrong = len(results) - good - absent
+    faults = f", **{wrong} wrong**" if wrong else ""
+    return f"{good} of {len(results)}{faults}"
+
+
+def _by_server(results: Sequence[Result], servers: Sequence[str]) -> list[list[Result]]:
+    return [[result for result in results if result.server == server] for server in servers]
+
+
+def table(results: Sequence[Result], servers: Sequence[str]) -> str:
+    """Return the table by feature: one row for each, one column for each server."""
+    lines = [_row(["feature", *servers]), _row(["---"] * (len(servers) + 1))]
+    for feature in Feature:
+        found = [result for result in results if result.check.feature is feature]
+        if found:
+            cells = [_sum(own) if own else "-" for own in _by_server(found, servers)]
+            lines.append(_row([feature.value, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def details(results: Sequence[Result], servers: Sequence[str]) -> str:
+    """Return a table for each feature: one row for each check."""
+    parts = []
+    for feature in Feature:
+        found = [result for result in results if result.check.feature is feature]
+        if not found:
+            continue
+        lines = [f"### {feature.value}\n", _row(["check", "rule", *servers])]
+        lines.append(_row(["---"] * (len(servers) + 2)))
+        checks = {result.check.id: result.check for result in found}
+        for check in checks.values():
+            words = {r.server: _word(r) for r in found if r.check is check}
+            rule = f"{check.says} ({check.level.value})"
+            lines.append(_row([f"`{check.id}`", rule, *(words.get(s, "-") for s in servers)]))
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def faults(results: Sequence[Result], servers: Sequence[str]) -> str:
+    """Return what is wrong with each server, the graver rules first, with the last bytes."""
+    parts = []
+    for server, own in zip(servers, _by_server(results, servers), strict=True):
+        wrong = [result for result in own if result.verdict is Verdict.WRONG]
+        wrong.sort(key=lambda result: list(Level).index(result.check.level))
+        lines = [f"### {server}\n"] + [_fault(result) for result in wrong]
+        parts.append("\n".join(lines if wrong else [*lines, "None.\n"]))
+    return "\n".join(parts)
+
+
+def _fault(result: Result) -> str:
+    check, told = result.check, f": {result.detail}" if result.detail else ""
+    wanted = " or ".join(check.right)
+    head = f"- `{check.id}` ({check.level.value}). {check.says}."
+    observed = f"  Expected {wanted}; observed **{result.word}**{told}".replace("\n", " ")
+    last = [line for line in result.transcript if line[0] in "CS"][-EVIDENCE_LINES:]
+    evidence = "".join(f"      {line}\n" for line in last)
+    return f"{head}\n{observed}\n\n{evidence}" if evidence else f"{head}\n{observed}\n"
+
+
+def as_json(results: Sequence[Result], versions: dict[str, str]) -> dict[str, object]:
+    """Return all of it as JSON's types; `transcript` holds what passed (C: sent, S: received)."""
+    return {
+        "versions": versions,
+        "results": [
+            {
+                "check": result.check.id,
+                "feature": result.check.feature.value,
+                "level": result.check.level.value,
+                "says": result.check.says,
+                "right": list(result.check.right),
+                "server": result.server,
+                "outcome": result.word,
+                "detail": result.detail,
+                "verdict": result.verdict.value,
+                "transcript": list(result.transcript),
+                "seconds": round(result.seconds, 3),
+            }
+            for result in results
+        ],
+    }
+
+
+DOCUMENT = """\
+# NBD servers side by side
+
+What nbdproxy and three other NBD servers do when the same black-box client asks them the same.
+Generated by `scripts/interop --write`; run it again to measure anew. It needs the servers and
+`openssl` (Debian: `apt-get install nbdkit qemu-utils nbd-server openssl`) and ends within two
+minutes.
+
+Measured: {versions}.
+
+Each server serves raw images of its own on Unix sockets, with all switched on that its command line
+offers: nbdkit with its `file` plugin, qemu-nbd with `--shared=0`, nbd-server with flush, fua and
+trim. Every check is a short conversation, written from the specification (`doc/proto.md` of the NBD
+project, and its extension `EXTENDED_HEADERS`); the client is strict and knows nothing of nbdproxy.
+The checks are in `tests/blackbox/`, `scripts/interop --check ID --server NAME --json` shows the
+bytes of one, and `tests/interop/test_blackbox.py` keeps nbdproxy right in all of them.
+
+Not measured: speed, TCP, what survives a power cut, and attacks on clients.
+
+## The table
+
+`yes`: every check of that line is right. `no`: the feature is not offered. Otherwise the number of
+checks that are right; what is neither right nor absent is wrong.
+
+{table}
+## Check by check
+
+MUST, SHOULD and MAY are the specification's words; *care* is what it does not ask for and a careful
+server does. **Bold** is wrong, `(allowed)` is not what nbdproxy does but may be done, `no` is not
+offered. `closed`: the server hung up. `hangs`: it neither answered nor hung up within four
+seconds. `violation`: the answer broke a rule. `crash`: the server died.
+
+{details}
+## Faults found in the peers
+
+With the last bytes that passed: `C` from the client, `S` from the server, in hexadecimal.
+
+{faults}"""
+
+
+def document(results: Sequence[Result], versions: dict[str, str], ours: str) -> str:
+    """Return the page `docs/interop.md`."""
+    servers = list(versions)
+    peers = [server for server in servers if server != ours]
+    return DOCUMENT.format(
+        versions=", ".join(f"{server} {version}" for server, version in versions.items()),
+        table=table(results, servers),
+        details=details(results, servers),
+        faults=faults(results, peers),
+    )
