@@ -22,6 +22,7 @@ from nbdproxy.nbd.constants import (
     OptionReply,
     ReplyStyle,
     TlsMode,
+    TransmissionFlag,
 )
 from nbdproxy.nbd.events import Closed, Event, Opened, Send, StartTls
 from nbdproxy.nbd.export_info import ExportInfo
@@ -45,12 +46,16 @@ class Haggling:
     def __init__(self, exports: Mapping[str, ExportInfo], tls: TlsMode) -> None:
         self.terms: Terms | None = None
         self.closed = False
+        self.fixed = True
+        """Whether the client speaks fixed newstyle; if not, it knows EXPORT_NAME only."""
         self.zeroes = True
         """Whether EXPORT_NAME is answered with padding, which NO_ZEROES turns off."""
         self._exports = exports
         self._tls = tls
         self._encrypted = False
         self._now = _Negotiated()
+        # What the last option asked of INFO, if it did: GO has to tell the same then.
+        self._informed: tuple[bytes, list[int]] | None = None
         self._answers: dict[int, Callable[[Any], list[Event]]] = {
             Option.EXPORT_NAME: self._export_name,
             Option.ABORT: self._abort,
@@ -76,11 +81,15 @@ class Haggling:
         if parsed is None:
             words = f"the data of this option must be {rule.body.value}, of the right lengths"
             return [_error(option, _ERR.ERR_INVALID, words)]
-        return self._answers[option](parsed)
+        events = self._answers[option](parsed)
+        self._informed = parsed if option == Option.INFO else None
+        return events
 
     def _refuse(self, option: int, rule: OptionRule | None) -> list[Event]:
         """Return the error for an option that may not be asked now, whatever its data."""
         name_only = option == Option.EXPORT_NAME
+        if not (self.fixed or name_only):
+            raise ProtocolError(f"option {option} of a client without fixed newstyle negotiation")
         if self._tls is TlsMode.REQUIRE and not (self._encrypted or (rule and rule.plaintext)):
             if name_only:
                 raise ProtocolError("EXPORT_NAME without TLS, which is required")
@@ -158,7 +167,12 @@ class Haggling:
         if export is None:
             return None, [_unknown(option)]
         terms = self._terms_for(export)
-        told = [codec.info_export(export.size, terms.flags)]
+        flags = terms.flags
+        # INFO tells what could be had; GO what is there, or what INFO told just before it.
+        could = option == Option.INFO or self._informed == (name, infos)
+        if could and terms.style is ReplyStyle.EXTENDED:
+            flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        told = [codec.info_export(export.size, flags)]
         if Info.NAME in infos:
             told.append(codec.info_text(Info.NAME, export.name))
         if Info.DESCRIPTION in infos and export.description:

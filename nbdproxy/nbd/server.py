@@ -10,7 +10,7 @@ transmission, closed) and each phase has one function that reads one unit. What 
 in `haggling`, what is legal in `tables`. Whatever can be answered is answered; what cannot (a
 wrong magic, a length beyond every limit) is a breach, and the connection is over.
 
-Not covered: oldstyle, and newstyle that is not fixed.
+Not covered: oldstyle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nbdproxy.nbd.constants import (
 from nbdproxy.nbd.events import Closed, Event, Refused, StartTls
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.haggling import Haggling
-from nbdproxy.nbd.tables import BAD_FILTER, NO_PAYLOAD, UNEXPECTED_PAYLOAD, Refusal, Terms
+from nbdproxy.nbd.tables import BAD_FILTER, UNEXPECTED_PAYLOAD, Refusal, Terms
 from nbdproxy.requests import Command, CommandFlag, Request
 
 NOTHING = memoryview(b"")
@@ -129,8 +129,7 @@ class ServerConnection:
         known = int(HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
         if flags & ~known:
             raise ProtocolError(f"the client sent unknown handshake flags {flags:#x}")
-        if not flags & HandshakeFlag.FIXED_NEWSTYLE:
-            raise ProtocolError("the client does not speak fixed newstyle negotiation")
+        self._haggling.fixed = bool(flags & HandshakeFlag.FIXED_NEWSTYLE)
         self._haggling.zeroes = not flags & HandshakeFlag.NO_ZEROES
         self.phase = Phase.OPTIONS
         self.needed = codec.OPTION.size
@@ -184,13 +183,16 @@ class ServerConnection:
                     return at
                 payload = data[body : body + length]
                 body += length
-            elif command == _READ:
-                owed -= length
             elif command == _DISC:
                 return self._disconnect(events, end)
             request = Request(command, flags, cookie, offset, length, payload)
             error = refusal(command, flags, offset, length)
-            events.append(request if error is None else Refused(request, *error))
+            if error is not None:
+                events.append(Refused(request, *error))
+            else:
+                events.append(request)
+                if command == _READ:
+                    owed -= length
             at = body
         return at
 
@@ -205,7 +207,8 @@ class ServerConnection:
                 raise ProtocolError(f"an extended request began with {magic:#x}")
             body = at + header
             payload: memoryview | None = None
-            if flags & _PAYLOAD_LEN:
+            # QEMU's client (10.0) leaves the flag out of a WRITE, which has a payload all the same.
+            if flags & _PAYLOAD_LEN or command == _WRITE:
                 if length > MAX_PAYLOAD:
                     raise ProtocolError(f"a payload of {length} bytes is more than the maximum")
                 if end - body < length:
@@ -213,31 +216,31 @@ class ServerConnection:
                     return at
                 payload = data[body : body + length]
                 body += length
-            elif command == _READ:
-                owed -= length
             if command == _DISC:
                 return self._disconnect(events, end)
             flags &= ~_PAYLOAD_LEN
             request = Request(command, flags, cookie, offset, length, payload or NOTHING)
             request, error = self._judge(request, has_payload=payload is not None)
-            events.append(request if error is None else Refused(request, *error))
+            if error is not None:
+                events.append(Refused(request, *error))
+            else:
+                events.append(request)
+                if command == _READ:
+                    owed -= length
             at = body
         return at
 
     def _judge(self, request: Request, *, has_payload: bool) -> tuple[Request, Refusal | None]:
         """Return an extended request, its length being of the disk, and why it is refused."""
         assert self.terms is not None
-        if request.command == _WRITE:
-            if not has_payload:
-                return request, NO_PAYLOAD
-        elif request.command == _STATUS and has_payload:
+        if request.command == _STATUS and has_payload:
             if not self.terms.flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
                 return request, UNEXPECTED_PAYLOAD
             asked = codec.parse_status_filter(request.payload)
             if asked is None or asked[1] != (ALLOCATION_ID,):
                 return request, BAD_FILTER
             request = request._replace(length=asked[0], payload=NOTHING)
-        elif has_payload:
+        elif has_payload and request.command != _WRITE:
             return request, UNEXPECTED_PAYLOAD
         return request, self.terms.refusal(*request[:2], *request[3:5])
 

@@ -163,7 +163,6 @@ _NO_CONTEXT = Refusal(NbdErrno.EINVAL, "no metadata context was chosen for this 
 _NO_RANGE = Refusal(NbdErrno.EINVAL, "offset and length of this command must be 0")
 _EMPTY = Refusal(NbdErrno.EINVAL, "the length is 0")
 UNEXPECTED_PAYLOAD = Refusal(NbdErrno.EINVAL, "this command takes no payload")
-NO_PAYLOAD = Refusal(NbdErrno.EINVAL, "a write needs a payload, and its flag")
 BAD_FILTER = Refusal(NbdErrno.EINVAL, "the payload does not name contexts that were chosen")
 
 

@@ -22,7 +22,7 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.policy.model import CutEvent
 from nbdproxy.recording.notes import NoteKind
-from nbdproxy.requests import Request
+from nbdproxy.requests import NbdErrno, Request
 from nbdproxy.server.budget import Budget
 from nbdproxy.server.export import Export
 from nbdproxy.server.jobs import Job
@@ -83,6 +83,7 @@ class Session:
         self._jobs = Budget(MAX_JOBS)
         self._job_bytes = Budget(MAX_JOB_BYTES)
         self._stopping = False
+        self._looked_again = False
         self._negotiating = trio.CancelScope()
         self._parked: trio.CancelScope | None = None
         self._all = trio.CancelScope()
@@ -151,7 +152,7 @@ class Session:
         """Do all that `data` means; return how much of it was used, None at the end."""
         connection = self._connection
         at = 0
-        while not self._stopping:
+        while True:
             used, events = connection.receive(data[at:], owed=MAX_OWED)
             at += used
             if events:
@@ -166,7 +167,6 @@ class Session:
                 await trio.lowlevel.checkpoint()
             if not used or len(data) - at < connection.needed:
                 return at
-        return None
 
     def _make_room(self, buffer: memoryview, used: int, end: int) -> tuple[memoryview, int]:
         """Move what is left over to the front of a buffer of the right size."""
@@ -192,7 +192,9 @@ class Session:
             elif type(event) is Opened:
                 self._open(event.export)
             elif type(event) is StartTls:
-                await self._start_tls()
+                # With a breach, more came behind it: no handshake then (CVE-2021-3716).
+                if self._connection.breach is None:
+                    await self._start_tls()
             elif self._export is not None:
                 self._goodbye = NoteKind.DISC
         if requests:
@@ -219,6 +221,8 @@ class Session:
     async def _batch(self, requests: list[Request | Refused], jobs: trio.Nursery) -> None:
         export = self._export
         assert export is not None
+        if self._stopping:
+            requests = [_refused(one) for one in requests]
         if export.recorder is not None:
             await export.prepare(requests)
         waiting = export.handle(self._number, requests, self._replies)
@@ -253,16 +257,21 @@ class Session:
             self._job_bytes.release(job.cost)
 
     async def _receive(self, buffer: memoryview) -> int:
-        """Wait for bytes; 0 if the client is gone, or nothing more shall be read."""
-        if self._stopping:
-            return 0
-        count = self._wire.receive_now(buffer)
-        if count is None:
-            count = 0
+        """Wait for bytes; 0 if the client is gone, or nothing more shall be read.
+
+        When we stop, what has arrived by then is read once more, to be refused.
+        """
+        while not self._looked_again:
+            count = self._wire.receive_now(buffer)
+            if self._stopping:
+                self._looked_again = True
+                return count or 0
+            if count is not None:
+                return count
             with trio.CancelScope() as self._parked:
-                count = await self._wire.receive(buffer)
+                return await self._wire.receive(buffer)
             self._parked = None
-        return count
+        return 0
 
     async def _send(self, parts: list[memoryview]) -> None:
         """Send all of `parts`, whole replies only, unless the power goes."""
@@ -274,3 +283,10 @@ class Session:
             await self._wire.send(parts)
         finally:
             self._sending.release()
+
+
+def _refused(one: Request | Refused) -> Refused:
+    """Refuse a request that came when we were stopping."""
+    if isinstance(one, Refused):
+        return one
+    return Refused(one, NbdErrno.ESHUTDOWN, "the server is shutting down")

@@ -1,0 +1,23 @@
+"""What the fuzzer runs, by name: a target takes one input, and any exception is a finding.
+
+Nothing here needs the fuzzer: `tests/fuzz/test_corpus.py` runs the targets over stored inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.fuzz import client_target, faulty, replies_target, server_target
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "server": server_target.run,
+    "replies": replies_target.run,
+    "client": client_target.run,
+}
+
+FAULTY: dict[str, Callable[[bytes], None]] = {
+    "faulty-crash": faulty.crash,
+    "faulty-hang": faulty.hang,
+    "faulty-grow": faulty.grow,
+}
+"""Targets that must lead to findings; only tests run them."""
