@@ -77,6 +77,8 @@ async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
         export = await trio.to_thread.run_sync(_assemble, plan, power, upstream)
         if upstream is not None:
             upstream.on_lost = partial(_lose, plan, export)
+            if upstream.lost is not None:  # while it was put together
+                _lose(plan, export, upstream.lost)
         try:
             yield export
         finally:
@@ -169,11 +171,15 @@ def _fingerprint(plan: Plan) -> Fingerprint | None:
 
 def _record(plan: Plan, disk: BlockDevice) -> RecordingWriter:
     assert plan.record is not None
+    try:
+        data = tuple((e.offset, e.length) for e in disk.data_extents(0, disk.size))
+    except OSError as error:
+        raise ImageError(f"the map of {plan.image} cannot be read: {error.strerror}") from None
     meta = Meta(
         size=disk.size,
         image=plan.image if plan.kind == "nbd" else absolute(Path(plan.image)),
         overlay=plan.overlay,
-        data=tuple((e.offset, e.length) for e in disk.data_extents(0, disk.size)),
+        data=data,
         base=_fingerprint(plan) or Fingerprint(disk.size, 0),
         policies=(plan.policy.name,),
         started=datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),

@@ -31,7 +31,16 @@ from nbdproxy.policy.model import CutEvent, Decision, Policy, decide
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import MODIFYING, Command, CommandFlag, Request
-from nbdproxy.server.jobs import NOT_RECORDED, NOT_SAVED, Claims, Counters, Failure, Job, failure_of
+from nbdproxy.server.jobs import (
+    LOST,
+    NOT_RECORDED,
+    NOT_SAVED,
+    Claims,
+    Counters,
+    Failure,
+    Job,
+    failure_of,
+)
 from nbdproxy.server.landings import Landings
 from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
@@ -168,7 +177,7 @@ class Export:
             self.fail(error)
         if self.failure is not None:
             for request in changing:
-                replies.fail(request, *NOT_RECORDED)
+                replies.fail(request, *(NOT_RECORDED if self._recording_failed else LOST))
             accepted = [r for r in accepted if r.command not in _RECORDED]
             seq = 0
         # A flush covers what was completed before it was received: nothing of its own batch.
@@ -314,7 +323,7 @@ class Export:
     def _outcome(self, connection: int, seq: int, failure: Failure | None) -> Failure | None:
         """Record how a job ended; return what the client is told."""
         error = failure.error if failure is not None else 0
-        if self.failure is not None or not self._complete(connection, seq, 1, error):
+        if self._recording_failed or not self._complete(connection, seq, 1, error):
             return NOT_RECORDED
         return failure
 
@@ -337,7 +346,7 @@ class Export:
 
     def note(self, kind: NoteKind, text: str = "", *, connection: int = 0) -> None:
         """Put an event that is not a request into the recording, if there is one."""
-        if self.recorder is not None and self.failure is None:
+        if self.recorder is not None and not self._recording_failed:
             try:
                 self.recorder.note(kind, text, connection=connection)
             except RecordingError as error:
@@ -349,6 +358,10 @@ class Export:
             log.error("the export stops", reason=str(error))
             self.failure = error
             self.failed.set()
+
+    @property
+    def _recording_failed(self) -> bool:
+        return isinstance(self.failure, RecordingError)
 
     def sync(self) -> None:
         """Make everything durable, held or not: an orderly end; blocks."""

@@ -39,6 +39,8 @@ class ToldError(OSError):
 
 NOT_RECORDED = Failure(NbdErrno.ENOSPC, "nothing may pass unrecorded, and the recording is full")
 
+LOST = Failure(NbdErrno.EIO, "the NBD server below is gone")
+
 NOT_SAVED = Failure(NbdErrno.EIO, "what is there could not be read, and is not lost unsaved")
 
 

@@ -78,12 +78,9 @@ class Landings:
         landing = self._queue[0]
         failure = None
         try:
-            if landing.ticket is not None:
-                await trio.to_thread.run_sync(self._volatile.copy_ticket_down, landing.ticket)
-                self._volatile.ticket_landed(landing.ticket)
-            elif landing.layer is not None:
-                await trio.to_thread.run_sync(self._volatile.copy_down, landing.layer)
-                self._volatile.landed(landing.layer)
+            # Its client may go meanwhile: what is at work below must be over before the next.
+            with trio.CancelScope(shield=True):
+                await self._copy_down(landing)
         except OSError as failed:
             failure = failure_of(failed)
         except RecordingError as full:
@@ -92,3 +89,11 @@ class Landings:
         landing.failure = self._complete(landing, failure)
         landing.over = True
         self._queue.popleft()
+
+    async def _copy_down(self, landing: Landing) -> None:
+        if landing.ticket is not None:
+            await trio.to_thread.run_sync(self._volatile.copy_ticket_down, landing.ticket)
+            self._volatile.ticket_landed(landing.ticket)
+        elif landing.layer is not None:
+            await trio.to_thread.run_sync(self._volatile.copy_down, landing.layer)
+            self._volatile.landed(landing.layer)

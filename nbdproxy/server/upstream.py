@@ -33,7 +33,7 @@ from nbdproxy.nbd.events import (
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.uri import NbdUri
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
-from nbdproxy.server.jobs import Failure, ToldError
+from nbdproxy.server.jobs import LOST, Failure, ToldError
 from nbdproxy.server.power import Power
 from nbdproxy.server.tls import client_context
 from nbdproxy.server.wire import SocketWire, TlsWire, Wire
@@ -49,7 +49,6 @@ _LONGEST = 1 << 30
 """The longest request without a payload that a server with 32-bit lengths is sent; aligned."""
 
 _NOTHING = memoryview(bytearray())
-_LOST = Failure(NbdErrno.EIO, "the NBD server below is gone")
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +97,7 @@ class Upstream:
         while not self._ready:
             count = await self._wire.receive(buffer[end:])
             if not count:
-                raise ConnectionError("it closed the connection during the negotiation")
+                raise self._closed()
             end += count
             used, events = self._connection.receive(buffer[:end])
             for event in events:
@@ -114,6 +113,8 @@ class Upstream:
         if isinstance(event, Send):
             await self._wire.send([memoryview(event.data)])
         elif isinstance(event, StartTls):
+            if self._connection.breach is not None:
+                return  # plaintext came behind it: no handshake then (CVE-2021-3716)
             folder = Path(self._uri.certificates) if self._uri.certificates else None
             context = client_context(folder, verify_peer=self._uri.verify_peer)
             name = self._uri.tls_hostname or self._uri.host
@@ -138,7 +139,7 @@ class Upstream:
         while True:
             count = await self._wire.receive(buffer[end:])
             if not count:
-                raise ConnectionError("it closed the connection")
+                raise self._closed()
             end += count
             used, events = self._connection.receive(buffer[:end])
             for event in events:
@@ -154,6 +155,12 @@ class Upstream:
             elif rest and used:
                 buffer[:rest] = buffer[used:end]
             end = rest
+
+    def _closed(self) -> ProtocolError:
+        """Return what it means that the stream has ended here."""
+        self._connection.server_closed()
+        assert self._connection.breach is not None, "we had not said good-bye"
+        return self._connection.breach
 
     def _take(self, event: ClientEvent) -> None:
         match event:
@@ -177,7 +184,7 @@ class Upstream:
         if self.lost is None:
             self.lost = reason
             while self._pending:
-                self._pending.popitem()[1].finish(_LOST)
+                self._pending.popitem()[1].finish(LOST)
             self.on_lost(reason)
 
     async def _ask(
@@ -194,7 +201,7 @@ class Upstream:
         """Send a request and wait for its answer; raises ToldError."""
         if self.lost is not None:
             on_done()
-            raise ToldError(_LOST)
+            raise ToldError(LOST)
         cookie, header = self._connection.request(command, offset, length, flags)
         one = self._pending[cookie] = _Pending(offset, buffer, on_done)
         try:
@@ -221,17 +228,33 @@ class Upstream:
 
     async def change(self, request: Request, release: Callable[[], None]) -> None:
         """Pass a change on; a long one goes in pieces where lengths have 32 bits."""
-        pieces = self._pieces(request.offset, request.length)
-        if len(pieces) > 1 and request.flags & CommandFlag.FAST_ZERO:
-            release()
-            raise ToldError(Failure(NbdErrno.ENOTSUP, "so long a range takes several requests"))
-        for number, (offset, length) in enumerate(pieces, 1):
-            await self._ask(
-                *(request.command, offset, length),
-                flags=request.flags,
-                payload=request.payload,
-                on_done=release if number == len(pieces) else lambda: None,
-            )
+        at_work = ended = False
+
+        def answered() -> None:
+            """Note that the piece at work is over, whoever still waits for it."""
+            nonlocal at_work
+            at_work = False
+            if ended:
+                release()
+
+        try:
+            pieces = self._pieces(request.offset, request.length)
+            if len(pieces) > 1 and request.flags & CommandFlag.FAST_ZERO:
+                words = "so long a range takes several requests"
+                raise ToldError(Failure(NbdErrno.ENOTSUP, words))
+            for offset, length in pieces:
+                at_work = True
+                await self._ask(
+                    *(request.command, offset, length),
+                    flags=request.flags,
+                    payload=request.payload,
+                    on_done=answered,
+                )
+        finally:
+            # Whoever is cancelled leaves a piece at work: its answer releases then.
+            ended = True
+            if not at_work:
+                release()
 
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int]]:
         if self._connection.style is ReplyStyle.EXTENDED:

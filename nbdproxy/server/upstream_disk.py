@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import trio
 
 from nbdproxy.extents import Extent
-from nbdproxy.nbd.constants import BlockState, TransmissionFlag
+from nbdproxy.nbd.constants import MAX_PAYLOAD, BlockState, TransmissionFlag
 from nbdproxy.requests import Command, CommandFlag, Request
 from nbdproxy.server.upstream import Upstream
 
@@ -25,6 +25,8 @@ class UpstreamDisk:
         self._upstream = upstream
         self.size = upstream.info.size
         self._block = max(upstream.info.min_block, 1)
+        # What the server would take may be more than what we ask for.
+        self._most = min(upstream.info.max_payload, MAX_PAYLOAD) // self._block * self._block
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
@@ -34,11 +36,10 @@ class UpstreamDisk:
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
-        most = self._upstream.info.max_payload // self._block * self._block
         end = offset + len(buffer)
         first, last = offset // self._block * self._block, -(-end // self._block) * self._block
-        for at in range(first, last, most):
-            piece = memoryview(bytearray(min(most, last - at)))
+        for at in range(first, last, self._most):
+            piece = memoryview(bytearray(min(self._most, last - at)))
             trio.from_thread.run(self._upstream.read_into, at, piece)
             low, high = max(at, offset), min(at + len(piece), end)
             buffer[low - offset : high - offset] = piece[low - at : high - at]
@@ -49,9 +50,8 @@ class UpstreamDisk:
 
     def pwrite(self, offset: int, data: memoryview | bytes) -> None:
         """Write `data` at `offset`."""
-        most = self._upstream.info.max_payload // self._block * self._block
-        for at in range(0, len(data), most):
-            piece = memoryview(data)[at : at + most]
+        for at in range(0, len(data), self._most):
+            piece = memoryview(data)[at : at + self._most]
             self._change(Command.WRITE, offset + at, len(piece), payload=piece)
 
     def zero(self, offset: int, length: int, *, may_punch: bool, fast: bool = False) -> None:
@@ -66,9 +66,8 @@ class UpstreamDisk:
                 return
         if fast:
             raise OSError(errno.EOPNOTSUPP, "zeroes are not faster than writing here")
-        step = self._upstream.info.max_payload // self._block * self._block
-        for at in range(offset, offset + length, step):
-            self.pwrite(at, bytes(min(step, offset + length - at)))
+        for at in range(offset, offset + length, self._most):
+            self.pwrite(at, bytes(min(self._most, offset + length - at)))
 
     def trim(self, offset: int, length: int, *, fast: bool = False) -> None:
         """Make a range read as zeroes: what a TRIM leaves behind, only its server knows."""
