@@ -16,6 +16,7 @@ import typer
 from nbdproxy.cli.console import err, out, plural, set_up_logging, size_text
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode
+from nbdproxy.nbd.uri import is_uri
 from nbdproxy.policy import loader
 from nbdproxy.server.assemble import ImageFormat, Plan, opened
 from nbdproxy.server.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
@@ -100,8 +101,9 @@ def serve(
     """Serve disks over NBD, record them, and let a policy break them.
 
     Prints the NBD URI on stdout when ready, and on stderr what to paste into QEMU's command line.
-    With --run, the command gets $uri, $socket and $export, stdout is the command's, and the exit
-    code is its own. SIGINT and SIGTERM end in order; a second one ends at once.
+    With --run, the command gets $uri, $socket and $export (of the first image), stdout is the
+    command's, and the exit code is its own. SIGINT and SIGTERM end in order; a second one ends at
+    once.
 
     Examples:
 
@@ -126,6 +128,12 @@ def serve(
         raise UsageError("--socket and --listen exclude each other; choose one")
     if read_only and overlay:
         raise UsageError("--read-only and --overlay exclude each other; choose one")
+    for image in images:
+        if "://" in image and not is_uri(image):
+            raise UsageError(
+                f"{image} is not an NBD URI; those begin with nbd://, nbds://, "
+                "nbd+unix:// or nbds+unix://"
+            )
     names = _names(images, export or [])
     policies = loader.load(policy).policy
     plans = [
@@ -149,7 +157,8 @@ def serve(
             [partial(opened, plan) for plan in plans], setting, on_ready=announce
         )
     for plan, one in zip(plans, served, strict=True):
-        _summarize(plan, one, outcome.reason)
+        reason = outcome.reason if len(plans) == 1 else f"{plan.image}: {outcome.reason}"
+        _summarize(plan, one, reason)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -157,7 +166,7 @@ def _names(images: Sequence[str], given: Sequence[str]) -> Sequence[str]:
     """Return the exports' names: as given, or the files' where there are several."""
     if given and len(given) != len(images):
         raise UsageError(
-            f"there are {plural(len(images), 'image')} and {plural(len(given), 'name')}: "
+            f"{plural(len(images), 'image')} and {plural(len(given), 'name')} do not match: "
             "give --export once for each image, in their order"
         )
     names = given or ([""] if len(images) == 1 else [Path(image).name for image in images])
@@ -214,9 +223,26 @@ def _announce(plans: Sequence[Plan], exports: Sequence[Export], setting: Setting
         out.print(uri, markup=False)
         out.file.flush()
         below = plan.kind == "raw" and is_qcow2(Path(plan.image))
-        drive = f"if=virtio,format={'qcow2' if below else 'raw'},cache=none,discard=unmap"
         monitor = "" if setting.qmp is None else f" -qmp unix:{setting.qmp},server=on,wait=off"
-        err.print(f"attach QEMU with: -drive '{drive},file={uri}'{monitor}", markup=False)
+        attach = _drive(setting, export, "qcow2" if below else "raw")
+        err.print(f"attach QEMU with: {attach}{monitor}", markup=False)
+
+
+def _drive(setting: Setting, export: Export, disk_format: str) -> str:
+    """Return QEMU's options for a disk; its URIs have no TLS, so that takes a longer form."""
+    if setting.tls.mode is not TlsMode.REQUIRE:
+        drive = f"if=virtio,format={disk_format},cache=none,discard=unmap"
+        return f"-drive '{drive},file={setting.uri(export)}'"
+    where = setting.endpoint
+    server = f"file.server.type=inet,file.server.host={where.host},file.server.port={where.port}"
+    if where.path is not None:
+        server = f"file.server.type=unix,file.server.path={where.path},file.tls-hostname=localhost"
+    node = f"driver={disk_format},node-name=d0,file.driver=nbd,{server},file.tls-creds=tls0"
+    name = f",file.export={export.info.name}" if export.info.name else ""
+    return (
+        "-object tls-creds-x509,id=tls0,endpoint=client,dir=CERTIFICATES "
+        f"-blockdev '{node}{name},cache.direct=on,discard=unmap' -device virtio-blk-pci,drive=d0"
+    )
 
 
 def _summarize(plan: Plan, export: Export, reason: str) -> None:

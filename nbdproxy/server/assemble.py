@@ -20,7 +20,7 @@ from nbdproxy import __version__
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.overlay import OverlayDisk
-from nbdproxy.errors import ImageError
+from nbdproxy.errors import ImageError, UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.nbd.constants import TransmissionFlag
 from nbdproxy.policy.model import Policy
@@ -32,6 +32,9 @@ from nbdproxy.server.preserve import PreservingDisk
 from nbdproxy.server.qcow2 import guests_view, is_qcow2
 from nbdproxy.server.upstream import Upstream, connected
 from nbdproxy.server.upstream_disk import UpstreamDisk
+
+_END_S = 10
+"""Seconds that a server below has at the end to make durable what it was sent."""
 
 
 class ImageFormat(StrEnum):
@@ -83,13 +86,22 @@ async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
             yield export
         finally:
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(_finish, plan, export)
+                async with trio.open_nursery() as ending:
+                    if upstream is not None:
+                        ending.start_soon(_give_up, upstream)
+                    await trio.to_thread.run_sync(_finish, plan, export)
+                    ending.cancel_scope.cancel()
 
 
 async def _connect(plan: Plan, stack: AsyncExitStack) -> Upstream | None:
     if plan.kind == "raw":
         return None
     if plan.kind == "nbd":
+        if plan.image_format is ImageFormat.QCOW2:
+            raise UsageError(
+                "--format qcow2 is for files; serve the file with qemu-nbd -f qcow2, and name the "
+                "URI of that"
+            )
         where = nbd_uri.parse(plan.image)
     else:
         view = guests_view(Path(plan.image), read_only=plan.keeps_below)
@@ -98,7 +110,18 @@ async def _connect(plan: Plan, stack: AsyncExitStack) -> Upstream | None:
 
 
 def _lose(plan: Plan, export: Export, reason: str) -> None:
-    export.fail(ImageError(f"the NBD server of {plan.image} is lost: {reason}; start it again"))
+    if plan.kind == "qcow2":
+        what = f"the qemu-storage-daemon that reads {plan.image} for nbdproxy is lost"
+        todo = f"check the file with: qemu-img check {plan.image}"
+    else:
+        what, todo = f"the NBD server of {plan.image} is lost", "start it again"
+    export.fail(ImageError(f"{what}: {reason}; {todo}"))
+
+
+async def _give_up(upstream: Upstream) -> None:
+    """Do not let a server that hangs keep us from ending."""
+    await trio.sleep(_END_S)
+    upstream.lose(f"it did not answer within {_END_S} s")
 
 
 def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:

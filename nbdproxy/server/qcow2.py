@@ -39,6 +39,8 @@ def is_qcow2(image: Path) -> bool:
 @asynccontextmanager
 async def guests_view(image: Path, *, read_only: bool) -> AsyncIterator[NbdUri]:
     """Serve what a guest would see of a qcow2 file, for as long as the block runs."""
+    if not image.exists():
+        raise ImageError(f"there is no image at {image}; check the path")
     if not is_qcow2(image):
         raise ImageError(f"{image} is not a qcow2 file; check the path, or drop --format qcow2")
     with tempfile.TemporaryDirectory(prefix="nbdproxy-qcow2-") as folder:

@@ -53,6 +53,7 @@ class QmpListener:
                 self._sock.close()
                 self._sock = None
                 self._pending = b""
+            await trio.sleep(_RETRY_S)
 
     async def _connect(self) -> socket.socket:
         while True:
@@ -64,7 +65,8 @@ class QmpListener:
                 sock.close()
                 await trio.sleep(_RETRY_S)
             else:
-                log.info("listening to QMP", socket=str(self._path))
+                if not self.connected:
+                    log.info("listening to QMP", socket=str(self._path))
                 return sock
 
     def poll(self) -> bool:

@@ -219,7 +219,12 @@ class Service:
         except trio.Cancelled:
             process.terminate()
             with trio.move_on_after(_GRACE_S, shield=True):
-                await process.wait()
+                self._exit_code = _shell_code(await process.wait())
             raise
-        self._exit_code = code if code >= 0 else 128 - code
+        self._exit_code = _shell_code(code)
         self._end("the command ended")
+
+
+def _shell_code(code: int) -> int:
+    """Return how a shell calls the exit code of a process; a signal's number is negative."""
+    return code if code >= 0 else 128 - code

@@ -78,7 +78,9 @@ class Upstream:
         self._socket_wire = wire
         self._connection = connection
         self._pending: dict[int, _Pending] = {}
-        self._sending = trio.Lock()
+        # What is to be sent, in order: a client that goes never leaves half a request behind.
+        self._outbox: list[memoryview] = []
+        self._posted = trio.Event()
         self._ready = False
         self.lost: str | None = None
         """Why the server is gone, if it is."""
@@ -126,12 +128,23 @@ class Upstream:
         else:
             self._ready = True
 
-    async def run(self) -> None:
+    async def take_replies(self) -> None:
         """Take replies until cancelled or the server is gone."""
         try:
             await self._take_replies()
         except (OSError, ProtocolError) as error:
-            self._lose(str(error))
+            self.lose(str(error))
+
+    async def send_requests(self) -> None:
+        """Send what is posted until cancelled or the server is gone."""
+        try:
+            while True:
+                await self._posted.wait()
+                self._posted = trio.Event()
+                parts, self._outbox = self._outbox, []
+                await self._wire.send(parts)
+        except OSError as error:
+            self.lose(str(error))
 
     async def _take_replies(self) -> None:
         buffer = memoryview(bytearray(_BUFFER))
@@ -180,7 +193,8 @@ class Upstream:
                 if error == NbdErrno.ESHUTDOWN:
                     raise ConnectionError("it is shutting down")
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """Give the server up: all that it has not answered fails, now and from now on."""
         if self.lost is None:
             self.lost = reason
             while self._pending:
@@ -204,14 +218,8 @@ class Upstream:
             raise ToldError(LOST)
         cookie, header = self._connection.request(command, offset, length, flags)
         one = self._pending[cookie] = _Pending(offset, buffer, on_done)
-        try:
-            # Half a request would end the stream: it is sent even if the client has gone.
-            with trio.CancelScope(shield=True):
-                async with self._sending:
-                    parts = [memoryview(header), payload] if payload else [memoryview(header)]
-                    await self._wire.send(parts)
-        except OSError as error:
-            self._lose(str(error))
+        self._outbox += [memoryview(header), payload] if payload else [memoryview(header)]
+        self._posted.set()
         try:
             await one.done.wait()
         except trio.Cancelled:
@@ -307,11 +315,16 @@ async def connected(uri: NbdUri, text: str) -> AsyncIterator[Upstream]:
         if upstream is not None:
             await upstream.close()
         slow = isinstance(error, trio.TooSlowError)
-        reason = f"it did not let us in within {CONNECT_S} s" if slow else _words(error)
+        reason = (
+            f"it did not let us in within {CONNECT_S} s; see whether it hangs"
+            if slow
+            else _words(error, uri)
+        )
         raise ImageError(f"the NBD server {text} cannot be used: {reason}") from None
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(upstream.run)
+            nursery.start_soon(upstream.take_replies)
+            nursery.start_soon(upstream.send_requests)
             yield upstream
             nursery.cancel_scope.cancel()
     finally:
@@ -343,8 +356,13 @@ def _check(info: ExportInfo) -> None:
         )
 
 
-def _words(error: Exception) -> str:
-    if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+def _words(error: Exception, uri: NbdUri) -> str:
+    causes = [error, error.__cause__]
+    if isinstance(error.__cause__, BaseExceptionGroup):  # one for each address that was tried
+        causes += error.__cause__.exceptions
+    if any(isinstance(one, ConnectionRefusedError | FileNotFoundError) for one in causes):
         return "nobody listens there; start it first, and check the address"
+    if uri.tls and isinstance(error, ConnectionError):
+        return f"{error}; its authority, and your own certificate, are in tls-certificates=DIR"
     strerror = error.strerror if isinstance(error, OSError) else None
     return strerror or str(error)

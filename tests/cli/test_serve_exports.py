@@ -163,7 +163,7 @@ def test_an_image_that_cannot_be_opened_leaves_nothing_behind(
 
 
 def test_names_and_images_must_be_as_many(images: list[Path]) -> None:
-    assert "there are 2 images and 1 name" in refusal(*images[:2], "--export", "a")
+    assert "2 images and 1 name do not match" in refusal(*images[:2], "--export", "a")
     two = ("--export", "a", "--export", "b")
     assert "1 image and 2 names" in refusal(images[0], *two)
 

@@ -53,7 +53,7 @@ def _server_seeds() -> Iterator[tuple[str, bytes]]:
             yield f"option-{name}-tls-{tls.name.lower()}", chooser(behind, tls=tls)
     for style in ReplyStyle:
         yield from _command_seeds(style)
-        yield from _refused_seeds(style)
+        yield from _range_seeds(style)
     chosen = contexts(10, b"disk", spec.CONTEXT)
     for name, agreed in {"structured": option(8), "extended": option(11) + chosen}.items():
         behind = FLAGS + agreed + option(5) + go(b"disk") + request(Command.READ, 0, 512)
@@ -68,7 +68,7 @@ def _server_seeds() -> Iterator[tuple[str, bytes]]:
     for count in (MAX_OPTIONS - 1, MAX_OPTIONS):
         yield f"options-{count}", chooser(FLAGS + option(3) * count + go())
     yield "no-exports", chooser(FLAGS + option(3) + go() + option(1), exports=len(SERVERS) // 3 - 1)
-    for flags in range(4):
+    for flags in range(3):
         yield f"client-flags-{flags}", chooser(bytes([0, 0, 0, flags]) + option(1, b"disk"))
 
 
@@ -101,11 +101,12 @@ def _command_seeds(style: ReplyStyle) -> Iterator[tuple[str, bytes]]:
             yield name, chooser(hello + sent, exports=2)
 
 
-def _refused_seeds(style: ReplyStyle) -> Iterator[tuple[str, bytes]]:
-    """Ranges that break a rule, all commands in one session."""
+def _range_seeds(style: ReplyStyle) -> Iterator[tuple[str, bytes]]:
+    """Ranges at the edge of the rules and over it, all commands in one session."""
     hello = opening(style, with_contexts=style is not ReplyStyle.SIMPLE)
     bound = 2**64 if style is ReplyStyle.EXTENDED else 2**32
     for name, offset, length in [
+        ("last", 2**20 - 512, 512),
         ("empty", 512, 0),
         ("odd", 1, 512),
         ("beyond", 2**20, 512),
@@ -120,7 +121,7 @@ def _refused_seeds(style: ReplyStyle) -> Iterator[tuple[str, bytes]]:
             elif length <= 1024:
                 payload = b"w" * length
                 stream += request(number, offset, length, payload=payload, style=style)
-        yield f"refused-{style.name.lower()}-{name}", chooser(stream)
+        yield f"range-{style.name.lower()}-{name}", chooser(stream)
 
 
 def _replies_seeds() -> Iterator[tuple[str, bytes]]:

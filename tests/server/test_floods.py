@@ -173,8 +173,11 @@ def test_garbage_costs_nothing(proxy: Proxy, kind: str) -> None:
     assert proxy.stop() == 0
 
 
-@pytest.mark.parametrize("proxy", ["file", "recorded", "server"], indirect=True)
-@pytest.mark.parametrize("command", [READ, WRITE])
+@pytest.mark.parametrize(
+    ("proxy", "command"),
+    [("file", READ), ("recorded", WRITE), ("server", READ), ("server", WRITE)],
+    indirect=["proxy"],
+)
 def test_a_client_that_is_always_busy_starves_nobody(proxy: Proxy, command: int) -> None:
     """It has 16 requests of 1 MiB in flight, and sends a new one for each reply."""
     stop = threading.Event()

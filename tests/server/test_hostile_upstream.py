@@ -196,7 +196,7 @@ def test_a_server_that_stalls_is_given_up(
             trio.run(main, below.uri)
         assert time.monotonic() - started < SOON_S
     words = "the NBD server under test cannot be used: it did not let us in within 0.3 s"
-    assert str(refused.value) == words
+    assert str(refused.value).startswith(words)
 
 
 def test_plaintext_behind_the_answer_to_starttls_is_refused(

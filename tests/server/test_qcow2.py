@@ -161,7 +161,7 @@ def test_without_a_format_both_ways_are_explained(image: Path) -> None:
 
 def test_a_file_that_is_no_qcow2_is_refused(image: Path, tmp_path: Path) -> None:
     assert "is not a qcow2 file" in told(tmp_path / "raw", *QCOW2)
-    assert "is not a qcow2 file" in told(tmp_path / "nothing", *QCOW2)
+    assert "there is no image at" in told(tmp_path / "nothing", *QCOW2)
 
 
 @pytest.mark.parametrize("at", [4, 100])
@@ -220,7 +220,7 @@ def test_a_daemon_that_dies_is_the_end(image: Path, tmp_path: Path) -> None:
         (daemon,) = daemons(proxy.pid)
         os.kill(daemon, signal.SIGKILL)
         assert proxy.wait() == 2
-        assert f"the NBD server of {image} is lost" in proxy.sentence
+        assert f"the qemu-storage-daemon that reads {image} for nbdproxy is lost" in proxy.sentence
     assert "is lost" in nbdproxy("info", tmp_path / "run").stdout
 
 

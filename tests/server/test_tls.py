@@ -12,6 +12,7 @@ import select
 import socket
 import ssl
 import struct
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +24,17 @@ from tests.support.certificates import Certificates, client_context
 from tests.support.nbd_client import FUA, READ, WRITE, Op
 from tests.support.proxies import MIB, Proxy
 from tests.support.raw_client import RawClient, TlsClient, assert_served, tls_uri
-from tests.support.serving import nbdproxy, tool
+from tests.support.serving import Server, nbdproxy, tool
 
 SIZE = 8 * MIB
 SOON_S = 2.0
-GRACE_S = 5.0
-"""Seconds that the server gives its clients at the end to take their replies."""
+HASTY = (
+    sys.executable,
+    "-c",
+    "import nbdproxy.server.service as s; s._GRACE_S = 0.3\n"
+    "from nbdproxy.cli.app import main; main()",
+)
+"""The command, with less patience at the end for clients that do not take their replies."""
 
 
 @pytest.fixture
@@ -233,9 +239,9 @@ def test_qemu_img_goes_in_and_out(
     assert image.read_bytes() == source.read_bytes() == (tmp_path / "back").read_bytes()
 
 
-def stalled(proxy: Proxy, certificates: Certificates) -> TlsClient:
+def stalled(uri: str, certificates: Certificates) -> TlsClient:
     """A client in TLS that asked for 64 MiB and reads nothing of it."""
-    client = TlsClient(proxy.uri, client_context(certificates.good))
+    client = TlsClient(uri, client_context(certificates.good))
     for _ in range(16):
         client.send(*[Op(READ, 0, 4 * MIB)])
     assert select.select([client.sock], [], [], 20)[0]
@@ -246,7 +252,7 @@ def test_a_client_that_stops_reading_holds_up_nobody(
     serve: Serve, certificates: Certificates
 ) -> None:
     proxy = serve("require")
-    slow = stalled(proxy, certificates)
+    slow = stalled(proxy.uri, certificates)
     for _ in range(3):
         assert_served(proxy.uri, client_context(certificates.good))
     replies = slow.collect(list(slow.waiting))
@@ -256,14 +262,16 @@ def test_a_client_that_stops_reading_holds_up_nobody(
 
 
 def test_a_client_that_stops_reading_does_not_hold_up_the_end(
-    serve: Serve, certificates: Certificates
+    certificates: Certificates, image: Path
 ) -> None:
-    proxy = serve("require")
-    slow = stalled(proxy, certificates)
-    idle = TlsClient(proxy.uri, client_context(certificates.good))
-    started = time.monotonic()
-    assert proxy.stop() == 0
-    assert time.monotonic() - started < GRACE_S + SOON_S
+    options = ("--tls", "require", "--tls-certificates", certificates.good)
+    with Server(image, *options, command=HASTY) as server:
+        slow = stalled(server.uri, certificates)
+        idle = TlsClient(server.uri, client_context(certificates.good))
+        started = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - started < SOON_S
+        assert "Traceback" not in server.stderr
     assert idle.sock.recv(1) == b""
     slow.drop()
     idle.drop()

@@ -292,5 +292,5 @@ def test_flags_go_down_as_they_came(image: Path, tmp_path: Path) -> None:
     ]
     got = requests(lower)
     assert got[: len(asked)] == asked
-    assert all(one[0] == "flush" for one in got[len(asked) :]), "only the orderly end's own"
+    assert got[len(asked) :] == [("flush", [], None, None, None)], "the orderly end's own"
     assert image.read_bytes() == state(upper, image) == state(lower, image)
