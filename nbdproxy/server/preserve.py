@@ -46,9 +46,12 @@ class PreservingDisk:
     def save(self, offset: int, length: int, *, wait: bool = True) -> bool:
         """Record what is in the range and not saved yet.
 
-        Without `wait`, False says that a cold page stopped it: call again from a thread.
+        Without `wait`, False says that a cold page stopped it, or that it would take long: call
+        again from a thread.
         """
         first, last = offset // GRANULE, -(-(offset + length) // GRANULE)
+        if not wait and last - first > _AT_ONCE:
+            return not self.unsaved(offset, length)
         while (first := self._unsaved.find(1, first, last)) >= 0:
             limit = min(last, first + _AT_ONCE)
             end = self._unsaved.find(0, first, limit)
