@@ -15,8 +15,8 @@ import typer
 
 from nbdproxy.cli.console import err, out, plural, set_up_logging, size_text
 from nbdproxy.errors import UsageError
-from nbdproxy.nbd.constants import MAX_STRING, TlsMode
-from nbdproxy.nbd.uri import is_uri
+from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
+from nbdproxy.nbd.uri import is_uri, parse
 from nbdproxy.policy import loader
 from nbdproxy.server.assemble import ImageFormat, Plan, opened
 from nbdproxy.server.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
@@ -156,7 +156,7 @@ def serve(
         outcome = serve_exports(
             [partial(opened, plan) for plan in plans], setting, on_ready=announce
         )
-    for plan, one in zip(plans, served, strict=True):
+    for plan, one in zip(plans, served, strict=False):  # none if it was ended before
         reason = outcome.reason if len(plans) == 1 else f"{plan.image}: {outcome.reason}"
         _summarize(plan, one, reason)
     raise typer.Exit(outcome.exit_code)
@@ -169,7 +169,7 @@ def _names(images: Sequence[str], given: Sequence[str]) -> Sequence[str]:
             f"{plural(len(images), 'image')} and {plural(len(given), 'name')} do not match: "
             "give --export once for each image, in their order"
         )
-    names = given or ([""] if len(images) == 1 else [Path(image).name for image in images])
+    names = given or ([""] if len(images) == 1 else [_own_name(image) for image in images])
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(
@@ -180,6 +180,10 @@ def _names(images: Sequence[str], given: Sequence[str]) -> Sequence[str]:
     ):
         raise UsageError(f"an export's name has at most {MAX_STRING} bytes, none of them 0")
     return names
+
+
+def _own_name(image: str) -> str:
+    return parse(image).export if is_uri(image) else Path(image).name
 
 
 def _folder(record: Path | None, name: str, *, alone: bool) -> Path | None:
@@ -230,19 +234,28 @@ def _announce(plans: Sequence[Plan], exports: Sequence[Export], setting: Setting
 
 def _drive(setting: Setting, export: Export, disk_format: str) -> str:
     """Return QEMU's options for a disk; its URIs have no TLS, so that takes a longer form."""
+    cannot_write = export.info.flags & TransmissionFlag.READ_ONLY
+    read_only = ",readonly=on" if cannot_write else ""
     if setting.tls.mode is not TlsMode.REQUIRE:
-        drive = f"if=virtio,format={disk_format},cache=none,discard=unmap"
-        return f"-drive '{drive},file={setting.uri(export)}'"
+        drive = f"if=virtio,format={disk_format},cache=none,discard=unmap{read_only}"
+        return f"-drive '{drive},file={_in_option(setting.uri(export))}'"
     where = setting.endpoint
     server = f"file.server.type=inet,file.server.host={where.host},file.server.port={where.port}"
     if where.path is not None:
-        server = f"file.server.type=unix,file.server.path={where.path},file.tls-hostname=localhost"
+        server = f"file.server.type=unix,file.server.path={_in_option(where.path)}"
+        server += ",file.tls-hostname=localhost"
     node = f"driver={disk_format},node-name=d0,file.driver=nbd,{server},file.tls-creds=tls0"
-    name = f",file.export={export.info.name}" if export.info.name else ""
+    name = f",file.export={_in_option(export.info.name)}" if export.info.name else ""
+    name += ",read-only=on" if cannot_write else ""
     return (
         "-object tls-creds-x509,id=tls0,endpoint=client,dir=CERTIFICATES "
         f"-blockdev '{node}{name},cache.direct=on,discard=unmap' -device virtio-blk-pci,drive=d0"
     )
+
+
+def _in_option(value: object) -> str:
+    """Return a value as it stands in an option of QEMU."""
+    return str(value).replace(",", ",,")
 
 
 def _summarize(plan: Plan, export: Export, reason: str) -> None:

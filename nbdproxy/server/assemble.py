@@ -82,15 +82,16 @@ async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
             upstream.on_lost = partial(_lose, plan, export)
             if upstream.lost is not None:  # while it was put together
                 _lose(plan, export, upstream.lost)
-        try:
-            yield export
-        finally:
-            with trio.CancelScope(shield=True):
-                async with trio.open_nursery() as ending:
-                    if upstream is not None:
-                        ending.start_soon(_give_up, upstream)
+        async with trio.open_nursery() as watch:
+            if upstream is not None:
+                watch.start_soon(_give_up, export, upstream)
+            try:
+                yield export
+            finally:
+                export.ending.set()
+                with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(_finish, plan, export)
-                    ending.cancel_scope.cancel()
+            watch.cancel_scope.cancel()
 
 
 async def _connect(plan: Plan, stack: AsyncExitStack) -> Upstream | None:
@@ -118,8 +119,9 @@ def _lose(plan: Plan, export: Export, reason: str) -> None:
     export.fail(ImageError(f"{what}: {reason}; {todo}"))
 
 
-async def _give_up(upstream: Upstream) -> None:
+async def _give_up(export: Export, upstream: Upstream) -> None:
     """Do not let a server that hangs keep us from ending."""
+    await export.ending.wait()
     await trio.sleep(_END_S)
     upstream.lose(f"it did not answer within {_END_S} s")
 
@@ -136,10 +138,14 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
         raise
     stack: BlockDevice = disk
     preserver = None
-    if plan.overlay:
-        stack = OverlayDisk(disk)
-    elif recorder is not None and not read_only:
-        stack = preserver = PreservingDisk(disk, recorder)
+    try:
+        if plan.overlay:
+            stack = OverlayDisk(disk)
+        elif recorder is not None and not read_only:
+            stack = preserver = PreservingDisk(disk, recorder)
+    except (OSError, MemoryError):
+        disk.close()
+        raise ImageError(f"{plan.image} is too large for that here; serve it as it is") from None
     direct = upstream if not plan.overlay else None
     return Export(
         plan.name,

@@ -19,9 +19,15 @@ class Budget:
 
     async def acquire(self, count: int) -> None:
         """Take `count` units, waiting until they are free."""
-        while self._taken and self._taken + count > self._total:
+        while not self.take(count):
             await self._lot.park()
+
+    def take(self, count: int) -> bool:
+        """Take `count` units if they are free now; tell whether they were."""
+        if self._taken and self._taken + count > self._total:
+            return False
         self._taken += count
+        return True
 
     def release(self, count: int) -> None:
         """Give them back."""

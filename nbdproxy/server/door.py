@@ -25,6 +25,7 @@ MAX_CLIENTS = 100
 """Clients at once; QEMU takes one connection, nbdcopy and the kernel a few each."""
 
 _PAUSE_S = 0.1
+_NOTE_S = 1.0
 
 
 class Door:
@@ -41,6 +42,7 @@ class Door:
         self._sessions: dict[Session, None] = {}
         self._connections = 0
         self._shut = False
+        self._noted = -_NOTE_S
         self._accepting = trio.CancelScope()
         self._clients = trio.CancelScope()
 
@@ -79,6 +81,7 @@ class Door:
             except OSError as error:
                 # Out of descriptors, most likely: let some sessions end first.
                 log.warning("cannot accept a client", reason=error.strerror)
+                self._make_room()
                 await trio.sleep(_PAUSE_S)
                 continue
             self._welcome(sock, sessions)
@@ -117,6 +120,9 @@ class Door:
     def _turn_away(self, sock: socket.socket, client: str) -> None:
         sock.close()
         reason = f"{client}: all {MAX_CLIENTS} places are taken"
+        if trio.current_time() < self._noted + _NOTE_S:
+            return  # a flood of them must not fill the recordings
+        self._noted = trio.current_time()
         log.warning("a client is turned away", reason=reason)
         for export in self._exports.values():
             export.note(NoteKind.REFUSED, reason)

@@ -23,9 +23,8 @@ import trio
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.volatile import VolatileDisk
 from nbdproxy.errors import NbdproxyError, RecordingError
-from nbdproxy.nbd.constants import MAX_PAYLOAD, MIN_BLOCK, PREFERRED_BLOCK, TransmissionFlag
 from nbdproxy.nbd.events import Refused
-from nbdproxy.nbd.export_info import READABLE, WRITABLE, ExportInfo
+from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.model import CutEvent, Decision, Policy, decide
 from nbdproxy.recording.notes import NoteKind
@@ -42,6 +41,7 @@ from nbdproxy.server.jobs import (
     failure_of,
 )
 from nbdproxy.server.landings import Landings
+from nbdproxy.server.offer import offer
 from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
 from nbdproxy.server.remote import Remote
@@ -90,7 +90,7 @@ class Export:
         offered: ExportInfo | None = None,
         remote: Remote | None = None,
     ) -> None:
-        self.info = _info(name, disk.size, description, offered, read_only=read_only)
+        self.info = offer(name, disk.size, description, offered, read_only=read_only)
         self.policy = policy
         self.recorder = recorder
         self.power = power or Power()
@@ -101,6 +101,8 @@ class Export:
         self.failure: NbdproxyError | None = None
         self.held_at_cut = 0
         """Bytes that the cut took back."""
+        self.ending = trio.Event()
+        """The serving is about to end: what hangs has little time left."""
         self.ended = "nbdproxy failed"
         """How the serving ended, for the recording."""
         self._volatile = VolatileDisk(disk) if policy.holds else None
@@ -150,14 +152,12 @@ class Export:
         if not recorder.has_room(payload):
             await trio.to_thread.run_sync(recorder.wait_for_room, payload)
         if self._preserver is not None and self._volatile is None:
-            cold = [
+            changing = [
                 (r.offset, r.length)
                 for r in requests
-                if type(r) is Request
-                and r.command in MODIFYING
-                and not self._preserver.save(r.offset, r.length, wait=False)
+                if type(r) is Request and r.command in MODIFYING
             ]
-            if cold:
+            if cold := self._preserver.save_warm(changing):
                 await trio.to_thread.run_sync(self._preserver.save_all, cold)
 
     def handle(
@@ -370,27 +370,6 @@ class Export:
     def close(self) -> None:
         """Close the disk, dropping what is held."""
         self._disk.close()
-
-
-def _info(
-    name: str, size: int, description: str, offered: ExportInfo | None, *, read_only: bool
-) -> ExportInfo:
-    """Return what clients are told: what we can do, and what is below as well."""
-    flags = READABLE | TransmissionFlag.READ_ONLY if read_only else WRITABLE
-    if offered is None:
-        return ExportInfo(name, size, flags, description)
-    always = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY
-    # All our clients share one connection below, so its cache is one for them all.
-    always |= TransmissionFlag.CAN_MULTI_CONN
-    return ExportInfo(
-        name,
-        size,
-        flags & (offered.flags | always),
-        description,
-        min_block=max(MIN_BLOCK, offered.min_block),
-        preferred=max(PREFERRED_BLOCK, offered.preferred),
-        max_payload=min(MAX_PAYLOAD, offered.max_payload),
-    )
 
 
 def _without_payload(request: Request) -> Request:

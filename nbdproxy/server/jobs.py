@@ -78,13 +78,15 @@ class Landing:
 class Claim:
     """A change that is at work on its range; a later one over it waits until it is released."""
 
-    __slots__ = ("_done", "_earlier", "end", "offset")
+    __slots__ = ("_all", "_done", "_earlier", "end", "offset")
 
-    def __init__(self, offset: int, end: int, earlier: list[Claim]) -> None:
+    def __init__(self, offset: int, end: int, claims: dict[Claim, None]) -> None:
         self.offset = offset
         self.end = end
-        self._earlier = earlier
+        self._earlier = [c for c in claims if c.offset < end and offset < c.end]
         self._done = trio.Event()
+        self._all = claims
+        claims[self] = None
 
     async def wait_turn(self) -> None:
         """Return when all earlier changes of the range are over."""
@@ -94,6 +96,7 @@ class Claim:
 
     def release(self) -> None:
         """Let the later ones go; doing so twice is harmless."""
+        self._all.pop(self, None)
         self._done.set()
 
 
@@ -101,23 +104,17 @@ class Claims:
     """The changes that are at work beside the event loop: two of one place land in order."""
 
     def __init__(self) -> None:
-        self._claims: list[Claim] = []
+        # In the order in which they were made; those that are over are not in it.
+        self._claims: dict[Claim, None] = {}
 
     def overlap(self, request: Request) -> bool:
         """Tell whether a request has to wait for another."""
-        if not self._claims:
-            return False
-        self._claims = [claim for claim in self._claims if not claim._done.is_set()]
-        return bool(self._over(request))
+        start, end = request.offset, request.end
+        return any(c.offset < end and start < c.end for c in self._claims)
 
     def claim(self, request: Request) -> Claim:
         """Claim a request's range, behind all that claim a part of it now."""
-        claim = Claim(request.offset, request.end, self._over(request))
-        self._claims.append(claim)
-        return claim
-
-    def _over(self, request: Request) -> list[Claim]:
-        return [c for c in self._claims if c.offset < request.end and request.offset < c.end]
+        return Claim(request.offset, request.end, self._claims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +135,6 @@ class Job:
     def cost(self) -> int:
         """Bytes of memory it needs while it is done."""
         return self.request.length if self.request.command == 0 else len(self.request.payload)
-
-    def abandon(self) -> None:
-        """Let others go on: nobody is going to do this job any more."""
-        if self.claim is not None:
-            self.claim.release()
 
 
 @dataclass(slots=True)

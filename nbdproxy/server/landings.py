@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -38,6 +39,8 @@ class Landings:
         self._complete = complete
         self._fail = fail
         self._lock = trio.Lock()
+        # Of its own: it must not wait for threads that wait for another server.
+        self._thread = trio.CapacityLimiter(1)
         # Those that were received and are not down yet, in the order received.
         self._queue: deque[Landing] = deque()
 
@@ -92,8 +95,10 @@ class Landings:
 
     async def _copy_down(self, landing: Landing) -> None:
         if landing.ticket is not None:
-            await trio.to_thread.run_sync(self._volatile.copy_ticket_down, landing.ticket)
+            copy = partial(self._volatile.copy_ticket_down, landing.ticket)
+            await trio.to_thread.run_sync(copy, limiter=self._thread)
             self._volatile.ticket_landed(landing.ticket)
         elif landing.layer is not None:
-            await trio.to_thread.run_sync(self._volatile.copy_down, landing.layer)
+            copy = partial(self._volatile.copy_down, landing.layer)
+            await trio.to_thread.run_sync(copy, limiter=self._thread)
             self._volatile.landed(landing.layer)

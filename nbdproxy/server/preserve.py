@@ -46,12 +46,9 @@ class PreservingDisk:
     def save(self, offset: int, length: int, *, wait: bool = True) -> bool:
         """Record what is in the range and not saved yet.
 
-        Without `wait`, False says that a cold page stopped it, or that it would take long: call
-        again from a thread.
+        Without `wait`, False says that a cold page stopped it: call again from a thread.
         """
         first, last = offset // GRANULE, -(-(offset + length) // GRANULE)
-        if not wait and last - first > _AT_ONCE:
-            return not self.unsaved(offset, length)
         while (first := self._unsaved.find(1, first, last)) >= 0:
             limit = min(last, first + _AT_ONCE)
             end = self._unsaved.find(0, first, limit)
@@ -66,6 +63,18 @@ class PreservingDisk:
             self._unsaved[first:end] = bytes(end - first)
             first = end
         return True
+
+    def save_warm(self, ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Save what is in the page cache, if it is little; return what is left for a thread."""
+        left, room = [], _AT_ONCE * GRANULE
+        for offset, length in ranges:
+            if not self.unsaved(offset, length):
+                continue
+            if length <= room and self.save(offset, length, wait=False):
+                room -= length
+            else:
+                left.append((offset, length))
+        return left
 
     def save_all(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Record what is in all these ranges and not saved yet; blocks."""

@@ -45,16 +45,17 @@ async def guests_view(image: Path, *, read_only: bool) -> AsyncIterator[NbdUri]:
         raise ImageError(f"{image} is not a qcow2 file; check the path, or drop --format qcow2")
     with tempfile.TemporaryDirectory(prefix="nbdproxy-qcow2-") as folder:
         path = Path(folder, "socket")
-        daemon = _start(image, path, read_only=read_only)
+        said = Path(folder, "stderr")
+        daemon = _start(image, path, said, read_only=read_only)
         try:
-            await _wait_until_up(daemon, path, image)
+            await _wait_until_up(daemon, path, said, image)
             yield NbdUri(socket=str(path))
         finally:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_end, daemon)
 
 
-def _start(image: Path, path: Path, *, read_only: bool) -> subprocess.Popen[bytes]:
+def _start(image: Path, path: Path, said: Path, *, read_only: bool) -> subprocess.Popen[bytes]:
     program = shutil.which(_DAEMON)
     if program is None:
         raise ImageError(
@@ -73,16 +74,19 @@ def _start(image: Path, path: Path, *, read_only: bool) -> subprocess.Popen[byte
     # If we are killed, it must not keep the file; and Ctrl-C is for us, not for it.
     if guard := shutil.which("setpriv"):
         command = [guard, "--pdeathsig", "TERM", *command]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    with said.open("wb") as stderr:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,
+        )
 
 
-async def _wait_until_up(daemon: subprocess.Popen[bytes], path: Path, image: Path) -> None:
+async def _wait_until_up(
+    daemon: subprocess.Popen[bytes], path: Path, said: Path, image: Path
+) -> None:
     with trio.move_on_after(_START_S):
         while daemon.poll() is None:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -90,9 +94,8 @@ async def _wait_until_up(daemon: subprocess.Popen[bytes], path: Path, image: Pat
                     return
             await trio.sleep(_RETRY_S)
     daemon.kill()
-    assert daemon.stderr is not None
-    said = daemon.stderr.read().decode(errors="replace").strip().splitlines()
-    reason = said[-1].removeprefix(f"{_DAEMON}: ") if said else "it did not start in time"
+    words = said.read_text(errors="replace").strip().splitlines()
+    reason = words[-1].removeprefix(f"{_DAEMON}: ") if words else "it did not start in time"
     raise ImageError(f"{image} cannot be opened by {_DAEMON}: {reason}")
 
 
@@ -105,6 +108,3 @@ def _end(daemon: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.wait()
-    finally:
-        if daemon.stderr is not None:
-            daemon.stderr.close()

@@ -93,17 +93,65 @@ async def _serve(
     setting: Setting,
     on_ready: Callable[[Sequence[Export]], None],
 ) -> Outcome:
-    power = Power()
-    async with AsyncExitStack() as stack:
-        exports = [await stack.enter_async_context(opener(power)) for opener in openers]
-        service = Service(exports, setting, power, on_ready)
-        outcome = await service.main()
-        for export in exports:
-            export.ended = outcome.reason
+    power, ending = Power(), Ending()
+    exports: list[Export] = []
+    async with trio.open_nursery() as signals:
+        await signals.start(ending.watch_signals)
+        outcome = None
+        with ending.opening:
+            async with AsyncExitStack() as stack:
+                for opener in openers:
+                    exports.append(await stack.enter_async_context(opener(power)))
+                ending.opened = True
+                outcome = await Service(exports, setting, power, ending, on_ready).main()
+                for export in exports:
+                    export.ended = outcome.reason
+        signals.cancel_scope.cancel()
     for export in exports:
         if export.failure is not None:
             raise export.failure
-    return outcome
+    return outcome or Outcome(ending.reason, ending.exit_code)
+
+
+class Ending:
+    """Why and when the serving ends; the first reason counts.
+
+    `opening` is cancelled by a signal that comes before all exports are open.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.exit_code = 0
+        self.opened = False
+        self.opening = trio.CancelScope()
+        self._begun = trio.Event()
+
+    def begin(self, reason: str) -> None:
+        """End for this reason."""
+        if not self._begun.is_set():
+            self.reason = reason
+            self._begun.set()
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a reason."""
+        return self._begun.is_set()
+
+    async def wait_begun(self) -> None:
+        """Return when there is a reason to end."""
+        await self._begun.wait()
+
+    async def watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
+        """End in order at the first signal, and at once at a second one."""
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            task_status.started()
+            async for number in signals:
+                if self.begun:
+                    os._exit(128 + number)
+                self.begin(f"ended by {signal.Signals(number).name}")
+                if not self.opened:
+                    self.exit_code = 128 + number
+                    self.opening.cancel()
 
 
 class Service:
@@ -114,6 +162,7 @@ class Service:
         exports: Sequence[Export],
         setting: Setting,
         power: Power,
+        ending: Ending,
         on_ready: Callable[[Sequence[Export]], None],
     ) -> None:
         self._exports = exports
@@ -121,20 +170,12 @@ class Service:
         self._power = power
         self._on_ready = on_ready
         self._door = Door(exports, setting.endpoint, setting.tls, power)
-        self._ending = trio.Event()
-        self._reason = ""
+        self._ending = ending
         self._exit_code = 0
         self._qmp = QmpListener(setting.qmp, self._on_qmp) if setting.qmp is not None else None
 
     async def main(self) -> Outcome:
-        """Serve, and end; a second signal ends at once until the very last client has left."""
-        async with trio.open_nursery() as signals:
-            await signals.start(self._watch_signals)
-            await self._serve()
-            signals.cancel_scope.cancel()
-        return Outcome(self._power.reason or self._reason, self._exit_code)
-
-    async def _serve(self) -> None:
+        """Serve, and end."""
         async with trio.open_nursery() as everything, trio.open_nursery() as service:
             service.start_soon(self._watch_power)
             for export in self._exports:
@@ -147,15 +188,20 @@ class Service:
             if self._setting.command is not None:
                 service.start_soon(self._run_command, self._setting.command)
             self._on_ready(self._exports)
-            await self._ending.wait()
+            await self._ending.wait_begun()
             await self._stop()
             service.cancel_scope.cancel()
+        if self._power.off:  # a client that left at the end may have been what cut it
+            await self._cut()
+        return Outcome(self._power.reason or self._ending.reason, self._exit_code)
 
     async def _stop(self) -> None:
         """Let no one in any more; let the sessions end in order, or cut them off."""
         self._door.shut()
+        for export in self._exports:
+            export.ending.set()
         if any(export.cuts_at(CutEvent.EXIT) for export in self._exports):
-            self._power.cut(self._reason)
+            self._power.cut(self._ending.reason)
         if self._power.off:
             await self._cut()
             self._door.throw_out()
@@ -166,34 +212,23 @@ class Service:
         for export in self._exports:
             await export.cut()
 
-    def _end(self, reason: str) -> None:
-        if not self._ending.is_set():
-            self._reason = reason
-            self._ending.set()
-
-    async def _watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            task_status.started()
-            async for number in signals:
-                if self._ending.is_set():
-                    os._exit(128 + number)
-                self._end(f"ended by {signal.Signals(number).name}")
-
     async def _watch_power(self) -> None:
         await self._power.wait_off()
-        if self._ending.is_set():
+        if self._ending.begun:
             return
+        for export in self._exports:
+            export.ending.set()
         # With a command, the machine stays dark until the command has ended.
         await self._cut()
         self._door.shut()
         self._door.throw_out()
         log.info("the power is cut", reason=self._power.reason)
         if self._setting.command is None:
-            self._end(self._power.reason)
+            self._ending.begin(self._power.reason)
 
     async def _when_failed(self, export: Export) -> None:
         await export.failed.wait()
-        self._end(f"failed: {export.failure}")
+        self._ending.begin(f"failed: {export.failure}")
 
     def _on_qmp(self, event: str, text: str) -> None:
         if self._power.off:
@@ -222,7 +257,7 @@ class Service:
                 self._exit_code = _shell_code(await process.wait())
             raise
         self._exit_code = _shell_code(code)
-        self._end("the command ended")
+        self._ending.begin("the command ended")
 
 
 def _shell_code(code: int) -> int:

@@ -41,9 +41,13 @@ NEGOTIATION_BUFFER = 4096
 MAX_OWED = 8 * 1024 * 1024
 """Bytes of READs handled in one batch, give or take the last one."""
 
+MAX_BATCH = 256
+"""Requests handled in one batch."""
+
 MAX_JOBS = 64
+MAX_CHANGES = 2 * MAX_BATCH
 MAX_JOB_BYTES = 32 * 1024 * 1024
-"""Bytes that jobs of one client may hold at once: one of the largest requests."""
+"""Bytes that jobs of one client, and its changes, may hold at once: one of the largest requests."""
 
 NEGOTIATION_S = 10
 """Seconds a client has to open an export; an idle one must not hold a place (CVE-2019-14850)."""
@@ -82,6 +86,8 @@ class Session:
         self._sending = trio.Lock()
         self._jobs = Budget(MAX_JOBS)
         self._job_bytes = Budget(MAX_JOB_BYTES)
+        self._changes = Budget(MAX_CHANGES)
+        self._change_bytes = Budget(MAX_JOB_BYTES)
         self._stopping = False
         self._looked_again = False
         self._negotiating = trio.CancelScope()
@@ -133,7 +139,7 @@ class Session:
         if export is None or self._power.off:
             return
         export.note(self._goodbye, connection=self._number)
-        if export.cuts_at(CutEvent.DISCONNECT):
+        if export.cuts_at(CutEvent.DISCONNECT) and not self._stopping:
             said = self._goodbye is NoteKind.DISC
             self._power.cut("the client said DISC" if said else "the client went away")
 
@@ -156,7 +162,7 @@ class Session:
             used, events = connection.receive(data[at:], owed=MAX_OWED)
             at += used
             if events:
-                await self._act(events, jobs)
+                await self._act(events, used, jobs)
             if connection.breach is not None:
                 raise connection.breach
             if connection.phase is Phase.CLOSED:
@@ -181,8 +187,8 @@ class Session:
             buffer[:rest] = buffer[used:end]
         return buffer, rest
 
-    async def _act(self, events: list[Event], jobs: trio.Nursery) -> None:
-        """Do what one receive meant: negotiation first, then all requests as one batch."""
+    async def _act(self, events: list[Event], size: int, jobs: trio.Nursery) -> None:
+        """Do what `size` bytes meant: negotiation first, then the requests in batches."""
         requests: list[Request | Refused] = []
         for event in events:
             if type(event) is Request or type(event) is Refused:
@@ -197,8 +203,8 @@ class Session:
                     await self._start_tls()
             elif self._export is not None:
                 self._goodbye = NoteKind.DISC
-        if requests:
-            await self._batch(requests, jobs)
+        for at in range(0, len(requests), MAX_BATCH):
+            await self._batch(requests[at : at + MAX_BATCH], size, jobs)
 
     async def _start_tls(self) -> None:
         assert self._tls.context is not None
@@ -218,26 +224,37 @@ class Session:
         self._negotiating.deadline = float("inf")
         self._export.note(NoteKind.CONNECT, self._client, connection=self._number)
 
-    async def _batch(self, requests: list[Request | Refused], jobs: trio.Nursery) -> None:
+    async def _batch(
+        self, requests: list[Request | Refused], size: int, jobs: trio.Nursery
+    ) -> None:
+        """Do a batch. A change that has to wait is begun before anything is sent.
+
+        Others may wait for the place it claims, and must not wait for this client to read. So
+        there is room for all the batch's changes, whose payloads have at most `size` bytes,
+        before they are handled.
+        """
         export = self._export
         assert export is not None
-        if self._stopping:
+        if self._stopping and export.failure is None:
             requests = [_refused(one) for one in requests]
         if export.recorder is not None:
             await export.prepare(requests)
+        if not self._changes.take(len(requests)):
+            await self._changes.acquire(len(requests))
+        if not self._change_bytes.take(size):
+            await self._change_bytes.acquire(size)
         waiting = export.handle(self._number, requests, self._replies)
-        if not waiting:
-            await self._send_batch()
-            return
-        try:
-            await self._send_batch()
-            while waiting:
+        changes = [job for job in waiting if job.claim is not None]
+        for job in changes:
+            jobs.start_soon(self._finish, export, job, self._changes, self._change_bytes)
+        self._changes.release(len(requests) - len(changes))
+        self._change_bytes.release(size - sum(job.cost for job in changes))
+        await self._send_batch()
+        for job in waiting:
+            if job.claim is None:
                 await self._jobs.acquire(1)
-                await self._job_bytes.acquire(waiting[0].cost)
-                jobs.start_soon(self._finish, export, waiting.pop(0))
-        finally:
-            for job in waiting:
-                job.abandon()
+                await self._job_bytes.acquire(job.cost)
+                jobs.start_soon(self._finish, export, job, self._jobs, self._job_bytes)
 
     async def _send_batch(self) -> None:
         parts = self._replies.take()
@@ -246,15 +263,15 @@ class Session:
         elif self._power.off:
             raise PowerLostError
 
-    async def _finish(self, export: Export, job: Job) -> None:
+    async def _finish(self, export: Export, job: Job, count: Budget, size: Budget) -> None:
         assert self._connection.terms is not None
         replies = Replies(self._connection.terms.style, arena=0)
         try:
             if await export.finish(self._number, job, replies):
                 await self._send(replies.take())
         finally:
-            self._jobs.release(1)
-            self._job_bytes.release(job.cost)
+            count.release(1)
+            size.release(job.cost)
 
     async def _receive(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 if the client is gone, or nothing more shall be read.

