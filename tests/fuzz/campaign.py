@@ -108,7 +108,10 @@ def repeat(target: str, path: Path) -> tuple[int, str]:
 
 
 def _fuzzer(target: str, *arguments: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "tests.fuzz.fuzzer", target, *arguments]
+    # Peak memory is handed on by exec, so a large parent would be taken for growth: a shell that
+    # forks stands in between.
+    shell = ["/bin/sh", "-c", '"$@"; exit $?', "fuzzer"]
+    command = [*shell, sys.executable, "-m", "tests.fuzz.fuzzer", target, *arguments]
     lines = []
     with subprocess.Popen(
         command,
