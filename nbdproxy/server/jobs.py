@@ -10,7 +10,7 @@ import trio
 
 from nbdproxy.disks.volatile import Ticket
 from nbdproxy.errors import RecordingError
-from nbdproxy.requests import CommandFlag, NbdErrno, Request
+from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
 
 _NBD_ERRNO = {
     errno.EPERM: NbdErrno.EPERM,
@@ -134,7 +134,8 @@ class Job:
     @property
     def cost(self) -> int:
         """Bytes of memory it needs while it is done."""
-        return self.request.length if self.request.command == 0 else len(self.request.payload)
+        reads = self.request.command == Command.READ
+        return self.request.length if reads else len(self.request.payload)
 
 
 @dataclass(slots=True)
