@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nbdproxy import __version__
-from nbdproxy.cli import lab
+from nbdproxy.cli import ctl, lab, policy
 from nbdproxy.cli.console import err
 from nbdproxy.cli.info import info
 from nbdproxy.cli.log import log
@@ -63,6 +63,8 @@ app.command()(log)
 app.command()(replay)
 app.command()(manifest)
 app.command(name="open")(open_)
+app.add_typer(policy.app, name="policy")
+app.add_typer(ctl.app, name="ctl")
 app.add_typer(lab.app, name="lab")
 
 

@@ -17,7 +17,7 @@ from nbdproxy.cli.console import err, out, plural, set_up_logging, size_text
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
 from nbdproxy.nbd.uri import is_uri, parse
-from nbdproxy.policy import loader
+from nbdproxy.policy.compose import load_all
 from nbdproxy.server.assemble import ImageFormat, Plan, opened
 from nbdproxy.server.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
 from nbdproxy.server.export import Export
@@ -78,8 +78,24 @@ def serve(
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write.")] = False,
     policy: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="What goes wrong, and when.")
-    ] = "passthrough",
+        list[str] | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="What goes wrong, and when: see nbdproxy policy list; several work together.",
+            show_default="passthrough",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set a parameter of a policy, or POLICY.KEY=VALUE."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="What policies draw lots with.")] = 0,
+    bake: Annotated[
+        bool,
+        typer.Option("--bake", help="At the end, write the faults that reads show to the image."),
+    ] = False,
     record: Annotated[
         Path | None,
         typer.Option(
@@ -91,6 +107,10 @@ def serve(
     qmp: Annotated[
         Path | None,
         typer.Option(metavar="SOCKET", help="QEMU's QMP socket, which may appear later."),
+    ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(metavar="SOCKET", help="Take commands here: see nbdproxy ctl."),
     ] = None,
     run: Annotated[
         str | None,
@@ -115,6 +135,10 @@ def serve(
 
       nbdproxy serve disk.img --policy cut-at-shutdown --qmp /tmp/qmp.sock --record run2
 
+      nbdproxy serve disk.img --policy slow-disk --policy bad-sectors --set delay_s=0.5
+
+      nbdproxy serve disk.img --policy drop-unflushed --control /tmp/ctl.sock
+
       nbdproxy serve disk.qcow2 --format qcow2 --record run3
 
       nbdproxy serve 'nbd+unix:///?socket=/tmp/qemu-nbd.sock' --socket /tmp/proxy.sock
@@ -135,18 +159,25 @@ def serve(
                 "nbd+unix:// or nbds+unix://"
             )
     names = _names(images, export or [])
-    policies = loader.load(policy).policy
+    policies = load_all(policy or (), settings or ())
+    if bake and (read_only or overlay):
+        raise UsageError("--bake writes to the image, which --read-only and --overlay forbid")
     plans = [
         Plan(
             *(image, policies, name, image_format, read_only, overlay),
             record=_folder(record, name, alone=len(images) == 1),
+            seed=seed,
+            bake=bake,
         )
         for image, name in zip(images, names, strict=True)
     ]
     security = server_tls(TlsMode[tls.name], tls_certificates, verify_peer=tls_verify_peer)
     with ExitStack() as stack:
         endpoint = _endpoint(socket, listen, security, stack, insecure=insecure)
-        setting = Setting(endpoint, security, run, qmp)
+        taken = None if control is None else listen_unix(control, option="--control")
+        if taken is not None:
+            stack.callback(taken.close)
+        setting = Setting(endpoint, security, run, qmp, taken)
         served: list[Export] = []
 
         def announce(exports: Sequence[Export]) -> None:

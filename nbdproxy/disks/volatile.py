@@ -2,62 +2,38 @@
 
 Reads see the newest write. `freeze` at the instant a flush is received puts a line under what it
 covers; `copy_down` writes everything above the lines to the disk below and syncs it; `landed`
-then forgets it here; the `ticket` calls do the same for a single FUA write. The copying and
+then forgets it here, or `drop` keeps it from ever landing and lets reads show it; the `ticket`
+calls land a single write, for FUA or because the cache writes it back on its own. The copying and
 `pread_into` may run in threads while reads and writes go on; everything else belongs to one
-thread, and there is one landing (copying, then forgetting) at a time. Every write has an order
-number, so that a FUA write that lands first removes what is older than it, and nothing newer, and
-one whose flush landed first is not written again over what is newer.
+thread, and there is one landing (copying, then forgetting) at a time, whose place `drop` and
+`land_pieces` take. Every write has an order number, so that a write that lands first removes what
+is older than it, and nothing newer, and one whose flush landed first is not written again over
+what is newer.
+
+With a history every held write that has not landed is known, also what others of its layer have
+overwritten, and a power cut can let any part of any of them survive: `land_pieces`. It costs
+memory for each write until that has landed, so nothing of it is kept without.
 
 A process that is killed leaves on the disk below what was landed: the held data is in an unnamed
-scratch file. Does not cover: which writes a flush covers; that is decided by who calls `freeze`.
+scratch file. Does not cover: which writes a flush covers; that is decided by who calls `freeze`;
+nor what a landing that failed half-way left below: that is on the disk, and still held.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import NamedTuple
 
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.fallocate import punch_hole
+from nbdproxy.disks.held import Held, History, Kind, Ticket, held_map, shift
 from nbdproxy.disks.scratch import open_scratch, write_scratch
-from nbdproxy.extents import Extent, ExtentMap
+from nbdproxy.extents import Extent, ExtentMap, ExtentSet
 
-
-class Kind(Enum):
-    """What a held piece will do to the disk below."""
-
-    DATA = auto()
-    ZERO = auto()
-    HOLE = auto()
-
-
-class Held(NamedTuple):
-    """One held piece: its place in the order of writes, and where its data is in the scratch."""
-
-    order: int
-    kind: Kind
-    position: int
-
-
-class Ticket(NamedTuple):
-    """One whole write, as it was when it was held."""
-
-    offset: int
-    length: int
-    held: Held
-
-
-def _shift(held: Held, count: int) -> Held:
-    return held._replace(position=held.position + count)
-
-
-def _held_map() -> ExtentMap[Held]:
-    return ExtentMap(_shift)
+__all__ = ["Kind", "Layer", "Ticket", "VolatileDisk"]
 
 
 @dataclass(slots=True)
@@ -70,32 +46,53 @@ class Layer:
     start: int
     end: int = 0
     order: int = 0
-    pieces: ExtentMap[Held] = field(default_factory=_held_map)
+    pieces: ExtentMap[Held] = field(default_factory=held_map)
 
 
 class VolatileDisk:
-    """`below` behind a volatile cache, as a `BlockDevice` whose `sync` lands everything."""
+    """`below` behind a volatile cache, as a `BlockDevice` whose `sync` lands everything.
 
-    def __init__(self, below: BlockDevice) -> None:
+    `history` keeps all held writes, for `writes`, for `land_pieces`, and for writing back.
+    """
+
+    def __init__(self, below: BlockDevice, *, history: bool = False) -> None:
         self._below = below
         self.size = below.size
         self._scratch = open_scratch()
         self._end = 0
         self._order = 0
         self._last: Ticket | None = None
-        self._newest = _held_map()
+        self._newest = held_map()
         self._open = Layer(0)
         self._frozen: list[Layer] = []
-        self._landed = 0
-        # What each ticket still has to land, by its order.
+        # Layers that landed or were dropped.
+        self._over = 0
+        # What each FUA ticket still has to land, by its order.
         self._tickets: dict[int, ExtentMap[Held]] = {}
+        self._history = History() if history else None
+        # The newest write that was dropped, and the runs of the scratch file that hold the data.
+        self._dropped_order = 0
+        self._dropped = ExtentSet()
         # Guards _newest, and the scratch against being given back while it is read.
         self._lock = threading.Lock()
 
     @property
     def held_bytes(self) -> int:
-        """How many bytes of the disk a power cut would take back now."""
+        """How many bytes of the disk a power cut would take back now, those dropped included."""
         return self._newest.total()
+
+    @property
+    def newest_order(self) -> int:
+        """The order number of the write that was held last, 0 before the first."""
+        return self._order
+
+    def writes(self) -> list[Ticket]:
+        """Return the held writes of which something may still land, ascending; needs a history.
+
+        Overwritten ones are among them, and one that is on its way down until it has landed.
+        """
+        assert self._history is not None
+        return self._history.writes()
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
@@ -162,16 +159,25 @@ class VolatileDisk:
     def _hold(self, offset: int, length: int, kind: Kind, position: int) -> None:
         self._order += 1
         held = Held(self._order, kind, position)
-        self._last = Ticket(offset, length, held)
+        self._last = ticket = Ticket(offset, length, held)
+        if self._history is not None:
+            self._history.add(ticket)
         with self._lock:
             self._newest.set(offset, offset + length, held)
         self._open.pieces.set(offset, offset + length, held)
 
-    def issue_ticket(self) -> Ticket:
-        """Return a ticket for the newest write, for landing it alone (FUA)."""
+    def issue_ticket(self, order: int | None = None) -> Ticket:
+        """Return a ticket for landing one write alone: the newest one, right after it came (FUA).
+
+        With `order` it is that one of `writes`, for writing it back; raises KeyError if it is not
+        among them any more. FUA tickets outlive `drop`; for the others nothing lands after it.
+        """
+        if order is not None:
+            assert self._history is not None
+            return self._history.find(order)
         ticket = self._last
         assert ticket is not None
-        self._tickets[ticket.held.order] = _held_map()
+        self._tickets[ticket.held.order] = held_map()
         self._tickets[ticket.held.order].set(
             ticket.offset, ticket.offset + ticket.length, ticket.held
         )
@@ -183,33 +189,77 @@ class VolatileDisk:
             self._open.end, self._open.order = self._end, self._order
             self._frozen.append(self._open)
             self._open = Layer(self._end)
-        return self._landed + len(self._frozen)
+        return self._over + len(self._frozen)
 
     def copy_down(self, layer: int) -> None:
         """Write all layers up to number `layer` to the disk below, in order, and sync it; blocks.
 
         Raises OSError from the disk below; nothing is forgotten here then.
         """
-        for one in self._frozen[: max(0, layer - self._landed)]:
+        for one in self._frozen[: max(0, layer - self._over)]:
             for start, end, held in one.pieces:
                 self._put(start, end - start, held)
         self._below.sync()
 
     def landed(self, layer: int) -> None:
         """Forget all layers up to number `layer`: they are on the disk below."""
-        count = max(0, layer - self._landed)
-        gone = self._frozen[:count]
+        gone = self._take_layers(layer)
         if not gone:
             return
-        del self._frozen[:count]
-        self._landed += count
+        outliving = [one for order, one in self._tickets.items() if order <= self._dropped_order]
         with self._lock:
             for one in gone:
                 for start, end, held in one.pieces:
                     self._forget(self._newest, start, end, held.order)
+                    for pieces in outliving:
+                        pieces.remove(start, end)
             for order in [order for order in self._tickets if order <= gone[-1].order]:
-                del self._tickets[order]
+                if order > self._dropped_order:
+                    del self._tickets[order]
             self._give_back([(one.start, one.end) for one in gone])
+
+    def drop(self, layer: int) -> None:
+        """Keep all layers up to number `layer` from ever landing: the flush of them failed.
+
+        Reads show what is in them until it is overwritten. FUA tickets stay valid. Takes the
+        place of a landing: none may be at work, but one whose copying failed is over.
+        """
+        gone = self._take_layers(layer)
+        if not gone:
+            return
+        self._dropped_order = gone[-1].order
+        for one in gone:
+            self._dropped.add(one.start, one.end)
+        with self._lock:
+            self._give_back(self._take_unshown())
+
+    def _take_layers(self, layer: int) -> list[Layer]:
+        """Remove all layers up to number `layer` from what will land, and return them."""
+        count = max(0, layer - self._over)
+        gone = self._frozen[:count]
+        del self._frozen[:count]
+        self._over += len(gone)
+        if gone and self._history is not None:
+            self._history.forget_through(gone[-1].order)
+        return gone
+
+    def _take_unshown(self) -> list[tuple[int, int]]:
+        """Return the runs of dropped data that nobody can see any more, and forget them.
+
+        Only drops look for them, which are few; what is overwritten meanwhile waits for the next.
+        """
+        needed = ExtentSet()
+        for pieces in (self._newest, *self._tickets.values()):
+            for start, end, held in pieces:
+                if held.kind is Kind.DATA:
+                    needed.add(held.position, held.position + end - start)
+        runs, self._dropped = self._dropped, ExtentSet()
+        unshown = []
+        for run in runs:
+            unshown += [(gap.offset, gap.end) for gap in needed.missing(run.offset, run.end)]
+            for part in needed.overlapping(run.offset, run.end):
+                self._dropped.add(part.offset, part.end)
+        return unshown
 
     def _give_back(self, runs: list[tuple[int, int]]) -> None:
         """Free these runs of the scratch file, or all of it if nothing is held."""
@@ -218,25 +268,38 @@ class VolatileDisk:
             self._end = 0
             self._open = Layer(0)
             self._tickets.clear()
+            if len(self._dropped):
+                self._dropped = ExtentSet()
+            if self._history is not None:
+                # Where a write is held and nothing is to be read, a newer one has landed.
+                self._history.clear()
             return
         for start, end in runs:
             if end > start:
                 with suppress(OSError):  # only housekeeping: not every filesystem can
                     punch_hole(self._scratch, start, end - start)
 
-    def copy_ticket_down(self, ticket: Ticket) -> None:
+    def copy_ticket_down(self, ticket: Ticket, *, sync: bool = True) -> None:
         """Write one write to the disk below, whatever was held over it since; blocks.
 
-        What a flush, or a newer FUA write over it, has brought down before is left out.
+        What a flush, or a newer write over it, has brought down before is left out. `sync` makes
+        it durable there; a write that is only written back need not be.
         """
-        for start, end, held in self._tickets.get(ticket.held.order, ()):
+        pieces: Iterable[tuple[int, int, Held]] | None = self._tickets.get(ticket.held.order)
+        if pieces is None and self._history is not None:
+            pieces = self._history.may_land(ticket, ticket.offset, ticket.end)
+        for start, end, held in pieces or ():
             self._put(start, end - start, held)
-        self._below.sync()
+        if sync:
+            self._below.sync()
 
     def ticket_landed(self, ticket: Ticket) -> None:
         """Forget that write, and within its range everything older."""
         held = ticket.held
-        if self._tickets.pop(held.order, None) is None:
+        known = self._tickets.pop(held.order, None) is not None
+        if self._history is not None and self._history.landed(ticket):
+            known = True
+        if not known:
             return
         start, end = ticket.offset, ticket.offset + ticket.length
         with self._lock:
@@ -248,6 +311,20 @@ class VolatileDisk:
             data = held.kind is Kind.DATA
             self._give_back([(held.position, held.position + ticket.length)] if data else [])
 
+    def land_pieces(self, pieces: Iterable[tuple[Ticket, int, int]]) -> None:
+        """Land what survives a power cut: of each of these writes the bytes [start, end); blocks.
+
+        It happens in the order of the writes, and nothing comes over a newer write that landed
+        before; what was dropped stays dropped. The cache must not be used afterwards. Needs a
+        history. Raises OSError from the disk below.
+        """
+        assert self._history is not None
+        for ticket, start, end in sorted(pieces, key=lambda piece: piece[0].held.order):
+            assert ticket.offset <= start and end <= ticket.end
+            for piece_start, piece_end, held in self._history.may_land(ticket, start, end):
+                self._put(piece_start, piece_end - piece_start, held)
+        self._below.sync()
+
     def _put(self, offset: int, length: int, held: Held) -> None:
         if held.kind is Kind.ZERO:
             self._below.zero(offset, length, may_punch=False)
@@ -256,9 +333,10 @@ class VolatileDisk:
         else:
             while length:
                 data = os.pread(self._scratch, min(length, 1 << 20), held.position)
+                assert data, "held data was given back too early"
                 self._below.pwrite(offset, data)
                 offset, length = offset + len(data), length - len(data)
-                held = _shift(held, len(data))
+                held = shift(held, len(data))
 
     @staticmethod
     def _forget(pieces: ExtentMap[Held], start: int, end: int, order: int) -> None:
@@ -283,9 +361,13 @@ class VolatileDisk:
         self.copy_down(layer)
         self.landed(layer)
 
-    def close(self) -> None:
-        """Drop what is held and close the disk below."""
+    def release(self) -> None:
+        """Drop what is held, and leave the disk below to its owner."""
         if self._scratch >= 0:
             os.close(self._scratch)
             self._scratch = -1
+
+    def close(self) -> None:
+        """Drop what is held and close the disk below."""
+        self.release()
         self._below.close()

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from nbdproxy.errors import PolicyError
-from nbdproxy.policy.examples import Example, parse_step
-from nbdproxy.policy.model import CutEvent, FlushCovers, Policy
-from nbdproxy.policy.schema import EXAMPLE_KEYS, KEYS, TABLES, Key
+from nbdproxy.policy import keys
+from nbdproxy.policy.build import build
+from nbdproxy.policy.examples import Example, parse_example
+from nbdproxy.policy.keys import Key
+from nbdproxy.policy.model import Policy
+from nbdproxy.policy.parameters import Parameter, Value, settle, substitute
+from nbdproxy.policy.schema import EXAMPLE_KEYS, KEYS, PARAMETER_KEYS
 
 _PACKAGE = Path(__file__).parent.parent
 DIRECTORIES = (_PACKAGE / "policies", _PACKAGE.parent / "policies")
@@ -25,11 +29,23 @@ DIRECTORIES = (_PACKAGE / "policies", _PACKAGE.parent / "policies")
 
 @dataclass(frozen=True, slots=True)
 class PolicyFile:
-    """A policy, the examples it carries, and where it was read."""
+    """A policy, the examples and parameters it has, and where it was read."""
 
     path: Path
     policy: Policy
+    parameters: tuple[Parameter, ...]
     examples: tuple[Example, ...]
+    content: Mapping[str, Any]
+    """The file as it is, parameters not put in."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.path.stem
+
+    def with_settings(self, settings: Mapping[str, Value]) -> Policy:
+        """Return the policy with other parameters; raises PolicyError if it has none of these."""
+        return _policy(self.path, self.content, self.parameters, settings)
 
 
 def names() -> list[str]:
@@ -62,18 +78,72 @@ def read(path: Path) -> PolicyFile:
         raise PolicyError(f"{path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise PolicyError(f"{path} is not TOML: {error}") from None
-    values = _values(path, content)
-    policy = Policy(
-        name=path.stem,
-        summary=values["summary"],
-        imitates=values["imitates"],
-        holds=values.get("cache.holds", False),
-        flush_covers=FlushCovers(values.get("flush.covers", "completed")),
-        cut_at=frozenset(CutEvent(event) for event in values.get("cut.at", [])),
+    top = checked(str(path), "", content, KEYS)
+    parameters = tuple(_parameters(path, top.get("parameters", {})))
+    policy = _policy(path, content, parameters, {})
+    examples = tuple(
+        parse_example(
+            f"{path}: example[{index}]",
+            checked(str(path), f"example[{index}].", one, EXAMPLE_KEYS),
+        )
+        for index, one in enumerate(top.get("example", []))
     )
-    _check_sense(path, policy)
-    examples = values.get("example", [])
-    return PolicyFile(path, policy, tuple(_example(path, i, e) for i, e in enumerate(examples)))
+    for index, example in enumerate(examples):
+        settle(f"{path}: example[{index}].set", parameters, example.settings)
+    return PolicyFile(path, policy, parameters, examples, content)
+
+
+def checked(
+    file: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, Key]
+) -> dict[str, Any]:
+    """Return a table's values, parsed; raises PolicyError naming file and key path."""
+    parsed = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+            raise PolicyError(f"{file}: {prefix}{key}: unknown key; {hint}")
+        try:
+            parsed[key] = keys.parse(known[key], value)
+        except ValueError as wrong:
+            raise PolicyError(f"{file}: {prefix}{key}: {wrong}") from None
+    for key, rule in known.items():
+        if rule.required and key not in values:
+            raise PolicyError(f"{file}: {prefix}{key}: missing; add it ({rule.help})")
+    return parsed
+
+
+def _parameters(path: Path, table: Mapping[str, object]) -> Iterator[Parameter]:
+    for name, one in table.items():
+        if not isinstance(one, dict):
+            raise PolicyError(
+                f"{path}: parameters.{name}: must be a table: "
+                '{ default = 1, help = "what it is" }'
+            )
+        values = checked(str(path), f"parameters.{name}.", one, PARAMETER_KEYS)
+        yield Parameter(name, values["default"], values["help"])
+
+
+def _policy(
+    path: Path,
+    content: Mapping[str, Any],
+    parameters: Sequence[Parameter],
+    settings: Mapping[str, Value],
+) -> Policy:
+    values = settle(str(path), tuple(parameters), settings)
+    used: set[str] = set()
+    tables = {key: one for key, one in content.items() if key not in {"parameters", "example"}}
+    try:
+        tables = substitute("", tables, values, used)
+    except PolicyError as wrong:
+        raise PolicyError(f"{path}: {wrong}") from None
+    for parameter in parameters:
+        if parameter.name not in used:
+            raise PolicyError(
+                f'{path}: parameters.{parameter.name}: nothing has the value "${parameter.name}"; '
+                "use it, or drop it"
+            )
+    return build(str(path), path.stem, checked(str(path), "", tables, KEYS), checked)
 
 
 def _gallery() -> Iterator[Path]:
@@ -81,59 +151,3 @@ def _gallery() -> Iterator[Path]:
         if directory.is_dir():
             yield from directory.glob("*.toml")
             return
-
-
-def _values(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Flatten the tables to key paths, and check every key and value."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if key in TABLES and isinstance(value, dict):
-            flat |= {f"{key}.{inner}": one for inner, one in value.items()}
-        else:
-            flat[key] = value
-    return _checked(path, "", flat, KEYS)
-
-
-def _checked(
-    path: Path, prefix: str, values: dict[str, Any], keys: dict[str, Key]
-) -> dict[str, Any]:
-    for key, value in values.items():
-        if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(keys)}"
-            raise PolicyError(f"{path}: {prefix}{key}: unknown key; {hint}")
-        _check_value(path, prefix + key, value, keys[key])
-    for key, rule in keys.items():
-        if rule.required and key not in values:
-            raise PolicyError(f"{path}: {prefix}{key}: missing; add it ({rule.help})")
-    return values
-
-
-def _check_value(path: Path, where: str, value: object, rule: Key) -> None:
-    if not isinstance(value, rule.kind):
-        raise PolicyError(f"{path}: {where}: must be of type {rule.kind.__name__}: {rule.help}")
-    if rule.choices is None:
-        return
-    known = [choice.value for choice in rule.choices]
-    for one in cast("list[object]", value) if isinstance(value, list) else [value]:
-        if one not in known:
-            raise PolicyError(f"{path}: {where}: {one!r} is not one of {', '.join(known)}")
-
-
-def _check_sense(path: Path, policy: Policy) -> None:
-    if policy.flush_covers is FlushCovers.NOTHING and not policy.holds:
-        raise PolicyError(
-            f"{path}: flush.covers: a flush that covers nothing has no effect unless "
-            "cache.holds is true; set it, or drop this key"
-        )
-
-
-def _example(path: Path, index: int, content: object) -> Example:
-    where = f"example[{index}]"
-    if not isinstance(content, dict):
-        raise PolicyError(f"{path}: {where}: must be a table with the keys do and image")
-    values = _checked(path, f"{where}.", content, EXAMPLE_KEYS)
-    steps = tuple(
-        parse_step(str(step), f"{path}: {where}.do[{i}]") for i, step in enumerate(values["do"])
-    )
-    return Example(steps, tuple(str(letter) for letter in values["image"]))

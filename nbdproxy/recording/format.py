@@ -88,6 +88,8 @@ class Kind(IntEnum):
     CUT = 22
     LOSS = 23
     END = 24
+    FAULT = 25
+    POLICY = 26
 
 
 def events_path(directory: Path) -> Path:

@@ -32,6 +32,10 @@ class NoteKind(Enum):
     """The store lost what was completed and not durable."""
     END = "end"
     """How the run ended."""
+    FAULT = "fault"
+    """A rule of a policy struck; `text` is JSON: see `FaultNote`."""
+    POLICY = "policy"
+    """A policy is in force from here on; `text` is JSON: policies, settings, seed."""
 
     @property
     def slot_kind(self) -> Kind:
@@ -49,6 +53,8 @@ _SLOT_KIND = {
     NoteKind.CUT: Kind.CUT,
     NoteKind.LOSS: Kind.LOSS,
     NoteKind.END: Kind.END,
+    NoteKind.FAULT: Kind.FAULT,
+    NoteKind.POLICY: Kind.POLICY,
 }
 NOTE_OF_SLOT = {slot: note for note, slot in _SLOT_KIND.items()}
 

@@ -27,6 +27,7 @@ from nbdproxy.policy.model import Policy
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta, absolute
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.server.export import Export
+from nbdproxy.server.places import find_places
 from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
 from nbdproxy.server.qcow2 import guests_view, is_qcow2
@@ -55,6 +56,8 @@ class Plan:
     read_only: bool = False
     overlay: bool = False
     record: Path | None = None
+    seed: int = 0
+    bake: bool = False
 
     @property
     def kind(self) -> str:
@@ -83,6 +86,7 @@ async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
             if upstream.lost is not None:  # while it was put together
                 _lose(plan, export, upstream.lost)
         async with trio.open_nursery() as watch:
+            watch.start_soon(export.run)
             if upstream is not None:
                 watch.start_soon(_give_up, export, upstream)
             try:
@@ -129,6 +133,11 @@ async def _give_up(export: Export, upstream: Upstream) -> None:
 def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
     disk = _open_disk(plan, upstream)
     read_only = plan.read_only
+    try:
+        places = find_places(plan.policy, disk)
+    except BaseException:
+        disk.close()
+        raise
     if upstream is not None and not plan.overlay:
         read_only |= bool(upstream.info.flags & TransmissionFlag.READ_ONLY)
     try:
@@ -158,6 +167,8 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
         power=power,
         offered=direct.info if direct is not None else None,
         remote=direct,
+        seed=plan.seed,
+        places=places,
     )
 
 
@@ -181,6 +192,8 @@ def _finish(plan: Plan, export: Export) -> None:
     """
     try:
         writable = not export.info.flags & TransmissionFlag.READ_ONLY
+        if writable and plan.bake and export.failure is None:
+            export.bake()
         if writable and not export.power.off and export.failure is None:
             export.sync()
     except OSError as error:
@@ -210,7 +223,7 @@ def _record(plan: Plan, disk: BlockDevice) -> RecordingWriter:
         overlay=plan.overlay,
         data=data,
         base=_fingerprint(plan) or Fingerprint(disk.size, 0),
-        policies=(plan.policy.name,),
+        policies=plan.policy.names,
         started=datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
         program=f"nbdproxy {__version__}",
         kind=plan.kind,

@@ -59,13 +59,16 @@ class Endpoint:
             self.path.unlink(missing_ok=True)
 
 
-def listen_unix(path: Path) -> Endpoint:
-    """Listen on a Unix socket with mode 0600; a stale one, nobody behind it, is replaced."""
+def listen_unix(path: Path, *, option: str = "--socket") -> Endpoint:
+    """Listen on a Unix socket with mode 0600; a stale one, nobody behind it, is replaced.
+
+    `option` is what the user named it with.
+    """
     path = path.absolute()
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old_mask = os.umask(0o177)
     try:
-        _remove_stale(path)
+        _remove_stale(path, option)
         sock.bind(str(path))
         sock.listen(_BACKLOG)
         sock.setblocking(False)
@@ -76,19 +79,19 @@ def listen_unix(path: Path) -> Endpoint:
         sock.close()
         # A path that is too long is told without a number.
         reason = error.strerror or str(error)
-        raise UsageError(f"cannot listen on {path}: {reason}; choose another --socket") from None
+        raise UsageError(f"cannot listen on {path}: {reason}; choose another {option}") from None
     finally:
         os.umask(old_mask)
     return Endpoint(sock, path, "", 0)
 
 
-def _remove_stale(path: Path) -> None:
+def _remove_stale(path: Path, option: str) -> None:
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise UsageError(f"{path} exists and is not a socket; choose another --socket")
+        raise UsageError(f"{path} exists and is not a socket; choose another {option}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
@@ -97,7 +100,7 @@ def _remove_stale(path: Path) -> None:
             return
         except OSError as error:
             raise UsageError(f"{path} cannot be used: {error.strerror}") from None
-    raise UsageError(f"{path} is in use by another server; end it, or choose another --socket")
+    raise UsageError(f"{path} is in use by another server; end it, or choose another {option}")
 
 
 def listen_tcp(address: str, *, anywhere: bool = False) -> Endpoint:

@@ -10,6 +10,9 @@ import trio
 
 from nbdproxy.disks.volatile import Ticket
 from nbdproxy.errors import RecordingError
+from nbdproxy.policy.actions import ActionKind, Moment
+from nbdproxy.policy.engine import Decision
+from nbdproxy.policy.model import Handling
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
 
 _NBD_ERRNO = {
@@ -44,6 +47,12 @@ LOST = Failure(NbdErrno.EIO, "the NBD server below is gone")
 NOT_SAVED = Failure(NbdErrno.EIO, "what is there could not be read, and is not lost unsaved")
 
 
+def failure_by_rule(decision: Decision) -> Failure:
+    """Return the error that a rule gives."""
+    assert decision.action is not None
+    return Failure(decision.action.errno.number, f"the policy's rule {decision.lot.rule} says so")
+
+
 def failure_of(error: Exception, request: Request | None = None) -> Failure:
     """Return how an error of a disk is told to the client (proto.md, "Error values").
 
@@ -62,15 +71,18 @@ def failure_of(error: Exception, request: Request | None = None) -> Failure:
 
 @dataclass(slots=True, eq=False)
 class Landing:
-    """What a flush (`layer`) or a FUA request (`ticket`) has to land of the volatile cache.
+    """What a flush (`layer`), or a FUA request or write-back (`ticket`), has to land of the cache.
 
-    `over` says that it is down; `failure` how that went.
+    seq      -1 for a write-back, which nobody waits for and which promises nothing
+    drops    set if the flush is to fail so, and the cache to forget what it had in hand
+    over     it is down; `failure` says how that went
     """
 
     connection: int
     seq: int
     layer: int | None = None
     ticket: Ticket | None = None
+    drops: Failure | None = None
     over: bool = False
     failure: Failure | None = None
 
@@ -91,13 +103,21 @@ class Claim:
     async def wait_turn(self) -> None:
         """Return when all earlier changes of the range are over."""
         for claim in self._earlier:
-            await claim._done.wait()
+            await claim.wait_over()
         self._earlier.clear()
+
+    async def wait_over(self) -> None:
+        """Return when it is released."""
+        await self._done.wait()
 
     def release(self) -> None:
         """Let the later ones go; doing so twice is harmless."""
         self._all.pop(self, None)
         self._done.set()
+
+
+class LinkDroppedError(Exception):
+    """A rule drops the connection that a request came by."""
 
 
 class Claims:
@@ -112,6 +132,11 @@ class Claims:
         start, end = request.offset, request.end
         return any(c.offset < end and start < c.end for c in self._claims)
 
+    async def settled(self) -> None:
+        """Return when none is at work."""
+        while self._claims:
+            await next(iter(self._claims)).wait_over()
+
     def claim(self, request: Request) -> Claim:
         """Claim a request's range, behind all that claim a part of it now."""
         return Claim(request.offset, request.end, self._claims)
@@ -121,15 +146,35 @@ class Claims:
 class Job:
     """A request that has to wait for the disk.
 
-    seq      its place in the recording, -1 if it changes nothing
-    landing  set for a flush or FUA request that lands what a volatile cache holds
-    claim    set for a change that is done beside the event loop
+    seq       its place in the recording, -1 if it changes nothing
+    landing   set for a flush or FUA request that lands what a volatile cache holds
+    claim     set for a change that is done beside the event loop
+    decision  what a rule decided on it
+    handling  how it is done, where that is not the disk's own way
+    layer     for a flush that is late: what of the cache it covers
     """
 
     request: Request
     seq: int = -1
     landing: Landing | None = None
     claim: Claim | None = None
+    decision: Decision | None = None
+    handling: Handling = Handling.PASS
+    layer: int | None = None
+
+    @property
+    def action(self) -> ActionKind | None:
+        """What a rule does to it."""
+        if self.decision is None or self.decision.action is None:
+            return None
+        return self.decision.action.kind
+
+    @property
+    def dropped_before(self) -> bool:
+        """Whether its connection is dropped before it is done."""
+        action = self.decision.action if self.decision is not None else None
+        drops = action is not None and action.kind is ActionKind.DISCONNECT
+        return drops and action is not None and action.moment is Moment.BEFORE
 
     @property
     def cost(self) -> int:

@@ -1,4 +1,4 @@
-"""What flushes and FUA requests land of a volatile cache, one after the other.
+"""What flushes, FUA requests and write-backs land of a volatile cache, one after the other.
 
 They land in the order in which they were received, whatever becomes of their connections: so
 nothing lands with a flush that is not completed yet, and an older write never lands over a newer
@@ -44,13 +44,19 @@ class Landings:
         # Those that were received and are not down yet, in the order received.
         self._queue: deque[Landing] = deque()
 
-    def add_flush(self, connection: int, seq: int, layer: int | None) -> Landing:
+    def add_flush(
+        self, connection: int, seq: int, layer: int | None, *, drops: Failure | None = None
+    ) -> Landing:
         """Queue a flush that covers all layers up to `layer`, as `freeze` numbered them."""
-        return self._add(Landing(connection, seq, layer=layer))
+        return self._add(Landing(connection, seq, layer=layer, drops=drops))
 
     def add_fua(self, connection: int, seq: int) -> Landing:
         """Queue the write that was held last."""
         return self._add(Landing(connection, seq, ticket=self._volatile.issue_ticket()))
+
+    def add_write_back(self, order: int) -> Landing:
+        """Queue the held write of this order number, if it is still held, as the cache's own."""
+        return self._add(Landing(0, -1, ticket=self._volatile.issue_ticket(order)))
 
     def _add(self, landing: Landing) -> Landing:
         self._queue.append(landing)
@@ -68,6 +74,19 @@ class Landings:
                 await self._land_next()
         return True
 
+    @property
+    def in_thread(self) -> bool:
+        """Whether a landing is at work."""
+        return bool(self._thread.borrowed_tokens)
+
+    async def sync(self) -> None:
+        """Land all that is held, between two landings."""
+        async with self._lock:
+            layer = self._volatile.freeze()
+            copy = partial(self._volatile.copy_down, layer)
+            await trio.to_thread.run_sync(copy, limiter=self._thread)
+            self._volatile.landed(layer)
+
     async def settled(self) -> int:
         """Wait for the landing that is at work, and return how many bytes are still held."""
         async with self._lock:
@@ -79,7 +98,7 @@ class Landings:
         Its completion is recorded before the next landing, or a cut, may begin.
         """
         landing = self._queue[0]
-        failure = None
+        failure = landing.drops
         try:
             # Its client may go meanwhile: what is at work below must be over before the next.
             with trio.CancelScope(shield=True):
@@ -89,13 +108,17 @@ class Landings:
         except RecordingError as full:
             self._fail(full)
             failure = NOT_RECORDED
-        landing.failure = self._complete(landing, failure)
+        promised = landing.seq >= 0
+        landing.failure = self._complete(landing, failure) if promised else failure
         landing.over = True
         self._queue.popleft()
 
     async def _copy_down(self, landing: Landing) -> None:
-        if landing.ticket is not None:
-            copy = partial(self._volatile.copy_ticket_down, landing.ticket)
+        if landing.drops is not None:
+            self._volatile.drop(landing.layer or 0)
+        elif landing.ticket is not None:
+            promised = landing.seq >= 0
+            copy = partial(self._volatile.copy_ticket_down, landing.ticket, sync=promised)
             await trio.to_thread.run_sync(copy, limiter=self._thread)
             self._volatile.ticket_landed(landing.ticket)
         elif landing.layer is not None:

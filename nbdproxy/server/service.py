@@ -18,8 +18,7 @@ import trio
 
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.nbd.constants import TlsMode
-from nbdproxy.policy.model import CutEvent
-from nbdproxy.recording.notes import NoteKind
+from nbdproxy.server.control import Control
 from nbdproxy.server.door import Door
 from nbdproxy.server.endpoints import Endpoint
 from nbdproxy.server.export import Export
@@ -50,12 +49,14 @@ class Setting:
 
     command  a shell command to serve for, with `$uri`, `$socket` and `$export` set
     qmp      QEMU's monitor socket, which may appear later
+    control  where commands are taken, if they are
     """
 
     endpoint: Endpoint
     tls: ServerTls = ServerTls()  # noqa: RUF009 - frozen
     command: str | None = None
     qmp: Path | None = None
+    control: Endpoint | None = None
 
     def uri(self, export: Export) -> str:
         """Return what clients call an export."""
@@ -145,9 +146,11 @@ class Ending:
         """End in order at the first signal, and at once at a second one."""
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
+            signalled = False
             async for number in signals:
-                if self.begun:
+                if signalled:
                     os._exit(128 + number)
+                signalled = True
                 self.begin(f"ended by {signal.Signals(number).name}")
                 if not self.opened:
                     self.exit_code = 128 + number
@@ -182,8 +185,11 @@ class Service:
                 service.start_soon(self._when_failed, export)
             if self._qmp is not None:
                 for export in self._exports:
-                    export.before_flush = self._qmp.poll
+                    export.watch_before_flush(self._qmp.poll)
                 service.start_soon(self._qmp.run)
+            if self._setting.control is not None:
+                control = Control(self._setting.control, self._exports, self._power)
+                service.start_soon(control.run)
             everything.start_soon(self._door.run)
             if self._setting.command is not None:
                 service.start_soon(self._run_command, self._setting.command)
@@ -200,8 +206,8 @@ class Service:
         self._door.shut()
         for export in self._exports:
             export.ending.set()
-        if any(export.cuts_at(CutEvent.EXIT) for export in self._exports):
-            self._power.cut(self._ending.reason)
+            export.resume()
+            export.exits(self._ending.reason)
         if self._power.off:
             await self._cut()
             self._door.throw_out()
@@ -227,17 +233,14 @@ class Service:
             self._ending.begin(self._power.reason)
 
     async def _when_failed(self, export: Export) -> None:
-        await export.failed.wait()
+        await export.ledger.failed.wait()
         self._ending.begin(f"failed: {export.failure}")
 
     def _on_qmp(self, event: str, text: str) -> None:
         if self._power.off:
             return
         for export in self._exports:
-            export.note(NoteKind.QMP, text)
-        cuts = any(export.cuts_at(CutEvent.SHUTDOWN) for export in self._exports)
-        if event == "SHUTDOWN" and cuts:
-            self._power.cut("QEMU reported SHUTDOWN")
+            export.qmp(event, text)
 
     async def _run_command(self, command: str) -> None:
         path = self._setting.endpoint.path

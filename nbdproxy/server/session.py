@@ -20,13 +20,13 @@ from nbdproxy.nbd.codec import greeting
 from nbdproxy.nbd.events import Event, Opened, Refused, Send, StartTls
 from nbdproxy.nbd.replies import Replies
 from nbdproxy.nbd.server import Phase, ServerConnection
-from nbdproxy.policy.model import CutEvent
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import NbdErrno, Request
 from nbdproxy.server.budget import Budget
 from nbdproxy.server.export import Export
-from nbdproxy.server.jobs import Job
+from nbdproxy.server.jobs import Job, LinkDroppedError
 from nbdproxy.server.power import Power, PowerLostError
+from nbdproxy.server.spoiling import spoiled
 from nbdproxy.server.tls import ServerTls
 from nbdproxy.server.wire import SocketWire, TlsWire, Wire
 
@@ -95,6 +95,7 @@ class Session:
         self._all = trio.CancelScope()
         self._goodbye = NoteKind.EOF
         self._in_a_row = 0
+        self._dropped = False
 
     @property
     def negotiating(self) -> bool:
@@ -139,9 +140,8 @@ class Session:
         if export is None or self._power.off:
             return
         export.note(self._goodbye, connection=self._number)
-        if export.cuts_at(CutEvent.DISCONNECT) and not self._stopping:
-            said = self._goodbye is NoteKind.DISC
-            self._power.cut("the client said DISC" if said else "the client went away")
+        if not self._stopping and not self._dropped:
+            export.client_left(said=self._goodbye is NoteKind.DISC)
 
     async def _pump(self, jobs: trio.Nursery) -> None:
         await self._send([memoryview(greeting())])
@@ -235,6 +235,8 @@ class Session:
         """
         export = self._export
         assert export is not None
+        if export.paused:
+            await export.passed()
         if self._stopping and export.failure is None:
             requests = [_refused(one) for one in requests]
         if export.recorder is not None:
@@ -268,10 +270,20 @@ class Session:
         replies = Replies(self._connection.terms.style, arena=0)
         try:
             if await export.finish(self._number, job, replies):
-                await self._send(replies.take())
+                parts, drops = spoiled(job.decision, replies.take())
+                await self._send(parts)
+                if drops:
+                    self._drop_link()
+        except LinkDroppedError:
+            self._drop_link()
         finally:
             count.release(1)
             size.release(job.cost)
+
+    def _drop_link(self) -> None:
+        """End the connection as a broken link would: because a rule says so."""
+        self._dropped = True
+        self._all.cancel()
 
     async def _receive(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 if the client is gone, or nothing more shall be read.

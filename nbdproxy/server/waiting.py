@@ -7,6 +7,7 @@ before its reply is prepared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -17,8 +18,19 @@ from nbdproxy.errors import RecordingError
 from nbdproxy.extents import Extent
 from nbdproxy.nbd.constants import MAX_EXTENTS, BlockState
 from nbdproxy.nbd.replies import Replies
+from nbdproxy.policy.actions import ActionKind
+from nbdproxy.policy.model import Handling
 from nbdproxy.requests import Command, CommandFlag, Request
-from nbdproxy.server.jobs import NOT_RECORDED, Claim, Failure, Job, failure_of
+from nbdproxy.server.faults import Faults
+from nbdproxy.server.jobs import (
+    NOT_RECORDED,
+    Failure,
+    Job,
+    Landing,
+    LinkDroppedError,
+    failure_by_rule,
+    failure_of,
+)
 from nbdproxy.server.landings import Landings
 from nbdproxy.server.power import Power
 from nbdproxy.server.remote import Remote
@@ -35,6 +47,7 @@ T = TypeVar("T")
 _THREADS = 16
 """Threads that read, zero and map one export."""
 
+_HOLDS = frozenset({Handling.HOLD, Handling.HOLD_AND_LAND})
 _NOT_CHANGING = frozenset({Command.READ, Command.CACHE, Command.BLOCK_STATUS})
 
 
@@ -42,7 +55,8 @@ class Waiting:
     """The slow half of an export.
 
     `complete(connection, seq, failure)` records an outcome and returns what the client is told;
-    `fail` is told of a recording that is full.
+    `fail` is told of a recording that is full; `held(request, seq)` of each change that a volatile
+    cache took late.
     """
 
     def __init__(
@@ -52,6 +66,8 @@ class Waiting:
         landings: Landings | None,
         power: Power,
         *,
+        faults: Faults | None = None,
+        held: Callable[[Request, int], None] = lambda _request, _seq: None,
         complete: Callable[[int, int, Failure | None], Failure | None],
         fail: Callable[[RecordingError], None],
     ) -> None:
@@ -59,12 +75,19 @@ class Waiting:
         self._remote = remote
         self._landings = landings
         self._power = power
+        self._faults = faults
+        self._held = held
         self._complete = complete
         self._fail = fail
         # Of our own: another export that hangs must not take all threads there are.
         self._threads = trio.CapacityLimiter(_THREADS)
         self._syncing = trio.CapacityLimiter(1)
         self._syncer = Syncer(remote.flush if remote else self._sync)
+
+    @property
+    def in_threads(self) -> bool:
+        """Whether a thread is at work."""
+        return bool(self._threads.borrowed_tokens or self._syncing.borrowed_tokens)
 
     async def _sync(self) -> None:
         await trio.to_thread.run_sync(self._disk.sync, limiter=self._syncing)
@@ -73,63 +96,130 @@ class Waiting:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self._threads)
 
     async def finish(self, connection: int, job: Job, replies: Replies) -> bool:
-        """Do a job and prepare its reply; False if the power went in between."""
+        """Do a job and prepare its reply; False if the power went in between.
+
+        Raises LinkDroppedError where a rule says so.
+        """
         request = job.request
-        if request.command in _NOT_CHANGING:
-            await self._answer(request, replies)
+        if job.claim is None and job.decision is not None:
+            await trio.sleep(job.decision.delay_s)
+        if job.dropped_before:
+            raise LinkDroppedError
+        if job.decision is not None and job.action is ActionKind.ERROR:
+            failure = self._outcome(connection, job, failure_by_rule(job.decision))
+        elif request.command in _NOT_CHANGING:
+            await self._answer(job, replies)
             return True
-        if job.landing is not None:
-            assert self._landings is not None
-            if not await self._landings.land(job.landing):
-                return False
-            failure = job.landing.failure
         else:
-            failure = await self._change(job.request, job.claim)
-            if self._power.off:
-                return False
-            failure = self._complete(connection, job.seq, failure)
+            failure = await self._change(connection, job)
+        if self._power.off:
+            return False
         if failure is None:
             replies.done(request)
         else:
             replies.fail(request, *failure)
         return True
 
-    async def _change(self, request: Request, claim: Claim | None) -> Failure | None:
-        """Do a change and make it durable, or only the latter; return what went wrong."""
+    def _outcome(self, connection: int, job: Job, failure: Failure | None) -> Failure | None:
+        if job.seq < 0 or self._power.off:
+            return failure
+        return self._complete(connection, job.seq, failure)
+
+    async def _change(self, connection: int, job: Job) -> Failure | None:
+        """Do a change, and make durable what it promises; return what the client is told."""
+        failure = await self._apply(job) if job.claim is not None else None
+        if failure is not None or self._power.off:
+            return self._outcome(connection, job, failure)
+        landing = job.landing or self._landing(connection, job)
+        if landing is not None:
+            assert self._landings is not None
+            await self._landings.land(landing)
+            return landing.failure
+        if job.handling is Handling.PASS:
+            failure = await self._make_durable(job.request)
+        return self._outcome(connection, job, failure)
+
+    def _landing(self, connection: int, job: Job) -> Landing | None:
+        """Return what a late request has to land of the cache, if it has to."""
+        if self._landings is None:
+            return None
+        if job.handling is Handling.LAND:
+            drops = None
+            if job.decision is not None and job.action is ActionKind.FSYNCGATE:
+                drops = failure_by_rule(job.decision)
+            return self._landings.add_flush(connection, job.seq, job.layer, drops=drops)
+        if job.handling is Handling.HOLD_AND_LAND:
+            return self._landings.add_fua(connection, job.seq)
+        return None
+
+    async def _make_durable(self, request: Request) -> Failure | None:
+        through = request.flags & CommandFlag.FUA and self._remote is None
+        if request.command != Command.FLUSH and not through:
+            return None
         try:
-            if claim is not None:
-                await self._apply(request, claim)
-            if request.command == Command.FLUSH or (
-                request.flags & CommandFlag.FUA and self._remote is None
-            ):
-                await self._syncer.sync()
+            await self._syncer.sync()
+        except OSError as failed:
+            return failure_of(failed, request)
+        return None
+
+    async def _apply(self, job: Job) -> Failure | None:
+        """Do a change that claims its place; return what went wrong."""
+        assert job.claim is not None
+        request, claim = job.request, job.claim
+        ours = True
+        try:
+            if job.decision is not None:
+                await trio.sleep(job.decision.delay_s)
+            await claim.wait_turn()
+            if self._power.off:
+                return None
+            old = None
+            if self._faults is not None:
+                old = await self._faults.before(request, job.decision, self._read_honest)
+            over = partial(self._over, job, old)
+            if self._remote is not None:
+                ours = False  # the answer from below releases it, which may outlive this task
+                await self._remote.change(request, over)
+            elif self._landings is not None:
+                # The cache belongs to the event loop. The power may have gone meanwhile.
+                if not self._power.off:
+                    apply(self._disk, request)
+                    over()
+                    if job.handling in _HOLDS:
+                        self._held(request, job.seq)
+            else:
+                await self._in_thread(apply, self._disk, request)
+                over()
         except OSError as failed:
             return failure_of(failed, request)
         except RecordingError as full:  # a before-image could not be saved
             self._fail(full)
             return NOT_RECORDED
-        return None
-
-    async def _apply(self, request: Request, claim: Claim) -> None:
-        ours = True
-        try:
-            await claim.wait_turn()
-            if self._power.off:
-                return
-            if self._remote is not None:
-                ours = False  # the answer from below releases it, which may outlive this task
-                await self._remote.change(request, claim.release)
-            else:
-                await self._in_thread(apply, self._disk, request)
         finally:
             if ours:
                 claim.release()
+        return None
 
-    async def _answer(self, request: Request, replies: Replies) -> None:
+    def _over(self, job: Job, old: bytes | None) -> None:
+        """Let others go on with the place of a change that was done."""
+        assert job.claim is not None
+        if self._faults is not None:
+            self._faults.after(job.request, job.decision, old)
+        job.claim.release()
+
+    async def _read_honest(self, offset: int, length: int) -> bytes:
+        if self._remote is None:
+            return await self._in_thread(self._disk.pread, offset, length)
+        buffer = bytearray(length)
+        await self._remote.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    async def _answer(self, job: Job, replies: Replies) -> None:
+        request = job.request
         try:
             match request.command:
                 case Command.READ:
-                    await self._read(request, replies)
+                    await self._read(job, replies)
                 case Command.BLOCK_STATUS:
                     replies.status(request, await self._status(request))
                 case _:
@@ -140,13 +230,16 @@ class Waiting:
             log.error(f"{command} failed", offset=request.offset, reason=str(error))
             replies.fail(request, *failure_of(error))
 
-    async def _read(self, request: Request, replies: Replies) -> None:
+    async def _read(self, job: Job, replies: Replies) -> None:
+        request = job.request
         place = replies.reserve_read(request)
         try:
             if self._remote is not None:
                 await self._remote.read_into(request.offset, place)
             else:
                 await self._in_thread(self._disk.pread_into, request.offset, place)
+            if self._faults is not None:
+                self._faults.patch(request, place, job.decision)
         except BaseException:
             replies.take_back_read(request)
             raise
@@ -154,6 +247,8 @@ class Waiting:
 
     async def _status(self, request: Request) -> list[tuple[int, int]]:
         most = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
+        if self._faults is not None and self._faults.touches(request):
+            return [(request.length, 0)]  # what is shown there may be anything
         if self._remote is not None:
             return (await self._remote.status(request))[:most]
         data = self._disk.data_extents(request.offset, request.length)

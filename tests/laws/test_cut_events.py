@@ -162,7 +162,7 @@ def test_the_power_goes_when_the_client_leaves(image: Path, says_disc: bool) -> 
     check_equality(image)
     kinds = [kind for kind, _ in notes(image)]
     said = NoteKind.DISC if says_disc else NoteKind.EOF
-    assert kinds == [NoteKind.CONNECT, said, NoteKind.CUT, NoteKind.END]
+    assert kinds == [NoteKind.POLICY, NoteKind.CONNECT, said, NoteKind.CUT, NoteKind.END]
 
 
 def test_no_client_is_let_in_after_a_cut_while_the_command_runs(image: Path) -> None:

@@ -7,6 +7,7 @@ A superblock that the kernel would not mount raises `RefusedError`.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 
@@ -58,6 +59,9 @@ class RoCompat(IntFlag):
     VERITY = 0x8000
     ORPHAN_PRESENT = 0x10000
 
+
+BLOCK_BITMAP, INODE_BITMAP, INODE_TABLE = 0, 4, 8
+"""Fields of a group's descriptor that name a block."""
 
 KNOWN_INCOMPAT = int(sum(Incompat) & ~Incompat.JOURNAL_DEV)  # an int, so that ~ knows all bits
 KNOWN_RO_COMPAT = sum(RoCompat)
@@ -162,10 +166,33 @@ def parse(device: ReadableDevice) -> Superblock:
 
 def inode_tables(device: ReadableDevice, sb: Superblock) -> list[int]:
     """Return the first block of each group's inode table; verifies the descriptors' checksums."""
-    per_block = sb.block_size // sb.descriptor_size
     tables = []
-    for index in range(-(-sb.groups // per_block)):
-        where = _descriptor_block(sb, index, per_block)
+    for group, raw in enumerate(descriptors(device, sb)):
+        table = block_number(sb, raw, INODE_TABLE)
+        if not sb.first_data_block <= table < sb.blocks:
+            raise refusal(f"the inode table of group {group} is outside of it")
+        tables.append(table)
+    return tables
+
+
+def block_number(sb: Superblock, descriptor: bytes, field: int) -> int:
+    """Return the block that a group's descriptor names in one of its fields."""
+    (number,) = struct.unpack_from("<I", descriptor, field)
+    if sb.descriptor_size >= 64:
+        number |= struct.unpack_from("<I", descriptor, field + 0x20)[0] << 32
+    return int(number)
+
+
+def descriptor_blocks(sb: Superblock) -> list[int]:
+    """Return the blocks that hold the group descriptors which are in use."""
+    per_block = sb.block_size // sb.descriptor_size
+    return [_descriptor_block(sb, i, per_block) for i in range(-(-sb.groups // per_block))]
+
+
+def descriptors(device: ReadableDevice, sb: Superblock) -> Iterator[bytes]:
+    """Yield each group's descriptor; verifies their checksums."""
+    per_block = sb.block_size // sb.descriptor_size
+    for index, where in enumerate(descriptor_blocks(sb)):
         if where >= sb.blocks:
             raise refusal("its group descriptors are outside of it")
         block = device.pread(where * sb.block_size, sb.block_size)
@@ -174,13 +201,7 @@ def inode_tables(device: ReadableDevice, sb: Superblock) -> list[int]:
             group = index * per_block + slot
             if sb.has_checksums and not _descriptor_is_sound(sb, group, raw):
                 raise refusal(f"the checksum of group {group} is wrong")
-            (table,) = struct.unpack_from("<I", raw, 8)
-            if sb.descriptor_size >= 64:
-                table |= struct.unpack_from("<I", raw, 0x28)[0] << 32
-            if not sb.first_data_block <= table < sb.blocks:
-                raise refusal(f"the inode table of group {group} is outside of it")
-            tables.append(table)
-    return tables
+            yield raw
 
 
 def _check_features(incompat: int, ro_compat: int) -> None:

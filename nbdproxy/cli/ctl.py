@@ -1,0 +1,191 @@
+"""`nbdproxy ctl`: tell a running `nbdproxy serve --control SOCKET` what to do."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nbdproxy.cli.console import err, out, plural, print_json, size_text
+from nbdproxy.errors import UsageError
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+Export = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Only this export.", show_default="all of them"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.callback()
+def ctl(
+    context: typer.Context,
+    control: Annotated[Path, typer.Argument(metavar="SOCKET", help="As serve --control has it.")],
+) -> None:
+    """Tell a running nbdproxy what to do; each command returns when it is done.
+
+    Start one with: nbdproxy serve disk.img --control /tmp/ctl.sock
+
+    Examples:
+
+      nbdproxy ctl /tmp/ctl.sock status
+
+      nbdproxy ctl /tmp/ctl.sock mark installed
+
+      nbdproxy ctl /tmp/ctl.sock policy fsyncgate --set nth=2
+
+      nbdproxy ctl /tmp/ctl.sock cut
+    """
+    context.obj = control
+
+
+@app.command()
+def status(context: typer.Context, export: Export = None, json: Json = False) -> None:
+    """Show what is served, under which policy, and what passed.
+
+    Example: nbdproxy ctl /tmp/ctl.sock status --json
+    """
+    answer = _ask(context, {"do": "status"}, export)
+    if json:
+        print_json(answer)
+        return
+    out.print(f"power {answer['power']}")
+    for one in answer["exports"]:
+        policy, paused = "+".join(one["policies"]), ", paused" if one["paused"] else ""
+        out.print(
+            f"{one['name'] or '(default)'}: {one['description']}, {size_text(one['size'])}, "
+            f"policy {policy}, seed {one['seed']}{paused}",
+            markup=False,
+        )
+        out.print(
+            f"  {plural(one['writes'], 'write')} ({size_text(one['written_bytes'])}), "
+            f"{plural(one['flushes'], 'flush')}, {plural(one['reads'], 'read')}; "
+            f"{size_text(one['held_bytes'])} held, {size_text(one['shown_bytes'])} faulty"
+        )
+        for rule, count in one["rules"].items():
+            out.print(f"  rule {rule} struck {count:,} times", markup=False)
+        if one["recording"] is not None:
+            out.print(f"  recording to {one['recording']}, event {one['events']}", markup=False)
+        if one["failure"] is not None:
+            out.print(f"  failed: {one['failure']}", markup=False)
+
+
+@app.command()
+def cut(context: typer.Context, json: Json = False) -> None:
+    """Cut the power of all exports: what the policy holds back is gone.
+
+    Example: nbdproxy ctl /tmp/ctl.sock cut
+    """
+    answer = _ask(context, {"do": "cut"}, None)
+    if json:
+        print_json(answer)
+    else:
+        err.print(f"the power is cut: {size_text(answer['held_bytes'])} were held back")
+
+
+@app.command()
+def mark(
+    context: typer.Context,
+    name: Annotated[
+        str, typer.Argument(help="For --at mark:NAME, and rules with since and until.")
+    ],
+    export: Export = None,
+    json: Json = False,
+) -> None:
+    """Mark this instant in the recording.
+
+    Example: nbdproxy ctl /tmp/ctl.sock mark installed
+    """
+    answer = _ask(context, {"do": "mark", "name": name}, export)
+    if json:
+        print_json(answer)
+    elif answer["seq"]:
+        err.print(f"marked; later: nbdproxy replay RUN --at mark:{name}", markup=False)
+    else:
+        err.print("marked for the rules; there is no recording", markup=False)
+
+
+@app.command()
+def pause(context: typer.Context, export: Export = None) -> None:
+    """Let no request begin, finish those at work, and make all of it durable on the image.
+
+    Example: nbdproxy ctl /tmp/ctl.sock pause && cp disk.img copy.img
+    """
+    with err.status("finishing what was begun"):
+        _ask(context, {"do": "pause"}, export)
+
+
+@app.command()
+def resume(context: typer.Context, export: Export = None) -> None:
+    """Let requests go on after a pause.
+
+    Example: nbdproxy ctl /tmp/ctl.sock resume
+    """
+    _ask(context, {"do": "resume"}, export)
+
+
+@app.command()
+def policy(
+    context: typer.Context,
+    names: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="The new policies.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As for serve.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="As for serve.", show_default="as it was")
+    ] = None,
+    export: Export = None,
+) -> None:
+    """Let other policies come into force; what was held is made durable, faults are lifted.
+
+    Examples:
+
+      nbdproxy ctl /tmp/ctl.sock policy bad-sectors
+
+      nbdproxy ctl /tmp/ctl.sock policy passthrough
+    """
+    # A path is read by the server, which may stand in another folder.
+    absolute = [
+        str(Path(name).absolute()) if "/" in name or name.endswith(".toml") else name
+        for name in names
+    ]
+    asked = {"do": "policy", "names": absolute, "settings": settings or [], "seed": seed}
+    answer = _ask(context, asked, export)
+    err.print(f"the policy is {answer['policy']}", markup=False)
+
+
+@app.command()
+def lift(context: typer.Context, export: Export = None) -> None:
+    """Let reads show what the disk holds: writes that were lost, torn or misdirected come back.
+
+    Example: nbdproxy ctl /tmp/ctl.sock lift
+    """
+    answer = _ask(context, {"do": "lift"}, export)
+    err.print(f"{size_text(answer['lifted_bytes'])} read again as they are")
+
+
+def _ask(context: typer.Context, asked: dict[str, Any], export: str | None) -> dict[str, Any]:
+    """Send a command and wait for its answer; UsageError if it was not done."""
+    path: Path = context.obj
+    if export is not None:
+        asked["export"] = export
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.connect(str(path))
+            sock.sendall(json.dumps(asked).encode() + b"\n")
+            line = sock.makefile("rb").readline()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(
+            f"{path} does not answer ({reason}); is nbdproxy serve --control {path} running?"
+        ) from None
+    if not line.endswith(b"\n"):
+        raise UsageError(f"{path} went away before it answered; look at what nbdproxy serve says")
+    answer: dict[str, Any] = json.loads(line)
+    if not answer.pop("ok"):
+        raise UsageError(answer["error"])
+    return answer

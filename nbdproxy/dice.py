@@ -1,0 +1,42 @@
+"""Stateless random draws: the same seed and words give the same number, in any order, anywhere.
+
+Nothing is remembered between draws, so what one rule draws never changes what another one gets.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+_RANGE = 2**64
+
+
+def draw(seed: int, *words: str | int) -> float:
+    """Return a number in [0, 1)."""
+    return _digest(seed, words) / _RANGE
+
+
+def draw_below(limit: int, seed: int, *words: str | int) -> int:
+    """Return a whole number in [0, limit); `limit` is at least 1."""
+    return _digest(seed, words) * limit // _RANGE
+
+
+def _digest(seed: int, words: tuple[str | int, ...]) -> int:
+    return xxh3_64_intdigest("\0".join(map(str, words)).encode(), seed % _RANGE)
+
+
+class Lot(NamedTuple):
+    """What a rule draws lots with for one request: the seed, its name, and the request's number."""
+
+    seed: int
+    rule: str
+    number: int
+
+    def draw(self, *words: str | int) -> float:
+        """Return a number in [0, 1) for this request."""
+        return draw(self.seed, self.rule, self.number, *words)
+
+    def draw_below(self, limit: int, *words: str | int) -> int:
+        """Return a whole number in [0, limit) for this request."""
+        return draw_below(limit, self.seed, self.rule, self.number, *words)

@@ -1,0 +1,77 @@
+"""What a faulty disk shows: the bytes that reads get in place of the honest ones.
+
+Pure functions; the image keeps the honest bytes (see `nbdproxy.disks.faults`).
+"""
+
+from __future__ import annotations
+
+from nbdproxy.dice import Lot, draw_below
+from nbdproxy.policy.actions import Action, ActionKind, Keep
+
+SECTOR = 512
+"""Bytes that are written, or not, as one (PERSISTENCE.md, rule 7)."""
+
+Shown = tuple[int, bytes]
+"""An offset on the disk, and what reads get from there on."""
+
+
+def shown_after_write(
+    action: Action, lot: Lot, offset: int, data: bytes, old: bytes
+) -> list[Shown]:
+    """Return what reads show after a write that was struck.
+
+    `old` is what they showed there before, as long as `data`. Places may lie outside the disk.
+    """
+    match action.kind:
+        case ActionKind.LOSE:
+            return [(offset, old)]
+        case ActionKind.MISDIRECT:
+            return [(offset, old), (offset + action.shift, data)]
+        case ActionKind.CORRUPT:
+            return [(offset, flipped(data, action.bits, lot))]
+        case ActionKind.TEAR:
+            written = _written(action, lot, -(-len(data) // SECTOR))
+            return [
+                (offset + at, old[at : at + SECTOR])
+                for index, at in enumerate(range(0, len(data), SECTOR))
+                if index not in written
+            ]
+    raise AssertionError(action.kind)
+
+
+def flipped(data: bytes, bits: int, lot: Lot) -> bytes:
+    """Return `data` with so many of its bits flipped, as drawn; all of them if it has fewer."""
+    found = bytearray(data)
+    chosen: set[int] = set()
+    turn = 0
+    while len(chosen) < min(bits, 8 * len(data)):
+        chosen.add(lot.draw_below(8 * len(data), "bit", turn))
+        turn += 1
+    for bit in chosen:
+        found[bit // 8] ^= 1 << bit % 8
+    return bytes(found)
+
+
+def stuck(data: bytes, offset: int, action: Action, lot: Lot) -> bytes:
+    """Return `data`, read from `offset`, as it is if some bits of each sector are stuck."""
+    found = bytearray(data)
+    for sector in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
+        for turn in range(action.bits):
+            bit = draw_below(8 * SECTOR, lot.seed, lot.rule, "stuck", sector, turn)
+            at = sector * SECTOR + bit // 8 - offset
+            if 0 <= at < len(found):
+                mask = 1 << bit % 8
+                found[at] = found[at] | mask if action.value else found[at] & ~mask
+    return bytes(found)
+
+
+def _written(action: Action, lot: Lot, count: int) -> frozenset[int]:
+    """Return which of a torn write's sectors are written: at least one, and not all if drawn."""
+    ranked = list(range(count))
+    if action.keep is Keep.BACK:
+        ranked.reverse()
+    elif action.keep is Keep.RANDOM:
+        ranked.sort(key=lambda index: lot.draw("sector", index))
+    if action.sectors is not None:
+        return frozenset(ranked[: action.sectors])
+    return frozenset(ranked[: 1 + lot.draw_below(count - 1, "sectors") if count > 1 else 0])

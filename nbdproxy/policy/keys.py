@@ -1,0 +1,190 @@
+"""The forms that values in a policy file have, and one key of such a file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from math import isfinite
+
+
+class Form(Enum):
+    """What a value is; the text is what an error message says that it must be."""
+
+    ANY = "a value"
+    TEXT = "a text"
+    TEXTS = "a list of texts"
+    TRUTH = "true or false"
+    COUNT = "a whole number"
+    SIZE = 'a number of bytes such as 4096 or "1M"'
+    OFFSET = 'a distance in bytes such as -512 or "1M"'
+    SECONDS = "a number of seconds"
+    SHARE = "a number above 0, and at most 1"
+    CHOICE = "one of its words"
+    CHOICES = "one of its words, or a list of them"
+    RANGES = 'bytes from-to such as "0-1M", or a list of such'
+    TABLE = "a table"
+    TABLES = "a list of tables"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key: the form of its value, what it means, and its bounds or choices."""
+
+    form: Form
+    help: str
+    required: bool = False
+    choices: type[Enum] | None = None
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def words(self) -> list[str]:
+        """What may be chosen."""
+        return [choice.value for choice in self.choices or ()]
+
+
+_SIZE = re.compile(r"(-?)(\d+) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def parse(key: Key, value: object) -> object:
+    """Return a value of a TOML file as the program uses it; ValueError says what it must be."""
+    parsed = _PARSERS[key.form](value, key)
+    if isinstance(parsed, int | float) and not isinstance(parsed, bool):
+        if key.least is not None and parsed < key.least:
+            raise ValueError(f"must be at least {key.least:g}")
+        if key.most is not None and parsed > key.most:
+            raise ValueError(f"must be at most {key.most:g}")
+    return parsed
+
+
+def parse_size(value: object) -> int:
+    """Return bytes; raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(f"must be {Form.SIZE.value}")
+    sign, digits, unit = match.groups()
+    return int(sign + digits) << _SHIFT[unit.upper()]
+
+
+def _any(value: object, key: Key) -> object:
+    if not isinstance(value, str | int | float | bool):
+        raise ValueError(_must(key))
+    return value
+
+
+def _text(value: object, key: Key) -> str:
+    if not isinstance(value, str):
+        raise ValueError(_must(key))
+    return value
+
+
+def _texts(value: object, key: Key) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise ValueError(_must(key))
+    return tuple(_text(one, key) for one in value)
+
+
+def _truth(value: object, key: Key) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(_must(key))
+    return value
+
+
+def _count(value: object, key: Key) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(_must(key))
+    return value
+
+
+def _size(value: object, key: Key) -> int:
+    try:
+        size = parse_size(value)
+    except ValueError:
+        raise ValueError(_must(key)) from None
+    if size < 0 and key.form is Form.SIZE:
+        raise ValueError(_must(key))
+    return size
+
+
+def _seconds(value: object, key: Key) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+        raise ValueError(_must(key))
+    return float(value)
+
+
+def _share(value: object, key: Key) -> float:
+    share = _seconds(value, key)
+    if not 0 < share <= 1:
+        raise ValueError(_must(key))
+    return share
+
+
+def _choice(value: object, key: Key) -> Enum:
+    assert key.choices is not None
+    for choice in key.choices:
+        if choice.value == value:
+            return choice
+    raise ValueError(f"{value!r} is not one of {', '.join(key.words)}")
+
+
+def _choices(value: object, key: Key) -> frozenset[Enum]:
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise ValueError("must not be an empty list; drop the key")
+    return frozenset(_choice(one, key) for one in listed)
+
+
+def _ranges(value: object, key: Key) -> tuple[tuple[int, int], ...]:
+    listed = value if isinstance(value, list) else [value]
+    if not listed:
+        raise ValueError("must not be an empty list; drop the key")
+    return tuple(_range(one, key) for one in listed)
+
+
+def _range(value: object, key: Key) -> tuple[int, int]:
+    low, dash, high = value.partition("-") if isinstance(value, str) else ("", "", "")
+    try:
+        start, end = parse_size(low), parse_size(high)
+    except ValueError:
+        raise ValueError(_must(key)) from None
+    if not dash or start >= end:
+        raise ValueError(f"{value!r} holds no byte; the end is behind the last byte")
+    return start, end
+
+
+def _table(value: object, key: Key) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise ValueError(_must(key))
+    return value
+
+
+def _tables(value: object, key: Key) -> list[dict[str, object]]:
+    if not isinstance(value, list):
+        raise ValueError(_must(key))
+    return [_table(one, key) for one in value]
+
+
+def _must(key: Key) -> str:
+    return f"must be {key.form.value}: {key.help}"
+
+
+_PARSERS = {
+    Form.ANY: _any,
+    Form.TEXT: _text,
+    Form.TEXTS: _texts,
+    Form.TRUTH: _truth,
+    Form.COUNT: _count,
+    Form.SIZE: _size,
+    Form.OFFSET: _size,
+    Form.SECONDS: _seconds,
+    Form.SHARE: _share,
+    Form.CHOICE: _choice,
+    Form.CHOICES: _choices,
+    Form.RANGES: _ranges,
+    Form.TABLE: _table,
+    Form.TABLES: _tables,
+}

@@ -1,0 +1,72 @@
+"""What of a volatile cache is on the image after a cut: pieces of the held writes, as drawn.
+
+All choices are legal crash states (PERSISTENCE.md, rules 5 to 7): any held write may have landed or
+not, each sector for itself. Pure: the writes go in as (offset, length), in the order received.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nbdproxy.dice import Lot
+from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.policy.effects import SECTOR
+from nbdproxy.policy.model import Survivors
+
+
+class Piece(NamedTuple):
+    """The bytes [start, end) of the disk, of the write at index `write`, that are on the image."""
+
+    write: int
+    start: int
+    end: int
+
+
+def surviving(
+    survivors: Survivors,
+    writes: Sequence[Extent],
+    seed: int,
+    metadata: ExtentSet,
+) -> list[Piece]:
+    """Return what survives, in the order received. `metadata` matters for two kinds only."""
+    whole = [Piece(i, write.offset, write.end) for i, write in enumerate(writes)]
+    lot = Lot(seed, "survivors", 0)
+    found: list[Piece] = []
+    match survivors:
+        case Survivors.FLUSHED:
+            pass
+        case Survivors.ALL:
+            found = whole
+        case Survivors.PREFIX:
+            found = whole[: lot.draw_below(len(whole) + 1, "prefix")]
+        case Survivors.RANDOM:
+            found = [piece for piece in whole if lot.draw(piece.write) < 0.5]
+        case Survivors.ALL_BUT_ONE:
+            gone = lot.draw_below(max(1, len(whole)), "gone")
+            found = [piece for piece in whole if piece.write != gone]
+        case Survivors.TORN:
+            found = [piece for one in whole for piece in _torn(one, lot)]
+        case Survivors.METADATA | Survivors.DATA:
+            wanted = survivors is Survivors.METADATA
+            parts = metadata.overlapping if wanted else metadata.missing
+            found = [
+                Piece(one.write, part.offset, part.end)
+                for one in whole
+                for part in parts(one.start, one.end)
+                if part.length
+            ]
+    return found
+
+
+def _torn(piece: Piece, lot: Lot) -> list[Piece]:
+    found: list[Piece] = []
+    for sector in range(piece.start // SECTOR, -(-piece.end // SECTOR)):
+        if lot.draw(piece.write, sector) >= 0.5:
+            continue
+        start, end = max(piece.start, sector * SECTOR), min(piece.end, (sector + 1) * SECTOR)
+        if found and found[-1].end == start:
+            found[-1] = found[-1]._replace(end=end)
+        else:
+            found.append(Piece(piece.write, start, end))
+    return found

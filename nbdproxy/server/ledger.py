@@ -1,0 +1,89 @@
+"""What an export writes down, and whether it may go on.
+
+Guarantees: nothing succeeds unrecorded. Once the recording cannot grow, or the server below is
+gone, `failure` is set for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import structlog
+import trio
+
+from nbdproxy.errors import NbdproxyError, RecordingError
+from nbdproxy.nbd.events import Refused
+from nbdproxy.recording.notes import NoteKind
+from nbdproxy.recording.writer import RecordingWriter
+from nbdproxy.requests import Request
+from nbdproxy.server.jobs import NOT_RECORDED, Failure
+
+log = structlog.get_logger()
+
+
+class Ledger:
+    """The recording of one export, if there is one, and its failure, if there was one."""
+
+    def __init__(self, recorder: RecordingWriter | None) -> None:
+        self.recorder = recorder
+        self.failed = trio.Event()
+        self.failure: NbdproxyError | None = None
+        self._seq = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether it is the recording that failed."""
+        return isinstance(self.failure, RecordingError)
+
+    def fail(self, error: NbdproxyError) -> None:
+        """Stop for good: the recording is full, or the server below is gone."""
+        if self.failure is None:
+            log.error("the export stops", reason=str(error))
+            self.failure = error
+            self.failed.set()
+
+    def received(
+        self,
+        connection: int,
+        requests: Sequence[Request | Refused],
+        changing: Sequence[Request],
+    ) -> int:
+        """Record a batch; return the seq of its first request that changes something."""
+        if self.recorder is None or self.failure is not None:
+            self._seq += len(changing)
+            return self._seq - len(changing)
+        try:
+            if len(changing) < len(requests):
+                for refused in requests:
+                    if type(refused) is Refused:
+                        self.recorder.refused(connection, refused.request, refused.error)
+            return self.recorder.received(connection, changing) if changing else 0
+        except RecordingError as error:
+            self.fail(error)
+            return 0
+
+    def completed(self, connection: int, first: int, count: int, error: int) -> bool:
+        """Record that requests are answered; False if that cannot be recorded."""
+        if self.recorder is None or not count:
+            return True
+        try:
+            self.recorder.completed(connection, first, count, error)
+        except RecordingError as full:
+            self.fail(full)
+            return False
+        return True
+
+    def outcome(self, connection: int, seq: int, failure: Failure | None) -> Failure | None:
+        """Record how a request that had to wait ended; return what the client is told."""
+        error = failure.error if failure is not None else 0
+        if self.full or not self.completed(connection, seq, 1, error):
+            return NOT_RECORDED
+        return failure
+
+    def note(self, kind: NoteKind, text: str = "", *, connection: int = 0) -> None:
+        """Put an event that is not a request into the recording, if there is one."""
+        if self.recorder is not None and not self.full:
+            try:
+                self.recorder.note(kind, text, connection=connection)
+            except RecordingError as error:
+                self.fail(error)

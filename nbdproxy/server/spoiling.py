@@ -1,0 +1,47 @@
+"""Spoils a reply on its way out: another magic or cookie, twice, garbage, or only its beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nbdproxy.dice import Lot
+from nbdproxy.policy.actions import Action, ActionKind, Moment, Violation
+from nbdproxy.policy.engine import Decision
+
+_COOKIE = 8
+"""Where the cookie stands in each kind of reply (proto.md, "Simple reply message" and on)."""
+
+Parts = list[memoryview]
+
+
+def spoiled(decision: Decision | None, parts: Parts) -> tuple[Parts, bool]:
+    """Return what is sent in place of a reply, and whether the connection is dropped then."""
+    action = decision.action if decision is not None else None
+    if decision is None or action is None:
+        return parts, False
+    if action.kind is ActionKind.VIOLATE:
+        return _violated(action, decision.lot, parts), False
+    if action.kind is ActionKind.DISCONNECT:
+        if action.moment is Moment.MIDDLE:
+            return [memoryview(_joined(parts)[: action.at_byte])], True
+        return parts, True
+    return parts, False
+
+
+def _violated(action: Action, lot: Lot, parts: Parts) -> Parts:
+    reply = _joined(parts)
+    match action.violation:
+        case Violation.MAGIC:
+            reply[0] ^= 0xFF
+        case Violation.COOKIE:
+            for at in range(_COOKIE, _COOKIE + 8):
+                reply[at] ^= 0xA5
+        case Violation.TWICE:
+            reply += reply
+        case Violation.GARBAGE:
+            reply[:] = bytes(lot.draw_below(256, "garbage", at) for at in range(len(reply)))
+    return [memoryview(reply)]
+
+
+def _joined(parts: Sequence[memoryview]) -> bytearray:
+    return bytearray(b"".join(parts))
