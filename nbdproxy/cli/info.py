@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +57,17 @@ def info(
     out.print(f"clients     {facts['connections']:,}")
     modes = ", ".join(facts["recorded_under"])
     out.print(f"cache mode  one of {modes}: these look alike on the wire")
+    for fault in facts["faults"]:
+        what = f"{fault['action']} {fault['count']:,} times"
+        out.print(f"fault       {what} by {fault['rule'] or 'the policy'}", markup=False)
     for note in facts["notes"]:
         out.print(f"note        {note['time_s']:.3f} s {note['kind']} {note['text']}", markup=False)
+
+
+def _faults(recording: Recording) -> Counter[tuple[str | None, str]]:
+    """Return how often each rule did what."""
+    texts = [loads(note.text) for note in recording.notes if note.kind is NoteKind.FAULT]
+    return Counter((text.get("rule"), text["action"]) for text in texts)
 
 
 def _facts(recording: Recording) -> dict[str, Any]:
@@ -88,6 +99,10 @@ def _facts(recording: Recording) -> dict[str, Any]:
         "requests": requests,
         "refused": recording.refused,
         "connections": len(connections),
+        "faults": [
+            {"rule": rule, "action": action, "count": count}
+            for (rule, action), count in _faults(recording).items()
+        ],
         "recorded_under": sorted(mode.value for mode in recorded_under(table)),
         "notes": [
             {"seq": n.seq, "time_s": n.time_ns / 1e9, "kind": n.kind.value, "text": n.text}

@@ -16,7 +16,7 @@ from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.recording.format import Kind
 from nbdproxy.recording.index import NEVER
-from nbdproxy.recording.notes import NoteKind
+from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.recording.reader import Event, command_name
 from nbdproxy.requests import Command, CommandFlag, NbdErrno
 
@@ -67,14 +67,20 @@ def _items(source: RecordedSource, first: int, last: int) -> Iterator[dict[str, 
         if event.kind is Kind.RECEIVED:
             yield _request(source, event)
         elif event.seq in notes:
-            note = notes[event.seq]
-            yield {
-                "seq": note.seq,
-                "time_s": note.time_ns / 1e9,
-                "connection": note.connection,
-                "type": note.kind.value,
-                "text": note.text,
-            }
+            yield _note(notes[event.seq])
+
+
+def _note(note: Note) -> dict[str, Any]:
+    item: dict[str, Any] = {
+        "seq": note.seq,
+        "time_s": note.time_ns / 1e9,
+        "connection": note.connection,
+        "type": note.kind.value,
+        "text": note.text,
+    }
+    if note.kind is NoteKind.FAULT:
+        item |= {"fault": jsonlib.loads(note.text)}
+    return item
 
 
 def _request(source: RecordedSource, event: Event) -> dict[str, Any]:
@@ -99,6 +105,8 @@ def _request(source: RecordedSource, event: Event) -> dict[str, Any]:
 
 def _line(item: dict[str, Any]) -> str:
     head = f"{item['seq']:>8} {item['time_s']:>12.6f} {item['connection']:>3} {item['type']:<12}"
+    if "fault" in item:
+        return f"{head} {_fault(item['fault'])}"
     if "text" in item:
         return f"{head} {item['text']}"
     place = f"{item['offset']:>14} + {item['length']:<10}" if "offset" in item else " " * 27
@@ -108,3 +116,14 @@ def _line(item: dict[str, Any]) -> str:
         took = (item["completed_s"] - item["time_s"]) * 1e6
         outcome = f"{item['error'] or 'ok'} at {item['completed']} after {took:.0f} us"
     return f"{head} {','.join(item['flags']):<8} {place} {outcome}"
+
+
+def _fault(fault: dict[str, Any]) -> str:
+    """Return what a rule did, in words."""
+    if "rule" not in fault:
+        rest = ", ".join(f"{key} {value}" for key, value in fault.items() if key != "action")
+        return f"{fault['action']} {rest}".rstrip()
+    where = f" {fault['seq']}" if "seq" in fault else ""
+    place = f" at {fault['offset']} + {fault['length']}" if "offset" in fault else ""
+    late = f" after {fault['delay_s']:g} s" if "delay_s" in fault else ""
+    return f"{fault['action']} of {fault['command']}{where}{place}{late} by {fault['rule']}"

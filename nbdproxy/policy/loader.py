@@ -101,7 +101,7 @@ def checked(
     for key, value in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
             raise PolicyError(f"{file}: {prefix}{key}: unknown key; {hint}")
         try:
             parsed[key] = keys.parse(known[key], value)

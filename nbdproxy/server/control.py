@@ -100,17 +100,18 @@ class Control:
             asked = json.loads(line)
         except ValueError:
             asked = None
-        if not isinstance(asked, dict) or asked.get("do") not in self._commands:
+        what = asked.get("do") if isinstance(asked, dict) else None
+        if not isinstance(what, str) or what not in self._commands:
             known = ", ".join(self._commands)
             raise UsageError(f'not a command: send {{"do": NAME}} with one of {known}')
-        return {"ok": True, **await self._commands[asked["do"]](asked)}
+        return {"ok": True, **await self._commands[what](asked)}
 
     def _meant(self, asked: Mapping[str, Any]) -> list[Export]:
         """Return the exports that a command is for."""
         name = asked.get("export")
         if name is None:
             return list(self._exports.values())
-        if name not in self._exports:
+        if not isinstance(name, str) or name not in self._exports:
             known = ", ".join(repr(one) for one in self._exports)
             raise UsageError(f"there is no export {name!r}; there are {known}")
         return [self._exports[name]]
@@ -165,7 +166,7 @@ class Control:
         seed = asked.get("seed")
         if not _are_texts(names) or not names or not _are_texts(settings):
             raise UsageError('policy needs "names", a list of names or paths')
-        if seed is not None and not isinstance(seed, int):
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise UsageError('"seed" must be a whole number')
         self._need_power()
         policy = load_all(names, settings)

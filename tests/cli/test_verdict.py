@@ -194,7 +194,7 @@ def test_log_lists_requests_and_notes_in_order(recorded: Recorded) -> None:
     items = [json.loads(line) for line in lines]
     assert [item["seq"] for item in items] == sorted(item["seq"] for item in items)
     kinds = [item["type"] for item in items]
-    assert kinds[0] == "connect"
+    assert kinds[:2] == ["policy", "connect"]
     assert kinds[-1] == "end"
     assert kinds.count("flush") == 1
     writes = [item for item in items if item["type"] == "write"]
@@ -233,7 +233,8 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_commands_help_has_an_example(command: list[str]) -> None:
-    done = CliRunner().invoke(app, [*command, "--help"])
+    words = ["ctl", "/tmp/ctl.sock", *command[1:]] if command[0] == "ctl" else command
+    done = CliRunner().invoke(app, [*words, "--help"])
     assert done.exit_code == 0
     assert "Example" in done.output
-    assert "nbdproxy " + " ".join(command) in done.output
+    assert "nbdproxy " + " ".join(words) in done.output

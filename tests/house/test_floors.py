@@ -15,6 +15,7 @@ FLOOR = {
     "errors": 0,
     "extents": 0,
     "requests": 0,
+    "dice": 0,
     "nbd": 1,
     "disks": 1,
     "recording": 1,
