@@ -271,9 +271,7 @@ class Session:
         try:
             if await export.finish(self._number, job, replies):
                 parts, drops = spoiled(job.decision, replies.take())
-                await self._send(parts)
-                if drops:
-                    self._drop_link()
+                await self._send(parts, last=drops)
         except LinkDroppedError:
             self._drop_link()
         finally:
@@ -302,16 +300,20 @@ class Session:
             self._parked = None
         return 0
 
-    async def _send(self, parts: list[memoryview]) -> None:
-        """Send all of `parts`, whole replies only, unless the power goes."""
+    async def _send(self, parts: list[memoryview], *, last: bool = False) -> None:
+        """Send all of `parts`, unless the power goes; whole replies only, but for the last."""
         try:
             self._sending.acquire_nowait()
         except trio.WouldBlock:
             await self._sending.acquire()
         try:
-            await self._wire.send(parts)
+            if not self._dropped:
+                self._dropped = last
+                await self._wire.send(parts)
         finally:
             self._sending.release()
+        if last:
+            self._drop_link()
 
 
 def _refused(one: Request | Refused) -> Refused:
