@@ -13,7 +13,7 @@ Does not cover hosts other than Debian 12 or 13 on amd64.
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ PROJECTS = {path.name: path for path in sorted((Path(__file__).parent / "project
 
 _NEEDED = (
     "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node", "npm",
-    "qemu-system-x86_64",
+    "qemu-system-x86_64", "sqlite3",
 )  # fmt: skip
 
 
@@ -76,7 +76,8 @@ def build_lab(
         npm = parts.part("npm", npm_key, userland.fetch_npm, "lab: fetching npm")
         built = {name: _build_project(parts, name, projects[name], npm) for name in projects}
         nbd_client = tools.find("nbd-client")  # few want it, so it is not among what is needed
-        disk = _build_disk(parts, where["node"], npm, built, nbd_client)
+        programs = [where["sqlite3"], *([nbd_client] if nbd_client else [])]
+        disk = _build_disk(parts, where["node"], npm, built, programs)
     manifests = {name: part / "manifest.sha256" for name, part in built.items()}
     return Lab(parts.root, kit, disk / "tools.img", manifests, nbd_client is not None)
 
@@ -116,20 +117,20 @@ def _build_project(parts: Cache, name: str, source: Path, npm: Path) -> Path:
 
 
 def _build_disk(
-    parts: Cache, node: Path, npm: Path, projects: Mapping[str, Path], nbd_client: Path | None
+    parts: Cache, node: Path, npm: Path, projects: Mapping[str, Path], programs: Sequence[Path]
 ) -> Path:
     key = key_of(
         identity_of(node),
         npm.name,
         *(f"{name} {part.name}" for name, part in projects.items()),
-        identity_of(nbd_client) if nbd_client else "no nbd-client",
+        *(identity_of(program) for program in programs),
         _source_of(userland),
     )
     return parts.part(
         "tools",
         key,
-        lambda into: userland.make_tools_disk(into, npm, projects, nbd_client),
-        "lab: writing the tools disk (node, npm, packages)",
+        lambda into: userland.make_tools_disk(into, npm, projects, programs),
+        "lab: writing the tools disk (node, npm, packages, sqlite3)",
     )
 
 

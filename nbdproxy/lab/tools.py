@@ -32,6 +32,7 @@ PACKAGE_OF = {
     "npm": "npm",
     "qemu-system-x86_64": "qemu-system-x86",
     "sfdisk": "fdisk",
+    "sqlite3": "sqlite3",
 }
 """The Debian package that each program comes from."""
 

@@ -1,4 +1,4 @@
-"""The tools disk: node and npm, projects whose packages are all cached, and maybe nbd-client.
+"""The tools disk: node and npm, projects whose packages are all cached, and other programs.
 
 Guarantees: made without root; one pinned npm fills the cache on the host and runs in the guest, so
 both agree on the cache's form and on what they install, and the manifest written here is what a
@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nbdproxy.errors import LabError
@@ -114,9 +114,12 @@ def files_below(root: Path) -> Iterator[Path]:
 
 
 def make_tools_disk(
-    into: Path, npm: Path, projects: Mapping[str, Path], nbd_client: Path | None
+    into: Path, npm: Path, projects: Mapping[str, Path], programs: Iterable[Path]
 ) -> None:
-    """Write `tools.img`, an ext4 without a journal that any number of guests may share."""
+    """Write `tools.img`, an ext4 without a journal that any number of guests may share.
+
+    `programs` are the host's own that the guest shall have in `/tools/bin`, beside node.
+    """
     mke2fs = tools.require(["mke2fs"])["mke2fs"]
     root = into / "root"
     (root / "projects").mkdir(parents=True)
@@ -124,8 +127,8 @@ def make_tools_disk(
     for name in ("lib", "lib64", "usr"):
         (root / name).mkdir()
     _copy_node(root)
-    if nbd_client is not None:
-        _copy_program(root, nbd_client)
+    for program in programs:
+        _copy_program(root, program)
     shutil.copytree(npm / "npm", root / "npm", symlinks=True)
     for name, part in projects.items():
         shutil.copytree(part, root / "projects" / name, symlinks=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import stress
+from nbdproxy.lab import databases, fsyncs, stress
 from nbdproxy.lab.initramfs import MARK
 from nbdproxy.lab.userland import APP, NPM_FLAGS
 
@@ -67,6 +67,7 @@ class Workload:
     """What to run on which filesystem, and how a run of it ends unless told otherwise.
 
     `script` is shell; `project` is what it installs, if any; the disk wants `disk_mib` MiB.
+    Unless it `needs_mount`, the script runs even if the disk cannot be mounted, and sees to that.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Workload:
     mount_options: str = "defaults"
     disk_mib: int = 256
     ending: Ending = Ending()
+    needs_mount: bool = True
 
 
 def npm(project: str) -> Workload:
@@ -99,6 +101,44 @@ def tar(project: str) -> Workload:
 def shell(script: str, *, name: str = "shell") -> Workload:
     """Any shell script; its working directory is the top of the target disk."""
     return Workload(name, "a shell script", script)
+
+
+def sqlite(
+    *, synchronous: str = "full", journal: str = "delete", transactions: int = 50
+) -> Workload:
+    """Transactions committed to `/db/test.db`, one after the other, each told when it is through.
+
+    `databases.committed` reads which. Only extra, and full with the journal wal, promise that a
+    transaction is durable then: with a rollback journal, full leaves the last one to be undone.
+    """
+    script = databases.commit_script(
+        synchronous=synchronous, journal=journal, transactions=transactions
+    )
+    name = synchronous if journal == "delete" else f"{journal}-{synchronous}"
+    summary = f"SQLite commits {transactions} times (journal {journal}, synchronous {synchronous})"
+    return Workload(f"sqlite-{name}", summary, script, disk_mib=64)
+
+
+def sqlite_check() -> Workload:
+    """The database that `sqlite` left, recovered and checked; `databases.checked` reads it.
+
+    It ends well whatever it finds, even a disk that cannot be mounted. It writes to the disk: the
+    mount replays the filesystem's journal, and SQLite its own.
+    """
+    summary = "what is left of the database of another run"
+    script = databases.check_script()
+    return Workload("sqlite-check", summary, script, disk_mib=64, needs_mount=False)
+
+
+def fsync_probe(*, call: str = "fsync", attempts: int = 6) -> Workload:
+    """Writes and calls of fsync or fdatasync, each with what came of it; `fsyncs.probed` reads it.
+
+    A flush that fails under fdatasync concerns that call alone; fsync has the file's times to
+    write, and it is ext4's journal that fails, after which nothing can be written any more.
+    """
+    summary = f"what {call} says to an application, {attempts} times"
+    script = fsyncs.probe_script(call=call, attempts=attempts)
+    return Workload(f"{call}-probe", summary, script, disk_mib=64)
 
 
 def with_zeroes(workload: Workload) -> Workload:
@@ -133,6 +173,10 @@ def _shipped() -> dict[str, Workload]:
             disk_mib=128,
             ending=Ending(End.UMOUNT),
         ),
+        *(sqlite(synchronous=level) for level in ("full", "extra", "normal", "off")),
+        *(sqlite(synchronous=level, journal="wal") for level in ("full", "normal")),
+        sqlite_check(),
+        *(fsync_probe(call=call) for call in fsyncs.CALLS),
     ]
     return {workload.name: workload for workload in listed}
 
@@ -176,7 +220,7 @@ def render(
         *attach,
         f"wait_for {target}",
         f"mount -t {workload.fs} -o {shlex.quote(workload.mount_options)} {target} {TARGET}"
-        " || fail mount",
+        + (" || fail mount" if workload.needs_mount else ""),
         f"cd {TARGET}",
         f'echo "{MARK} started"',
         f"sh -c {shlex.quote(workload.script)}",

@@ -266,6 +266,34 @@ def test_a_fua_write_outlives_a_failed_flush_but_not_what_lands_over_it(
     assert disk.held_bytes == 0
 
 
+def test_a_fua_write_outlives_a_failed_flush_though_it_was_overwritten(
+    disk: VolatileDisk, below: Below
+) -> None:
+    write(disk, 0, "A")
+    ticket = disk.issue_ticket()
+    write(disk, 0, "B")
+    disk.drop(disk.freeze())
+    land(disk, ticket)
+    assert letters(below) == "A-----"
+    assert letters(disk) == "B-----"
+
+
+def test_a_failed_flush_gives_back_no_data_of_what_came_where_dropped_data_stood(
+    disk: VolatileDisk, below: Below
+) -> None:
+    write(disk, 0, "AAAA")
+    disk.drop(disk.freeze())
+    write(disk, 0, "BBBB")
+    disk.sync()  # the scratch file is empty now
+    write(disk, 0, "C")
+    failed = disk.freeze()
+    write(disk, 1, "D")
+    write(disk, 1, "E")
+    disk.drop(failed)
+    land(disk, disk.writes()[0])
+    assert letters(below) == "BDBB--"
+
+
 def test_dropped_data_that_nobody_sees_is_given_back(scratch: list[int]) -> None:
     block = 64 * 1024
     big = VolatileDisk(MemoryDisk(2 * block), history=True)
