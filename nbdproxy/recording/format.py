@@ -43,7 +43,8 @@ What is true of the order of slots, and what analyses rely on:
   same place at once, and only the first surely comes before every change.
 - REFUSED is a request that never reached the disk (read-only, out of range); `digest` and
   `position` are empty and `offset`, `length` are as the client sent them. Its COMPLETED follows.
-- The notes (CONNECT to END) are events with a text, which may be empty.
+- The notes (CONNECT to POLICY) are events with a text, which may be empty. FAULT tells that a rule
+  of a policy struck a request, and stands behind its RECEIVED; POLICY which policies are in force.
 - A recording whose last slot is not END was not ended in order.
 
 A recorder killed at any instant leaves slots up to the last one whose checksum holds; the rest of

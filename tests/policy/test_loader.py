@@ -305,7 +305,8 @@ def test_a_step_means(wanted: Step) -> None:
     "text",
     ["", "fua", "write", "write 0", "write A 0", "write -1 A", "zero", "zero 0 0", "flush 0",
      "flush fua", "exit now", "read 0 fua", "WRITE 0 A", "wait", "wait x", "client 0",
-     "exit -> EIO", "flush -> what", "read 0 -> AB", "write 0 A ->", "flush -> after", "flush -> after x"],
+     "exit -> EIO", "flush -> what", "read 0 -> AB", "write 0 A ->", "flush -> after",
+     "flush -> after x"],
 )  # fmt: skip
 def test_what_is_no_step(text: str) -> None:
     with pytest.raises(PolicyError, match=r"^here: .* is not a step"):
