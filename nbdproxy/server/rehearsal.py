@@ -164,8 +164,11 @@ class _Stage:
         await self._settle()
 
     def _look(self) -> None:
-        """See what reads show; the first look counts."""
+        """See what reads show, or would after a cut; the first look counts."""
         if self._shows:
+            return
+        if self._export.power.off:
+            self._shows = letters(self._image.pread(0, self._image.size))
             return
         found = bytearray(self._export.regime.disk.pread(0, self._image.size))
         request = Request(Command.READ, 0, 1, 0, len(found), memoryview(b""))

@@ -37,7 +37,7 @@ def _violated(action: Action, lot: Lot, parts: Parts) -> Parts:
             for at in range(_COOKIE, _COOKIE + 8):
                 reply[at] ^= 0xA5
         case Violation.TWICE:
-            reply += reply
+            reply *= 2
         case Violation.GARBAGE:
             reply[:] = bytes(lot.draw_below(256, "garbage", at) for at in range(len(reply)))
     return [memoryview(reply)]
