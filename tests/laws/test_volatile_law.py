@@ -250,7 +250,7 @@ def housekeeping_all_the_time() -> Iterator[None]:
 
 
 @given(st.integers(1, 6), steps, cuts)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_a_cut_lands_what_it_may_of_the_history_and_nothing_else(
     sectors: int, chosen: list[tuple[str, int, int]], survivors: list[tuple[int, int, int]]
 ) -> None:
