@@ -8,6 +8,7 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from nbdproxy.errors import PolicyError, UsageError
@@ -30,7 +31,7 @@ def load_all(names: Sequence[str], settings: Sequence[str] = ()) -> Policy:
     files = [load(name) for name in names or (DEFAULT,)]
     placed = _place(files, settings)
     policies = [file.with_settings(placed[file.name]) for file in files]
-    return compose(policies)
+    return replace(compose(policies), settings=tuple(settings))
 
 
 def compose(policies: Sequence[Policy]) -> Policy:

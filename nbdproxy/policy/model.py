@@ -6,7 +6,7 @@ layers of rules. What a rule decides for one request is `nbdproxy.policy.engine`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
 
 from nbdproxy.policy.actions import Action
@@ -129,6 +129,7 @@ class Policy:
     sources       where that is said or was seen
     flush_covers  what a flush, or FUA, makes durable
     layers        the rules of each policy; within a layer the first that strikes decides
+    settings      what --set said, for the recording
     """
 
     names: tuple[str, ...]
@@ -138,7 +139,8 @@ class Policy:
     cache: Cache = Cache()
     flush_covers: FlushCovers = FlushCovers.COMPLETED
     cut: Cut = Cut()
-    layers: tuple[tuple[Rule, ...], ...] = field(default=())
+    layers: tuple[tuple[Rule, ...], ...] = ()
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

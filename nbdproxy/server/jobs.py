@@ -177,6 +177,12 @@ class Job:
         return drops and action is not None and action.moment is Moment.BEFORE
 
     @property
+    def fails(self) -> bool:
+        """Whether it is answered with an error, and nothing else becomes of it."""
+        hollow = self.action is ActionKind.FSYNCGATE and self.handling is not Handling.LAND
+        return hollow or self.action is ActionKind.ERROR
+
+    @property
     def cost(self) -> int:
         """Bytes of memory it needs while it is done."""
         reads = self.request.command == Command.READ

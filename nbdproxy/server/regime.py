@@ -126,7 +126,8 @@ class Regime:
 
     def describe(self) -> str:
         """Return what the recording says of the policy in force, as JSON."""
-        facts = {"policies": self.policy.names, "seed": self.seed}
+        policy = self.policy
+        facts = {"policies": policy.names, "settings": policy.settings, "seed": self.seed}
         return json.dumps(facts)
 
     async def run(self) -> None:

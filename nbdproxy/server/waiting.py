@@ -105,7 +105,7 @@ class Waiting:
             await trio.sleep(job.decision.delay_s)
         if job.dropped_before:
             raise LinkDroppedError
-        if job.decision is not None and job.action is ActionKind.ERROR:
+        if job.decision is not None and job.fails:
             failure = self._outcome(connection, job, failure_by_rule(job.decision))
         elif request.command in _NOT_CHANGING:
             await self._answer(job, replies)

@@ -50,14 +50,14 @@ class WriteBack:
         self._bytes = 0
 
     def _pick(self) -> int:
-        orders = list(self._pending)
         match self._cache.order:
             case Order.OLDEST:
-                return orders[0]
+                return next(iter(self._pending))
             case Order.NEWEST:
-                return orders[-1]
+                return next(reversed(self._pending))
             case Order.RANDOM:
                 self._turn += 1
+                orders = list(self._pending)
                 return orders[draw_below(len(orders), self._seed, "write-back", self._turn)]
 
     def _queue(self, order: int) -> None:

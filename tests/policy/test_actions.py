@@ -138,6 +138,11 @@ def test_policies_work_together() -> None:
     assert play(both, story) == ("----", "A---")
 
 
+def test_a_flush_that_covers_nothing_fails_as_well() -> None:
+    both = compose([load("fsyncgate").policy, load("unsafe").policy])
+    assert play(both, "write 0 A\nflush -> EIO\nflush\nexit") == ("----", "A---")
+
+
 def test_a_seed_decides(tmp_path: Path) -> None:
     wanted = policy(tmp_path, CACHE + '[cut]\nat = "exit"\nsurvives = "random"\n')
     story = "write 0 A\nwrite 1 B\nwrite 2 C\nwrite 3 D\nexit"
