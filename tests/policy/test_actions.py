@@ -96,6 +96,12 @@ STORIES = {
     "written back, newest first": (
         CACHE + 'window = 512\norder = "newest"\n[cut]\nat = "exit"\n',
         "write 0 A\nwrite 1 B\nexit", "-B--", "AB--"),
+    "a flush empties the window": (
+        CACHE + 'window = 1024\norder = "newest"\n[cut]\nat = "exit"\n',
+        "write 0 A\nflush\nwrite 1 B\nwrite 2 C\nexit",
+        "A---",
+        "ABC-",
+    ),
     "since a mark": ('[[rule]]\naction = "error"\nsince = "mark:go"\nuntil = "mark:stop"\n',
                      "write 0 A\nmark go\nwrite 1 B -> EIO\nmark stop\nwrite 2 C", "A-C-", "A-C-"),
     "since QEMU said so": ('[[rule]]\naction = "error"\nsince = "qmp:RESET"\n',
