@@ -152,8 +152,6 @@ def _action(where: str, kind: ActionKind, values: dict[str, Any]) -> Action:
             )
     if own.get("shift", _SECTOR) % _SECTOR or own.get("shift") == 0:
         raise PolicyError(f"{where}.shift: must be a multiple of {_SECTOR} other than 0")
-    if own.get("keep") is not None and kind is not ActionKind.TEAR:
-        raise AssertionError(kind)
     return Action(kind, **own)
 
 

@@ -43,7 +43,7 @@ def compose(policies: Sequence[Policy]) -> Policy:
         if names.count(name) > 1:
             raise PolicyError(f"the policy {name} is there twice; name it once")
     caches = [policy for policy in policies if policy.cache.holds]
-    cutting = [policy for policy in policies if policy.can_cut or policy.cut.after_s is not None]
+    times = [policy.cut.after_s for policy in policies if policy.cut.after_s is not None]
     honest = all(policy.flush_covers is FlushCovers.COMPLETED for policy in policies)
     surviving = [p for p in policies if p.cut.survives is not Survivors.FLUSHED]
     return Policy(
@@ -55,7 +55,7 @@ def compose(policies: Sequence[Policy]) -> Policy:
         flush_covers=FlushCovers.COMPLETED if honest else FlushCovers.NOTHING,
         cut=Cut(
             frozenset(event for policy in policies for event in policy.cut.at),
-            min((p.cut.after_s for p in cutting if p.cut.after_s is not None), default=None),
+            min(times, default=None),
             _one(surviving, "cut.survives", lambda p: p.cut.survives, Survivors.FLUSHED),
         ),
         layers=tuple(layer for policy in policies for layer in policy.layers),
