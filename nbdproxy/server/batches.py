@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import trio
 
@@ -94,7 +95,8 @@ class Batches:
     ) -> list[Job]:
         """Do a batch that was read off one connection together; return what has to wait."""
         accepted = [r for r in requests if type(r) is Request]
-        if self._watches_qmp or any(r.command == _FLUSH for r in accepted):
+        changing = [r for r in accepted if r.command in _RECORDED]
+        if self._watches_qmp or any(r.command == _FLUSH for r in changing):
             self.before_flush()
         if self._power.off:
             return []
@@ -103,7 +105,7 @@ class Batches:
             struck = list(self._strikes(connection, accepted))
             if len(struck) < len(accepted):  # a cut among them: what comes behind never arrived
                 accepted = requests = accepted[: len(struck)]
-        changing = [r for r in accepted if r.command in _RECORDED]
+                changing = [r for r in accepted if r.command in _RECORDED]
         batch = _Batch(connection)
         batch.seq = self._ledger.received(connection, requests, changing)
         if self._ledger.failure is not None:
@@ -127,18 +129,18 @@ class Batches:
     ) -> None:
         """Do each request as a rule says, or as ever."""
         seq = batch.seq
-        for index, request in enumerate(accepted):
-            recorded = request.command in _RECORDED
-            decision = struck[index] if struck else None
+        for request, decision in zip(accepted, struck or repeat(None), strict=False):
             if decision is not None:
+                recorded = request.command in _RECORDED
                 self._strike(request, seq if recorded else -1, decision, batch)
-            elif recorded:
-                self._change(request, seq, batch)
+                seq += recorded
             elif request.command == _READ:
                 self._read(request, replies, batch)
+            elif request.command in _RECORDED:
+                self._change(request, seq, batch)
+                seq += 1
             else:
                 batch.jobs.append(Job(request))
-            seq += recorded
 
     def begin(self) -> float:
         """Return when the serving began; the first call is when."""
