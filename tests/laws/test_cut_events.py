@@ -259,3 +259,22 @@ def test_without_qmp_the_last_two_flushes_before_disc_count_as_qemus(image: Path
     assert cut.position == flushes[0]
     assert len(flushes) == 2
     source.close()
+
+
+@pytest.mark.parametrize(
+    ("at", "command"), [("reset", "system_reset"), ("powerdown", "system_powerdown")]
+)
+def test_the_cut_at_another_event_of_qemu(image: Path, at: str, command: str) -> None:
+    folder = image.parent
+    policy = folder / "mine.toml"
+    policy.write_text(f'summary = "s"\nimitates = "i"\n[cache]\nholds = true\n[cut]\nat = "{at}"\n')
+    options = ("--policy", policy, "--qmp", folder / "qmp-events")
+    with serve(image, *options) as server, Qemu(folder, server.socket) as qemu:
+        until(lambda: "listening to QMP" in server.log, "QMP is listened to")
+        qemu.io("write -f -P 65 0 512")
+        qemu.io("write -P 66 512 512")
+        qemu.execute(command)
+        assert server.wait() == 0, server.log
+    assert sectors(image) == "A---"
+    check_equality(image)
+    assert (NoteKind.CUT, f"QEMU reported {at.upper()}") in notes(image)
