@@ -10,52 +10,26 @@ Not covered: what libnbd cannot be made to send, such as a FLUSH with a length (
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests.support import shell
 from tests.support.images import write_sparse
 from tests.support.proxies import MIB, Proxy
 from tests.support.serving import nbdproxy
 
 SIZE = 4 * MIB
-PRELUDE = """
-import errno, json, os, signal
-
-def outcome(call):
-    "Return None for a success, else the name of what the server answered."
-    try:
-        call()
-    except nbd.Error as error:
-        return error.errno
-    return None
-
+NAMES = """
+import signal
 END, BLOCK = 4 << 20, b"A" * 512
 UNKNOWN = 1 << 9
 """
 
 
 def nbdsh(*scripts: str) -> object:
-    """Run code in nbdsh; return what it gave to `tell`, through JSON."""
-    found = shutil.which("nbdsh")
-    assert found is not None, "nbdsh is not installed; Debian: apt-get install python3-libnbd"
-    code = [PRELUDE, "tell = lambda what: print(json.dumps(what))", *map(textwrap.dedent, scripts)]
-    done = subprocess.run(
-        ["nbdsh", *(word for part in code for word in ("-c", part))],
-        # Its own module is that of the interpreter beside it.
-        env={**os.environ, "PATH": f"{Path(found).parent}:{os.environ['PATH']}"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """Run code in nbdsh; return what it gave to `tell`."""
+    return shell.nbdsh(NAMES, *scripts)
 
 
 @pytest.fixture
