@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.console import err, out, plural, print_json
 from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
 from nbdproxy.server.rehearsal import Rehearsal, explain, rehearse
@@ -130,9 +130,9 @@ def _tell(file: PolicyFile, found: list[tuple[int, Rehearsal]]) -> None:
     if not found:
         err.print(f"{file.name}: is read without complaint, and has no examples", markup=False)
     elif failed:
-        err.print(f"{file.name}: {failed} of {len(found)} examples fail", markup=False)
+        err.print(f"{file.name}: wrong, {failed} of {plural(len(found), 'example')}", markup=False)
     else:
-        err.print(f"{file.name}: all {len(found)} examples hold", markup=False)
+        err.print(f"{file.name}: ok, {plural(len(found), 'example')}", markup=False)
 
 
 def _facts(file: PolicyFile) -> dict[str, Any]:
