@@ -133,8 +133,9 @@ def sqlite_check() -> Workload:
 def fsync_probe(*, call: str = "fsync", attempts: int = 6) -> Workload:
     """Writes and calls of fsync or fdatasync, each with what came of it; `fsyncs.probed` reads it.
 
-    A flush that fails under fdatasync concerns that call alone; fsync has the file's times to
-    write, and it is ext4's journal that fails, after which nothing can be written any more.
+    On ext4 a call that has metadata to write, fsync after any write and the first fdatasync, has
+    its flushes from the journal: one that fails ends all writing. Any other call flushes for
+    itself: a failure is told once, and ext4 goes on.
     """
     summary = f"what {call} says to an application, {attempts} times"
     script = fsyncs.probe_script(call=call, attempts=attempts)
