@@ -9,7 +9,14 @@ class NbdproxyError(Exception):
     """The root: unusable input, or an environment that does not allow what was asked."""
 
 
-class UsageError(NbdproxyError, ValueError):
+class _OneLineError(NbdproxyError):
+    """What quotes a user's own words, which may hold line breaks."""
+
+    def __str__(self) -> str:
+        return super().__str__().replace("\r", "\\r").replace("\n", "\\n")
+
+
+class UsageError(_OneLineError, ValueError):
     """The command line asks for something contradictory or unknown."""
 
 
@@ -29,7 +36,7 @@ class ProjectionError(NbdproxyError, ValueError):
     """A recording does not hold what a projection onto this cache mode would need."""
 
 
-class PolicyError(NbdproxyError, ValueError):
+class PolicyError(_OneLineError, ValueError):
     """A policy file is unknown, unreadable or wrong; the message names file and key path."""
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from enum import Enum
 from typing import TypeVar
 
 from nbdproxy.errors import UsageError
+from nbdproxy.sizes import parse_size
 
 E = TypeVar("E", bound=Enum)
-_SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
 
 def parse_list(text: str | None, choices: type[E], option: str) -> list[E] | None:
@@ -38,12 +36,6 @@ def parse_range(text: str) -> tuple[int, int]:
     """Return the bytes [a, b) that "A-B" names; both may have a unit: 4K-1M."""
     low, dash, high = text.partition("-")
     start, end = parse_size(low), parse_size(high)
-    if not dash or start is None or end is None or start >= end:
+    if not dash or start is None or end is None or not 0 <= start < end:
         raise UsageError(f"--range: {text!r} is not a range of bytes; write for example 4K-1M")
     return start, end
-
-
-def parse_size(text: str) -> int | None:
-    """Return the bytes that "4K" or "10GiB" names, None if it names none."""
-    match = _SIZE.fullmatch(text.strip())
-    return int(match[1]) << _UNITS[match[2].upper()] if match else None

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import parse_size
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
 from nbdproxy.lab import guest
@@ -17,6 +16,7 @@ from nbdproxy.lab.build import build_lab
 from nbdproxy.lab.disk import FILESYSTEMS, PARTITION_TABLES, format_disk
 from nbdproxy.lab.workloads import WORKLOADS, parse_ending, shell, workload_named
 from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.sizes import parse_size
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -74,7 +74,7 @@ def format_(
     Example: nbdproxy lab format disk.img --size 512M --table gpt
     """
     count = parse_size(size)
-    if count is None:
+    if count is None or count <= 0:
         raise UsageError(f"--size: {size!r} is not a size; write for example 256M")
     format_disk(disk, count, fs=fs, partition_table=table)
 

@@ -97,6 +97,18 @@ class Action:
     bits: int = 1
     value: int = 1
 
+    @property
+    def drops_before(self) -> bool:
+        """Whether the connection is dropped and the request is not done."""
+        return self.kind is ActionKind.DISCONNECT and self.moment is Moment.BEFORE
+
+    @property
+    def undone(self) -> bool:
+        """Whether the request is not done."""
+        return self.kind in _UNDONE or self.drops_before
+
+
+_UNDONE = frozenset({ActionKind.ERROR, ActionKind.FSYNCGATE, ActionKind.HANG})
 
 ACTION_KEYS: dict[str, Key] = {
     "errno": Key(Form.CHOICE, "the error of the reply; default EIO", choices=Errno),

@@ -6,26 +6,24 @@ that can never strike, each with file and key path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from nbdproxy.errors import PolicyError
 from nbdproxy.nbd.tables import COMMAND_RULES
 from nbdproxy.policy.actions import ACTION_KEYS, ACTIONS, Action, ActionKind
 from nbdproxy.policy.conditions import EVENT_FORMS, Conditions
-from nbdproxy.policy.keys import Key
+from nbdproxy.policy.keys import checked
 from nbdproxy.policy.model import Cache, Cut, FlushCovers, Order, Policy, Rule, Survivors
 from nbdproxy.policy.schema import CACHE_KEYS, CUT_KEYS, FLUSH_KEYS, RULE_KEYS
 from nbdproxy.policy.sense import check_rule, check_shadows
 from nbdproxy.requests import Command, CommandFlag
 
-Checked = Callable[[str, str, Mapping[str, Any], Mapping[str, Key]], dict[str, Any]]
-"""Parses the values of a table: file, key path, values, known keys."""
-
 _SECTOR = 512
 
 
-def build(file: str, name: str, top: Mapping[str, Any], checked: Checked) -> Policy:
+def build(file: str, name: str, top: Mapping[str, Any]) -> Policy:
     """Return the policy that the tables of `file` describe; parameters have been put in."""
     cache = checked(file, "cache.", top.get("cache", {}), CACHE_KEYS)
     flush = checked(file, "flush.", top.get("flush", {}), FLUSH_KEYS)
@@ -47,13 +45,9 @@ def build(file: str, name: str, top: Mapping[str, Any], checked: Checked) -> Pol
         ),
     )
     _check_cache(file, policy, cache, cut)
-    rules = tuple(_rules(file, policy, top.get("rule", []), checked))
+    rules = tuple(_rules(file, policy, top.get("rule", [])))
     check_shadows(rules)
-    return Policy(
-        *(policy.names, policy.summary, policy.imitates, policy.sources, policy.cache),
-        *(policy.flush_covers, policy.cut),
-        layers=(rules,) if rules else (),
-    )
+    return replace(policy, layers=(rules,) if rules else ())
 
 
 def _check_cache(
@@ -77,9 +71,7 @@ def _check_cache(
         )
 
 
-def _rules(
-    file: str, policy: Policy, tables: list[dict[str, Any]], checked: Checked
-) -> Iterator[Rule]:
+def _rules(file: str, policy: Policy, tables: list[dict[str, Any]]) -> Iterator[Rule]:
     taken: set[str] = set()
     for index, table in enumerate(tables):
         where = f"rule[{index}]"
@@ -102,20 +94,14 @@ def _rules(
 def _rule(where: str, name: str, values: dict[str, Any]) -> Rule:
     kind: ActionKind = values.pop("action")
     action = _action(where, kind, values)
-    given = values.pop("command", None)
-    commands = ACTIONS[kind].commands
-    if given is not None:
-        asked = frozenset(word.command for word in given)
-        if wrong := asked - commands:
-            words = ", ".join(_word(command) for command in sorted(commands))
-            raise PolicyError(
-                f"{where}.command: {kind.value} cannot strike {_word(min(wrong))}; it strikes "
-                f"{words}"
-            )
-        commands = asked
+    commands = _commands(where, kind, values)
     if values.pop("once", False):
-        if "times" in values:
-            raise PolicyError(f"{where}.once: contradicts times; drop one of them")
+        for key, problem in (
+            ("times", "contradicts times; drop one of them"),
+            ("nth", "there is only one n-th; drop once"),
+        ):
+            if key in values:
+                raise PolicyError(f"{where}.once: {problem}")
         values["times"] = 1
     for key in ("flags", "without_flags"):
         if key in values:
@@ -131,6 +117,30 @@ def _rule(where: str, name: str, values: dict[str, Any]) -> Rule:
     rule = Rule(name, where, when, action)
     check_rule(rule)
     return rule
+
+
+def _commands(where: str, kind: ActionKind, values: dict[str, Any]) -> frozenset[Command]:
+    """Take the commands out of `values`: those asked for, if the action can strike them."""
+    commands = ACTIONS[kind].commands
+    given = values.pop("command", None)
+    if given is not None:
+        asked = frozenset(word.command for word in given)
+        if wrong := asked - commands:
+            words = ", ".join(_word(command) for command in sorted(commands))
+            raise PolicyError(
+                f"{where}.command: {kind.value} cannot strike {_word(min(wrong))}; it strikes "
+                f"{words}"
+            )
+        commands = asked
+    no_fua = any(word.flag is CommandFlag.FUA for word in values.get("without_flags", ()))
+    if kind is ActionKind.LIE and no_fua:
+        commands &= {Command.FLUSH}
+        if not commands:
+            raise PolicyError(
+                f"{where}.without_flags: a write without FUA promises nothing, so there is nothing "
+                "to lie about; drop it"
+            )
+    return commands
 
 
 def _action(where: str, kind: ActionKind, values: dict[str, Any]) -> Action:
@@ -174,6 +184,11 @@ def _possible(
         if not left:
             key = places[0].replace("ranges", "range")
             raise PolicyError(f"{where}.{key}: a flush has no place; drop it")
+    if values.get("after_bytes") is not None and left == {Command.FLUSH}:
+        raise PolicyError(
+            f"{where}.after_bytes: flushes have no bytes, so the rule can never strike; count them "
+            "with after_count"
+        )
     return left
 
 

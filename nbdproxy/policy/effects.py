@@ -5,11 +5,17 @@ Pure functions; the image keeps the honest bytes (see `nbdproxy.disks.faults`).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from functools import partial
+
 from nbdproxy.dice import Lot, draw_below
 from nbdproxy.policy.actions import Action, ActionKind, Keep
 
 SECTOR = 512
 """Bytes that are written, or not, as one (PERSISTENCE.md, rule 7)."""
+
+_BITS = 8 * SECTOR
 
 Shown = tuple[int, bytes]
 """An offset on the disk, and what reads get from there on."""
@@ -42,22 +48,27 @@ def shown_after_write(
 def flipped(data: bytes, bits: int, lot: Lot) -> bytes:
     """Return `data` with so many of its bits flipped, as drawn; all of them if it has fewer."""
     found = bytearray(data)
-    chosen: set[int] = set()
-    turn = 0
-    while len(chosen) < min(bits, 8 * len(data)):
-        chosen.add(lot.draw_below(8 * len(data), "bit", turn))
-        turn += 1
-    for bit in chosen:
+    for bit in _some(bits, 8 * len(data), partial(lot.draw_below, 8 * len(data), "bit")):
         found[bit // 8] ^= 1 << bit % 8
     return bytes(found)
+
+
+def _some(count: int, limit: int, draw: Callable[[int], int]) -> set[int]:
+    """Return so many of the numbers below `limit`, or all of them, by draws for turn 0, 1, ..."""
+    few = min(count, limit - min(count, limit))  # it is quicker to draw those left out
+    chosen: set[int] = set()
+    turns = itertools.count()
+    while len(chosen) < few:
+        chosen.add(draw(next(turns)))
+    return chosen if few == count else set(range(limit)) - chosen
 
 
 def stuck(data: bytes, offset: int, action: Action, lot: Lot) -> bytes:
     """Return `data`, read from `offset`, as it is if some bits of each sector are stuck."""
     found = bytearray(data)
     for sector in range(offset // SECTOR, -(-(offset + len(data)) // SECTOR)):
-        for turn in range(action.bits):
-            bit = draw_below(8 * SECTOR, lot.seed, lot.rule, "stuck", sector, turn)
+        draw = partial(draw_below, _BITS, lot.seed, lot.rule, "stuck", sector)
+        for bit in _some(action.bits, _BITS, draw):
             at = sector * SECTOR + bit // 8 - offset
             if 0 <= at < len(found):
                 mask = 1 << bit % 8
@@ -66,7 +77,10 @@ def stuck(data: bytes, offset: int, action: Action, lot: Lot) -> bytes:
 
 
 def _written(action: Action, lot: Lot, count: int) -> frozenset[int]:
-    """Return which of a torn write's sectors are written: at least one, and not all if drawn."""
+    """Return which of a torn write's sectors are written.
+
+    If it is drawn, that is at least one and not all of them; of a single one none.
+    """
     ranked = list(range(count))
     if action.keep is Keep.BACK:
         ranked.reverse()

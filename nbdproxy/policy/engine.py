@@ -4,7 +4,7 @@ Guarantees: the same requests in the same order, the same events in between, and
 give the same decisions; only rules with `after_s` or `before_s` look at the clock. Within a layer
 (one policy) the first rule that strikes decides, and a rule sees only what no earlier rule of its
 layer took. With several layers delays add up, and the first other action decides; later layers do
-not see that request.
+not see that request. (A write that a later layer fails heals no place of an earlier one.)
 
 Not covered: doing it, which is the server's.
 """
@@ -29,7 +29,6 @@ Places = Callable[[Rule], Sequence[Extent] | None]
 
 _FUA = int(CommandFlag.FUA)
 _FLUSH, _WRITE = int(Command.FLUSH), int(Command.WRITE)
-_NOT_DONE = frozenset({ActionKind.ERROR, ActionKind.FSYNCGATE, ActionKind.HANG})
 
 
 class Decision(NamedTuple):
@@ -112,7 +111,7 @@ class Engine:
         elif self._watches_writes and command == _WRITE:
             self._events.add("first-write")
         if self._healing and command in MODIFYING:
-            if decided is not None and decided.rule.action.kind in _NOT_DONE:
+            if decided is not None and decided.rule.action.undone:
                 return
             for counter in self._healing:
                 counter.healed.add(request.offset, request.end)

@@ -105,7 +105,7 @@ def parse_example(where: str, values: Mapping[str, Any]) -> Example:
     if image and shows and len(image) != len(shows):
         raise PolicyError(f"{where}.shows: has not as many sectors as image")
     for key, letters in (("image", image), ("shows", shows)):
-        if any(len(letter) != 1 for letter in letters):
+        if not all(len(letter) == 1 and _is_letter(letter) for letter in letters):
             raise PolicyError(f'{where}.{key}: has a letter for each sector, such as ["A", "-"]')
     example = Example(steps, image, shows, values.get("set", {}), values.get("seed", 0))
     for index, step in enumerate(steps):
@@ -146,6 +146,11 @@ def _is_good(verb: str, word: str) -> bool:
     return True
 
 
+def _is_letter(letter: str) -> bool:
+    """Tell whether a sector can be full of it: one byte that can be seen."""
+    return letter.isascii() and letter.isprintable()
+
+
 def _seconds(word: str) -> float | None:
     try:
         seconds = float(word)
@@ -163,7 +168,7 @@ def _request(text: str, command: Command, words: list[str]) -> Step | None:
         return None
     sector = int(words[0])
     if command is Command.WRITE:
-        if len(words) != 2:
+        if len(words) != 2 or not all(map(_is_letter, words[1])):
             return None
         return Step(text, command, sector, len(words[1]), words[1], fua)
     if len(words) > 2 or (len(words) == 2 and not (words[1].isdecimal() and int(words[1]))):
@@ -184,6 +189,8 @@ def _expecting(step: Step, words: list[str]) -> Step | None:
     known = {SILENCE, GONE, NONSENSE, *(errno.value for errno in Errno)}
     reads = step.command is Command.READ and len(outcome) == step.count
     if outcome and outcome not in known and not reads:
+        return None
+    if after_s and outcome == SILENCE:
         return None
     return Step(
         *(step.text, step.command, step.sector, step.count, step.letters, step.fua),

@@ -1,11 +1,16 @@
-"""The forms that values in a policy file have, and one key of such a file."""
+"""The keys of a policy file's tables: the forms that values have, and the check of a table."""
 
 from __future__ import annotations
 
-import re
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from math import isfinite
+from math import inf, isfinite
+from typing import Any
+
+from nbdproxy.errors import PolicyError
+from nbdproxy.sizes import parse_size
 
 
 class Form(Enum):
@@ -44,10 +49,6 @@ class Key:
         return [choice.value for choice in self.choices or ()]
 
 
-_SIZE = re.compile(r"(-?)(\d+) ?([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_SHIFT = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-
-
 def parse(key: Key, value: object) -> object:
     """Return a value of a TOML file as the program uses it; ValueError says what it must be."""
     parsed = _PARSERS[key.form](value, key)
@@ -59,15 +60,24 @@ def parse(key: Key, value: object) -> object:
     return parsed
 
 
-def parse_size(value: object) -> int:
-    """Return bytes; raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
-        raise ValueError(f"must be {Form.SIZE.value}")
-    sign, digits, unit = match.groups()
-    return int(sign + digits) << _SHIFT[unit.upper()]
+def checked(
+    file: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, Key]
+) -> dict[str, Any]:
+    """Return a table's values, parsed; raises PolicyError naming file and key path."""
+    parsed = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise PolicyError(f"{file}: {prefix}{key}: unknown key; {hint}")
+        try:
+            parsed[key] = parse(known[key], value)
+        except ValueError as wrong:
+            raise PolicyError(f"{file}: {prefix}{key}: {wrong}") from None
+    for key, rule in known.items():
+        if rule.required and key not in values:
+            raise PolicyError(f"{file}: {prefix}{key}: missing; add it ({rule.help})")
+    return parsed
 
 
 def _any(value: object, key: Key) -> object:
@@ -100,20 +110,29 @@ def _count(value: object, key: Key) -> int:
     return value
 
 
+def _bytes(value: object) -> int | None:
+    if isinstance(value, str):
+        return parse_size(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _size(value: object, key: Key) -> int:
-    try:
-        size = parse_size(value)
-    except ValueError:
-        raise ValueError(_must(key)) from None
-    if size < 0 and key.form is Form.SIZE:
+    size = _bytes(value)
+    if size is None or (size < 0 and key.form is Form.SIZE):
         raise ValueError(_must(key))
     return size
 
 
 def _seconds(value: object, key: Key) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not isfinite(value):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(_must(key))
-    return float(value)
+    try:
+        seconds = float(value)
+    except OverflowError:  # a whole number beyond all floats
+        seconds = inf
+    if not isfinite(seconds):
+        raise ValueError(_must(key))
+    return seconds
 
 
 def _share(value: object, key: Key) -> float:
@@ -147,11 +166,10 @@ def _ranges(value: object, key: Key) -> tuple[tuple[int, int], ...]:
 
 def _range(value: object, key: Key) -> tuple[int, int]:
     low, dash, high = value.partition("-") if isinstance(value, str) else ("", "", "")
-    try:
-        start, end = parse_size(low), parse_size(high)
-    except ValueError:
-        raise ValueError(_must(key)) from None
-    if not dash or start >= end:
+    start, end = parse_size(low), parse_size(high)
+    if start is None or end is None or not dash:
+        raise ValueError(_must(key))
+    if start >= end:
         raise ValueError(f"{value!r} holds no byte; the end is behind the last byte")
     return start, end
 

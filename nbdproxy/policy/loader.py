@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nbdproxy.errors import PolicyError
-from nbdproxy.policy import keys
 from nbdproxy.policy.build import build
 from nbdproxy.policy.examples import Example, parse_example
-from nbdproxy.policy.keys import Key
+from nbdproxy.policy.keys import checked
 from nbdproxy.policy.model import Policy
 from nbdproxy.policy.parameters import Parameter, Value, settle, substitute
 from nbdproxy.policy.schema import EXAMPLE_KEYS, KEYS, PARAMETER_KEYS
@@ -76,7 +75,7 @@ def read(path: Path) -> PolicyFile:
         raise PolicyError(f"there is no policy file {path}; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers and lists beyond all bounds
         raise PolicyError(f"{path} is not TOML: {error}") from None
     top = checked(str(path), "", content, KEYS)
     parameters = tuple(_parameters(path, top.get("parameters", {})))
@@ -88,29 +87,14 @@ def read(path: Path) -> PolicyFile:
         )
         for index, one in enumerate(top.get("example", []))
     )
+    file = PolicyFile(path, policy, parameters, examples, content)
     for index, example in enumerate(examples):
-        settle(f"{path}: example[{index}].set", parameters, example.settings)
-    return PolicyFile(path, policy, parameters, examples, content)
-
-
-def checked(
-    file: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, Key]
-) -> dict[str, Any]:
-    """Return a table's values, parsed; raises PolicyError naming file and key path."""
-    parsed = {}
-    for key, value in values.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise PolicyError(f"{file}: {prefix}{key}: unknown key; {hint}")
         try:
-            parsed[key] = keys.parse(known[key], value)
-        except ValueError as wrong:
-            raise PolicyError(f"{file}: {prefix}{key}: {wrong}") from None
-    for key, rule in known.items():
-        if rule.required and key not in values:
-            raise PolicyError(f"{file}: {prefix}{key}: missing; add it ({rule.help})")
-    return parsed
+            file.with_settings(example.settings)
+        except PolicyError as wrong:
+            said = str(wrong).removeprefix(f"{path}: ")
+            raise PolicyError(f"{path}: example[{index}].set: {said}") from None
+    return file
 
 
 def _parameters(path: Path, table: Mapping[str, object]) -> Iterator[Parameter]:
@@ -143,7 +127,7 @@ def _policy(
                 f'{path}: parameters.{parameter.name}: nothing has the value "${parameter.name}"; '
                 "use it, or drop it"
             )
-    return build(str(path), path.stem, checked(str(path), "", tables, KEYS), checked)
+    return build(str(path), path.stem, checked(str(path), "", tables, KEYS))
 
 
 def _gallery() -> Iterator[Path]:

@@ -23,6 +23,8 @@ def _contradictions(when: Conditions) -> list[tuple[str, str]]:
     """Return the key and what is wrong with it, for each contradiction."""
     never = "so the rule can never strike; drop one of them"
     nth, every = when.nth, when.every
+    asked = {"range": when.ranges, "region": when.region, "file": when.file}
+    places = [key for key, place in asked.items() if place is not None]
     checks: list[tuple[bool, str, str]] = [
         (bool(when.flags & when.without_flags), "without_flags", f"contradicts flags, {never}"),
         (nth is not None and every is not None and nth % every != 0, "nth",
@@ -34,7 +36,8 @@ def _contradictions(when: Conditions) -> list[tuple[str, str]]:
         (when.after_count is not None and when.before_count is not None
          and when.before_count <= when.after_count + 1, "before_count",
          f"leaves nothing behind after_count, {never}"),
-        (every is not None and when.before_count is not None and every >= when.before_count,
+        (every is not None and when.before_count is not None
+         and ((when.after_count or 0) // every + 1) * every >= when.before_count,
          "every", f"does not come before before_count, {never}"),
         (when.after_bytes is not None and when.before_bytes is not None
          and when.before_bytes <= when.after_bytes + 1, "before_bytes",
@@ -49,8 +52,8 @@ def _contradictions(when: Conditions) -> list[tuple[str, str]]:
          and any(when.contains), "payload", f"what is all zero does not contain that, {never}"),
         (when.contains is not None and when.payload is PayloadKind.ZERO
          and not any(when.contains), "contains", "is what all zeroes are; drop it"),
-        (sum(p is not None for p in (when.ranges, when.region, when.file)) > 1, "range",
-         "range, region and file exclude each other; make a rule for each"),
+        *((len(places) > 1, place, f"{' and '.join(places)} exclude each other; make two rules")
+          for place in places),
         (when.until_written and not when.has_place, "until_written",
          "needs a place: range, region, file or block_share"),
         (nth is not None and when.times is not None, "times",
@@ -63,7 +66,7 @@ def _contradictions(when: Conditions) -> list[tuple[str, str]]:
 def check_shadows(rules: Sequence[Rule]) -> None:
     """Raise PolicyError if an earlier rule of a layer takes all that a later one could strike."""
     for earlier, later in combinations(rules, 2):
-        if earlier.action.kind is ActionKind.LIE and not _can_only_be_lied_to(later.when):
+        if earlier.action.kind is ActionKind.LIE and not _can_only_be_lied_to(later):
             continue
         if _covers(earlier.when, later.when):
             raise PolicyError(
@@ -72,8 +75,10 @@ def check_shadows(rules: Sequence[Rule]) -> None:
             )
 
 
-def _can_only_be_lied_to(when: Conditions) -> bool:
-    return when.commands == {Command.FLUSH} or bool(when.flags & CommandFlag.FUA)
+def _can_only_be_lied_to(rule: Rule) -> bool:
+    """Tell whether all that fits a rule promises something: `lie` fits nothing else."""
+    flushes = rule.when.commands == {Command.FLUSH}
+    return flushes or bool(rule.when.flags & CommandFlag.FUA) or rule.action.kind is ActionKind.LIE
 
 
 def _covers(wide: Conditions, narrow: Conditions) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from nbdproxy.policy.actions import ACTIONS, Action, ActionKind, Moment
 from nbdproxy.policy.conditions import Conditions
-from nbdproxy.policy.model import Cache, CutEvent, FlushCovers, Policy, Rule, Survivors
+from nbdproxy.policy.model import Cache, CutEvent, FlushCovers, Order, Policy, Rule, Survivors
 from nbdproxy.requests import Command, CommandFlag
+from nbdproxy.sizes import exact_size
 
 _EVENTS = {
     CutEvent.EXIT: "when nbdproxy ends",
@@ -56,11 +57,10 @@ def _cache(cache: Cache) -> Iterator[str]:
         return
     text = "Writes are held in a volatile cache"
     if cache.window is not None:
-        text += (
-            f"; what is over {size(cache.window)} is written back, the {cache.order.value} first"
-            if cache.order.value != "random"
-            else f"; what is over {size(cache.window)} is written back, in an order that is drawn"
-        )
+        order = f"the {cache.order.value} first"
+        if cache.order is Order.RANDOM:
+            order = "in an order that is drawn"
+        text += f"; what is over {exact_size(cache.window)} is written back, {order}"
     if cache.age_s is not None:
         text += f"; what is older than {cache.age_s:g} s is written back"
     yield text + "."
@@ -125,8 +125,8 @@ def _which(when: Conditions, kind: ActionKind) -> str:
             (when.before_s is not None, f"earlier than {when.before_s} s"),
             (when.after_count, f"behind the first {when.after_count}"),
             (when.before_count, f"before number {when.before_count}"),
-            (when.after_bytes is not None, f"behind the first {size(when.after_bytes or 0)}"),
-            (when.before_bytes, f"within the first {size(when.before_bytes or 0)}"),
+            (when.after_bytes is not None, f"behind the first {exact_size(when.after_bytes or 0)}"),
+            (when.before_bytes, f"within the first {exact_size(when.before_bytes or 0)}"),
             (when.probability, f"with probability {when.probability or 0:g}"),
             (when.times, f"at most {when.times} times" if when.times != 1 else "once"),
         )
@@ -154,13 +154,4 @@ def _flags(flags: int) -> str:
 
 
 def _ranges(when: Conditions) -> str:
-    return ", ".join(f"{size(low)}-{size(high)}" for low, high in when.ranges or ())
-
-
-def size(count: int) -> str:
-    """Return bytes as a policy file has them: 512, 64K, 1M."""
-    for unit in ("", "K", "M", "G"):
-        if count % 1024 or not count:
-            return f"{count}{unit}"
-        count //= 1024
-    return f"{count}T"
+    return ", ".join(f"{exact_size(low)}-{exact_size(high)}" for low, high in when.ranges or ())

@@ -10,7 +10,7 @@ import trio
 
 from nbdproxy.disks.volatile import Ticket
 from nbdproxy.errors import RecordingError
-from nbdproxy.policy.actions import ActionKind, Moment
+from nbdproxy.policy.actions import ActionKind
 from nbdproxy.policy.engine import Decision
 from nbdproxy.policy.model import Handling
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
@@ -173,8 +173,7 @@ class Job:
     def dropped_before(self) -> bool:
         """Whether its connection is dropped before it is done."""
         action = self.decision.action if self.decision is not None else None
-        drops = action is not None and action.kind is ActionKind.DISCONNECT
-        return drops and action is not None and action.moment is Moment.BEFORE
+        return action is not None and action.drops_before
 
     @property
     def fails(self) -> bool:

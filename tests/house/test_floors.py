@@ -16,6 +16,7 @@ FLOOR = {
     "extents": 0,
     "requests": 0,
     "dice": 0,
+    "sizes": 0,
     "nbd": 1,
     "disks": 1,
     "recording": 1,

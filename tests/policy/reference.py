@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from nbdproxy.dice import draw
 from nbdproxy.extents import Extent
-from nbdproxy.policy.actions import Action, ActionKind
+from nbdproxy.policy.actions import Action, ActionKind, Moment
 from nbdproxy.policy.conditions import PayloadKind
 from nbdproxy.policy.model import Rule
 from nbdproxy.requests import Command, CommandFlag, Request
@@ -189,9 +189,12 @@ class Reference:
         found: set[int] = set()
         for before in self._requests(at):
             verdict = self.verdict(before)
-            kind = verdict.action.kind if verdict and verdict.action else None
-            not_done = {ActionKind.ERROR, ActionKind.FSYNCGATE, ActionKind.HANG}
-            if self._asked(before).request.command in changing and kind not in not_done:
+            action = verdict.action if verdict else None
+            not_done = action is not None and (
+                action.kind in {ActionKind.ERROR, ActionKind.FSYNCGATE, ActionKind.HANG}
+                or (action.kind is ActionKind.DISCONNECT and action.moment is Moment.BEFORE)
+            )
+            if self._asked(before).request.command in changing and not not_done:
                 found |= units(self._asked(before).request)
         return found
 

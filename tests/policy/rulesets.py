@@ -15,8 +15,8 @@ from nbdproxy.extents import Extent
 from nbdproxy.nbd.tables import COMMAND_RULES
 from nbdproxy.policy.actions import ACTIONS, ActionKind
 from nbdproxy.policy.build import build
-from nbdproxy.policy.loader import checked
-from nbdproxy.policy.model import Rule
+from nbdproxy.policy.keys import checked
+from nbdproxy.policy.model import Policy, Rule
 from nbdproxy.policy.schema import KEYS
 from nbdproxy.requests import Command, CommandFlag, Request
 from tests.policy.reference import UNIT, Asked, History
@@ -110,11 +110,15 @@ def rule_table(dice: random.Random) -> Table:
     return table
 
 
+def build_tables(tables: Table, name: str = "mine") -> Policy:
+    """Build the policy of a file with these tables, through the real path."""
+    top = {"summary": "s", "imitates": "i"} | tables
+    return build("f.toml", name, checked("f.toml", "", top, KEYS))
+
+
 def built(rules: list[Table], name: str) -> tuple[Rule, ...]:
-    """Build the rules of one policy through the real path; raises PolicyError."""
-    top = {"summary": "s", "imitates": "i", "cache": {"holds": True}, "rule": rules}
-    policy = build("f.toml", name, checked("f.toml", "", top, KEYS), checked)
-    return policy.rules
+    """Build the rules of one policy; raises PolicyError."""
+    return build_tables({"cache": {"holds": True}, "rule": rules}, name).rules
 
 
 def layer(dice: random.Random, name: str) -> tuple[Rule, ...]:

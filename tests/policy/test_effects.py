@@ -77,6 +77,13 @@ def test_stuck_bits_are_of_the_sector_not_of_the_read(
         assert 1 <= wrong <= bits
 
 
+@pytest.mark.parametrize("value", [0, 1])
+def test_as_many_bits_of_a_sector_are_stuck_as_asked(value: int) -> None:
+    """A draw that comes twice is no second bit."""
+    action = Action(ActionKind.STICK, bits=8 * SECTOR, value=value)
+    assert stuck(b"\x5a" * SECTOR, 0, action, Lot(1, "r", 1)) == (b"\x00", b"\xff")[value] * SECTOR
+
+
 @given(lots, st.integers(0, 8), st.integers(-8, 8).filter(bool), sectors)
 def test_a_misdirected_write_keeps_its_place_and_takes_another(
     lot: Lot, at: int, shift: int, count: int
