@@ -30,6 +30,7 @@ from nbdproxy.server.jobs import (
     Counters,
     Failure,
     Job,
+    Landing,
     failure_by_rule,
     failure_of,
 )
@@ -59,10 +60,15 @@ class _Batch:
     """
 
     connection: int
+    regime: int
     seq: int = 0
     layer: int | None = None
     answered: list[tuple[Request, int, Failure | None]] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
+
+    def wait(self, request: Request, seq: int = -1, landing: Landing | None = None) -> None:
+        """Leave a request to a job."""
+        self.jobs.append(Job(request, seq, landing, regime=self.regime))
 
 
 class Batches:
@@ -106,7 +112,7 @@ class Batches:
             if len(struck) < len(accepted):  # a cut among them: what comes behind never arrived
                 accepted = requests = accepted[: len(struck)]
                 changing = [r for r in accepted if r.command in _RECORDED]
-        batch = _Batch(connection)
+        batch = _Batch(connection, self._regime.number)
         batch.seq = self._ledger.received(connection, requests, changing)
         if self._ledger.failure is not None:
             for request in changing:
@@ -140,7 +146,7 @@ class Batches:
                 self._change(request, seq, batch)
                 seq += 1
             else:
-                batch.jobs.append(Job(request))
+                batch.wait(request)
 
     def begin(self) -> float:
         """Return when the serving began; the first call is when."""
@@ -188,14 +194,17 @@ class Batches:
         elif kind is ActionKind.ERROR and not decision.delay_s:
             batch.answered.append((request, seq, failure_by_rule(decision)))
         elif request.command not in _RECORDED:
-            batch.jobs.append(Job(request, decision=decision))
+            batch.jobs.append(Job(request, decision=decision, regime=batch.regime))
         else:
             self._count(request)
             handling = self._handle_as(request)
             if kind is ActionKind.LIE:
                 flush = request.command == _FLUSH
                 handling = Handling.ANSWER if flush else Handling.HOLD
-            bare = Job(_without_payload(request), seq, None, None, decision, handling, batch.layer)
+            bare = Job(
+                *(_without_payload(request), seq, None, None, decision, handling, batch.layer),
+                regime=batch.regime,
+            )
             if request.command == _FLUSH or kind is ActionKind.ERROR or bare.dropped_before:
                 batch.jobs.append(bare)
             else:
@@ -211,7 +220,7 @@ class Batches:
     def _read(self, request: Request, replies: Replies, batch: _Batch) -> None:
         self.counters.reads += 1
         if self._remote is not None:
-            batch.jobs.append(Job(request))
+            batch.wait(request)
             return
         place = replies.reserve_read(request)
         try:
@@ -220,7 +229,7 @@ class Batches:
                     self._faults.patch(request, place)
                 replies.finish_read(request)
                 return
-            batch.jobs.append(Job(request))
+            batch.wait(request)
         except (OSError, RecordingError) as error:
             batch.answered.append((request, -1, failure_of(error)))
         replies.take_back_read(request)
@@ -229,10 +238,10 @@ class Batches:
         self.counters.flushes += 1
         handling = self._handle_as(request)
         if handling is Handling.PASS:
-            batch.jobs.append(Job(request, seq))
+            batch.wait(request, seq)
         elif handling is Handling.LAND and self._landings is not None:
             landing = self._landings.add_flush(batch.connection, seq, batch.layer)
-            batch.jobs.append(Job(request, seq, landing))
+            batch.wait(request, seq, landing)
         else:
             batch.answered.append((request, seq, None))
 
@@ -265,9 +274,9 @@ class Batches:
             self._regime.held(request, seq)
         if handling is Handling.HOLD_AND_LAND and self._landings is not None:
             landing = self._landings.add_fua(batch.connection, seq)
-            batch.jobs.append(Job(_without_payload(request), seq, landing))
+            batch.wait(_without_payload(request), seq, landing)
         elif handling is Handling.PASS and request.flags & _FUA:
-            batch.jobs.append(Job(_without_payload(request), seq))
+            batch.wait(_without_payload(request), seq)
         else:
             batch.answered.append((request, seq, None))
 
@@ -294,7 +303,7 @@ class Batches:
             return
         request = request._replace(payload=memoryview(bytes(request.payload)))
         claim = self.claims.claim(request)
-        batch.jobs.append(Job(request, seq, None, claim, decision, handling))
+        batch.jobs.append(Job(request, seq, None, claim, decision, handling, regime=batch.regime))
 
     def _answer(self, connection: int, batch: _Batch, replies: Replies) -> None:
         """Record what was done inline as completed, and only then prepare its replies."""

@@ -13,6 +13,7 @@ succeeds any more, and `failed` is set.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 
@@ -20,7 +21,7 @@ import structlog
 import trio
 
 from nbdproxy.disks.device import BlockDevice
-from nbdproxy.errors import NbdproxyError, RecordingError
+from nbdproxy.errors import ImageError, NbdproxyError, RecordingError
 from nbdproxy.nbd.events import Refused
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.replies import Replies
@@ -82,6 +83,7 @@ class Export:
         self._cutting = trio.Lock()
         self._cut_noted = False
         self._background = trio.CancelScope()
+        self._regimes = itertools.count()
         self._regime = self._make_regime(policy, seed, places)
         self._batches = Batches(self.ledger, self.power, preserver, self._regime)
 
@@ -91,6 +93,7 @@ class Export:
             self._honest,
             remote=self._below,
             power=self.power,
+            number=next(self._regimes),
             seed=seed,
             places=places,
             complete=self.ledger.outcome,
@@ -235,13 +238,26 @@ class Export:
     async def pause(self) -> None:
         """Let nothing new begin, finish what was begun, and make all of it durable on the image.
 
-        Returns when nothing is at work any more. Requests that hang are not waited for.
+        Returns when nothing is at work any more. Requests that hang are not waited for. Raises
+        ImageError if the image cannot take it, or if the power goes meanwhile; nothing is paused
+        then that was not before.
         """
         async with self._pausing:
+            was_paused = self.paused
             self._gate.close()
-            await self._batches.claims.settled()
-            await self._gate.emptied()
-            await self._regime.sync()
+            try:
+                await self._batches.claims.settled()
+                await self._gate.emptied()
+                await self._regime.sync()
+                if self.power.off:
+                    raise ImageError(f"the power went meanwhile ({self.power.reason})")
+            except OSError as error:
+                if not was_paused:
+                    self.resume()
+                if isinstance(error, ImageError):
+                    raise
+                reason = error.strerror or str(error)
+                raise ImageError(f"what is held cannot be made durable: {reason}") from None
 
     def resume(self) -> None:
         """Let requests go on."""

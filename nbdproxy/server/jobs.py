@@ -152,6 +152,7 @@ class Job:
     decision  what a rule decided on it
     handling  how it is done, where that is not the disk's own way
     layer     for a flush that is late: what of the cache it covers
+    regime    the number of the policy in force when it came
     """
 
     request: Request
@@ -161,6 +162,7 @@ class Job:
     decision: Decision | None = None
     handling: Handling = Handling.PASS
     layer: int | None = None
+    regime: int = 0
 
     @property
     def action(self) -> ActionKind | None:

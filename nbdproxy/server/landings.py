@@ -80,8 +80,12 @@ class Landings:
         return bool(self._thread.borrowed_tokens)
 
     async def sync(self) -> None:
-        """Land all that is held, between two landings."""
+        """Land what is queued and then all that is held, unless the power goes."""
         async with self._lock:
+            while self._queue and not self._power.off:
+                await self._land_next()
+            if self._power.off:
+                return
             layer = self._volatile.freeze()
             copy = partial(self._volatile.copy_down, layer)
             await trio.to_thread.run_sync(copy, limiter=self._thread)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.errors import FilesystemError, PolicyError
+from nbdproxy.errors import FilesystemError, ImageError, PolicyError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.ext4.layout import file_extents, journal_extents, metadata_extents
 from nbdproxy.oracles.partitions import Slice, slices
@@ -44,13 +44,21 @@ NOWHERE = Places()
 
 def find_places(policy: Policy, disk: ReadableDevice) -> Places:
     """Look up all places of a policy on a disk; blocks."""
-    found = {rule.name: _of_rule(rule, disk) for rule in policy.rules}
+    try:
+        found = {rule.name: _of_rule(rule, disk) for rule in policy.rules}
+        return Places(found, _metadata(policy, disk))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ImageError(f"the places of policy {policy.name} cannot be read: {reason}") from None
+
+
+def _metadata(policy: Policy, disk: ReadableDevice) -> ExtentSet:
     metadata = ExtentSet()
     if policy.cut.survives in _NEEDS_METADATA:
         where = f"{policy.name}: cut.survives"
         for extent in _region(where, f"ext4:metadata{_only_partition(disk)}", disk):
             metadata.add(extent.offset, extent.end)
-    return Places(found, metadata)
+    return metadata
 
 
 def _of_rule(rule: Rule, disk: ReadableDevice) -> list[Extent] | None:

@@ -38,6 +38,8 @@ _LISTED = 1000
 class Regime:
     """`policy` on `disk`, which the caller owns. `remote` is set where changes are passed on.
 
+    `number` tells it from those that were in force before.
+
     `complete` and `fail` are as for `Waiting`.
     """
 
@@ -46,6 +48,7 @@ class Regime:
         policy: Policy,
         disk: BlockDevice,
         *,
+        number: int,
         remote: Remote | None,
         power: Power,
         seed: int,
@@ -54,6 +57,7 @@ class Regime:
         fail: Callable[[RecordingError], None],
     ) -> None:
         self.policy = policy
+        self.number = number
         self.seed = seed
         self.engine = Engine(policy, seed, places.of) if policy.layers else None
         self.faults = Faults.of(policy, disk.size)
@@ -78,6 +82,7 @@ class Regime:
         self.remote = remote if self.volatile is None else None
         self.waiting = Waiting(
             *(self.disk, self.remote, self.landings, power),
+            regime=number,
             faults=self.faults,
             held=self.held,
             complete=complete,

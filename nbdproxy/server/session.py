@@ -245,6 +245,8 @@ class Session:
             await self._changes.acquire(len(requests))
         if not self._change_bytes.take(size):
             await self._change_bytes.acquire(size)
+        while export.paused:  # since it was looked at
+            await export.passed()
         waiting = export.handle(self._number, requests, self._replies)
         changes = [job for job in waiting if job.claim is not None]
         for job in changes:

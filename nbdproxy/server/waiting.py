@@ -66,6 +66,7 @@ class Waiting:
         landings: Landings | None,
         power: Power,
         *,
+        regime: int = 0,
         faults: Faults | None = None,
         held: Callable[[Request, int], None] = lambda _request, _seq: None,
         complete: Callable[[int, int, Failure | None], Failure | None],
@@ -75,6 +76,7 @@ class Waiting:
         self._remote = remote
         self._landings = landings
         self._power = power
+        self._regime = regime
         self._faults = faults
         self._held = held
         self._complete = complete
@@ -127,6 +129,8 @@ class Waiting:
 
     async def _change(self, connection: int, job: Job) -> Failure | None:
         """Do a change, and make durable what it promises; return what the client is told."""
+        if job.regime != self._regime:
+            return self._made_durable_before(connection, job)
         failure = await self._apply(job) if job.claim is not None else None
         if failure is not None or self._power.off:
             return self._outcome(connection, job, failure)
@@ -137,6 +141,16 @@ class Waiting:
             return landing.failure
         if job.handling is Handling.PASS:
             failure = await self._make_durable(job.request)
+        return self._outcome(connection, job, failure)
+
+    def _made_durable_before(self, connection: int, job: Job) -> Failure | None:
+        """Answer what came under another policy: the change of policy made all of it durable."""
+        assert job.claim is None
+        if job.landing is not None:
+            assert job.landing.over
+            return job.landing.failure
+        fails = job.decision is not None and job.action is ActionKind.FSYNCGATE
+        failure = failure_by_rule(job.decision) if fails and job.decision is not None else None
         return self._outcome(connection, job, failure)
 
     def _landing(self, connection: int, job: Job) -> Landing | None:

@@ -7,6 +7,7 @@ under a policy with rules:
                                       shown to clients and never reach the image
     fsyncgate                         the same, where a failed flush counts (rule 10)
     survives = "all"                  the image is all that was sent and not refused
+    `ctl policy` and `ctl pause`       nothing is lost, whatever is in flight
     any other survivors, write-back   each sector holds what rule 6 allows, and nothing else
 
 A failing run prints its seed. Not covered: `metadata` and `data` (tests/server/test_places.py), and
@@ -15,8 +16,10 @@ requests that hang and dropped connections, for which the load would wait.
 
 from __future__ import annotations
 
+import json
 import random
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,7 @@ probability = 0.2
 action = "stale"
 probability = 0.2
 """
+LATE = '[[rule]]\naction = "delay"\nprobability = 0.2\ndelay_s = 0.01\n'
 FSYNCGATE = '[[rule]]\naction = "fsyncgate"\nprobability = 0.2\n'
 
 
@@ -171,3 +175,31 @@ def test_the_loads_are_worth_their_name(tmp_path: Path) -> None:
         assert differing(folder, Level.RECEIVED, Choice.ALL, Options())
         if not policy:
             assert differing(folder, Level.FLUSHED, Choice.MUST, Options())
+
+
+@pytest.mark.parametrize("seed", range(1600, 1612))
+def test_policies_that_change_under_load_lose_nothing(tmp_path: Path, seed: int) -> None:
+    """Writes, FUA and flushes are in flight whenever another policy comes into force."""
+    dice = random.Random(seed)
+    make_image(tmp_path / "image", dice)
+    (tmp_path / "mine.toml").write_text(HEAD + FSYNCGATE.replace("0.2", "1e-9") + LATE)
+    names = ["passthrough", "drop-unflushed", "reordering-cache", str(tmp_path / "mine.toml")]
+    options = ("--control", tmp_path / "ctl", "--record", tmp_path / "run")
+    with ForkedServer(tmp_path, tmp_path / "image", *options) as server:
+        load = Load(server.client, seed, dice.randrange(1, 5))
+        for number in range(10):
+            enough = load.sent + dice.randrange(1, 60)
+            until(lambda enough=enough: load.sent >= enough, "the load goes on")  # type: ignore[misc]
+            name = names[dice.randrange(len(names)) if number < 9 else 0]
+            with socket.socket(socket.AF_UNIX) as control:
+                control.connect(str(tmp_path / "ctl"))
+                asked = {"do": "policy", "names": [name]} if number % 4 else {"do": "pause"}
+                for one in [asked, {"do": "resume"}]:
+                    control.sendall(json.dumps(one).encode() + b"\n")
+                    answer = json.loads(control.makefile("rb").readline())
+                    assert answer["ok"], answer
+        load.calm.set()
+        load.join()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0, server.log
+    assert not differing(tmp_path, Level.RECEIVED, Choice.MUST, Options()), f"seed {seed}"
