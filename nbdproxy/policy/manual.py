@@ -41,19 +41,21 @@ keys, conditions that contradict each other, rules that can never strike.
 1. Copy the nearest one: `cp policies/bad-sectors.toml mine.toml`, or begin with this:
 
    ```toml
-   summary = "The third write of ext4's journal fails"
-   imitates = "A bad sector in the journal's area."
+   summary = "The third write of the boot sector fails"
+   imitates = "A sector that wears out"
+   sources = ["seen last Tuesday"]
 
    [[rule]]
    name = "third"
    command = "write"
-   contains = "hex:c03b3998" # what a block of the journal begins with
+   range = "0-512"
    nth = 3
    action = "error"
    errno = "EIO"
 
    [[example]]
-   do = ["write 0 A", "read 0 -> A"]
+   do = ["write 0 A", "write 1 B", "write 0 C", "write 0 D -> EIO", "write 0 E"]
+   image = ["E", "B", "-", "-"]
    ```
 
 2. `nbdproxy policy check mine.toml` runs its examples and says for each step which rule struck.
