@@ -3,7 +3,7 @@
 Random requests on several connections, as in `test_cut_equality.py`, until a signal ends a server
 under a policy with rules:
 
-    errors, delays, faults            the image is what must survive, byte for byte: faults are
+    errors, delays, drops, faults     the image is what must survive, byte for byte: faults are
                                       shown to clients and never reach the image
     fsyncgate                         the same, where a failed flush counts (rule 10)
     survives = "all"                  the image is all that was sent and not refused
@@ -11,7 +11,7 @@ under a policy with rules:
     any other survivors, write-back   each sector holds what rule 6 allows, and nothing else
 
 A failing run prints its seed. Not covered: `metadata` and `data` (tests/server/test_places.py), and
-requests that hang and dropped connections, for which the load would wait.
+requests that hang, for which the load would wait.
 """
 
 from __future__ import annotations
@@ -62,6 +62,17 @@ action = "corrupt"
 probability = 0.1
 bits = 3
 [[rule]]
+action = "disconnect"
+moment = "middle"
+probability = 0.005
+[[rule]]
+action = "disconnect"
+moment = "after"
+probability = 0.005
+[[rule]]
+action = "disconnect"
+probability = 0.01
+[[rule]]
 action = "flip"
 probability = 0.2
 [[rule]]
@@ -79,7 +90,7 @@ def run(folder: Path, seed: int, policy: str) -> None:
     (folder / "mine.toml").write_text(policy)
     options = ("--policy", folder / "mine.toml", "--seed", str(seed), "--record", folder / "run")
     with ForkedServer(folder, folder / "image", *options) as server:
-        load = Load(server.client, seed, dice.randrange(1, 5))
+        load = Load(server.client, seed, dice.randrange(1, 5), reconnects=True)
         enough = dice.randrange(5, 900)
         until(lambda: load.sent >= enough, "enough was sent")
         server.signal(signal.SIGTERM)

@@ -64,8 +64,17 @@ def is_base(number: int) -> bool:
 class Load:
     """Threads, a connection each, that send requests until told to stop or the server is gone."""
 
-    def __init__(self, connect: Callable[[], NbdClient], seed: int, connections: int) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], NbdClient],
+        seed: int,
+        connections: int,
+        *,
+        reconnects: bool = False,
+    ) -> None:
+        """Begin at once. With `reconnects`, a lost connection is not the end of the server."""
         self._connect = connect
+        self._reconnects = reconnects
         self.sent = 0
         """How many requests were sent, counted before they are."""
         self.log: list[Received | Completed] = []
@@ -94,9 +103,11 @@ class Load:
         dice = random.Random(seed)
         try:
             while not self.calm.is_set():
-                _Connection(self, self._connect(), dice, number).run()
-        except OSError:
-            pass  # the server is gone: that is how it ends
+                try:
+                    _Connection(self, self._connect(), dice, number).run()
+                except OSError:  # the server is gone: that is how it ends
+                    if not self._reconnects:
+                        return
         except BaseException as error:
             self._failures.append(error)
 
