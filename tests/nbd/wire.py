@@ -139,6 +139,8 @@ def pour(parts: tuple[bytes, ...], step: int, server: Server = PLAIN) -> Poured:
     rest = b""
     for number, part in enumerate(parts):
         if number:
+            if connection.breach is not None:  # one option too many, before STARTTLS
+                break
             assert connection.phase is Phase.TLS
             assert rest == b""
             connection.tls_started()

@@ -133,13 +133,17 @@ def test_a_cut_while_a_pause_waits_lands_nothing() -> None:
         export = exported(disk, load_all(["drop-unflushed", "slow-disk"], ["delay_s=1"]))
         await finish(export, ask(export, request(Command.WRITE, "A")))
         late = ask(export, request(Command.WRITE, "B"))
-        with pytest.raises(ImageError, match="the power went meanwhile"):
-            async with trio.open_nursery(strict_exception_groups=False) as nursery:
-                for job in late:
-                    nursery.start_soon(export.finish, 1, job, Replies())
-                nursery.start_soon(export.pause)
-                await trio.testing.wait_all_tasks_blocked()
-                export.power.cut("now")
+
+        async def pause() -> None:
+            with pytest.raises(ImageError, match="the power went meanwhile"):
+                await export.pause()
+
+        async with trio.open_nursery() as nursery:
+            for job in late:
+                nursery.start_soon(export.finish, 1, job, Replies())
+            nursery.start_soon(pause)
+            await trio.testing.wait_all_tasks_blocked()
+            export.power.cut("now")
         assert disk.pread(0, 1) == b"-"
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
