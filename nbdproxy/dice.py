@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 _RANGE = 2**64
@@ -20,6 +22,23 @@ def draw(seed: int, *words: str | int) -> float:
 def draw_below(limit: int, seed: int, *words: str | int) -> int:
     """Return a whole number in [0, limit); `limit` is at least 1."""
     return _digest(seed, words) * limit // _RANGE
+
+
+def mix(numbers: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
+    """Return for each number another one, evenly spread; each `key` gives others.
+
+    The finalizer of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number
+    generators", 2014); equal numbers always give equal ones.
+    """
+    z = (numbers ^ np.uint64(key % _RANGE)) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def key_of(seed: int, *words: str | int) -> int:
+    """Return a key for `mix`, a number below 2**64."""
+    return _digest(seed, words)
 
 
 def _digest(seed: int, words: tuple[str | int, ...]) -> int:

@@ -25,8 +25,9 @@ import numpy as np
 
 from nbdproxy.crash.causes import Cause, find_causes
 from nbdproxy.crash.cuts import Cut, resolve
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.source import Source
-from nbdproxy.crash.state import Choice, CrashDisk, StateId, chosen, open_state
+from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles import check as ext4_oracle
@@ -160,14 +161,14 @@ def replay(
     cuts = dict.fromkeys(failures, cut)
     if at is None and Failure.GUEST_POWEROFF in cuts:
         cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
-    partition: int | None = None
-    if root is None:
-        partition, manifest = _locate(source, manifest, cut, options, oracle)
-    else:
-        manifest = _below(root, manifest)
-    earlier = _earlier_digests(source, manifest, partition, oracle)
-    judge = _Judge(source, manifest, partition, earlier, options, oracle, progress)
-    cells = [_cell(judge, mode, failure, cuts[failure]) for failure in failures for mode in modes]
+    timeline = Timeline(source)
+    try:
+        partition, manifest = place(timeline, manifest, cut, root=root, oracle=oracle)
+        earlier = earlier_digests(timeline, manifest, partition, oracle)
+        judge = _Judge(timeline, manifest, partition, earlier, options, oracle, progress)
+        cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]
+    finally:
+        timeline.close()
     left_out = tuple(mode for mode in CacheMode if mode not in possible)
     return Replay(manifest, partition, cut, recorded, left_out, tuple(cells))
 
@@ -184,7 +185,7 @@ def exit_flush_failed(table: RequestTable, t: int) -> bool:
 class _Judge:
     """Judges crash states of one recording against one manifest, each choice of requests once."""
 
-    source: Source
+    timeline: Timeline
     manifest: Manifest
     partition: int | None
     earlier: Digests
@@ -226,7 +227,7 @@ class _Judge:
 
     def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> frozenset[str]:
         """Return those of `paths` that were whole, all sent, after some flush before the cut."""
-        table = self.source.table
+        table = self.timeline.table
         done = table.completed[table.is_flush & (table.completed < state.position)]
         steps = np.unique(np.linspace(0, max(len(done) - 1, 0), _LOOK_BACK).astype(int))
         found: set[str] = set()
@@ -239,16 +240,16 @@ class _Judge:
         return frozenset(found)
 
     def _findings(self, state: StateId) -> Findings:
-        choice = chosen(self.source.table, state)
+        table, t = self.timeline.table, state.position
+        fates = self.timeline.fates(state.options)
+        rows = slice(0, len(table))
+        choice = (
+            fates.sent(rows, t) if state.choice is Choice.ALL else fates.kept(rows, t, state.level)
+        )
         key = hashlib.blake2b(np.packbits(choice).data, digest_size=16).digest()
         if key not in self.known:
             self.progress(state)
-            disk = CrashDisk(self.source, choice)
-            del choice
-            try:
-                self.known[key] = self._look(disk)
-            finally:
-                disk.close()
+            self.known[key] = self._look(self.timeline.open(state))
         return self.known[key]
 
     def _look(self, disk: CrashDisk) -> Findings:
@@ -272,7 +273,7 @@ def is_blank(device: ReadableDevice) -> bool:
 
 
 def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
-    broken_exit = exit_flush_failed(judge.source.table, cut.position)
+    broken_exit = exit_flush_failed(judge.timeline.table, cut.position)
     level = guarantee(mode, failure, exit_flush_failed=broken_exit).must
     must = StateId(cut.position, level, Choice.MUST, judge.options)
     promise = promised(mode)
@@ -281,6 +282,33 @@ def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
     best = judge.outcome(fullest, Level.RECEIVED, promise)
     verdict = merge((worst.verdict, best.verdict))
     return Cell(mode, failure, cut, verdict, worst, best)
+
+
+def place(
+    timeline: Timeline,
+    manifest: Manifest,
+    cut: Cut,
+    *,
+    root: str | None = None,
+    oracle: Oracle = ext4_oracle,
+) -> tuple[int | None, Manifest]:
+    """Return the partition that a manifest describes, and the manifest with absolute paths.
+
+    Looked for where the most is there, at the end or else at the cut; or below `root`, if given,
+    on whatever partition there is. Raises ManifestError if none of the files was ever on the
+    disk, FilesystemError if it cannot be read.
+    """
+    if root is not None:
+        return None, _below(root, manifest)
+    try:
+        return oracle.locate(timeline.at(timeline.source.events), manifest)
+    except (ManifestError, FilesystemError) as at_the_end:
+        if cut.position == timeline.source.events:
+            raise
+        try:
+            return oracle.locate(timeline.at(cut.position), manifest)
+        except (ManifestError, FilesystemError):
+            raise at_the_end from None
 
 
 def _below(root: str, manifest: Manifest) -> Manifest:
@@ -293,42 +321,16 @@ def _below(root: str, manifest: Manifest) -> Manifest:
     )
 
 
-def _locate(
-    source: Source, manifest: Manifest, cut: Cut, options: Options, oracle: Oracle
-) -> tuple[int, Manifest]:
-    """Find partition and paths where the most is there: at the end, or else at the cut."""
-
-    def against(position: int) -> tuple[int, Manifest]:
-        disk = open_state(source, StateId(position, Level.RECEIVED, Choice.ALL, options))
-        try:
-            return oracle.locate(disk, manifest)
-        finally:
-            disk.close()
-
-    try:
-        return against(source.events)
-    except (ManifestError, FilesystemError) as at_the_end:
-        if cut.position == source.events:
-            raise
-        try:
-            return against(cut.position)
-        except (ManifestError, FilesystemError):
-            raise at_the_end from None
-
-
-def _earlier_digests(
-    source: Source, manifest: Manifest, partition: int | None, oracle: Oracle
+def earlier_digests(
+    timeline: Timeline, manifest: Manifest, partition: int | None, oracle: Oracle = ext4_oracle
 ) -> Digests:
     """Return the digests that the manifest's paths had before the recording, if any."""
     wanted = {entry.path for entry in manifest.entries}
-    base = source.base()
     try:
         folder = posixpath.commonpath([posixpath.dirname(path) for path in wanted])
-        before = oracle.scan(base, folder, partition=partition)
+        before = oracle.scan(timeline.base(), folder, partition=partition)
     except FilesystemError:
         return {}
-    finally:
-        base.close()
     return {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
 
 

@@ -6,7 +6,8 @@ All functions answer for one cut (or, `durable_from`, for all of them) with one 
 
 Guarantees: the answer for a cut never depends on an event at or after it; the levels are nested
 (`NOTHING` in `FLUSHED` in ... in `RECEIVED`); a request durable at t is durable at every later
-cut. Temporaries stay under ten bytes a request.
+cut. Temporaries stay under ten bytes a request. `Fates` answers for a few rows at a time, at any
+cut, for sixteen bytes a request that are worked out once.
 
 Not covered: what becomes of a *sector* (rules 6-9), which follows from the chosen requests painted
 in seq order (`nbdproxy.crash.state`) and is enumerated slowly in `nbdproxy.persistence.reference`;
@@ -26,6 +27,7 @@ from nbdproxy.recording.index import NEVER, Mask, RequestTable
 from nbdproxy.requests import Command, CommandFlag
 
 Positions = NDArray[np.int64]
+Rows = slice | NDArray[np.intp] | NDArray[np.int32]
 
 _CHUNK = 1 << 16
 """Rows worked on at once: bounds the temporaries, and 512 KiB a column stays in the cache."""
@@ -143,42 +145,121 @@ def may(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
 
 def in_flight_flush_covers(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
     """What the flushes in flight at t would have added to `durable`, had they completed."""
-    flushing = table.is_flush
-    flushing &= (table.seq < t) & (table.completed >= t)
-    flushes = np.flatnonzero(flushing)
-    del flushing
-    if not len(flushes):
-        return np.zeros(len(table), np.bool_)
-    mask = completed(table, t)
-    if options.coverage is Coverage.RECEIVED:
-        mask &= table.completed < _newest_flush(table, flushes, options)
-    elif not options.multi_conn:
-        mask &= np.isin(table.connection, table.connection[flushes])
+    mask = np.zeros(len(table), np.bool_)
+    below = _covered_below(table, np.flatnonzero(table.is_flush), t, options)
     for rows, since, gone in _fates(table, options):
-        mask[rows] &= (since >= t) & (gone >= t)
+        mask[rows] = _flushing(table, rows, t, (since, gone), below)
     return mask
 
 
 def kept(table: RequestTable, t: int, level: Level, options: Options = DEFAULTS) -> Mask:
     """Requests that a failure at t leaves for certain, at this level of guarantee."""
-    if level is Level.NOTHING:
-        return np.zeros(len(table), np.bool_)
-    if level is Level.FLUSHED:
-        return durable(table, t, options)
+    mask = np.empty(len(table), np.bool_)
+    below: Positions | int = 0
     if level is Level.FLUSHED_OR_FLUSHING:
-        return durable(table, t, options) | in_flight_flush_covers(table, t, options)
-    mask = completed(table, t) if level is Level.COMPLETED else sent(table, t)
-    mask &= ~lost(table, t, options)
+        below = _covered_below(table, np.flatnonzero(table.is_flush), t, options)
+    for rows, since, gone in _fates(table, options):
+        mask[rows] = _kept(table, rows, t, level, (since, gone), below)
     return mask
 
 
-def _newest_flush(table: RequestTable, flushes: NDArray[np.intp], options: Options) -> Positions:
-    """The seq below which completion is covered by one of `flushes`: for all rows, or for each."""
+class Fates:
+    """When each request became durable and when it was lost: all that `kept` asks, for any cut.
+
+    durable_from  the position of the event that made a request durable, NEVER if none did
+    lost_from     the position since which no flush can save it any more, NEVER if there is none
+    """
+
+    def __init__(self, table: RequestTable, options: Options = DEFAULTS) -> None:
+        self.table = table
+        self.options = options
+        self.durable_from = np.empty(len(table), np.int64)
+        self.lost_from = np.empty(len(table), np.int64)
+        for rows, since, gone in _fates(table, options):
+            self.durable_from[rows], self.lost_from[rows] = since, gone
+        self._flushes = np.flatnonzero(table.is_flush)
+
+    def kept(self, rows: Rows, t: int, level: Level) -> Mask:
+        """Tell for each of `rows` what `kept` tells."""
+        below: Positions | int = 0
+        if level is Level.FLUSHED_OR_FLUSHING:
+            below = _covered_below(self.table, self._flushes, t, self.options)
+        return _kept(
+            self.table, rows, t, level, (self.durable_from[rows], self.lost_from[rows]), below
+        )
+
+    def sent(self, rows: Rows, t: int) -> Mask:
+        """Tell for each of `rows` what `sent` tells."""
+        return _sent(self.table, rows, t)
+
+
+def _sent(table: RequestTable, rows: Rows, t: int) -> Mask:
+    mask = np.less(table.seq[rows], t)
+    mask &= (table.completed[rows] >= t) | (table.error[rows] == 0)
+    mask &= table.command[rows] != Command.FLUSH
+    return mask
+
+
+def _kept(
+    table: RequestTable,
+    rows: Rows,
+    t: int,
+    level: Level,
+    fates: tuple[Positions, Positions],
+    below: Positions | int,
+) -> Mask:
+    """The one place that says what each level keeps; `below` is what `_covered_below` gave."""
+    since, gone = fates
+    if level is Level.NOTHING:
+        return np.zeros(len(since), np.bool_)
+    if level is Level.FLUSHED:
+        return np.less(since, t)
+    if level is Level.FLUSHED_OR_FLUSHING:
+        return np.less(since, t) | _flushing(table, rows, t, fates, below)
+    mask = _answered(table, rows, t) if level is Level.COMPLETED else _sent(table, rows, t)
+    mask &= gone >= t
+    return mask
+
+
+def _answered(table: RequestTable, rows: Rows, t: int) -> Mask:
+    mask = np.less(table.completed[rows], t)
+    mask &= table.error[rows] == 0
+    mask &= table.command[rows] != Command.FLUSH
+    return mask
+
+
+def _flushing(
+    table: RequestTable,
+    rows: Rows,
+    t: int,
+    fates: tuple[Positions, Positions],
+    below: Positions | int,
+) -> Mask:
+    since, gone = fates
+    mask = _answered(table, rows, t)
+    limit = below if isinstance(below, int) else below[table.connection[rows]]
+    mask &= table.completed[rows] < limit
+    mask &= (since >= t) & (gone >= t)
+    return mask
+
+
+def _covered_below(
+    table: RequestTable, flushes: NDArray[np.intp], t: int, options: Options
+) -> Positions | int:
+    """The position before which completion is covered by a flush in flight at t.
+
+    One for all rows, or, where coverage does not cross connections, one for each connection.
+    """
+    begun = flushes[: np.searchsorted(table.seq[flushes], t)]
+    flying = begun[table.completed[begun] >= t]
+    if not len(flying):
+        return 0
+    received_ = options.coverage is Coverage.RECEIVED
     if options.multi_conn:
-        return table.seq[flushes[-1:]]
-    newest = np.zeros(int(table.connection.max()) + 1, np.int64)
-    np.maximum.at(newest, table.connection[flushes], table.seq[flushes])
-    return newest[table.connection]
+        return int(table.seq[flying[-1]]) if received_ else t
+    limit = np.zeros(int(table.connection.max()) + 1, np.int64)
+    np.maximum.at(limit, table.connection[flying], table.seq[flying] if received_ else t)
+    return limit
 
 
 @dataclass(frozen=True, slots=True, eq=False)

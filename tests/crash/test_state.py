@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.state import Choice, CrashDisk, StateId, chosen, open_state, parse_state_id
+from nbdproxy.crash.naming import Choice, Part, Pin, StateId, parse_state_id
+from nbdproxy.crash.timeline import CrashDisk, open_state
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent
@@ -34,6 +35,22 @@ EXOTIC = Options(Coverage.REPLIED, 4096, multi_conn=False, fsyncgate=True, losse
             StateId(5, Level.FLUSHED_OR_FLUSHING, Choice.MUST, EXOTIC),
             "s5.flushing.must+replied+fsyncgate+single+sector4096+lost7+lost90",
         ),
+        (
+            StateId(5, Level.FLUSHED, Choice.BUT, parts=(Part(2), Part(3, 0, 3), Part(3, 5, 5))),
+            "s5.flushed.but2,3:0-3,3:5",
+        ),
+        (StateId(5, Level.FLUSHED, Choice.DRAW, seed=7, number=12), "s5.flushed.draw7-12"),
+        (
+            StateId(
+                5,
+                Level.FLUSHED,
+                Choice.ONLY,
+                Options(sector=4096),
+                (Part(2),),
+                pins=(Pin(0, 0, -1), Pin(3, 4, 2), Pin(8, 9, 2, -1)),
+            ),
+            "s5.flushed.only2~0=base~3-4=2~8-9=2_base+sector4096",
+        ),
     ],
 )
 def test_an_id_is_read_as_it_is_printed(state: StateId, text: str) -> None:
@@ -45,6 +62,10 @@ def test_an_id_is_read_as_it_is_printed(state: StateId, text: str) -> None:
     "text",
     [
         *["", "s1", "s1.flushed", "s1.washed.must", "s1.flushed.must+", "s1.flushed.must+lost"],
+        *["s1.flushed.but", "s1.flushed.but2,", "s1.flushed.but3,2", "s1.flushed.but2:4-3"],
+        *["s1.flushed.draw7", "s1.flushed.must2", "s1.flushed.must~", "s1.flushed.must~1"],
+        *["s1.flushed.must~2=1~1=1", "s01.flushed.must", f"s{10**18}.flushed.must"],
+        *["s1.flushed.must~4-3=base", "s1.flushed.must~4=base_"],
         *["x1.flushed.must", "s1.flushed.some", "s-1.flushed.must", "s1.flushed.must+sector513"],
     ],
 )
@@ -170,7 +191,9 @@ def test_painting_equals_a_bytearray(
         start, length, at = int(table.offset[row]), int(table.length[row]), int(table.position[row])
         expected[start : start + length] = payload[at : at + length] if at >= 0 else bytes(length)
     source = MemorySource(table, SIZE, len(made) * 2, lambda: MemoryDisk(b"\xff" * SIZE), payload)
-    disk = CrashDisk(source, choice)
+    parts = tuple(Part(int(table.seq[row])) for row in np.flatnonzero(choice & (table.length > 0)))
+    chosen = Choice.ONLY if parts else Choice.MUST
+    disk = open_state(source, StateId(source.events, Level.NOTHING, chosen, parts=parts))
     assert disk.pread(0, SIZE) == expected
     start = data.draw(st.integers(0, SIZE))
     length = data.draw(st.integers(0, SIZE - start))
@@ -199,5 +222,5 @@ def test_many_overlapping_requests_equal_a_bytearray() -> None:
         expected[start : start + length] = payload[at : at + length]
     source = MemorySource(table, size, 2 * len(made), lambda: MemoryDisk(size), payload)
     state = StateId(source.events, Level.COMPLETED, Choice.MUST)
-    disk = CrashDisk(source, chosen(table, state))
+    disk = open_state(source, state)
     assert disk.pread(0, size) == expected

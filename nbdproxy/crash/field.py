@@ -1,0 +1,244 @@
+"""`Field`: the sectors that chance decides on at one cut, and what each of them may hold.
+
+Values with the same content are one, and sectors with one content only are left out: the product
+of the values that are left is the set of all disks that the model allows at this cut (see `fields`
+for how they are found, and for what is not covered).
+
+`Field.change` tells how any state of the cut differs from the nearer of its two ends, MUST and ALL,
+in time that grows with what the state names, not with the disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from nbdproxy.crash.cells import NONE, Numbers, Rows, expand
+from nbdproxy.crash.contents import Digests, mixed, sector_digests
+from nbdproxy.crash.naming import BASE, Choice, Pin, StateId
+from nbdproxy.crash.presence import TORN, WHOLE, Presence, sectors_of
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.recording.index import Mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Change:
+    """How a state differs from one of the two ends of its cut.
+
+    reference  MUST or ALL
+    sectors    numbers of the disk's sectors whose content differs, ascending
+    moved      what each of them adds to the hash of the reference; sums wrap around
+    hash       of the state's whole content: equal hashes mean equal disks
+    """
+
+    reference: Choice
+    sectors: Numbers
+    moved: Digests
+    hash: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Values:
+    """What sectors may hold; arrays of values have one entry for each sector and value.
+
+    sectors    numbers of the sectors on the disk, ascending
+    start      where each sector's entries begin; one more at the end
+    rows       the request that an entry is of, or NONE for what was there before the recording;
+               ascending within a sector
+    digests    the entry's content
+    must       for each sector the entry that shows if nothing that may be there is
+    ragged     for each sector whether some request covers it only in part
+    """
+
+    sectors: Numbers
+    start: Numbers
+    rows: Rows
+    digests: Digests
+    must: Numbers
+    ragged: Mask
+
+
+class Field:
+    """What chance decides on at one cut.
+
+    state    MUST at that cut
+    may      the rows that chance decides on
+    durable  the rows that must be there, and show somewhere
+    """
+
+    def __init__(
+        self,
+        state: StateId,
+        timeline: Timeline,
+        values: Values,
+        rows: tuple[Rows, Rows],
+        *,
+        must_hash: int,
+    ) -> None:
+        self.state = state
+        self.timeline = timeline
+        self.may, self.durable = rows
+        self.values = values
+        self.sectors, self.start = values.sectors, values.start
+        self._first_sector = timeline.table.offset // state.options.sector
+        everywhere = np.arange(len(self.sectors))
+        self.first = first_of_content(self.start, values.digests)
+        self.must_hash = must_hash
+        self._must = self._contents(state, everywhere, values.must)
+        everything = replace(state, choice=Choice.ALL)
+        self.all = self._shown(everything, everywhere)
+        """For each sector the entry that shows if all that was sent is there."""
+        self._all = self._contents(everything, everywhere, self.all)
+        moved = mixed(self.sectors, self._all) - mixed(self.sectors, self._must)
+        differs = self._all != self._must
+        self.ends = Change(
+            Choice.MUST, self.sectors[differs], moved[differs], _add(must_hash, moved)
+        )
+        """How ALL differs from MUST."""
+
+    @cached_property
+    def choices(self) -> Numbers:
+        """For each sector the number of its different contents."""
+        return np.add.reduceat(self.first, self.start[:-1], dtype=np.int64)
+
+    @cached_property
+    def states_log10(self) -> float:
+        """The decimal logarithm of the number of states."""
+        return float(np.log10(self.choices.astype(np.float64)).sum())
+
+    @cached_property
+    def states(self) -> int:
+        """The number of states: of disks with different contents."""
+        counted = Counter(self.choices.tolist())
+        return math.prod(count**times for count, times in counted.items())
+
+    def first_sector(self, row: int) -> int:
+        """Return the number of the first sector that a request touches."""
+        return int(self._first_sector[row])
+
+    def span(self, row: int) -> tuple[int, int]:
+        """Return the positions of the sectors that a request touches: first, and behind last."""
+        first, last = sectors_of(self.timeline.table, row, self.state.options.sector)
+        low, high = np.searchsorted(self.sectors, (first, last)).tolist()
+        return low, high
+
+    def change(self, state: StateId) -> Change:
+        """Return how a state of this cut differs from the nearer of MUST and ALL."""
+        if state.choice is Choice.MUST and not state.pins:
+            return Change(Choice.MUST, self.sectors[:0], self._must[:0], self.must_hash)
+        if state.choice is Choice.ALL and not state.pins:
+            return Change(Choice.ALL, self.sectors[:0], self._must[:0], self.ends.hash)
+        table = self.timeline.table
+        rows = np.searchsorted(table.seq, [part.seq for part in state.parts])
+        if state.pins or not np.isin(rows, self.may).all():
+            return self._read_change(state, rows)
+        if state.choice is Choice.DRAW:
+            where = np.arange(len(self.sectors))
+        else:
+            spans = [np.arange(*self.span(int(row))) for row in np.unique(rows)]
+            where = np.unique(np.concatenate(spans))
+        return self._changed(state, where, self._shown(state, where))
+
+    def pinned(self, entries: Numbers) -> tuple[StateId, Change]:
+        """Return the state in which these entries show, one for each sector of the field."""
+        differs = np.flatnonzero(self.values.digests[entries] != self._must)
+        state = replace(self.state, pins=self.pins(differs, entries[differs]))
+        return state, self._changed(state, differs, entries[differs])
+
+    def _changed(self, state: StateId, where: Numbers, shown: Numbers) -> Change:
+        near, contents, start = self._nearer(state)
+        new = self._contents(state, where, shown)
+        return _change(near, self.sectors[where], (contents[where], new), start)
+
+    def _nearer(self, state: StateId) -> tuple[Choice, Digests, int]:
+        if state.choice in {Choice.ALL, Choice.BUT}:
+            return Choice.ALL, self._all, self.ends.hash
+        return Choice.MUST, self._must, self.must_hash
+
+    def _read_change(self, state: StateId, rows: Numbers) -> Change:
+        """The same by reading the sectors that a state names, wherever they are."""
+        size, table = state.options.sector, self.timeline.table
+        spans = [sectors_of(table, int(row), size) for row in rows.tolist()]
+        spans += [(pin.first, pin.last + 1) for pin in state.pins]
+        sectors = np.unique(np.concatenate([np.arange(*span) for span in spans]))
+        near, _, start = self._nearer(state)
+        reference = self.timeline.open(replace(self.state, choice=near))
+        old = sector_digests(reference, sectors, size)
+        new = sector_digests(self.timeline.open(state), sectors, size)
+        return _change(near, sectors, (old, new), start)
+
+    def _contents(self, state: StateId, where: Numbers, shown: Numbers) -> Digests:
+        """Return what is in some sectors; where requests end inside one, it has to be read."""
+        found = self.values.digests[shown]
+        ragged = np.flatnonzero(self.values.ragged[where])
+        if len(ragged):
+            disk = self.timeline.open(state)
+            sectors = self.sectors[where[ragged]]
+            found[ragged] = sector_digests(disk, sectors, state.options.sector)
+        return found
+
+    def _shown(self, state: StateId, where: Numbers) -> Numbers:
+        """Return the entries that show in some sectors, pins aside: the newest that are there."""
+        counts = np.diff(self.start)[where]
+        entries = expand(self.start[where], counts)
+        if not len(entries):
+            return entries
+        presence = Presence(self.timeline.fates(state.options), state)
+        there = self._there(presence, entries, np.repeat(self.sectors[where], counts))
+        there |= entries == np.repeat(self.values.must[where], counts)
+        begins = np.cumsum(counts) - counts
+        return np.maximum.reduceat(np.where(there, entries, -1), begins)
+
+    def _there(self, presence: Presence, entries: Numbers, sectors: Numbers) -> Mask:
+        rows = self.values.rows[entries]
+        written = np.unique(rows[rows != NONE])
+        how = presence.of(written)
+        there = np.zeros(len(entries), np.bool_)
+        known = np.flatnonzero(rows != NONE)
+        there[known] = how[np.searchsorted(written, rows[known])] == WHOLE
+        for row in written[how == TORN].tolist():
+            at = np.flatnonzero(rows == row)
+            there[at] = presence.sectors(row)[sectors[at] - self._first_sector[row]]
+        return there
+
+    def pins(self, where: Numbers, entries: Numbers) -> tuple[Pin, ...]:
+        """Return the pins that make one entry show in each of some of the field's sectors."""
+        seq = self.timeline.table.seq
+        pins: list[Pin] = []
+        rows = self.values.rows[entries].tolist()
+        for sector, row in zip(self.sectors[where].tolist(), rows, strict=True):
+            value = BASE if row == NONE else int(seq[row])
+            last = pins[-1] if pins else None
+            if last is not None and last.last == sector - 1 and last.front == value:
+                pins[-1] = replace(last, last=sector)
+            else:
+                pins.append(Pin(sector, sector, value))
+        return tuple(pins)
+
+
+def _change(
+    near: Choice, sectors: Numbers, contents: tuple[Digests, Digests], start: int
+) -> Change:
+    old, new = contents
+    differs = old != new
+    sectors = sectors[differs]
+    moved = mixed(sectors, new[differs]) - mixed(sectors, old[differs])
+    return Change(near, sectors, moved, _add(start, moved))
+
+
+def _add(start: int, moved: Digests) -> int:
+    return (start + int(moved.sum(dtype=np.uint64))) % 2**64
+
+
+def first_of_content(start: Numbers, digests: Digests) -> Mask:
+    """Mark the entries whose content no earlier entry of their sector has."""
+    sector = np.repeat(np.arange(len(start) - 1), np.diff(start))
+    order = np.lexsort((digests, sector))
+    first = np.ones(len(digests), np.bool_)
+    again = (sector[order][1:] == sector[order][:-1]) & (digests[order][1:] == digests[order][:-1])
+    first[order[1:][again]] = False
+    return first
