@@ -10,12 +10,14 @@ import typer
 from nbdproxy import __version__
 from nbdproxy.cli import ctl, lab, policy
 from nbdproxy.cli.console import err
+from nbdproxy.cli.explore import explore
 from nbdproxy.cli.info import info
 from nbdproxy.cli.log import log
 from nbdproxy.cli.manifest import manifest
 from nbdproxy.cli.open import open_
 from nbdproxy.cli.replay import replay
 from nbdproxy.cli.serve import serve
+from nbdproxy.cli.timeline import timeline
 from nbdproxy.errors import NbdproxyError
 
 app = typer.Typer(
@@ -62,7 +64,9 @@ app.command()(info)
 app.command()(log)
 app.command()(replay)
 app.command()(manifest)
+app.command()(explore)
 app.command(name="open")(open_)
+app.command()(timeline)
 app.add_typer(policy.app, name="policy")
 app.add_typer(ctl.app, name="ctl")
 app.add_typer(lab.app, name="lab")

@@ -120,7 +120,7 @@ class Haggling:
         return next(iter(self._exports.values()), None) if not text else None
 
     def _terms_for(self, export: ExportInfo) -> Terms:
-        return Terms(export, self._now.style, contexts=self._now.context_of is export)
+        return Terms(export, self._now.style, contexts=self._now.context_of == export)
 
     def _open(self, terms: Terms) -> Opened:
         self.terms = terms

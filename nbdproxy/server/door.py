@@ -7,16 +7,15 @@ that has been at the door the longest goes. So idle connections never keep a rea
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 
 import structlog
 import trio
 
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.endpoints import Endpoint
-from nbdproxy.server.export import Export
 from nbdproxy.server.power import Power
 from nbdproxy.server.session import Session
+from nbdproxy.server.shelf import Shelf
 from nbdproxy.server.tls import ServerTls
 
 log = structlog.get_logger()
@@ -31,10 +30,8 @@ _NOTE_S = 1.0
 class Door:
     """The listening end of a service: accepts clients and runs their sessions."""
 
-    def __init__(
-        self, exports: Sequence[Export], endpoint: Endpoint, tls: ServerTls, power: Power
-    ) -> None:
-        self._exports = {export.info.name: export for export in exports}
+    def __init__(self, shelf: Shelf, endpoint: Endpoint, tls: ServerTls, power: Power) -> None:
+        self._shelf = shelf
         self._endpoint = endpoint
         self._tls = tls
         self._power = power
@@ -103,7 +100,7 @@ class Door:
             return
         self._connections += 1
         session = Session(
-            *(sock, self._connections, client, self._exports), power=self._power, tls=self._tls
+            *(sock, self._connections, client, self._shelf), power=self._power, tls=self._tls
         )
         self._sessions[session] = None
         sessions.start_soon(self._serve_one, session)
@@ -124,7 +121,7 @@ class Door:
             return  # a flood of them must not fill the recordings
         self._noted = trio.current_time()
         log.warning("a client is turned away", reason=reason)
-        for export in self._exports.values():
+        for export in self._shelf.noted:
             export.note(NoteKind.REFUSED, reason)
 
     async def _serve_one(self, session: Session) -> None:

@@ -24,6 +24,7 @@ from nbdproxy.server.endpoints import Endpoint
 from nbdproxy.server.export import Export
 from nbdproxy.server.power import Power
 from nbdproxy.server.qmp import QmpListener
+from nbdproxy.server.shelf import FixedShelf
 from nbdproxy.server.tls import ServerTls
 
 log = structlog.get_logger()
@@ -172,7 +173,7 @@ class Service:
         self._setting = setting
         self._power = power
         self._on_ready = on_ready
-        self._door = Door(exports, setting.endpoint, setting.tls, power)
+        self._door = Door(FixedShelf(exports), setting.endpoint, setting.tls, power)
         self._ending = ending
         self._exit_code = 0
         self._qmp = QmpListener(setting.qmp, self._on_qmp) if setting.qmp is not None else None

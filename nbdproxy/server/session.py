@@ -9,7 +9,6 @@ replies is not read from either, so what one client can make us hold is bounded 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
 from contextlib import suppress
 
 import structlog
@@ -26,6 +25,7 @@ from nbdproxy.server.budget import Budget
 from nbdproxy.server.export import Export
 from nbdproxy.server.jobs import Job, LinkDroppedError
 from nbdproxy.server.power import Power, PowerLostError
+from nbdproxy.server.shelf import Shelf
 from nbdproxy.server.spoiling import spoiled
 from nbdproxy.server.tls import ServerTls
 from nbdproxy.server.wire import SocketWire, TlsWire, Wire
@@ -67,7 +67,7 @@ class Session:
         sock: socket.socket,
         number: int,
         client: str,
-        exports: Mapping[str, Export],
+        shelf: Shelf,
         *,
         power: Power,
         tls: ServerTls | None = None,
@@ -76,12 +76,11 @@ class Session:
         self._wire: Wire = self._socket_wire
         self._number = number
         self._client = client
-        self._exports = exports
+        self._shelf = shelf
         self._power = power
         self._tls = tls or ServerTls()
         self._export: Export | None = None
-        infos = {name: export.info for name, export in exports.items()}
-        self._connection = ServerConnection(infos, tls=self._tls.mode)
+        self._connection = ServerConnection(shelf.infos, tls=self._tls.mode)
         self._replies = Replies(arena=0)
         self._sending = trio.Lock()
         self._jobs = Budget(MAX_JOBS)
@@ -137,11 +136,13 @@ class Session:
 
     def _leave(self) -> None:
         export = self._export
-        if export is None or self._power.off:
+        if export is None:
             return
-        export.note(self._goodbye, connection=self._number)
-        if not self._stopping and not self._dropped:
-            export.client_left(said=self._goodbye is NoteKind.DISC)
+        if not self._power.off:
+            export.note(self._goodbye, connection=self._number)
+            if not self._stopping and not self._dropped:
+                export.client_left(said=self._goodbye is NoteKind.DISC)
+        self._shelf.put_back(export)
 
     async def _pump(self, jobs: trio.Nursery) -> None:
         await self._send([memoryview(greeting())])
@@ -220,7 +221,7 @@ class Session:
     def _open(self, name: str) -> None:
         assert self._connection.terms is not None
         self._replies = Replies(self._connection.terms.style)
-        self._export = self._exports[name]
+        self._export = self._shelf.take(name)
         self._negotiating.deadline = float("inf")
         self._export.note(NoteKind.CONNECT, self._client, connection=self._number)
 

@@ -18,6 +18,7 @@ from nbdproxy.requests import Command, Request
 from nbdproxy.server.export import Export
 from nbdproxy.server.jobs import Claims
 from nbdproxy.server.session import Session
+from nbdproxy.server.shelf import FixedShelf
 from tests.nbd.wire import FLAGS, go, request
 from tests.support.nbd_client import READ, WRITE, ZERO
 
@@ -74,7 +75,7 @@ def test_a_client_that_reads_nothing_keeps_no_place_from_others() -> None:
         async def connect(nursery: trio.Nursery) -> trio.SocketStream:
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
-            session = Session(ours, 1, "test", {"": export}, power=export.power)
+            session = Session(ours, 1, "test", FixedShelf([export]), power=export.power)
             nursery.start_soon(session.run)
             client = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
             await client.send_all(FLAGS + go())

@@ -25,6 +25,7 @@ from nbdproxy.policy import loader
 from nbdproxy.server.export import Export
 from nbdproxy.server.power import Power
 from nbdproxy.server.session import Session
+from nbdproxy.server.shelf import FixedShelf
 from nbdproxy.server.tls import server_tls
 from tests.support import raw_client as raw
 from tests.support.certificates import Certificates
@@ -273,7 +274,7 @@ def test_a_client_has_ten_seconds_to_open_an_export_and_then_all_day(
     async def main() -> float:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        session = Session(ours, 1, "test", {"": export}, power=Power(), tls=tls)
+        session = Session(ours, 1, "test", FixedShelf([export]), power=Power(), tls=tls)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(play, theirs)
             with trio.move_on_after(3600):

@@ -1,0 +1,264 @@
+"""`nbdproxy explore`: which of the states that a crash may leave are bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.replay import Base
+from nbdproxy.crash.bench import Job
+from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.explore import Exploration, Tally
+from nbdproxy.crash.fields import Fields
+from nbdproxy.crash.judging import JudgePlan, ManifestPlan
+from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.replay import earlier_digests, place
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.verdicts import Verdicts
+from nbdproxy.crash.workers import Runner, make_runner
+from nbdproxy.errors import UsageError
+from nbdproxy.oracles import manifest
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.persistence.model import Coverage, Options
+from nbdproxy.persistence.modes import (
+    CacheMode,
+    Failure,
+    check_projection,
+    guarantee,
+    recorded_under,
+)
+from nbdproxy.report import explored
+from nbdproxy.server.commands import CommandPlan
+
+At = Annotated[
+    str | None,
+    typer.Option(metavar="CUT", help="At this instant.", show_default="before-exit"),
+]
+Files = Annotated[
+    Path | None,
+    typer.Option("--files", metavar="MANIFEST", help="Pass if all these files are whole."),
+]
+Check = Annotated[
+    str | None,
+    typer.Option(
+        "--check",
+        metavar="COMMAND",
+        help="Pass if this shell command exits with 0, fail with 1; it sees $uri, $image, $mark.",
+    ),
+]
+Root = Annotated[
+    str | None,
+    typer.Option(metavar="PATH", help="The folder that the manifest's paths begin at."),
+]
+TimeLimit = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0.001, help="What a command may take for a state.")
+]
+
+
+def explore(
+    run: Annotated[Path, typer.Argument(help="A recording.")],
+    files: Files = None,
+    check: Check = None,
+    at: At = None,
+    every: Annotated[
+        Every | None, typer.Option(help="At each flush, or each write, instead of at one cut.")
+    ] = None,
+    mode: Annotated[CacheMode, typer.Option(help="QEMU's cache mode.")] = CacheMode.NONE,
+    failure: Annotated[Failure, typer.Option(help="What fails.")] = Failure.HOST_POWER_LOSS,
+    states: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Visit so many states.",
+            show_default="1000, or with --exhaustive a million",
+        ),
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Visit every state, if they are few enough.")
+    ] = False,
+    torn: Annotated[
+        bool, typer.Option("--torn", help="Also half-written sectors, which the model rules out.")
+    ] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Also states where the store lost a flushed write.")
+    ] = False,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="For what is drawn by lot.")] = 1,
+    sector: Annotated[
+        int, typer.Option(metavar="BYTES", help="What is written whole or not at all.")
+    ] = 512,
+    covers: Annotated[
+        Coverage,
+        typer.Option(help="A flush covers what was completed before it was received, or replied."),
+    ] = Coverage.RECEIVED,
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Processes that check.", show_default="one a CPU"),
+    ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Check on a Dask cluster, such as tcp://host:8786."),
+    ] = None,
+    db: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep all verdicts here (SQLite).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the --db of a run that was ended.")
+    ] = False,
+    time_limit: TimeLimit = 60,
+    share: Annotated[
+        bool,
+        typer.Option(
+            help="Share verdicts between states that differ only where the check did not read."
+        ),
+    ] = True,
+    recorded_as: Annotated[
+        CacheMode | None,
+        typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),
+    ] = None,
+    root: Root = None,
+    base: Base = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look for a state that a crash may leave and that is bad.
+
+    A crash leaves what was flushed, and of the rest, sector by sector, whatever chance decides.
+    Visited are first the ends (nothing and all of the rest), then each request missing or alone,
+    each sector, pairs, and then states drawn by lot. States that cannot be told apart are checked
+    once. Exit code 0 if all pass, 1 if any fails, 2 if it cannot be told.
+
+    Examples:
+
+      nbdproxy explore run1 --files npm.sha256 --states 2000
+
+      nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | my-check -'
+
+      nbdproxy explore run1 --every write --check 'e2fsck -fn "$image"' --db run1.db
+
+      nbdproxy explore run1 --at mark:ready --exhaustive --check ./check
+    """
+    options = _options(sector, covers)
+    with RecordedSource(run, image=base) as source:
+        if source.missing:
+            err.print(f"note: {source.missing}", markup=False)
+        check_projection(recorded_under(source.table, recorded_as), [mode])
+        timeline = Timeline(source)
+        level = guarantee(mode, failure).must
+        judge = _judge(timeline, files, check, at, root, time_limit)
+        fields = Fields(timeline, level, options)
+        budget = states if states is not None else None if exhaustive else Wish().budget
+        wish = Wish(budget, seed, torn, stale, exhaustive)
+        plan = _plan(fields, at, every, wish)
+        about = {
+            "recording": str(run.absolute()),
+            "events": str(source.events),
+            "mode": mode.value,
+            "failure": failure.value,
+            "level": level.value,
+            "cuts": at or (every.value if every else "before-exit"),
+            "options": repr(options),
+            "wish": repr(wish),
+            "judge": check or f"files {explored.digest_of(judge)}",
+        }
+        verdicts = Verdicts(db, about, resume=resume)
+        try:
+            runner = _runner(Job(run.absolute(), base, level, options, judge, share), workers, dask)
+            try:
+                exploration = Exploration(fields, plan, judge, verdicts)
+                tally = _watch(plan, lambda tell: exploration.run(runner, tell))
+            except KeyboardInterrupt:
+                _tell_ended(db)
+                raise typer.Exit(130) from None
+            finally:
+                runner.close()
+            report = explored.Report(about, plan, tally, verdicts)
+            if json:
+                print_json(explored.to_json(report))
+            else:
+                for line in explored.lines(report, str(run)):
+                    out.print(line, markup=False)
+            raise typer.Exit(explored.exit_code(tally))
+        finally:
+            verdicts.close()
+            timeline.close()
+
+
+def _options(sector: int, covers: Coverage) -> Options:
+    if sector < 512 or sector & (sector - 1) or sector > 1 << 20:
+        raise UsageError(f"--sector: {sector} is no sector; use 512 or 4096")
+    return Options(coverage=covers, sector=sector)
+
+
+def _judge(
+    timeline: Timeline,
+    files: Path | None,
+    check: str | None,
+    at: str | None,
+    root: str | None,
+    time_limit_s: float,
+) -> JudgePlan:
+    if (files is None) == (check is None):
+        raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
+    if files is None:
+        assert check is not None
+        return CommandPlan(check, time_limit_s)
+    cut = resolve(timeline.source, at or "before-exit")
+    partition, wanted = place(timeline, manifest.load(files), cut, root=root)
+    return ManifestPlan(wanted, partition, earlier_digests(timeline, wanted, partition))
+
+
+def _plan(fields: Fields, at: str | None, every: Every | None, wish: Wish) -> Plan:
+    source = fields.timeline.source
+    if every is None:
+        cuts = [resolve(source, at or "before-exit").position]
+    elif at is not None:
+        raise UsageError("--at and --every exclude each other; drop one of them")
+    else:
+        cuts = cuts_of(source, fields.timeline.fates(fields.options), fields.level, every)
+    with err.status("looking at the cuts") as status:
+        return make_plan(
+            fields,
+            cuts,
+            wish,
+            cuts_possible=source.events + 1 if every is not None else 1,
+            progress=lambda done: status.update(f"looking at the cuts: {done} of {len(cuts)}"),
+        )
+
+
+def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
+    if dask is None:
+        return make_runner(job, workers)
+    if workers is not None:
+        raise UsageError("--workers and --dask exclude each other; the cluster has its own workers")
+    from nbdproxy.crash.dask_runner import DaskRunner  # noqa: PLC0415 - an optional extra
+
+    return DaskRunner(job, dask)
+
+
+def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally:
+    """Show on stderr how far it is."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task("exploring", total=plan.visits)
+
+        def tell(tally: Tally) -> None:
+            failed = tally.verdicts[Verdict.FAIL]
+            progress.update(task, completed=tally.visited, description=f"{failed:,} failed")
+
+        return run(tell)
+
+
+def _tell_ended(db: Path | None) -> None:
+    todo = f"go on with --db {db} --resume" if db is not None else "name a --db to be able to go on"
+    err.print(f"nbdproxy: ended; {todo}", markup=False)

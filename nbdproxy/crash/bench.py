@@ -1,0 +1,134 @@
+"""`Bench`: where states are judged: a recording, its timeline and a judge, in any process.
+
+A `Job` says what to judge with, a `Unit` which states of one cut. Both can be sent to another
+process, and the same unit gives the same verdicts there; only which states had to be checked, and
+which took another's verdict, depends on what else that process had to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nbdproxy.crash.field import Change, Field
+from nbdproxy.crash.fields import Fields
+from nbdproxy.crash.judging import Judge, Judgement, JudgePlan
+from nbdproxy.crash.naming import StateId, parse_state_id
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.sharing import Sharing
+from nbdproxy.crash.source import Source
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.extents import Extent
+from nbdproxy.persistence.model import Level, Options
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to judge states of, and with; `base` is where the image is now, if it was moved."""
+
+    run: Path
+    base: Path | None
+    level: Level
+    options: Options
+    judge: JudgePlan
+    share: bool = True
+    """Whether verdicts may be shared between states that the judge cannot tell apart."""
+
+
+class Unit(NamedTuple):
+    """States of one cut, by their ids."""
+
+    position: int
+    states: tuple[str, ...]
+
+
+class Judged(NamedTuple):
+    """What became of a state: `shared` is the id of the one whose verdict it took, if any."""
+
+    state: str
+    judgement: Judgement
+    shared: str | None
+    seconds: float
+
+
+class Bench:
+    """Judges states; `source` is the caller's."""
+
+    def __init__(self, source: Source, job: Job) -> None:
+        self.timeline = Timeline(source)
+        self._fields = Fields(self.timeline, job.level, job.options)
+        self._judge: Judge = job.judge.open(self.timeline)
+        self._share = job.share
+        self._field: Field | None = None
+        self._sharing: Sharing | None = None
+        self._last: tuple[int, Change] | None = None
+
+    def judge(self, unit: Unit) -> list[Judged]:
+        """Judge the states of a unit."""
+        if self._field is None or self._field.state.position != unit.position:
+            self._field = self._fields.at(unit.position)
+            self._sharing = Sharing(self._field)
+        return [self._one(self._field, parse_state_id(text)) for text in unit.states]
+
+    def _one(self, field: Field, state: StateId) -> Judged:
+        assert self._sharing is not None
+        began = time.perf_counter()
+        change = field.change(state)
+        known = self._sharing.find(change) if self._share else None
+        if known is not None:
+            return Judged(str(state), known[1], known[0], time.perf_counter() - began)
+        judgement, reads = self._judge.judge(state, self._changed(field, change))
+        self._last = state.position, change
+        if reads is not None:
+            self._sharing.add(change, (str(state), judgement), reads)
+        return Judged(str(state), judgement, None, time.perf_counter() - began)
+
+    def _changed(self, field: Field, change: Change) -> Iterable[Extent] | None:
+        """Return where a state may differ from the one that was judged before it."""
+        if self._last is None:
+            return None
+        position, last = self._last
+        sectors = [last.sectors, change.sectors]
+        if last.reference is not change.reference or position != field.state.position:
+            sectors.append(field.ends.sectors)
+        size = field.state.options.sector
+        found = _runs(np.unique(np.concatenate(sectors)), size)
+        if position != field.state.position:
+            found += self._between(position, field.state.position)
+        return found
+
+    def _between(self, one: int, other: int) -> list[Extent]:
+        """Return what may differ between the states of two cuts.
+
+        A request that must be there at both is there in all states of both.
+        """
+        table, level = self.timeline.table, self._fields.level
+        rows = np.arange(int(np.searchsorted(table.seq, max(one, other))))
+        fates = self.timeline.fates(self._fields.options)
+        stays = fates.kept(rows, one, level) & fates.kept(rows, other, level)
+        loose = rows[~stays & (table.length[rows] > 0)]
+        pairs = zip(table.offset[loose].tolist(), table.length[loose].tolist(), strict=True)
+        return [Extent(offset, length) for offset, length in pairs]
+
+    def close(self) -> None:
+        """Release judge and timeline."""
+        self._judge.close()
+        self.timeline.close()
+
+
+def open_bench(job: Job) -> Bench:
+    """Open a job's recording and its bench; they are there until the process ends."""
+    return Bench(RecordedSource(job.run, image=job.base), job)
+
+
+def _runs(sectors: np.ndarray[tuple[int], np.dtype[np.int64]], size: int) -> list[Extent]:
+    """Return ascending sectors as extents."""
+    if not len(sectors):
+        return []
+    runs = np.split(sectors, np.flatnonzero(np.diff(sectors) != 1) + 1)
+    return [Extent(int(run[0]) * size, len(run) * size) for run in runs]

@@ -1,0 +1,101 @@
+"""What judges a crash state: the protocol, and the judge that looks for the files of a manifest.
+
+A `JudgePlan` is what travels to another process; there it opens a `Judge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from nbdproxy.crash.naming import StateId
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What is said of a state.
+
+    `counts` says more of it in numbers, as how many files are in each condition; `reason` is why
+    it is unknown, or what a command printed.
+    """
+
+    verdict: Verdict
+    reason: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Judge(Protocol):
+    """Judges the states of one timeline, one after the other."""
+
+    def judge(
+        self, state: StateId, changed: Iterable[Extent] | None
+    ) -> tuple[Judgement, ExtentSet | None]:
+        """Return what is to be said of a state, and what of its disk that was read from.
+
+        `changed` covers all in which the disk may differ from that of the call before; None is
+        everything. A judgement without a read set holds for this very state only.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the judge holds."""
+        ...
+
+
+class JudgePlan(Protocol):
+    """A judge to be, in any process."""
+
+    def open(self, timeline: Timeline) -> Judge:
+        """Return the judge, for the states of a timeline."""
+        ...
+
+    def context(self, timeline: Timeline, position: int) -> str:
+        """Return what the judgement depends on besides the disk; the same text, the same verdict.
+
+        States of different cuts with the same content and context are judged once.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestPlan:
+    """Are these files whole? `manifest` has absolute paths; see `nbdproxy.oracles.check`."""
+
+    manifest: Manifest
+    partition: int | None
+    earlier: Mapping[str, Collection[str]]
+
+    def open(self, timeline: Timeline) -> Judge:
+        """Return the judge, for the states of a timeline."""
+        return _ManifestJudge(self, timeline)
+
+    def context(self, timeline: Timeline, position: int) -> str:  # noqa: ARG002
+        """Return nothing: the disk is all that counts."""
+        return ""
+
+
+class _ManifestJudge:
+    def __init__(self, plan: ManifestPlan, timeline: Timeline) -> None:
+        from nbdproxy.oracles.incremental import IncrementalCheck  # noqa: PLC0415
+
+        self._timeline = timeline
+        self._check = IncrementalCheck(
+            plan.manifest, earlier=plan.earlier, partition=plan.partition
+        )
+
+    def judge(
+        self, state: StateId, changed: Iterable[Extent] | None
+    ) -> tuple[Judgement, ExtentSet | None]:
+        findings = self._check.check(self._timeline.open(state), changed)
+        counts: dict[str, int] = {}
+        for condition in findings.conditions.values():
+            counts[condition.value] = counts.get(condition.value, 0) + 1
+        return Judgement(findings.verdict, findings.reason, counts), self._check.reads
+
+    def close(self) -> None:
+        pass

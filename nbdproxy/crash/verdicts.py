@@ -1,0 +1,151 @@
+"""`Verdicts`: what an exploration found out, in an SQLite file. The schema, version 1:
+
+    about    key TEXT PRIMARY KEY, value TEXT
+             what was explored: `version`, `recording` (its path), `events`, `mode`, `failure`,
+             `level`, `seed`, `oracle` and so on; a value that is no text is JSON
+    state    one row a state that was visited, in the order in which they were
+        id        TEXT PRIMARY KEY; with the recording all that is needed to rebuild the state
+        number    INTEGER, counted from 0
+        position  INTEGER, the cut
+        stage     TEXT, why it was visited (see `nbdproxy.crash.stages`)
+        content   TEXT, 16 hex digits: the hash of the disk; equal ones are equal disks
+        verdict   TEXT, pass, fail or unknown
+        how       TEXT: `checked`; `same-content` as the state `same_as`; or `same-reads`: it
+                  differs from `same_as` only where the judge did not look
+        same_as   TEXT, the id of the state whose verdict it took; NULL if it was checked
+        reason    TEXT, what the judge said, or NULL
+        counts    TEXT, JSON: how many files are in which condition
+        seconds   REAL, what the check took
+
+The file is written as results come; a run that was ended goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from nbdproxy.crash.judging import Judgement
+from nbdproxy.errors import UsageError
+from nbdproxy.oracles.check import Verdict
+
+VERSION = "1"
+
+_SCHEMA = """
+CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE state (
+    id TEXT PRIMARY KEY,
+    number INTEGER NOT NULL,
+    position INTEGER NOT NULL,
+    stage TEXT NOT NULL,
+    content TEXT NOT NULL,
+    verdict TEXT NOT NULL,
+    how TEXT NOT NULL,
+    same_as TEXT,
+    reason TEXT,
+    counts TEXT,
+    seconds REAL NOT NULL
+);
+CREATE INDEX state_verdict ON state (verdict, number);
+"""
+CHECKED, SAME_CONTENT, SAME_READS = "checked", "same-content", "same-reads"
+
+
+class Row(NamedTuple):
+    """A state and what became of it; see the module."""
+
+    state: str
+    number: int
+    position: int
+    stage: str
+    content: int
+    judgement: Judgement
+    how: str
+    same_as: str | None
+    seconds: float
+
+
+class Verdicts:
+    """An SQLite file of verdicts, or one in memory if `path` is None; closes with `close`.
+
+    Raises UsageError if the file is of something else: `about` has to be the same.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, str], *, resume: bool) -> None:
+        self._path = path
+        if path is not None and path.exists() and not resume:
+            raise UsageError(f"{path} exists; add --resume to go on with it, or name a new file")
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"there is no folder {path.parent}; make it, or name another --db")
+        try:
+            self._db = sqlite3.connect(path or ":memory:", isolation_level=None)
+            # Nothing is lost by a kill; only the host's own end may take the last rows.
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
+                self._db.executescript(_SCHEMA)
+                rows = [("version", VERSION), *about.items()]
+                self._db.executemany("INSERT INTO about VALUES (?, ?)", rows)
+            else:
+                self._check(about)
+        except sqlite3.Error as error:
+            raise UsageError(
+                f"{path} cannot be used for verdicts ({error}); name another --db"
+            ) from None
+
+    def _check(self, about: Mapping[str, str]) -> None:
+        found = dict(self._db.execute("SELECT key, value FROM about"))
+        if found.pop("version", None) != VERSION:
+            raise UsageError(f"{self._path} was not made by this version; name another --db")
+        for key, value in about.items():
+            if found.get(key) != value:
+                raise UsageError(
+                    f"{self._path} is of another exploration: its {key} is {found.get(key)}, "
+                    f"and {value} was asked for; ask for the same, or name another --db"
+                )
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Enter rows, all or none."""
+        values = [
+            (
+                *(row.state, row.number, row.position, row.stage, f"{row.content:016x}"),
+                *(row.judgement.verdict.value, row.how, row.same_as, row.judgement.reason),
+                *(json.dumps(dict(row.judgement.counts)), row.seconds),
+            )
+            for row in rows
+        ]
+        try:
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.executemany(
+                    "INSERT OR REPLACE INTO state VALUES (?,?,?,?,?,?,?,?,?,?,?)", values
+                )
+        except sqlite3.Error as error:
+            raise UsageError(
+                f"{self._path} cannot be written ({error}); make room, and go on with --resume"
+            ) from None
+
+    def rows(self, *, verdict: Verdict | None = None, limit: int = -1) -> Iterator[Row]:
+        """Yield rows in the order visited."""
+        where = "" if verdict is None else "WHERE verdict = :verdict"
+        found = self._db.execute(
+            f"SELECT * FROM state {where} ORDER BY number LIMIT :limit",
+            {"verdict": verdict and verdict.value, "limit": limit},
+        )
+        for state, number, position, stage, content, word, how, same_as, reason, text, s in found:
+            judgement = Judgement(Verdict(word), reason, json.loads(text))
+            where_ = (state, number, position, stage, int(content, 16))
+            yield Row(*where_, judgement, how, same_as, s)
+
+    def count(self, column: str) -> dict[str, int]:
+        """Return how many states there are for each value of a column, such as `verdict`."""
+        assert column in {"verdict", "how", "stage"}
+        found = self._db.execute(f"SELECT {column}, count(*) FROM state GROUP BY {column}")
+        return dict(found.fetchall())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()

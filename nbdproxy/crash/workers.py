@@ -1,0 +1,148 @@
+"""Runs units of states: in this process, or in a pool of processes that may die.
+
+A `Runner` takes units and yields what was judged, in any order. Whatever happens to a worker, each
+state of each unit comes back exactly once: a unit whose worker died is run again, state by state,
+and a state that kills its worker twice is unknown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Protocol
+
+from nbdproxy.crash.bench import Bench, Job, Judged, Unit, open_bench
+from nbdproxy.crash.judging import Judgement
+from nbdproxy.oracles.check import Verdict
+
+DEATHS_MAX = 2
+"""So many workers may die of a unit before it is taken apart, or its one state given up."""
+
+_AHEAD = 3
+"""Units that wait for each worker, so that none is ever idle."""
+
+
+class Runner(Protocol):
+    """Judges units somewhere."""
+
+    def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
+        """Yield what became of the states of each unit; `units` is read as there is room."""
+        ...
+
+    def close(self) -> None:
+        """Release the workers."""
+        ...
+
+
+class LocalRunner:
+    """Judges in this process, one unit after the other."""
+
+    def __init__(self, job: Job) -> None:
+        self._bench = open_bench(job)
+
+    def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
+        """Yield what became of the states of each unit."""
+        for unit in units:
+            yield self._bench.judge(unit)
+
+    def close(self) -> None:
+        """Close the recording."""
+        self._bench.close()
+
+
+class Retry:
+    """Decides what becomes of units whose worker died."""
+
+    def __init__(self) -> None:
+        self._deaths: Counter[Unit] = Counter()
+
+    def again(self, unit: Unit) -> tuple[list[Unit], list[Judged]]:
+        """Return what to run in place of a unit, and what is to be said without running it."""
+        self._deaths[unit] += 1
+        if self._deaths[unit] < DEATHS_MAX:
+            return [unit], []
+        if len(unit.states) > 1:
+            return [Unit(unit.position, (state,)) for state in unit.states], []
+        reason = f"{DEATHS_MAX} workers died of this state; look at it with: nbdproxy open"
+        return [], [Judged(unit.states[0], Judgement(Verdict.UNKNOWN, reason), None, 0.0)]
+
+
+class PoolRunner:
+    """Judges in `workers` processes of this machine."""
+
+    def __init__(self, job: Job, workers: int) -> None:
+        self._job = job
+        self._workers = workers
+        self._pool = self._open()
+
+    def _open(self) -> ProcessPoolExecutor:
+        # Not forked: this process may have threads, and a fork copies their locks as they are.
+        return ProcessPoolExecutor(
+            self._workers, multiprocessing.get_context("spawn"), _begin, (self._job,)
+        )
+
+    def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
+        """Yield what became of the states of each unit, as they are done."""
+        retry = Retry()
+        waiting = iter(units)
+        flying: dict[Future[list[Judged]], Unit] = {}
+        while True:
+            room = self._workers * _AHEAD - len(flying)
+            for unit in itertools.islice(waiting, max(room, 0)):
+                flying[self._pool.submit(_judge, unit)] = unit
+            if not flying:
+                return
+            done, _ = wait(flying, return_when=FIRST_COMPLETED)
+            lost: list[Unit] = []
+            for future in done:
+                unit = flying.pop(future)
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    lost.append(unit)
+            if lost:
+                # A dead worker takes the whole pool with it; who of them did it is not told.
+                lost += flying.values()
+                flying.clear()
+                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool = self._open()
+                todo = []
+                for unit in lost:
+                    again, said = retry.again(unit)
+                    todo += again
+                    if said:
+                        yield said
+                waiting = itertools.chain(todo, waiting)
+
+    def close(self) -> None:
+        """End the workers; what they are at is given up."""
+        for process in list((self._pool._processes or {}).values()):
+            process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_bench: Bench | None = None
+
+
+def _begin(job: Job) -> None:
+    global _bench  # noqa: PLW0603 - a worker process has one job
+    # Ctrl-C is for the parent, which ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _bench = open_bench(job)
+
+
+def _judge(unit: Unit) -> list[Judged]:
+    assert _bench is not None
+    return _bench.judge(unit)
+
+
+def make_runner(job: Job, workers: int | None) -> Runner:
+    """Return a runner of this machine; None is a worker for each CPU that we may use."""
+    count = workers if workers is not None else len(os.sched_getaffinity(0))
+    return LocalRunner(job) if count <= 1 else PoolRunner(job, count)

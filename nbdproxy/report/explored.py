@@ -1,0 +1,154 @@
+"""What an exploration found, for people and for programs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from nbdproxy.crash.explore import Tally
+from nbdproxy.crash.judging import JudgePlan
+from nbdproxy.crash.planning import Plan, count_stages, states_text
+from nbdproxy.crash.stages import BEYOND, Stage
+from nbdproxy.crash.verdicts import CHECKED, SAME_CONTENT, SAME_READS, Row, Verdicts
+from nbdproxy.oracles.check import Verdict
+
+SHOWN = 5
+"""So many failing states are listed; the database has all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One exploration: what was asked for, what was planned, and what came of it."""
+
+    about: Mapping[str, str]
+    plan: Plan
+    tally: Tally
+    verdicts: Verdicts
+
+
+def digest_of(judge: JudgePlan) -> str:
+    """Return 16 hex digits that stand for what a judge looks for."""
+    return hashlib.sha256(repr(judge).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def exit_code(tally: Tally) -> int:
+    """Return 1 if any state failed, 2 if none did and not all could be judged, else 0."""
+    if tally.verdicts[Verdict.FAIL]:
+        return 1
+    return 2 if tally.verdicts[Verdict.UNKNOWN] else 0
+
+
+def lines(report: Report, run: str) -> Iterator[str]:
+    """Yield the report for people."""
+    plan, tally = report.plan, report.tally
+    yield from _what_was_explored(report)
+    yield ""
+    yield (
+        f"verdicts: {tally.verdicts[Verdict.PASS]:,} pass, {tally.verdicts[Verdict.FAIL]:,} fail, "
+        f"{tally.verdicts[Verdict.UNKNOWN]:,} unknown"
+    )
+    failed = list(report.verdicts.rows(verdict=Verdict.FAIL, limit=SHOWN))
+    for row in failed:
+        yield f"  fail     {row.state}{_why(row)}"
+    more = tally.verdicts[Verdict.FAIL] - len(failed)
+    if more:
+        yield f"           and {more:,} more"
+    for row in report.verdicts.rows(verdict=Verdict.UNKNOWN, limit=SHOWN):
+        yield f"  unknown  {row.state}{_why(row)}"
+    if failed:
+        how = _how_checked(report.about)
+        yield ""
+        yield f"look at it:     nbdproxy open {run} --state {failed[0].state} -o state.img"
+        yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {how}"
+    if plan.left_out:
+        yield ""
+        yield "not visited: " + "; ".join(_left_out(plan))
+
+
+def _what_was_explored(report: Report) -> Iterator[str]:
+    about, plan, tally = report.about, report.plan, report.tally
+    cuts = len(plan.cuts)
+    where = f"{cuts:,} cuts" if cuts != 1 else f"cut {about['cuts']}"
+    yield f"{about['recording']}: {about['mode']} x {about['failure']}, {where}"
+    if plan.cuts_possible > cuts:
+        yield f"  cuts      {cuts:,} of {plan.cuts_possible:,} instants change what may be left"
+    largest = max(plan.cuts, key=lambda cut: cut.states_log10)
+    total = _total(plan)
+    sectors = f"{largest.sectors:,} sectors" if largest.sectors != 1 else "1 sector"
+    yield f"  the model {total} states; at most {sectors} hang on chance at one cut"
+    stages = count_stages(plan.cuts)
+    yield f"  visited   {tally.visited:,}: " + ", ".join(
+        f"{stages[stage]:,} {stage.value}" for stage in Stage if stages[stage]
+    )
+    yield (
+        f"  checked   {tally.how[CHECKED]:,}; {tally.how[SAME_CONTENT]:,} were the same as another "
+        f"state, {tally.how[SAME_READS]:,} wherever the check had looked"
+    )
+    beyond = [stage.value for stage in Stage if stage in BEYOND and stages[stage]]
+    if beyond:
+        yield f"  beyond    the model does not allow the states of: {', '.join(beyond)}"
+
+
+def _total(plan: Plan) -> str:
+    if all(cut.states is not None for cut in plan.cuts):
+        return f"{sum(cut.states or 0 for cut in plan.cuts):,}"
+    return f"about {states_text(max(cut.states_log10 for cut in plan.cuts))}"
+
+
+def _left_out(plan: Plan) -> Iterator[str]:
+    for stage, count in plan.left_out.items():
+        yield f"{stage.value} without end" if count is None else f"{count:,} {stage.value}"
+
+
+def _why(row: Row) -> str:
+    counts = {name: n for name, n in row.judgement.counts.items() if name != "whole"}
+    parts = [f"{n:,} {name}" for name, n in counts.items()]
+    if row.judgement.reason:
+        parts.append(row.judgement.reason)
+    return f"  {', '.join(parts)}" if parts else ""
+
+
+def _how_checked(about: Mapping[str, str]) -> str:
+    judge = about["judge"]
+    if judge.startswith("files "):
+        return "--files MANIFEST"
+    return "--check '" + judge.replace("'", "'\\''") + "'"
+
+
+def to_json(report: Report) -> dict[str, object]:
+    """Return the report as `nbdproxy explore --json` prints it."""
+    plan, tally = report.plan, report.tally
+    return {
+        **report.about,
+        "cuts": len(plan.cuts),
+        "cuts_possible": plan.cuts_possible,
+        "model": {
+            "states_log10": max(cut.states_log10 for cut in plan.cuts),
+            "states": None
+            if any(cut.states is None for cut in plan.cuts)
+            else sum(cut.states or 0 for cut in plan.cuts),
+            "sectors": max(cut.sectors for cut in plan.cuts),
+        },
+        "visited": tally.visited,
+        "stages": {stage.value: n for stage, n in count_stages(plan.cuts).items()},
+        "checked": tally.how[CHECKED],
+        "same_content": tally.how[SAME_CONTENT],
+        "same_reads": tally.how[SAME_READS],
+        "not_visited": {stage.value: n for stage, n in plan.left_out.items()},
+        "verdicts": {verdict.value: n for verdict, n in tally.verdicts.items()},
+        "failing": [
+            {
+                "state": row.state,
+                "stage": row.stage,
+                "reason": row.judgement.reason,
+                "counts": dict(row.judgement.counts),
+            }
+            for row in islice(report.verdicts.rows(verdict=Verdict.FAIL), 100)
+        ],
+        "unknown": [
+            {"state": row.state, "reason": row.judgement.reason}
+            for row in islice(report.verdicts.rows(verdict=Verdict.UNKNOWN), 100)
+        ],
+    }

@@ -1,0 +1,151 @@
+"""The judge that runs a command on each state: exit code 0 is pass, 1 fail, all else unknown.
+
+The command is run by a shell, with these variables:
+
+    uri       the state as an NBD export of its own; what is written to it is forgotten afterwards
+    image     the state as a raw file, made only if the command names it; it may be changed
+    state     the state's id
+    position  the cut
+    mark      the name of the last mark before the cut, empty if there is none
+
+A verdict is shared with states that differ only where the command did not read; that takes a
+command that says the same whenever it reads the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbdproxy.crash.judging import Judge, Judgement
+from nbdproxy.crash.naming import StateId
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.disks.copying import write_sparse
+from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.recording.notes import NoteKind
+from nbdproxy.server.states import StateServer
+
+_VERDICTS = {0: Verdict.PASS, 1: Verdict.FAIL}
+_REASON_MAX = 300
+_TAIL = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class CommandPlan:
+    """Judge states by a shell command that may take `time_limit_s` seconds for each."""
+
+    command: str
+    time_limit_s: float
+
+    def open(self, timeline: Timeline) -> Judge:
+        """Return the judge, for the states of a timeline."""
+        return _CommandJudge(self, timeline)
+
+    def context(self, timeline: Timeline, position: int) -> str:
+        """Return what the command is told besides the disk, as far as it asks for it."""
+        told = [last_mark(timeline, position)] if self.names("mark") else []
+        return "\0".join([*told, *([str(position)] if self.names("position") else [])])
+
+    def names(self, variable: str) -> bool:
+        """Tell whether the command uses a variable."""
+        return re.search(rf"\$\{{?{variable}\b", self.command) is not None
+
+
+def last_mark(timeline: Timeline, position: int) -> str:
+    """Return the name of the last mark before a cut, empty if there is none."""
+    marks = (n for n in reversed(timeline.source.notes) if n.kind is NoteKind.MARK)
+    return next((note.text for note in marks if note.seq < position), "")
+
+
+class _CommandJudge:
+    def __init__(self, plan: CommandPlan, timeline: Timeline) -> None:
+        self._plan = plan
+        self._timeline = timeline
+        self._stack = ExitStack()
+        self._server = self._stack.enter_context(StateServer(timeline))
+        self._wants_image = plan.names("image")
+
+    def judge(
+        self,
+        state: StateId,
+        changed: Iterable[Extent] | None,  # noqa: ARG002
+    ) -> tuple[Judgement, ExtentSet | None]:
+        name = str(state)
+        environment = {
+            **os.environ,
+            "uri": self._server.uri(name),
+            "state": name,
+            "position": str(state.position),
+            "mark": last_mark(self._timeline, state.position),
+        }
+        if self._wants_image:
+            # A whole copy is read, so nothing can be said about what the command looked at.
+            with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=_scratch()) as folder:
+                image = Path(folder) / "image"
+                try:
+                    write_sparse(self._timeline.open(state), image)
+                except OSError as error:
+                    reason = f"the image could not be written: {error.strerror}"
+                    return Judgement(Verdict.UNKNOWN, reason), None
+                return self._run({**environment, "image": str(image)}), None
+        self._server.shelf.watch(name)
+        judgement = self._run(environment)
+        return judgement, self._server.shelf.reads(name)
+
+    def _run(self, environment: dict[str, str]) -> Judgement:
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                ["/bin/sh", "-c", self._plan.command],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(self._plan.time_limit_s)
+            except subprocess.TimeoutExpired:
+                return Judgement(
+                    Verdict.UNKNOWN, f"it took longer than {self._plan.time_limit_s:g} s"
+                )
+            finally:
+                # Its children as well: they would go on reading a state that is gone.
+                _kill(process)
+            return _judgement(code, _last_line(output.fileno()))
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _judgement(code: int, said: str) -> Judgement:
+    verdict = _VERDICTS.get(code, Verdict.UNKNOWN)
+    if verdict is not Verdict.UNKNOWN:
+        return Judgement(verdict, said or None)
+    ended = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    return Judgement(verdict, f"{ended}: {said}" if said else ended)
+
+
+def _last_line(fd: int) -> str:
+    size = os.fstat(fd).st_size
+    text = os.pread(fd, _TAIL, max(0, size - _TAIL)).decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:_REASON_MAX] if lines else ""
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _scratch() -> str:
+    """Return where images go: like all scratch files, not to a disk in memory."""
+    return os.environ.get("TMPDIR") or "/var/tmp"
