@@ -21,7 +21,7 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import earlier_digests, place
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import Verdicts
-from nbdproxy.crash.workers import Runner, make_runner
+from nbdproxy.crash.workers import make_runner
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
@@ -101,10 +101,6 @@ def explore(
         int | None,
         typer.Option(metavar="N", min=1, help="Processes that check.", show_default="one a CPU"),
     ] = None,
-    dask: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Check on a Dask cluster, such as tcp://host:8786."),
-    ] = None,
     db: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep all verdicts here (SQLite).")
     ] = None,
@@ -168,7 +164,7 @@ def explore(
         }
         verdicts = Verdicts(db, about, resume=resume)
         try:
-            runner = _runner(Job(run.absolute(), base, level, options, judge, share), workers, dask)
+            runner = make_runner(Job(run.absolute(), base, level, options, judge, share), workers)
             try:
                 exploration = Exploration(fields, plan, judge, verdicts)
                 tally = _watch(plan, lambda tell: exploration.run(runner, tell))
@@ -229,16 +225,6 @@ def _plan(fields: Fields, at: str | None, every: Every | None, wish: Wish) -> Pl
             cuts_possible=source.events + 1 if every is not None else 1,
             progress=lambda done: status.update(f"looking at the cuts: {done} of {len(cuts)}"),
         )
-
-
-def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
-    if dask is None:
-        return make_runner(job, workers)
-    if workers is not None:
-        raise UsageError("--workers and --dask exclude each other; the cluster has its own workers")
-    from nbdproxy.crash.dask_runner import DaskRunner  # noqa: PLC0415 - an optional extra
-
-    return DaskRunner(job, dask)
 
 
 def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import tempfile
@@ -17,8 +16,10 @@ import typer
 from nbdproxy.cli.console import err, out, set_up_logging, size_text
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.state import Choice, CrashDisk, StateId, open_state, parse_state_id
+from nbdproxy.crash.timeline import CrashDisk, Timeline
+from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Level
@@ -28,8 +29,6 @@ from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.export import Export
 from nbdproxy.server.power import Power
 from nbdproxy.server.service import Setting, serve
-
-_COPY = 1024 * 1024
 
 
 class OutputFormat(StrEnum):
@@ -78,20 +77,24 @@ def open_(
       nbdproxy open run1 --at end --socket /tmp/crashed.sock
     """
     set_up_logging(verbose=False)
-    source = RecordedSource(run, image=base)
-    chosen = _choose(source, state, at, mode, failure)
-    disk = open_state(source, chosen)
-    if output is not None and output.exists():
-        raise UsageError(f"{output} exists; name a new file, or remove it first")
-    if output is not None and output_format is OutputFormat.RAW:
-        _write(disk, output)
-        err.print(f"wrote state {chosen} to {output} ({size_text(disk.size)})", markup=False)
-        return
-    if output is not None:
-        if shutil.which("qemu-img") is None:
-            raise UsageError("qemu-img is not installed; apt-get install qemu-utils, or use raw")
-        command = f'qemu-img convert -f raw -O qcow2 "$uri" {shlex.quote(str(output))}'
     with ExitStack() as stack:
+        timeline = Timeline(stack.enter_context(RecordedSource(run, image=base)))
+        stack.callback(timeline.close)
+        chosen = choose(timeline, state, at, mode, failure)
+        disk = timeline.open(chosen)
+        timeline.base()
+        if output is not None and output.exists():
+            raise UsageError(f"{output} exists; name a new file, or remove it first")
+        if output is not None and output_format is OutputFormat.RAW:
+            _write(disk, output)
+            err.print(f"wrote state {chosen} to {output} ({size_text(disk.size)})", markup=False)
+            return
+        if output is not None:
+            if shutil.which("qemu-img") is None:
+                raise UsageError(
+                    "qemu-img is not installed; apt-get install qemu-utils, or use raw"
+                )
+            command = f'qemu-img convert -f raw -O qcow2 "$uri" {shlex.quote(str(output))}'
         if socket is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
             socket = Path(folder) / "socket"
@@ -124,13 +127,14 @@ def open_(
     raise typer.Exit(outcome.exit_code)
 
 
-def _choose(
-    source: RecordedSource,
+def choose(
+    timeline: Timeline,
     state: str | None,
     at: str | None,
     mode: CacheMode | None,
     failure: Failure | None,
 ) -> StateId:
+    """Return the state that a command's options name; UsageError if they do not name one."""
     if state is not None:
         if at is not None or mode is not None or failure is not None:
             raise UsageError("--state says all; drop --at, --mode and --failure")
@@ -139,7 +143,7 @@ def _choose(
         raise UsageError("which state? name it with --state ID or --at CUT")
     if (mode is None) != (failure is None):
         raise UsageError("--mode and --failure go together; give both or neither")
-    position = resolve(source, at).position
+    position = resolve(timeline.source, at).position
     if mode is None or failure is None:
         return StateId(position, Level.RECEIVED, Choice.ALL)
     return StateId(position, guarantee(mode, failure).must, Choice.MUST)
@@ -149,16 +153,9 @@ def _write(disk: CrashDisk, output: Path) -> None:
     """Write a disk to a new sparse file, under a temporary name until it is whole."""
     partial = output.with_name(output.name + ".part")
     try:
-        with partial.open("wb") as file, err.status(f"writing {output}"):
-            file.truncate(disk.size)
-            for extent in disk.data_extents(0, disk.size):
-                for offset in range(extent.offset, extent.end, _COPY):
-                    data = disk.pread(offset, min(_COPY, extent.end - offset))
-                    if data.count(0) != len(data):
-                        os.pwrite(file.fileno(), data, offset)
+        with err.status(f"writing {output}"):
+            write_sparse(disk, partial)
         partial.replace(output)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UsageError(f"{output} cannot be written: {error.strerror}") from None
-    finally:
-        disk.close()

@@ -70,10 +70,18 @@ class Bench:
 
     def judge(self, unit: Unit) -> list[Judged]:
         """Judge the states of a unit."""
-        if self._field is None or self._field.state.position != unit.position:
-            self._field = self._fields.at(unit.position)
+        field = self._field_at(unit.position)
+        return [self._one(field, parse_state_id(text)) for text in unit.states]
+
+    def _field_at(self, position: int) -> Field:
+        if self._field is None or self._field.state.position != position:
+            self._field = self._fields.at(position)
             self._sharing = Sharing(self._field)
-        return [self._one(self._field, parse_state_id(text)) for text in unit.states]
+        return self._field
+
+    def hash_of(self, state: StateId) -> int:
+        """Return the hash of a state's content; equal ones are equal disks."""
+        return self._field_at(state.position).change(state).hash
 
     def _one(self, field: Field, state: StateId) -> Judged:
         assert self._sharing is not None

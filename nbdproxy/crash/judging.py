@@ -11,8 +11,9 @@ from typing import Protocol
 
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.extents import Extent, ExtentSet
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.disks.traced import TracedDisk
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.check import Verdict, check
 from nbdproxy.oracles.manifest import Manifest
 
 
@@ -34,7 +35,7 @@ class Judge(Protocol):
 
     def judge(
         self, state: StateId, changed: Iterable[Extent] | None
-    ) -> tuple[Judgement, ExtentSet | None]:
+    ) -> tuple[Judgement, Iterable[Extent] | None]:
         """Return what is to be said of a state, and what of its disk that was read from.
 
         `changed` covers all in which the disk may differ from that of the call before; None is
@@ -81,21 +82,20 @@ class ManifestPlan:
 
 class _ManifestJudge:
     def __init__(self, plan: ManifestPlan, timeline: Timeline) -> None:
-        from nbdproxy.oracles.incremental import IncrementalCheck  # noqa: PLC0415
-
+        self._plan = plan
         self._timeline = timeline
-        self._check = IncrementalCheck(
-            plan.manifest, earlier=plan.earlier, partition=plan.partition
-        )
 
     def judge(
-        self, state: StateId, changed: Iterable[Extent] | None
-    ) -> tuple[Judgement, ExtentSet | None]:
-        findings = self._check.check(self._timeline.open(state), changed)
+        self,
+        state: StateId,
+        changed: Iterable[Extent] | None,  # noqa: ARG002
+    ) -> tuple[Judgement, Iterable[Extent] | None]:
+        plan, disk = self._plan, TracedDisk(self._timeline.open(state))
+        findings = check(disk, plan.manifest, earlier=plan.earlier, partition=plan.partition)
         counts: dict[str, int] = {}
         for condition in findings.conditions.values():
             counts[condition.value] = counts.get(condition.value, 0) + 1
-        return Judgement(findings.verdict, findings.reason, counts), self._check.reads
+        return Judgement(findings.verdict, findings.reason, counts), disk.reads
 
     def close(self) -> None:
         pass

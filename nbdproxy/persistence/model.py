@@ -148,7 +148,7 @@ def in_flight_flush_covers(table: RequestTable, t: int, options: Options = DEFAU
     mask = np.zeros(len(table), np.bool_)
     below = _covered_below(table, np.flatnonzero(table.is_flush), t, options)
     for rows, since, gone in _fates(table, options):
-        mask[rows] = _flushing(table, rows, t, (since, gone), below)
+        mask[rows] = _flushing(table, rows, t, (since, gone, below))
     return mask
 
 
@@ -159,7 +159,7 @@ def kept(table: RequestTable, t: int, level: Level, options: Options = DEFAULTS)
     if level is Level.FLUSHED_OR_FLUSHING:
         below = _covered_below(table, np.flatnonzero(table.is_flush), t, options)
     for rows, since, gone in _fates(table, options):
-        mask[rows] = _kept(table, rows, t, level, (since, gone), below)
+        mask[rows] = _kept(table, rows, t, level, (since, gone, below))
     return mask
 
 
@@ -185,7 +185,7 @@ class Fates:
         if level is Level.FLUSHED_OR_FLUSHING:
             below = _covered_below(self.table, self._flushes, t, self.options)
         return _kept(
-            self.table, rows, t, level, (self.durable_from[rows], self.lost_from[rows]), below
+            self.table, rows, t, level, (self.durable_from[rows], self.lost_from[rows], below)
         )
 
     def sent(self, rows: Rows, t: int) -> Mask:
@@ -205,17 +205,19 @@ def _kept(
     rows: Rows,
     t: int,
     level: Level,
-    fates: tuple[Positions, Positions],
-    below: Positions | int,
+    fates: tuple[Positions, Positions, Positions | int],
 ) -> Mask:
-    """The one place that says what each level keeps; `below` is what `_covered_below` gave."""
-    since, gone = fates
+    """The one place that says what each level keeps.
+
+    `fates` are durable_from and lost_from of the rows, and what `_covered_below` gave.
+    """
+    since, gone, _ = fates
     if level is Level.NOTHING:
         return np.zeros(len(since), np.bool_)
     if level is Level.FLUSHED:
         return np.less(since, t)
     if level is Level.FLUSHED_OR_FLUSHING:
-        return np.less(since, t) | _flushing(table, rows, t, fates, below)
+        return np.less(since, t) | _flushing(table, rows, t, fates)
     mask = _answered(table, rows, t) if level is Level.COMPLETED else _sent(table, rows, t)
     mask &= gone >= t
     return mask
@@ -232,10 +234,9 @@ def _flushing(
     table: RequestTable,
     rows: Rows,
     t: int,
-    fates: tuple[Positions, Positions],
-    below: Positions | int,
+    fates: tuple[Positions, Positions, Positions | int],
 ) -> Mask:
-    since, gone = fates
+    since, gone, below = fates
     mask = _answered(table, rows, t)
     limit = below if isinstance(below, int) else below[table.connection[rows]]
     mask &= table.completed[rows] < limit

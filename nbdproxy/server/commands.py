@@ -28,7 +28,7 @@ from nbdproxy.crash.judging import Judge, Judgement
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.copying import write_sparse
-from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.states import StateServer
@@ -77,7 +77,7 @@ class _CommandJudge:
         self,
         state: StateId,
         changed: Iterable[Extent] | None,  # noqa: ARG002
-    ) -> tuple[Judgement, ExtentSet | None]:
+    ) -> tuple[Judgement, Iterable[Extent] | None]:
         name = str(state)
         environment = {
             **os.environ,

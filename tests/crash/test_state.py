@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.source import MemorySource
 from nbdproxy.crash.naming import Choice, Part, Pin, StateId, parse_state_id
+from nbdproxy.crash.source import MemorySource
 from nbdproxy.crash.timeline import CrashDisk, open_state
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import UsageError

@@ -143,7 +143,11 @@ def test_a_change_is_what_differs_from_an_end(
 
 
 def test_beyond_the_model_only_on_request() -> None:
-    log = [Received(Command.WRITE, 0, 2), Received(Command.WRITE, 1, 1, fua=True), Completed(1)]
+    log: list[Received | Completed] = [
+        Received(Command.WRITE, 0, 2),
+        Received(Command.WRITE, 1, 1, fua=True),
+        Completed(1),
+    ]
     timeline = make_timeline(log, [1, 2, *[3] * 30])
     field = Fields(timeline, Level.FLUSHED, Options()).at(3)
     assert not BEYOND & Stages(field).sizes().keys()

@@ -1,0 +1,89 @@
+"""Why a request was not safe at a cut: the flush that should have covered it, and its fate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.persistence.model import Coverage, Options
+from nbdproxy.recording.index import NEVER, RequestTable
+
+
+class Safety(StrEnum):
+    """What a request's safety came to."""
+
+    UNANSWERED = "unanswered"
+    """The request itself had no reply yet."""
+    IN_FLIGHT = "flush-in-flight"
+    """The flush that covers it was received, and had no reply yet."""
+    FAILED = "flush-failed"
+    """The flush that covers it was answered with an error."""
+    LATER = "flushed-later"
+    """The first flush that covers it came after the cut."""
+    NEVER_FLUSHED = "never-flushed"
+    """No flush that covers it ever came."""
+    BROKEN = "promise-broken"
+    """It was durable: whoever lost it broke a promise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """A request's safety at a cut; `flush` is the seq of the flush in question, if there is one.
+
+    `delay_ns` is how long after the cut a later flush came.
+    """
+
+    safety: Safety
+    flush: int | None = None
+    delay_ns: int | None = None
+
+    def sentence(self) -> str:
+        """Say it in words."""
+        flush = f"flush {self.flush}" if self.flush is not None else "its own FUA"
+        return {
+            Safety.UNANSWERED: "it had not been answered at the cut",
+            Safety.IN_FLIGHT: f"{flush} covers it, and had not been answered at the cut",
+            Safety.FAILED: f"{flush} would have covered it, and failed",
+            Safety.LATER: f"{flush} covers it, and came {(self.delay_ns or 0) / 1e6:.3g} ms "
+            f"after the cut",
+            Safety.NEVER_FLUSHED: "no flush came after it",
+            Safety.BROKEN: f"{flush} had made it durable: whoever lost it broke that promise",
+        }[self.safety]
+
+
+def blame(timeline: Timeline, row: int, position: int, options: Options) -> Blame:
+    """Tell why a request was not safe, or that it was."""
+    table = timeline.table
+    done = int(table.completed[row])
+    durable = int(timeline.fates(options).durable_from[row])
+    if durable < position:
+        flushes = np.flatnonzero(table.completed == durable)
+        own = not len(flushes) or not table.is_flush[flushes[0]]
+        return Blame(Safety.BROKEN, None if own else int(table.seq[flushes[0]]))
+    if done >= position:
+        return Blame(Safety.UNANSWERED)
+    covering = _covering(table, row, options)
+    answered = table.completed[covering] < position
+    begun = table.seq[covering] < position
+    if (begun & ~answered).any():
+        return Blame(Safety.IN_FLIGHT, int(table.seq[covering[begun & ~answered][0]]))
+    if (begun & (table.error[covering] != 0)).any():
+        return Blame(Safety.FAILED, int(table.seq[covering[begun & answered][-1]]))
+    if not len(covering):
+        return Blame(Safety.NEVER_FLUSHED)
+    source, flush = timeline.source, int(table.seq[covering[0]])
+    cut_ns = source.time_of(position - 1) if position else 0
+    return Blame(Safety.LATER, flush, source.time_of(flush) - cut_ns)
+
+
+def _covering(table: RequestTable, row: int, options: Options) -> np.ndarray[tuple[int]]:
+    """Return the flushes that cover a completed request, in the order received (rules 1, 11)."""
+    by_reply = options.coverage is Coverage.REPLIED
+    keys = table.completed if by_reply else table.seq
+    covers = table.is_flush & (keys > table.completed[row]) & (table.completed[row] != NEVER)
+    if not options.multi_conn:
+        covers &= table.connection == table.connection[row]
+    return np.flatnonzero(covers)
