@@ -18,7 +18,7 @@ import numpy as np
 from nbdproxy.crash.field import Change, Field
 from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.judging import Judge, Judgement, JudgePlan
-from nbdproxy.crash.naming import StateId, parse_state_id
+from nbdproxy.crash.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.sharing import Sharing
 from nbdproxy.crash.source import Source
@@ -62,11 +62,13 @@ class Bench:
     def __init__(self, source: Source, job: Job) -> None:
         self.timeline = Timeline(source)
         self._fields = Fields(self.timeline, job.level, job.options)
-        self._judge: Judge = job.judge.open(self.timeline)
+        self._plan = job.judge
+        # One for the states near each end of a cut: between two of these less changes.
+        self._judges: dict[Choice, Judge] = {}
         self._share = job.share
         self._field: Field | None = None
         self._sharing: Sharing | None = None
-        self._last: tuple[int, Change] | None = None
+        self._last: dict[Choice, tuple[int, Change]] = {}
 
     def judge(self, unit: Unit) -> list[Judged]:
         """Judge the states of a unit."""
@@ -90,22 +92,22 @@ class Bench:
         known = self._sharing.find(change) if self._share else None
         if known is not None:
             return Judged(str(state), known[1], known[0], time.perf_counter() - began)
-        judgement, reads = self._judge.judge(state, self._changed(field, change))
-        self._last = state.position, change
+        near = change.reference
+        if near not in self._judges:
+            self._judges[near] = self._plan.open(self.timeline)
+        judgement, reads = self._judges[near].judge(state, self._changed(field, change))
+        self._last[near] = state.position, change
         if reads is not None:
             self._sharing.add(change, (str(state), judgement), reads)
         return Judged(str(state), judgement, None, time.perf_counter() - began)
 
     def _changed(self, field: Field, change: Change) -> Iterable[Extent] | None:
-        """Return where a state may differ from the one that was judged before it."""
-        if self._last is None:
+        """Return where a state may differ from the one that the same judge saw before it."""
+        if change.reference not in self._last:
             return None
-        position, last = self._last
-        sectors = [last.sectors, change.sectors]
-        if last.reference is not change.reference or position != field.state.position:
-            sectors.append(field.ends.sectors)
+        position, last = self._last[change.reference]
         size = field.state.options.sector
-        found = _runs(np.unique(np.concatenate(sectors)), size)
+        found = _runs(np.unique(np.concatenate((last.sectors, change.sectors))), size)
         if position != field.state.position:
             found += self._between(position, field.state.position)
         return found
@@ -124,8 +126,9 @@ class Bench:
         return [Extent(offset, length) for offset, length in pairs]
 
     def close(self) -> None:
-        """Release judge and timeline."""
-        self._judge.close()
+        """Release judges and timeline."""
+        for judge in self._judges.values():
+            judge.close()
         self.timeline.close()
 
 

@@ -81,7 +81,7 @@ class Field:
     ) -> None:
         self.state = state
         self.timeline = timeline
-        self.may, self.durable = rows
+        self.may, self.durable = may, _ = rows
         self.values = values
         self.sectors, self.start = values.sectors, values.start
         self._first_sector = timeline.table.offset // state.options.sector
@@ -89,8 +89,14 @@ class Field:
         self.first = first_of_content(self.start, values.digests)
         self.must_hash = must_hash
         self._must = self._contents(state, everywhere, values.must)
+        self._chance = frozenset(may.tolist())
         everything = replace(state, choice=Choice.ALL)
-        self.all = self._shown(everything, everywhere)
+        counts = np.diff(self.start)
+        presence = Presence(timeline.fates(state.options), everything)
+        entries = np.arange(len(values.rows))
+        self._in_all = self._there(presence, entries, np.repeat(self.sectors, counts))
+        self._in_all[values.must] = True
+        self.all = _newest(entries, self._in_all, counts)
         """For each sector the entry that shows if all that was sent is there."""
         self._all = self._contents(everything, everywhere, self.all)
         moved = mixed(self.sectors, self._all) - mixed(self.sectors, self._must)
@@ -132,16 +138,15 @@ class Field:
             return Change(Choice.MUST, self.sectors[:0], self._must[:0], self.must_hash)
         if state.choice is Choice.ALL and not state.pins:
             return Change(Choice.ALL, self.sectors[:0], self._must[:0], self.ends.hash)
-        table = self.timeline.table
-        rows = np.searchsorted(table.seq, [part.seq for part in state.parts])
-        if state.pins or not np.isin(rows, self.may).all():
+        rows = [int(np.searchsorted(self.timeline.table.seq, part.seq)) for part in state.parts]
+        if state.pins or not self._chance.issuperset(rows):
             return self._read_change(state, rows)
         if state.choice is Choice.DRAW:
             where = np.arange(len(self.sectors))
-        else:
-            spans = [np.arange(*self.span(int(row))) for row in np.unique(rows)]
-            where = np.unique(np.concatenate(spans))
-        return self._changed(state, where, self._shown(state, where))
+            return self._changed(state, where, self._shown(state, where))
+        spans = [np.arange(*self.span(row)) for row in dict.fromkeys(rows)]
+        where = spans[0] if len(spans) == 1 else np.unique(np.concatenate(spans))
+        return self._changed(state, where, self._shown_named(state, where, rows))
 
     def pinned(self, entries: Numbers) -> tuple[StateId, Change]:
         """Return the state in which these entries show, one for each sector of the field."""
@@ -159,10 +164,10 @@ class Field:
             return Choice.ALL, self._all, self.ends.hash
         return Choice.MUST, self._must, self.must_hash
 
-    def _read_change(self, state: StateId, rows: Numbers) -> Change:
+    def _read_change(self, state: StateId, rows: list[int]) -> Change:
         """The same by reading the sectors that a state names, wherever they are."""
         size, table = state.options.sector, self.timeline.table
-        spans = [sectors_of(table, int(row), size) for row in rows.tolist()]
+        spans = [sectors_of(table, row, size) for row in rows]
         spans += [(pin.first, pin.last + 1) for pin in state.pins]
         sectors = np.unique(np.concatenate([np.arange(*span) for span in spans]))
         near, _, start = self._nearer(state)
@@ -185,13 +190,27 @@ class Field:
         """Return the entries that show in some sectors, pins aside: the newest that are there."""
         counts = np.diff(self.start)[where]
         entries = expand(self.start[where], counts)
-        if not len(entries):
-            return entries
         presence = Presence(self.timeline.fates(state.options), state)
         there = self._there(presence, entries, np.repeat(self.sectors[where], counts))
         there |= entries == np.repeat(self.values.must[where], counts)
-        begins = np.cumsum(counts) - counts
-        return np.maximum.reduceat(np.where(there, entries, -1), begins)
+        return _newest(entries, there, counts)
+
+    def _shown_named(self, state: StateId, where: Numbers, rows: list[int]) -> Numbers:
+        """The same for a state that names parts of requests which chance decides on."""
+        counts = self.start[where + 1] - self.start[where]
+        entries = expand(self.start[where], counts)
+        alone = state.choice is Choice.ONLY
+        if alone:
+            there = entries == np.repeat(self.values.must[where], counts)
+        else:
+            there = self._in_all[entries]
+        for row, part in zip(rows, state.parts, strict=True):
+            named = self.values.rows[entries] == row
+            if part.first is not None:
+                at = np.repeat(self.sectors[where], counts) - self._first_sector[row]
+                named &= (at >= part.first) & (at <= part.last)
+            there[named] = alone
+        return _newest(entries, there, counts)
 
     def _there(self, presence: Presence, entries: Numbers, sectors: Numbers) -> Mask:
         rows = self.values.rows[entries]
@@ -218,6 +237,13 @@ class Field:
             else:
                 pins.append(Pin(sector, sector, value))
         return tuple(pins)
+
+
+def _newest(entries: Numbers, there: Mask, counts: Numbers) -> Numbers:
+    """Return for each run of `counts` entries the last that is there."""
+    if not len(entries):
+        return entries
+    return np.maximum.reduceat(np.where(there, entries, -1), np.cumsum(counts) - counts)
 
 
 def _change(

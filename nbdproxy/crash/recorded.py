@@ -3,10 +3,10 @@
 That disk is put together from three places: what was saved before it was changed, zeroes where
 the image had holes at the start, and the image itself for data that the recording never changed.
 Only the last needs the image, unchanged since; if it was changed by others, the answer is an
-ImageError and not a wrong state.
+ImageError and not a wrong state. An unpacked recording brings its own part of the image.
 
-Not covered: a killed recorder, and an image that was changed by others within a minute after; and
-an image that the user names as unchanged.
+Not covered: a killed recorder, and an image that was changed by others within a minute after; an
+image that the user names as unchanged; and an unpacked recording whose `base` was written to.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError
 from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.recording.format import base_path
 from nbdproxy.recording.meta import Fingerprint
+from nbdproxy.recording.packed import load_index
 from nbdproxy.recording.reader import Recording
 
 _LAZY_NS = 60 * 10**9
@@ -60,22 +62,36 @@ class RecordedSource(Recording):
     @property
     def image(self) -> Path:
         """Where the image is looked for."""
-        return self._image_given or Path(self.meta.image)
+        if self._image_given is not None:
+            return self._image_given
+        own = base_path(self.path)
+        return own if own.exists() else Path(self.meta.image)
+
+    def image_parts(self) -> Iterator[Extent]:
+        """Yield, ascending and disjoint, the parts of the disk that are in the image only."""
+        data = ExtentSet()
+        for start, length in self.meta.data:
+            data.add(start, start + length)
+        for extent in data:
+            for low, high, position in self.saved_segments(extent.offset, extent.end):
+                if position is None:
+                    yield Extent(low, high - low)
 
     @property
     def needs_image(self) -> bool:
         """Whether a part of the disk is in the image only."""
-        return any(
-            position is None
-            for start, length in self.meta.data
-            for _, _, position in self.saved_segments(start, start + length)
-        )
+        return any(True for _ in self.image_parts())
 
     def base(self) -> ReadableDevice:
-        """Open the disk as it was at the start; raises ImageError if the image went on since."""
+        """Open the disk as it was at the start; raises ImageError if the image went on since.
+
+        Raises RecordingError for an unpacked recording without its index.
+        """
         image = None
         if self.needs_image:
-            if self._image_given is None:
+            if self._image_given is None and base_path(self.path).exists():
+                self._check_whole()
+            elif self._image_given is None:
                 self._check_raw()
                 self._check_unchanged()
             image = FileDisk(self.image, read_only=True)
@@ -86,6 +102,14 @@ class RecordedSource(Recording):
                     f"{self.size}; name the right image with --base IMAGE"
                 )
         return BaseDisk(self, image)
+
+    def _check_whole(self) -> None:
+        """Refuse an own base if before-images are gone that were there when it was made."""
+        if self.events < load_index(self.path).events:
+            raise ImageError(
+                f"the end of {self.path} was lost after it was unpacked, and with it a part of the "
+                "disk as it was; unpack it again, or name its image with --base IMAGE"
+            )
 
     def _check_raw(self) -> None:
         """Refuse an image whose bytes are not the disk's."""
