@@ -10,11 +10,14 @@ import typer
 from nbdproxy import __version__
 from nbdproxy.cli import ctl, lab, policy
 from nbdproxy.cli.console import err
+from nbdproxy.cli.convert import convert
 from nbdproxy.cli.explore import explore
 from nbdproxy.cli.info import info
 from nbdproxy.cli.log import log
 from nbdproxy.cli.manifest import manifest
+from nbdproxy.cli.minimize import minimize
 from nbdproxy.cli.open import open_
+from nbdproxy.cli.pack import pack, unpack
 from nbdproxy.cli.replay import replay
 from nbdproxy.cli.serve import serve
 from nbdproxy.cli.timeline import timeline
@@ -65,8 +68,12 @@ app.command()(log)
 app.command()(replay)
 app.command()(manifest)
 app.command()(explore)
+app.command()(minimize)
 app.command(name="open")(open_)
 app.command()(timeline)
+app.command()(convert)
+app.command()(pack)
+app.command()(unpack)
 app.add_typer(policy.app, name="policy")
 app.add_typer(ctl.app, name="ctl")
 app.add_typer(lab.app, name="lab")

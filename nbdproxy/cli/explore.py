@@ -146,7 +146,7 @@ def explore(
         check_projection(recorded_under(source.table, recorded_as), [mode])
         timeline = Timeline(source)
         level = guarantee(mode, failure).must
-        judge = _judge(timeline, files, check, at, root, time_limit)
+        judge = make_judge(timeline, files, check, at, root, time_limit)
         fields = Fields(timeline, level, options)
         budget = states if states is not None else None if exhaustive else Wish().budget
         wish = Wish(budget, seed, torn, stale, exhaustive)
@@ -191,7 +191,7 @@ def _options(sector: int, covers: Coverage) -> Options:
     return Options(coverage=covers, sector=sector)
 
 
-def _judge(
+def make_judge(
     timeline: Timeline,
     files: Path | None,
     check: str | None,
@@ -199,6 +199,7 @@ def _judge(
     root: str | None,
     time_limit_s: float,
 ) -> JudgePlan:
+    """Return the judge that a command's options name; UsageError unless it is just one."""
     if (files is None) == (check is None):
         raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
     if files is None:

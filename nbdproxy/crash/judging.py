@@ -5,15 +5,17 @@ A `JudgePlan` is what travels to another process; there it opens a `Judge`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.disks.traced import TracedDisk
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.check import Verdict, check
+from nbdproxy.oracles.blank import certain
+from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Manifest
 
 
@@ -84,18 +86,24 @@ class _ManifestJudge:
     def __init__(self, plan: ManifestPlan, timeline: Timeline) -> None:
         self._plan = plan
         self._timeline = timeline
+        self._check = IncrementalCheck(
+            plan.manifest, earlier=plan.earlier, partition=plan.partition
+        )
+        self._last: tuple[Findings, Judgement] | None = None
 
     def judge(
-        self,
-        state: StateId,
-        changed: Iterable[Extent] | None,  # noqa: ARG002
+        self, state: StateId, changed: Iterable[Extent] | None
     ) -> tuple[Judgement, Iterable[Extent] | None]:
-        plan, disk = self._plan, TracedDisk(self._timeline.open(state))
-        findings = check(disk, plan.manifest, earlier=plan.earlier, partition=plan.partition)
-        counts: dict[str, int] = {}
-        for condition in findings.conditions.values():
-            counts[condition.value] = counts.get(condition.value, 0) + 1
-        return Judgement(findings.verdict, findings.reason, counts), disk.reads
+        disk = self._timeline.open(state)
+        found = self._check.check(disk, changed)
+        # Findings that did not change are the same object, and thousands of files need no count.
+        if self._last is None or self._last[0] is not found:
+            findings = certain(found, disk, self._plan.manifest)
+            counts = Counter(condition.value for condition in findings.conditions.values())
+            self._last = found, Judgement(findings.verdict, findings.reason, counts)
+        judgement = self._last[1]
+        # That a disk is blank is not seen in what the oracle read.
+        return judgement, self._check.reads if found.conditions else None
 
     def close(self) -> None:
         pass

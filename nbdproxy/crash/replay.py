@@ -31,6 +31,7 @@ from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles import check as ext4_oracle
+from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Manifest
@@ -45,8 +46,6 @@ from nbdproxy.persistence.modes import (
     recorded_under,
 )
 from nbdproxy.recording.index import RequestTable
-
-_READ = 1 << 20
 
 _LOOK_BACK = 16
 """After so many flushes, evenly spread, it is looked for what the guest changed itself."""
@@ -256,20 +255,7 @@ class _Judge:
         findings = self.oracle.check(
             disk, self.manifest, earlier=self.earlier, partition=self.partition
         )
-        cannot_tell = findings.verdict is Verdict.UNKNOWN and not findings.conditions
-        if cannot_tell and is_blank(disk):
-            missing = {entry.path: Condition.MISSING for entry in self.manifest.entries}
-            return Findings(Verdict.FAIL, missing, "the disk reads all zeroes")
-        return findings
-
-
-def is_blank(device: ReadableDevice) -> bool:
-    """Tell whether a disk reads all zeroes; reads up to the first byte that is not."""
-    for extent in device.data_extents(0, device.size):
-        for at in range(extent.offset, extent.end, _READ):
-            if any(device.pread(at, min(_READ, extent.end - at))):
-                return False
-    return True
+        return certain(findings, disk, self.manifest)
 
 
 def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:

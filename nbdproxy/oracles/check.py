@@ -10,9 +10,11 @@ Only the ext family is read here. A state with another filesystem is unknown to 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
+from typing import NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
@@ -22,6 +24,7 @@ from nbdproxy.oracles.condition import Condition, classify
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.filesystem import Filesystem
+from nbdproxy.oracles.ext4.inode import Inode
 from nbdproxy.oracles.ext4.mounted import open_filesystem
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.partitions import Slice
@@ -46,6 +49,20 @@ class Findings:
     verdict: Verdict
     conditions: dict[str, Condition] = field(default_factory=dict)
     reason: str | None = None
+
+
+class Outcome(NamedTuple):
+    """What became of one file; `doubt` says why that cannot be judged here, if so."""
+
+    condition: Condition
+    doubt: str | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict on this file alone."""
+        if self.condition is Condition.WHOLE:
+            return Verdict.PASS
+        return Verdict.FAIL if self.doubt is None else Verdict.UNKNOWN
 
 
 def merge(verdicts: Collection[Verdict]) -> Verdict:
@@ -94,9 +111,9 @@ def scan(device: ReadableDevice, under: str = "/", *, partition: int | None = No
     Symbolic links are not followed. Raises FilesystemError if there is no filesystem or several,
     if the state cannot be judged, and at the first file that cannot be read.
     """
-    filesystem = open_filesystem(_only(_candidates(device, partition)).device)
+    filesystem = open_filesystem(_only(candidates(device, partition)).device)
     entries = []
-    for path, node in filesystem.walk(_absolute(under)):
+    for path, node in filesystem.walk(absolute(under)):
         name = _shown(path)
         try:
             digest = manifests.digest(filesystem.chunks(node))
@@ -108,7 +125,7 @@ def scan(device: ReadableDevice, under: str = "/", *, partition: int | None = No
 
 def paths(device: ReadableDevice, *, partition: int | None = None) -> list[str]:
     """Return the paths of all regular files; raises FilesystemError as `scan` does."""
-    return _paths(open_filesystem(_only(_candidates(device, partition)).device))
+    return _paths(open_filesystem(_only(candidates(device, partition)).device))
 
 
 def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
@@ -119,7 +136,7 @@ def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
     """
     found: list[tuple[int, int, Manifest]] = []
     failure: ManifestError | None = None
-    for candidate in _candidates(device, None):
+    for candidate in candidates(device, None):
         known = set(_paths(open_filesystem(candidate.device)))
         try:
             resolved = manifests.resolve(manifest, known)
@@ -141,31 +158,23 @@ def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
     return best[0]
 
 
-def _check(
-    filesystem: Filesystem, manifest: Manifest, earlier: Mapping[str, Collection[str]]
-) -> Findings:
-    conditions: dict[str, Condition] = {}
-    verdicts = set()
-    reason = None
-    for entry in manifest.entries:
-        verdict = Verdict.FAIL
-        try:
-            condition = _condition(filesystem, entry, earlier.get(entry.path, ()))
-        except CorruptError:
-            condition = Condition.UNREADABLE
-        except UnsupportedError as error:
-            condition = Condition.UNREADABLE
-            verdict = Verdict.UNKNOWN
-            reason = reason or f"{entry.path}: {error}"
-        if condition is Condition.WHOLE:
-            verdict = Verdict.PASS
-        conditions[entry.path] = condition
-        verdicts.add(verdict)
-    return Findings(merge(verdicts), conditions, reason)
+def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
+    """Return what `judge` says about a file, or what its failure to read the file means."""
+    try:
+        return Outcome(judge())
+    except CorruptError:
+        return Outcome(Condition.UNREADABLE)
+    except UnsupportedError as error:
+        return Outcome(Condition.UNREADABLE, f"{entry.path}: {error}")
 
 
-def _condition(filesystem: Filesystem, entry: Entry, earlier: Collection[str]) -> Condition:
-    node = filesystem.lookup(_absolute(entry.path))
+def condition_of(
+    filesystem: Filesystem, node: Inode | None, entry: Entry, earlier: Collection[str]
+) -> Condition:
+    """Tell the condition of a file whose path leads to `node`.
+
+    Raises CorruptError or UnsupportedError if its content cannot be read.
+    """
     if node is None:
         return Condition.MISSING
     if not node.is_regular:
@@ -175,19 +184,16 @@ def _condition(filesystem: Filesystem, entry: Entry, earlier: Collection[str]) -
     return classify(entry, node.size, filesystem.chunks(node), earlier)
 
 
-def _paths(filesystem: Filesystem) -> list[str]:
-    return [_shown(path) for path, _ in filesystem.walk()]
-
-
-def _shown(path: bytes) -> str:
-    return path.decode("utf-8", "surrogateescape")
-
-
-def _absolute(path: str) -> bytes:
+def absolute(path: str) -> bytes:
+    """Return a manifest's path as the filesystem spells it, from the root."""
     return b"/" + path.encode("utf-8", "surrogateescape").lstrip(b"/")
 
 
-def _candidates(device: ReadableDevice, partition: int | None) -> list[Slice]:
+def candidates(device: ReadableDevice, partition: int | None) -> list[Slice]:
+    """Return the parts of a disk that may hold the filesystem, or the one that was named.
+
+    Raises FilesystemError if there is none.
+    """
     found = partitions.slices(device)
     if partition is not None:
         chosen = [part for part in found if part.number == partition]
@@ -204,25 +210,50 @@ def _candidates(device: ReadableDevice, partition: int | None) -> list[Slice]:
     return with_filesystem
 
 
-def _only(candidates: list[Slice]) -> Slice:
-    if len(candidates) > 1:
+def _check(
+    filesystem: Filesystem, manifest: Manifest, earlier: Mapping[str, Collection[str]]
+) -> Findings:
+    conditions: dict[str, Condition] = {}
+    verdicts = set()
+    reason = None
+    for entry in manifest.entries:
+        found = outcome(entry, partial(_judged, filesystem, entry, earlier.get(entry.path, ())))
+        conditions[entry.path] = found.condition
+        verdicts.add(found.verdict)
+        reason = reason or found.doubt
+    return Findings(merge(verdicts), conditions, reason)
+
+
+def _judged(filesystem: Filesystem, entry: Entry, earlier: Collection[str]) -> Condition:
+    return condition_of(filesystem, filesystem.lookup(absolute(entry.path)), entry, earlier)
+
+
+def _paths(filesystem: Filesystem) -> list[str]:
+    return [_shown(path) for path, _ in filesystem.walk()]
+
+
+def _shown(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
+
+
+def _only(found: list[Slice]) -> Slice:
+    if len(found) > 1:
         raise FilesystemError(
-            f"several partitions hold a filesystem: {_listed(candidates)}; name one of them"
+            f"several partitions hold a filesystem: {_listed(found)}; name one of them"
         )
-    return candidates[0]
+    return found[0]
 
 
 def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -> Filesystem:
-    candidates = _candidates(device, partition)
-    if len(candidates) == 1:
-        return open_filesystem(candidates[0].device)
-    filesystems = [open_filesystem(candidate.device) for candidate in candidates]
+    found = candidates(device, partition)
+    if len(found) == 1:
+        return open_filesystem(found[0].device)
+    filesystems = [open_filesystem(candidate.device) for candidate in found]
     counts = [_matches(filesystem, manifest) for filesystem in filesystems]
     best = max(counts)
     if counts.count(best) > 1:
         raise FilesystemError(
-            f"the files could be on any of several partitions: {_listed(candidates)}; "
-            f"name one of them"
+            f"the files could be on any of several partitions: {_listed(found)}; name one of them"
         )
     return filesystems[counts.index(best)]
 
@@ -236,7 +267,7 @@ def _matches(filesystem: Filesystem, manifest: Manifest) -> int:
     return sum(entry.path in known for entry in resolved.entries)
 
 
-def _listed(candidates: list[Slice]) -> str:
+def _listed(found: list[Slice]) -> str:
     return ", ".join(
-        f"{part.number} ({part.name}, {part.length} bytes at {part.offset})" for part in candidates
+        f"{part.number} ({part.name}, {part.length} bytes at {part.offset})" for part in found
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from nbdproxy.crash.replay import exit_flush_failed, is_blank
+from nbdproxy.crash.replay import exit_flush_failed
 from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.oracles.blank import is_blank
 from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.requests import Command
 

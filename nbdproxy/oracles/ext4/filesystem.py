@@ -18,6 +18,7 @@ from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 ROOT = 2
 CHUNK = 1 << 20
 CACHED_BLOCKS_MAX = 4096
+CACHED_INODES_MAX = 65536
 LINKS_MAX = 40  # symbolic links the kernel follows in one path
 _ZEROES = bytes(CHUNK)
 
@@ -32,8 +33,9 @@ class Filesystem:
         """
         self.device = device
         self.superblock = superblock.parse(device)
-        self._tables = superblock.inode_tables(device, self.superblock)
+        self.tables = superblock.inode_tables(device, self.superblock)
         self._blocks: dict[int, bytes] = {}
+        self._inodes: dict[int, Inode] = {}
         self._directories: dict[int, Directory] = {}
 
     def block(self, number: int) -> bytes:
@@ -52,15 +54,19 @@ class Filesystem:
         if not 1 <= number <= sb.inodes:
             raise CorruptError(f"a name refers to inode {number}, which does not exist")
         group, index = divmod(number - 1, sb.inodes_per_group)
-        return self._tables[group] * sb.block_size + index * sb.inode_size
+        return self.tables[group] * sb.block_size + index * sb.inode_size
 
     def inode(self, number: int) -> Inode:
-        """Return one inode; raises CorruptError if the kernel could not read it."""
-        sb = self.superblock
-        block, start = divmod(self.inode_offset(number), sb.block_size)
-        if block >= sb.blocks:
-            raise CorruptError(f"inode {number} is outside the disk")
-        return inode.parse(sb, number, self.block(block)[start : start + sb.inode_size])
+        """Return one inode; raises CorruptError if the kernel could not read it.
+
+        Inodes are kept for the next call.
+        """
+        found = self._inodes.get(number)
+        if found is None:
+            if len(self._inodes) >= CACHED_INODES_MAX:
+                self._inodes.clear()
+            found = self._inodes[number] = self._read_inode(number)
+        return found
 
     def runs(self, node: Inode) -> list[mapping.Run]:
         """Return where the written blocks of a file are; empty for content in the inode."""
@@ -98,6 +104,17 @@ class Filesystem:
             found = self._directories[node.number] = self._read_directory(node)
         return found
 
+    def child(self, node: Inode, name: bytes) -> int | None:
+        """Return the number of the inode that a directory has under a name; None if none.
+
+        Raises CorruptError if the name could stand in a part that cannot be read.
+        """
+        names = self.directory(node)
+        number = names.names.get(name)
+        if number is None and not names.is_complete:
+            raise CorruptError(f"inode {node.number}, a directory, is broken")
+        return number
+
     def lookup(self, path: bytes) -> Inode | None:
         """Return what an absolute path leads to, symbolic links followed; None if nothing.
 
@@ -116,11 +133,8 @@ class Filesystem:
                 continue
             if not way[-1].is_directory:
                 return None
-            names = self.directory(way[-1])
-            number = names.names.get(name)
+            number = self.child(way[-1], name)
             if number is None:
-                if not names.is_complete:
-                    raise CorruptError(f"inode {way[-1].number}, a directory, is broken")
                 return None
             node = self.inode(number)
             if not node.is_symlink:
@@ -156,7 +170,7 @@ class Filesystem:
             below = []
             for name, number in sorted(names.names.items()):
                 full = path + b"/" + name
-                child = self._child(full, number)
+                child = self._named(full, number)
                 if child.is_regular:
                     yield full, child
                 elif child.is_directory and number not in seen:
@@ -177,7 +191,14 @@ class Filesystem:
             raise CorruptError(f"inode {node.number}, a symbolic link, is too long")
         return b"".join(self.chunks(node))
 
-    def _child(self, path: bytes, number: int) -> Inode:
+    def _read_inode(self, number: int) -> Inode:
+        sb = self.superblock
+        block, start = divmod(self.inode_offset(number), sb.block_size)
+        if block >= sb.blocks:
+            raise CorruptError(f"inode {number} is outside the disk")
+        return inode.parse(sb, number, self.block(block)[start : start + sb.inode_size])
+
+    def _named(self, path: bytes, number: int) -> Inode:
         try:
             return self.inode(number)
         except CorruptError as error:
@@ -195,7 +216,7 @@ class Filesystem:
             first, second = inode.inline_parts(node)
             return directory.parse_inline([first[4:], second])  # 4 bytes name the parent
         size = self.superblock.block_size
-        if node.size > len(self._tables) * self.superblock.blocks_per_group * size:
+        if node.size > len(self.tables) * self.superblock.blocks_per_group * size:
             raise CorruptError(f"inode {node.number}, a directory, has an impossible size")
         blocks = (
             chunk[at : at + size]

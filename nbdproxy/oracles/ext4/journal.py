@@ -46,6 +46,20 @@ class Tag(NamedTuple):
     checksum: int
 
 
+class Control(NamedTuple):
+    """A block of the log that is no data; the next one, or its data, is at `position`."""
+
+    position: int
+    sequence: int
+    kind: int
+    block: bytes
+    tags: list[Tag]
+
+
+Sums = dict[int, tuple[bytes, int, int]]
+"""By position in the log: data, seed, and the checksum they give; for the same object only."""
+
+
 @dataclass(frozen=True, slots=True)
 class Log:
     """A journal's superblock, and where its blocks are on the disk."""
@@ -81,8 +95,11 @@ class Log:
         return position - (self.last - self.first) if position >= self.last else position
 
 
-def replay(filesystem: Filesystem) -> dict[int, bytes]:
+def replay(filesystem: Filesystem, sums: Sums | None = None) -> dict[int, bytes]:
     """Return the blocks that a mount would write from the journal; empty if it is clean.
+
+    Who replays many states hands over the same `sums` each time, and a device that returns for
+    an unchanged block the very same object: what was summed then is not summed again.
 
     Raises RefusedError where the kernel would not mount, or where only it can tell.
     """
@@ -99,11 +116,12 @@ def replay(filesystem: Filesystem) -> dict[int, bytes]:
     if not log.start:
         return {}
     try:
-        end = _scan(log)
-        blocks = _replay(log, end, _revoked(log, end))
+        controls = _scan(log)
+        blocks = _replay(log, controls, _revoked(log, controls), {} if sums is None else sums)
     except IndexError as error:
         raise refusal("its journal leads out of itself") from error
-    _check_fast_commits(log, end)
+    commits = sum(control.kind == COMMIT for control in controls)
+    _check_fast_commits(log, (log.sequence + commits) & ONES)
     if any(not 0 <= number < sb.blocks for number in blocks):
         raise refusal("its journal holds blocks outside of it")
     return blocks
@@ -163,26 +181,29 @@ def _check_superblock(raw: bytes, compat: int, incompat: int) -> None:
             raise refusal("the checksum of its journal's superblock is wrong")
 
 
-def _scan(log: Log) -> int:
-    """Return the sequence number behind the last transaction that counts."""
+def _scan(log: Log) -> list[Control]:
+    """Return the control blocks of all transactions that count, and behind them, of none."""
     position, sequence = log.start, log.sequence
     time_last = 0
     doubtful = False  # a block's checksum was wrong: stale if its commit is older, else broken
     running = ONES  # checksum of the first kind, over a transaction
-    while True:
+    found: list[Control] = []
+    committed = 0
+    while len(found) <= log.last:
         block = log.read(position)
         kind = _kind(block, sequence)
         if kind is None:
-            return sequence
+            return found[:committed]
         position = log.step(position)
+        tags = list(_tags(log, block)) if kind == DESCRIPTOR else []
+        found.append(Control(position, sequence, kind, block, tags))
         if kind == DESCRIPTOR:
-            count = sum(1 for _ in _tags(log, block))
             doubtful |= not _tail_is_right(log, block)
             if log.compat & COMPAT_CHECKSUM:
                 running = crc32_be(running, block)
-                for i in range(count):
+                for i in range(len(tags)):
                     running = crc32_be(running, log.read(log.step(position, i)))
-            position = log.step(position, count)
+            position = log.step(position, len(tags))
         elif kind == REVOKE:
             doubtful |= not _tail_is_right(log, block)
         else:
@@ -190,63 +211,57 @@ def _scan(log: Log) -> int:
             if doubtful and time >= time_last:
                 raise refusal(f"a checksum in transaction {sequence} of its journal is wrong")
             if doubtful:
-                return sequence
+                return found[:committed]
             if not _commit_is_right(log, block, running):
                 # With asynchronous commits this is a transaction that was under way.
                 if time < time_last or log.incompat & ASYNC_COMMIT:
-                    return sequence
+                    return found[:committed]
                 raise refusal(f"transaction {sequence} of its journal is corrupt")
             running = ONES
             time_last = time
             sequence = (sequence + 1) & ONES
+            committed = len(found)
+    raise refusal("its journal leads round in a circle")
 
 
-def _revoked(log: Log, end: int) -> dict[int, int]:
+def _revoked(log: Log, controls: list[Control]) -> dict[int, int]:
     """Return each revoked block's last revoking sequence."""
     revoked: dict[int, int] = {}
     width, code = (8, "Q") if log.incompat & BITS_64 else (4, "I")
-    for _, sequence, kind, block in _walk(log, end):
-        if kind != REVOKE:
+    for control in controls:
+        if control.kind != REVOKE:
             continue
-        (used,) = struct.unpack_from(">I", block, 12)
-        if used > len(block) - log.tail:
+        (used,) = struct.unpack_from(">I", control.block, 12)
+        if used > len(control.block) - log.tail:
             raise refusal("its journal holds an impossible revoke block")
         count = max(0, used - 16) // width
-        for number in struct.unpack_from(f">{count}{code}", block, 16):
-            if number not in revoked or _is_later(sequence, revoked[number]):
-                revoked[number] = sequence
+        for number in struct.unpack_from(f">{count}{code}", control.block, 16):
+            if number not in revoked or _is_later(control.sequence, revoked[number]):
+                revoked[number] = control.sequence
     return revoked
 
 
-def _replay(log: Log, end: int, revoked: dict[int, int]) -> dict[int, bytes]:
+def _replay(
+    log: Log, controls: list[Control], revoked: dict[int, int], sums: Sums
+) -> dict[int, bytes]:
     blocks: dict[int, bytes] = {}
-    for position, sequence, kind, block in _walk(log, end):
-        if kind != DESCRIPTOR:
-            continue
-        for index, tag in enumerate(_tags(log, block)):
+    for control in controls:
+        sequence = control.sequence
+        seed = crc32c(log.seed, struct.pack(">I", sequence))
+        mask = ONES if log.incompat & CSUM_V3 else 0xFFFF
+        for index, tag in enumerate(control.tags):
             if tag.block in revoked and not _is_later(sequence, revoked[tag.block]):
                 continue
-            data = log.read(log.step(position, index))
-            if log.has_checksums and tag.checksum != _tag_checksum(log, sequence, data):
-                raise refusal(f"a block in transaction {sequence} of its journal is corrupt")
+            position = log.step(control.position, index)
+            data = log.read(position)
+            if log.has_checksums:
+                known = sums.get(position)
+                if known is None or known[0] is not data or known[1] != seed:
+                    known = sums[position] = (data, seed, crc32c(seed, data))
+                if tag.checksum != known[2] & mask:
+                    raise refusal(f"a block in transaction {sequence} of its journal is corrupt")
             blocks[tag.block] = MAGIC + data[4:] if tag.flags & TAG_ESCAPED else data
     return blocks
-
-
-def _walk(log: Log, end: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """Yield (position behind it, sequence, kind, block) for each control block before `end`."""
-    position, sequence = log.start, log.sequence
-    while sequence != end:
-        block = log.read(position)
-        kind = _kind(block, sequence)
-        if kind is None:
-            raise refusal("its journal ends before its end")
-        position = log.step(position)
-        yield position, sequence, kind, block
-        if kind == DESCRIPTOR:
-            position = log.step(position, sum(1 for _ in _tags(log, block)))
-        elif kind == COMMIT:
-            sequence = (sequence + 1) & ONES
 
 
 def _kind(block: bytes, sequence: int) -> int | None:
@@ -293,11 +308,6 @@ def _commit_is_right(log: Log, block: bytes, running: int) -> bool:
         return True
     kind, size = block[12], block[13]
     return (kind, size, found) in {(CRC32, CRC32_SIZE, running), (0, 0, 0)}
-
-
-def _tag_checksum(log: Log, sequence: int, data: bytes) -> int:
-    value = crc32c(crc32c(log.seed, struct.pack(">I", sequence)), data)
-    return value if log.incompat & CSUM_V3 else value & 0xFFFF
 
 
 def _is_later(sequence: int, than: int) -> bool:

@@ -18,10 +18,15 @@ def open_filesystem(device: ReadableDevice) -> Filesystem:
     blocks = journal.replay(filesystem)
     if blocks:
         filesystem = Filesystem(ReplayedDevice(device, filesystem.superblock.block_size, blocks))
+    check_root(filesystem)
+    return filesystem
+
+
+def check_root(filesystem: Filesystem) -> None:
+    """Raise RefusedError unless the filesystem, journal replayed, has a root to mount."""
     try:
         root = filesystem.inode(ROOT)
     except CorruptError as error:
         raise refusal(f"its root directory cannot be read: {error}") from error
     if not root.is_directory or not root.size:
         raise refusal("its root is not a directory")
-    return filesystem

@@ -7,20 +7,27 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from copy import copy
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent, ExtentSet
 
 
 class ReplayedDevice:
-    """`base` with some of its blocks replaced; closing it leaves `base` open."""
+    """`base` with its `blocks`, by number, replaced; closing it leaves `base` open."""
 
     def __init__(self, base: ReadableDevice, block_size: int, blocks: Mapping[int, bytes]) -> None:
         assert all(len(block) == block_size for block in blocks.values())
         self._base = base
-        self._block_size = block_size
-        self._blocks = blocks
+        self.block_size = block_size
+        self.blocks = blocks
         self._order = sorted(blocks)
+
+    def over(self, base: ReadableDevice) -> ReplayedDevice:
+        """Return the same blocks over another disk of the same size, which costs nothing."""
+        result = copy(self)
+        result._base = base
+        return result
 
     @property
     def size(self) -> int:
@@ -41,9 +48,9 @@ class ReplayedDevice:
         self._base.pread_into(offset, buffer)
         first, last = self._touched(offset, len(buffer))
         for number in self._order[first:last]:
-            start = number * self._block_size
-            low, high = max(start, offset), min(start + self._block_size, offset + len(buffer))
-            piece = self._blocks[number][low - start : high - start]
+            start = number * self.block_size
+            low, high = max(start, offset), min(start + self.block_size, offset + len(buffer))
+            piece = self.blocks[number][low - start : high - start]
             buffer[low - offset : high - offset] = piece
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
@@ -53,14 +60,14 @@ class ReplayedDevice:
             found.add(extent.offset, extent.end)
         first, last = self._touched(offset, length)
         for number in self._order[first:last]:
-            start = number * self._block_size
-            found.add(max(start, offset), min(start + self._block_size, offset + length))
+            start = number * self.block_size
+            found.add(max(start, offset), min(start + self.block_size, offset + length))
         return iter(found)
 
     def close(self) -> None:
         """Do nothing: the disk below belongs to whoever opened it."""
 
     def _touched(self, offset: int, length: int) -> tuple[int, int]:
-        first = bisect_left(self._order, offset // self._block_size)
-        last = bisect_left(self._order, -(-(offset + length) // self._block_size), lo=first)
+        first = bisect_left(self._order, offset // self.block_size)
+        last = bisect_left(self._order, -(-(offset + length) // self.block_size), lo=first)
         return first, last

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntFlag
+from enum import IntEnum
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.oracles.ext4.checksum import ONES, crc32c
@@ -22,7 +22,7 @@ HAS_JOURNAL = 0x4
 SPARSE_SUPER2 = 0x200
 
 
-class Incompat(IntFlag):
+class Incompat(IntEnum):
     """Features without which the filesystem must not be touched."""
 
     FILETYPE = 0x2
@@ -41,7 +41,7 @@ class Incompat(IntFlag):
     CASEFOLD = 0x20000
 
 
-class RoCompat(IntFlag):
+class RoCompat(IntEnum):
     """Features without which the filesystem must not be written, as a mount with replay does."""
 
     SPARSE_SUPER = 0x1
@@ -63,7 +63,7 @@ class RoCompat(IntFlag):
 BLOCK_BITMAP, INODE_BITMAP, INODE_TABLE = 0, 4, 8
 """Fields of a group's descriptor that name a block."""
 
-KNOWN_INCOMPAT = int(sum(Incompat) & ~Incompat.JOURNAL_DEV)  # an int, so that ~ knows all bits
+KNOWN_INCOMPAT = sum(Incompat) & ~Incompat.JOURNAL_DEV
 KNOWN_RO_COMPAT = sum(RoCompat)
 
 
@@ -204,6 +204,17 @@ def descriptors(device: ReadableDevice, sb: Superblock) -> Iterator[bytes]:
             yield raw
 
 
+def has_backup(sb: Superblock, group: int) -> bool:
+    """Tell whether a group begins with a superblock, the first one or a copy."""
+    if group == 0:
+        return True
+    if sb.compat & SPARSE_SUPER2:
+        return group in sb.backup_groups
+    if group == 1 or not sb.ro_compat & RoCompat.SPARSE_SUPER:
+        return True
+    return any(_is_power(group, base) for base in (3, 5, 7))
+
+
 def _check_features(incompat: int, ro_compat: int) -> None:
     if incompat & Incompat.JOURNAL_DEV:
         raise NoFilesystemError("no filesystem found: this is an external ext4 journal")
@@ -242,17 +253,7 @@ def _descriptor_block(sb: Superblock, index: int, per_block: int) -> int:
     if not sb.incompat & Incompat.META_BG or index < sb.first_meta_bg:
         return sb.first_data_block + 1 + index
     group = index * per_block
-    return sb.first_data_block + group * sb.blocks_per_group + _has_backup(sb, group)
-
-
-def _has_backup(sb: Superblock, group: int) -> bool:
-    if group == 0:
-        return True
-    if sb.compat & SPARSE_SUPER2:
-        return group in sb.backup_groups
-    if group == 1 or not sb.ro_compat & RoCompat.SPARSE_SUPER:
-        return True
-    return any(_is_power(group, base) for base in (3, 5, 7))
+    return sb.first_data_block + group * sb.blocks_per_group + has_backup(sb, group)
 
 
 def _is_power(number: int, base: int) -> bool:

@@ -1,0 +1,69 @@
+"""`nbdproxy minimize`: the fewest writes that have to be missing for a state to fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.explore import Check, Files, Root, TimeLimit, make_judge
+from nbdproxy.cli.replay import Base
+from nbdproxy.crash.bench import Bench, Job
+from nbdproxy.crash.minimize import minimize as minimize_state
+from nbdproxy.crash.naming import parse_state_id
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.report import minimized
+
+
+def minimize(
+    run: Annotated[Path, typer.Argument(help="A recording.")],
+    state: Annotated[str, typer.Option(metavar="ID", help="A state that fails.")],
+    files: Files = None,
+    check: Check = None,
+    time_limit: TimeLimit = 60,
+    root: Root = None,
+    base: Base = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Find the fewest writes that have to be missing for a state to fail, and say which they are.
+
+    Each is told with its request, the file that it belonged to, and the flush that should have
+    covered it. Check with what the state failed: the same manifest, or the same command. Exit code
+    1, because the state fails; 2 if it does not.
+
+    Examples:
+
+      nbdproxy minimize run1 --state s1234.flushed.draw1-7 --files npm.sha256
+
+      nbdproxy minimize run1 --state s1234.flushed.must --check './check "$uri"'
+    """
+    chosen = parse_state_id(state)
+    with RecordedSource(run, image=base) as source:
+        timeline = Timeline(source)
+        timeline.open(chosen)
+        at = f"seq:{chosen.position - 1}" if chosen.position else "end"
+        judge = make_judge(timeline, files, check, at, root, time_limit)
+        job = Job(run.absolute(), base, chosen.level, chosen.options, judge)
+        bench = Bench(source, job)
+        try:
+            with err.status("minimizing") as status:
+                found = minimize_state(
+                    bench,
+                    chosen,
+                    progress=lambda left, checks: status.update(
+                        f"minimizing: {left:,} pieces left after {checks:,} checks"
+                    ),
+                )
+                told = minimized.tell(bench.timeline, found)
+        finally:
+            bench.close()
+            timeline.close()
+    if json:
+        print_json(minimized.to_json(told, str(run)))
+    else:
+        for line in minimized.lines(told, str(run)):
+            out.print(line, markup=False)
+    raise typer.Exit(1)

@@ -1,0 +1,257 @@
+"""What each block of an ext4 belongs to: the fixed structures, and the files, by their paths.
+
+Made once from all names and inodes that can be read; what is broken is passed over. Not told
+apart, but called unknown: blocks of extended attributes, blocks reserved for growth, and space
+that a file has and never wrote.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.extents import ExtentMap
+from nbdproxy.oracles.ext4 import mapping, superblock
+from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
+from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
+from nbdproxy.oracles.ext4.mounted import open_filesystem
+from nbdproxy.oracles.ext4.superblock import Incompat, RoCompat
+
+BITMAP_IS_ABSENT = 0x2  # a flag of a group's descriptor: its block bitmap was never written
+FLAGS = 0x12
+RESERVED = 0xCE  # in the superblock: blocks kept behind the descriptors for a larger filesystem
+
+
+class OwnerKind(StrEnum):
+    """What a piece of a disk is used for."""
+
+    SUPERBLOCK = "superblock"
+    DESCRIPTORS = "group descriptors"
+    BLOCK_BITMAP = "block bitmap"
+    INODE_BITMAP = "inode bitmap"
+    INODE_TABLE = "inode table"
+    JOURNAL = "journal"
+    DIRECTORY = "directory"
+    EXTENT_BLOCK = "extent block"
+    FILE_DATA = "file data"
+    FREE = "free"
+    OUTSIDE = "outside of any filesystem"
+    UNKNOWN = "unknown"
+
+
+class Claim(NamedTuple):
+    """Whose a run of bytes is: an inode's, or none's (0); and how far into its owner it begins."""
+
+    kind: OwnerKind
+    inode: int
+    offset: int
+
+
+class Piece(NamedTuple):
+    """Bytes [start, end) of a filesystem with one owner; `offset` counts from its beginning."""
+
+    start: int
+    end: int
+    kind: OwnerKind
+    paths: tuple[str, ...]
+    offset: int
+
+
+def _shifted(claim: Claim, by: int) -> Claim:
+    return claim._replace(offset=claim.offset + by)
+
+
+@dataclass(slots=True)
+class Atlas:
+    """Who owns what in one filesystem, in bytes from its beginning.
+
+    `size` is the filesystem's; `free` says of each block whether it is, as far as that is known.
+    """
+
+    filesystem: Filesystem
+    size: int
+    claims: ExtentMap[Claim]
+    paths: dict[int, list[str]]
+    free: dict[int, bytes]
+
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Yield all of [start, end) in order, piece by piece; neighbours may have one owner."""
+        inside = max(start, min(end, self.size))
+        for low, high, claim in self.claims.segments(start, inside):
+            if claim is None:
+                yield from self._unclaimed(low, high)
+            elif claim.kind is OwnerKind.INODE_TABLE:
+                yield Piece(low, high, claim.kind, self._inodes(claim, high - low), claim.offset)
+            else:
+                paths = tuple(self.paths.get(claim.inode, ()))
+                yield Piece(low, high, claim.kind, paths, claim.offset)
+        if inside < end:
+            yield Piece(inside, end, OwnerKind.OUTSIDE, (), 0)
+
+    def _inodes(self, claim: Claim, length: int) -> tuple[str, ...]:
+        """Return the paths of the inodes in a piece of a table, which begins at `claim.inode`."""
+        size = self.filesystem.superblock.inode_size
+        first = claim.inode + claim.offset // size
+        last = claim.inode + (claim.offset + length - 1) // size
+        return tuple(
+            path for number in range(first, last + 1) for path in self.paths.get(number, ())
+        )
+
+    def _unclaimed(self, start: int, end: int) -> Iterator[Piece]:
+        size = self.filesystem.superblock.block_size
+        first, last = start // size, -(-end // size)
+        is_free = self._is_free(first, last)
+        edges = (np.flatnonzero(np.diff(is_free)) + 1).tolist()
+        for low, high in pairwise([0, *edges, last - first]):
+            kind = OwnerKind.FREE if is_free[low] else OwnerKind.UNKNOWN
+            bytes_low, bytes_high = (first + low) * size, (first + high) * size
+            yield Piece(max(start, bytes_low), min(end, bytes_high), kind, (), 0)
+
+    def _is_free(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """Tell of each block of [first, last) whether it is known to be free."""
+        sb = self.filesystem.superblock
+        per_group = sb.blocks_per_group
+        result = np.zeros(last - first, np.bool_)
+        low_group = max(0, (first - sb.first_data_block) // per_group)
+        for group in range(low_group, (last - 1 - sb.first_data_block) // per_group + 1):
+            bitmap = self.free.get(group)
+            if bitmap is None:
+                continue
+            start = sb.first_data_block + group * per_group
+            low, high = max(first, start), min(last, start + per_group)
+            bits = np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")
+            result[low - first : high - first] = bits[low - start : high - start] == 0
+        return result
+
+
+def chart(device: ReadableDevice) -> Atlas:
+    """Find out who owns what on a device that begins with a filesystem, journal replayed.
+
+    If it cannot be mounted, only what stands at fixed places is known. Raises FilesystemError if
+    not even that can be read.
+    """
+    try:
+        filesystem = open_filesystem(device)
+    except FilesystemError:
+        filesystem = Filesystem(device)
+        return _empty(filesystem, {})
+    atlas = _empty(filesystem, _bitmaps(filesystem))
+    owned = ExtentMap[Claim](_shifted)
+    for node in _tree(filesystem, atlas.paths):
+        kind = OwnerKind.DIRECTORY if node.is_directory else OwnerKind.FILE_DATA
+        _claim_blocks(filesystem, owned, node, kind)
+    # Fixed places come last: a broken inode that claims them does not own them.
+    for start, end, claim in atlas.claims:
+        owned.set(start, end, claim)
+    atlas.claims = owned
+    return atlas
+
+
+def _empty(filesystem: Filesystem, free: dict[int, bytes]) -> Atlas:
+    sb = filesystem.superblock
+    atlas = Atlas(filesystem, sb.blocks * sb.block_size, ExtentMap(_shifted), {}, free)
+    if sb.journal_inode:
+        try:
+            node = filesystem.inode(sb.journal_inode)
+        except FilesystemError:
+            pass
+        else:
+            _claim_blocks(filesystem, atlas.claims, node, OwnerKind.JOURNAL)
+    for block, count, kind, inode in _fixed(filesystem):
+        start = block * sb.block_size
+        atlas.claims.set(start, start + count * sb.block_size, Claim(kind, inode, 0))
+    return atlas
+
+
+def _fixed(filesystem: Filesystem) -> Iterator[tuple[int, int, OwnerKind, int]]:
+    """Yield (block, blocks, kind, first inode) of what stands where mke2fs put it."""
+    sb = filesystem.superblock
+    tables = -(-sb.inodes_per_group * sb.inode_size // sb.block_size)
+    descriptors = superblock.descriptor_blocks(sb)
+    raw = filesystem.device.pread(superblock.OFFSET, superblock.LENGTH)
+    (reserved,) = struct.unpack_from("<H", raw, RESERVED)
+    for block in descriptors:
+        yield block, 1, OwnerKind.DESCRIPTORS, 0
+    for group, raw in enumerate(superblock.descriptors(filesystem.device, sb)):
+        for field, kind in (
+            (superblock.BLOCK_BITMAP, OwnerKind.BLOCK_BITMAP),
+            (superblock.INODE_BITMAP, OwnerKind.INODE_BITMAP),
+        ):
+            yield superblock.block_number(sb, raw, field), 1, kind, 0
+        first = group * sb.inodes_per_group + 1
+        yield filesystem.tables[group], tables, OwnerKind.INODE_TABLE, first
+        if superblock.has_backup(sb, group):
+            block = sb.first_data_block + group * sb.blocks_per_group
+            yield block, 1, OwnerKind.SUPERBLOCK, 0
+            if not sb.incompat & Incompat.META_BG:
+                yield block + 1, len(descriptors), OwnerKind.DESCRIPTORS, 0
+                yield block + 1 + len(descriptors), reserved, OwnerKind.UNKNOWN, 0
+
+
+def _bitmaps(filesystem: Filesystem) -> dict[int, bytes]:
+    """Return by group which blocks are in use, a bit for each; only where that can be read."""
+    sb = filesystem.superblock
+    if sb.ro_compat & RoCompat.BIGALLOC or sb.blocks_per_group > 8 * sb.block_size:
+        return {}  # its bits stand for clusters
+    found = {}
+    for group, raw in enumerate(superblock.descriptors(filesystem.device, sb)):
+        block = superblock.block_number(sb, raw, superblock.BLOCK_BITMAP)
+        (flags,) = struct.unpack_from("<H", raw, FLAGS)
+        if sb.ro_compat & (RoCompat.GDT_CSUM | RoCompat.METADATA_CSUM) and flags & BITMAP_IS_ABSENT:
+            found[group] = bytes(sb.block_size)
+        elif block < sb.blocks:
+            found[group] = filesystem.block(block)
+    return found
+
+
+def _tree(filesystem: Filesystem, paths: dict[int, list[str]]) -> Iterator[Inode]:
+    """Yield each inode that has a name once; collects the names as paths."""
+    paths[ROOT] = ["/"]
+    todo = [("", ROOT)]
+    while todo:
+        path, number = todo.pop()
+        try:
+            node = filesystem.inode(number)
+            yield node
+            names = filesystem.directory(node).names if node.is_directory else {}
+        except FilesystemError:
+            continue
+        for name, below in names.items():
+            full = f"{path}/{name.decode('utf-8', 'surrogateescape')}"
+            if below not in paths:
+                todo.append((full, below))
+            paths.setdefault(below, []).append(full)
+
+
+def _claim_blocks(
+    filesystem: Filesystem, claims: ExtentMap[Claim], node: Inode, kind: OwnerKind
+) -> None:
+    """Claim the blocks of a file, and those that say where they are."""
+    is_fast = node.is_symlink and node.size < len(node.block_map)
+    if node.flags & InodeFlag.INLINE_DATA or (is_fast and not node.flags & InodeFlag.EXTENTS):
+        return
+    size = filesystem.superblock.block_size
+
+    def read_block(number: int) -> bytes:
+        claim = Claim(OwnerKind.EXTENT_BLOCK, node.number, 0)
+        claims.set(number * size, (number + 1) * size, claim)
+        return filesystem.block(number)
+
+    if not (node.is_regular or node.is_directory or node.is_symlink):
+        return
+    try:
+        found = mapping.runs(filesystem.superblock, node, read_block)
+    except FilesystemError:
+        return
+    for run in found:
+        start = run.physical * size
+        claims.set(start, start + run.blocks * size, Claim(kind, node.number, run.logical * size))

@@ -1,0 +1,246 @@
+"""`TracedFilesystem`: a filesystem that knows what each answer was made from.
+
+Inodes and directories are read once and kept, with the blocks they stand in and the files that
+were found through them. When blocks change, `refresh` reads again what stood in them and tells
+which files may now be found elsewhere: an inode that came out equal, or a directory in which other
+names changed, concerns nobody. Not covered: changes of superblock and descriptors; those need a
+new one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from nbdproxy.oracles.ext4.directory import Directory
+from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
+from nbdproxy.oracles.ext4.filesystem import Filesystem
+from nbdproxy.oracles.ext4.inode import Inode
+from nbdproxy.oracles.watched import Range, WatchedDevice
+
+
+class Kind(IntEnum):
+    """What can depend on a block."""
+
+    INODE = 0
+    DIRECTORY = 1
+    PATH = 2
+    CONTENT = 3
+
+
+Key = tuple[Kind, int]
+"""A kind and the number of an inode, or of a file of the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An answer that is an error: kept as its words, as an exception grows when raised again."""
+
+    kind: type[CorruptError] | type[UnsupportedError]
+    words: str
+
+    def error(self) -> CorruptError | UnsupportedError:
+        """Return the error to raise."""
+        return self.kind(self.words)
+
+
+class Index:
+    """Which answers were made from which blocks; `at` leads from a block to them."""
+
+    def __init__(self) -> None:
+        self.at: dict[int, set[Key]] = {}
+        self._blocks: dict[Key, set[int]] = {}
+
+    def put(self, key: Key, blocks: set[int]) -> None:
+        """Say that an answer was made from these blocks, and no longer from others."""
+        before = self._blocks.get(key, set())
+        for block in before - blocks:
+            keys = self.at[block]
+            keys.discard(key)
+            if not keys:
+                del self.at[block]
+        for block in blocks - before:
+            self.at.setdefault(block, set()).add(key)
+        self._blocks[key] = blocks
+
+    def drop(self, key: Key) -> None:
+        """Forget an answer."""
+        self.put(key, set())
+        del self._blocks[key]
+
+
+@dataclass(slots=True)
+class Way:
+    """What one path was followed through: inodes, and names looked for in directories."""
+
+    inodes: set[int] = field(default_factory=set)
+    names: set[tuple[int, bytes]] = field(default_factory=set)
+
+
+class TracedFilesystem(Filesystem):
+    """A filesystem on a device whose blocks may change between calls of `refresh`."""
+
+    def __init__(self, device: WatchedDevice) -> None:
+        super().__init__(device)
+        self.index = Index()
+        self._watched = device
+        self._way = Way()
+        self._ways: dict[int, Way] = {}
+        self._nodes: dict[int, Inode | Failure] = {}
+        self._names: dict[int, Directory | Failure] = {}
+        self._through: defaultdict[int, set[int]] = defaultdict(set)
+        self._asked: defaultdict[int, defaultdict[bytes, set[int]]] = defaultdict(
+            lambda: defaultdict(set)
+        )
+
+    def block(self, number: int) -> bytes:
+        """Return one block of metadata, noted as read even if it was kept."""
+        size = self.superblock.block_size
+        self._watched.note(number * size, size)
+        return super().block(number)
+
+    def inode(self, number: int) -> Inode:
+        """Return one inode; raises CorruptError if the kernel could not read it."""
+        self._way.inodes.add(number)
+        found = self._nodes.get(number)
+        if found is None:
+            found = self._read_node(number)
+        if isinstance(found, Failure):
+            raise found.error()
+        return found
+
+    def child(self, node: Inode, name: bytes) -> int | None:
+        """Return the number under a name; raises as `Filesystem.child` does."""
+        self._way.names.add((node.number, name))
+        return super().child(node, name)
+
+    def directory(self, node: Inode) -> Directory:
+        """Return the names in a directory."""
+        found = self._names.get(node.number)
+        if found is None:
+            found = self._read_names(node)
+        if isinstance(found, Failure):
+            raise found.error()
+        return found
+
+    def follow(self, file: int, path: bytes) -> Inode | Failure | None:
+        """Return what a path leads to, on behalf of a file; replaces the way of its last call."""
+        self._way = Way()
+        outer = self._watched.take()
+        found: Inode | Failure | None
+        try:
+            found = self.lookup(path)
+        except (CorruptError, UnsupportedError) as error:
+            found = Failure(type(error), str(error))
+        self.index.put((Kind.PATH, file), self.blocks_of(self._watched.take()))
+        self._watched.ranges = outer
+        self._replace_way(file, self._way)
+        return found
+
+    def refresh(self, changed: Iterable[int]) -> tuple[set[int], set[int]]:
+        """Take note of changed blocks; return the files to follow and those to judge again."""
+        self._blocks.clear()
+        kinds: dict[Kind, set[int]] = {kind: set() for kind in Kind}
+        for block in changed:
+            for kind, number in self.index.at.get(block, ()):
+                kinds[kind].add(number)
+        stale = kinds[Kind.PATH]
+        for number in kinds[Kind.INODE]:
+            before = self._nodes[number]
+            now = self._read_node(number)
+            if now == before:
+                continue
+            if _is_directory(before) and _is_directory(now):
+                if number in self._names:
+                    kinds[Kind.DIRECTORY].add(number)
+                continue
+            stale |= self._through[number]
+            self._forget_names(number)
+        for number in kinds[Kind.DIRECTORY]:
+            stale |= self._renew_names(number)
+        return stale, kinds[Kind.CONTENT]
+
+    def blocks_of(self, ranges: Iterable[Range]) -> set[int]:
+        """Return the blocks that ranges of bytes touch."""
+        size = self.superblock.block_size
+        found: set[int] = set()
+        for start, end in ranges:
+            found.update(range(start // size, -(-end // size)))
+        return found
+
+    def _read_node(self, number: int) -> Inode | Failure:
+        outer = self._watched.take()
+        found: Inode | Failure
+        try:
+            found = self._read_inode(number)
+        except CorruptError as error:
+            found = Failure(type(error), str(error))
+        self.index.put((Kind.INODE, number), self.blocks_of(self._watched.take()))
+        self._watched.ranges = outer
+        self._nodes[number] = found
+        return found
+
+    def _read_names(self, node: Inode) -> Directory | Failure:
+        outer = self._watched.take()
+        found: Directory | Failure
+        try:
+            found = self._read_directory(node)
+        except (CorruptError, UnsupportedError) as error:
+            found = Failure(type(error), str(error))
+        self.index.put((Kind.DIRECTORY, node.number), self.blocks_of(self._watched.take()))
+        self._watched.ranges = outer
+        self._names[node.number] = found
+        return found
+
+    def _renew_names(self, number: int) -> set[int]:
+        """Read a directory again; return the files whose names in it lead elsewhere now."""
+        before, node = self._names.get(number), self._nodes[number]
+        if before is None:
+            return set()  # it is no directory any more
+        assert isinstance(node, Inode)
+        now = self._read_names(node)
+        stale: set[int] = set()
+        for name, files in self._asked[number].items():
+            if _answer(before, name) != _answer(now, name):
+                stale |= files
+        return stale
+
+    def _forget_names(self, number: int) -> None:
+        if self._names.pop(number, None) is not None:
+            self.index.drop((Kind.DIRECTORY, number))
+
+    def _replace_way(self, file: int, way: Way) -> None:
+        before = self._ways.get(file, Way())
+        self._ways[file] = way
+        for number in way.inodes - before.inodes:
+            self._through[number].add(file)
+        for number, name in way.names - before.names:
+            self._asked[number][name].add(file)
+        for number, name in before.names - way.names:
+            files = self._asked[number][name]
+            files.discard(file)
+            if not files:
+                del self._asked[number][name]
+                if not self._asked[number]:
+                    del self._asked[number]
+                    self._forget_names(number)
+        for number in before.inodes - way.inodes:
+            self._through[number].discard(file)
+            if not self._through[number]:
+                del self._through[number]
+                del self._nodes[number]
+                self.index.drop((Kind.INODE, number))
+
+
+def _is_directory(found: Inode | Failure) -> bool:
+    return isinstance(found, Inode) and found.is_directory
+
+
+def _answer(names: Directory | Failure, name: bytes) -> object:
+    """Return what looking for a name comes to: a number, or none, or an error."""
+    if isinstance(names, Failure):
+        return names
+    number = names.names.get(name)
+    return number, number is not None or names.is_complete

@@ -1,0 +1,220 @@
+"""`IncrementalCheck`: the oracle for many states that differ in few blocks.
+
+It says of every state exactly what `check` says, and keeps what it read to say it: the blocks of
+the mount, of each inode and directory on the way to a file, and of each file's content. Only what
+changed is read again. What it cannot follow so closely (several partitions with a filesystem, a
+manifest of relative paths, an error inside the oracle) it leaves to `check`, every time.
+
+Costs about as much as `check` for the first state, and memory for one entry per block of each file.
+Not thread-safe; use one for each worker.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.check import (
+    Findings,
+    Outcome,
+    Verdict,
+    absolute,
+    check,
+    condition_of,
+    merge,
+    outcome,
+)
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.ext4.inode import Inode
+from nbdproxy.oracles.ext4.traced import Failure, Kind, TracedFilesystem
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.remount import Remount, SeveralError
+from nbdproxy.oracles.watched import EVERYTHING, Range, Reads, WatchedDevice
+
+PENDING_MAX = 4096  # changes kept for the mount's next update; a few states' worth
+Earlier = Mapping[str, Collection[str]]
+
+
+class IncrementalCheck:
+    """Tells the condition of the same files on one state after the other."""
+
+    def __init__(
+        self, manifest: Manifest, *, earlier: Earlier | None = None, partition: int | None = None
+    ) -> None:
+        """Take what `check` takes."""
+        self._manifest = manifest
+        self._earlier = earlier or {}
+        self._partition = partition
+        self._is_followable = all(entry.path.startswith("/") for entry in manifest.entries)
+        self._size = -1
+        self._mount = Remount(partition)
+        self._files: _Files | None = None
+        self._has_mounted = False
+        # What changed since the mount was last brought up to date.
+        self._pending: list[Range] = []
+        self._findings: Findings | None = None
+        self._reads: Reads | None = EVERYTHING
+
+    @property
+    def reads(self) -> Reads:
+        """The bytes of the disk that the last verdict depends on.
+
+        Any state that equals the last one in these gets the same findings. Made when asked for,
+        in about a millisecond; it does not change with later calls. Everything, before the first
+        call and where the oracle itself failed.
+        """
+        if self._reads is None:
+            assert self._files is not None
+            self._reads = self._mount.reads(self._files.known)
+        return self._reads
+
+    def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
+        """Tell the condition of every file on `device`.
+
+        `changed` holds every byte in which `device` may differ from the device of the last call;
+        None, if anything may. Findings that did not change are the same object again: leave them
+        as they are. Raises ManifestError as `check` does.
+        """
+        if changed is None or device.size != self._size:
+            self._forget()
+            self._size = device.size
+        else:
+            now = Reads((extent.offset, extent.offset + extent.length) for extent in changed)
+            self._pending += now.ranges()
+            if len(self._pending) > PENDING_MAX:
+                self._pending = _fewer(self._pending)
+            if self._findings is not None and not self._is_touched(now):
+                return self._findings
+        # Until the end nothing is known, whatever happens on the way.
+        self._findings, self._reads = None, EVERYTHING
+        found = self._judge(device)
+        if self._reads is not EVERYTHING:
+            self._findings = found
+        return found
+
+    def _judge(self, device: ReadableDevice) -> Findings:
+        try:
+            if self._is_followable:
+                return self._follow(device)
+        except SeveralError:
+            pass
+        except FilesystemError as error:
+            self._has_mounted = False
+            self._reads = self._mount.reads()
+            return Findings(Verdict.UNKNOWN, reason=str(error))
+        except Exception:
+            self._forget()
+            return check(device, self._manifest, earlier=self._earlier, partition=self._partition)
+        self._forget()
+        watched = WatchedDevice(device)
+        found = check(watched, self._manifest, earlier=self._earlier, partition=self._partition)
+        if found.conditions:  # else something failed, perhaps for once only
+            self._reads = Reads(watched.take())
+        return found
+
+    def _follow(self, device: ReadableDevice) -> Findings:
+        known = () if self._files is None else self._files.known
+        moved = self._mount.update(device, Reads(self._pending), known)
+        self._pending = []
+        files, self._files = self._files, None  # half up to date would be wrong
+        if files is None or moved is None:
+            files = _Files(self._mount.view, self._manifest, self._earlier)
+        else:
+            files.update(moved)
+        found = files.findings()
+        self._files, self._has_mounted, self._reads = files, True, None
+        return found
+
+    def _is_touched(self, changed: Reads) -> bool:
+        if self._has_mounted and self._files is not None:
+            return self._mount.touched(changed, self._files.known)
+        return not self.reads.isdisjoint(changed)
+
+    def _forget(self) -> None:
+        self._mount = Remount(self._partition)
+        self._files = None
+        self._has_mounted = False
+        self._pending = []
+        self._findings, self._reads = None, EVERYTHING
+
+
+def _fewer(ranges: list[Range]) -> list[Range]:
+    """Return ranges that hold all of these, and are not many: more than these if need be."""
+    merged = Reads(ranges).ranges()
+    return merged if 2 * len(merged) <= PENDING_MAX else [(merged[0][0], merged[-1][1])]
+
+
+class _Files:
+    """The files of a manifest on a view whose blocks change; knows what each was judged from."""
+
+    def __init__(self, view: WatchedDevice, manifest: Manifest, earlier: Earlier) -> None:
+        self._filesystem = TracedFilesystem(view)
+        self._view = view
+        self._entries = [
+            (entry, absolute(entry.path), earlier.get(entry.path, ())) for entry in manifest.entries
+        ]
+        self._nodes = [
+            self._filesystem.follow(file, path) for file, (_, path, _) in enumerate(self._entries)
+        ]
+        self._outcomes = [self._judge(file) for file in range(len(self._entries))]
+        self._verdicts = Counter(found.verdict for found in self._outcomes)
+        self._findings: Findings | None = None
+
+    @property
+    def known(self) -> Collection[int]:
+        """The blocks of the view that anything was judged from; quick to search."""
+        return self._filesystem.index.at
+
+    def update(self, moved: Iterable[int]) -> None:
+        """Judge again what was judged from any of these blocks of the view."""
+        astray, doubtful = self._filesystem.refresh(moved)
+        for file in astray:
+            node = self._filesystem.follow(file, self._entries[file][1])
+            if node != self._nodes[file]:
+                self._nodes[file] = node
+                doubtful.add(file)
+        for file in doubtful:
+            before, now = self._outcomes[file], self._judge(file)
+            if now != before:
+                self._outcomes[file] = now
+                self._verdicts[before.verdict] -= 1
+                self._verdicts[now.verdict] += 1
+                self._findings = None
+
+    def findings(self) -> Findings:
+        """Return the findings; the same object as long as they are the same."""
+        if self._findings is None:
+            self._findings = Findings(
+                merge([verdict for verdict, count in self._verdicts.items() if count]),
+                {
+                    entry.path: found.condition
+                    for (entry, _, _), found in zip(self._entries, self._outcomes, strict=True)
+                },
+                next((found.doubt for found in self._outcomes if found.doubt is not None), None),
+            )
+        return self._findings
+
+    def _judge(self, file: int) -> Outcome:
+        entry, _, earlier = self._entries[file]
+        self._view.take()
+        found = outcome(
+            entry, partial(_condition, self._filesystem, self._nodes[file], entry, earlier)
+        )
+        read = self._filesystem.blocks_of(self._view.take())
+        self._filesystem.index.put((Kind.CONTENT, file), read)
+        return found
+
+
+def _condition(
+    filesystem: TracedFilesystem,
+    node: Inode | Failure | None,
+    entry: Entry,
+    earlier: Collection[str],
+) -> Condition:
+    if isinstance(node, Failure):
+        raise node.error()
+    return condition_of(filesystem, node, entry, earlier)

@@ -1,0 +1,131 @@
+"""Whose bytes are these: what lives in some ranges of a disk, in words.
+
+For telling people what a missing write was: "file data of /app/a.js, bytes 0-4095". It describes,
+it does not judge: a disk that cannot be read is unknown, never an error. Only the ext family is
+read here; see `ext4.owners` for what it does not tell apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.check import candidates
+from nbdproxy.oracles.ext4.owners import Atlas, OwnerKind, chart
+
+NAMED_MAX = 3
+"""Paths that `Owner.words` gives; it counts the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """What a range of a disk belongs to.
+
+    `paths` are those of the file or directory (several, if it has hard links), or of all files
+    whose inodes are in this piece of an inode table. `offset` is where in the file the range
+    begins, in bytes; None for what is not a file's or directory's content. Paths that are not
+    UTF-8 carry surrogate escapes.
+    """
+
+    extent: Extent
+    kind: OwnerKind
+    paths: tuple[str, ...] = ()
+    offset: int | None = None
+
+    @property
+    def path(self) -> str | None:
+        """The first of the paths, if there is one."""
+        return self.paths[0] if self.paths else None
+
+    def words(self) -> str:
+        """Say it: `inode table (/a, /b and 3 more)`, `file data of /a, bytes 0-4095`."""
+        named = ", ".join(self.paths[:NAMED_MAX])
+        if len(self.paths) > NAMED_MAX:
+            named += f" and {len(self.paths) - NAMED_MAX} more"
+        if not named:
+            return str(self.kind)
+        if self.kind is OwnerKind.INODE_TABLE:
+            return f"{self.kind} ({named})"
+        if self.offset is None:
+            return f"{self.kind} of {named}"
+        return f"{self.kind} of {named}, bytes {self.offset}-{self.offset + self.extent.length - 1}"
+
+
+class OwnerMap:
+    """Who owns what on one disk: looked up once for the whole disk, then asked for any range."""
+
+    def __init__(self, device: ReadableDevice, *, partition: int | None = None) -> None:
+        """Read all names and inodes; `partition` leaves out the others (0 is the whole disk)."""
+        self._parts: list[tuple[int, int, Atlas | None]] = []
+        try:
+            found = candidates(device, partition)
+        except FilesystemError:
+            self._parts.append((0, device.size, None))
+            return
+        for part in found:
+            atlas = None
+            with suppress(Exception):  # it only describes: what it stumbles over is unknown
+                atlas = chart(part.device)
+            self._parts.append((part.offset, part.offset + part.length, atlas))
+
+    def of(self, extent: Extent) -> list[Owner]:
+        """Return the owners of all bytes of an extent, in order; neighbours differ."""
+        result: list[Owner] = []
+        for owner in self._pieces(extent.offset, extent.end):
+            last = result[-1] if result else None
+            if last is not None and _is_one(last, owner):
+                length = last.extent.length + owner.extent.length
+                both = dict.fromkeys((*last.paths, *owner.paths))
+                extended = Extent(last.extent.offset, length)
+                result[-1] = replace(last, extent=extended, paths=tuple(both))
+            else:
+                result.append(owner)
+        return result
+
+    def _pieces(self, start: int, end: int) -> Iterator[Owner]:
+        while start < end:
+            # Where two filesystems claim to be, the first one is asked.
+            here = next((part for part in self._parts if part[0] <= start < part[1]), None)
+            if here is None:
+                stop = min([end, *(low for low, _, _ in self._parts if low > start)])
+                yield Owner(Extent(start, stop - start), OwnerKind.OUTSIDE)
+                start = stop
+                continue
+            low, high, atlas = here
+            stop = min(end, high)
+            if atlas is None:
+                yield Owner(Extent(start, stop - start), OwnerKind.UNKNOWN)
+            else:
+                for piece in atlas.pieces(start - low, stop - low):
+                    extent = Extent(low + piece.start, piece.end - piece.start)
+                    is_content = piece.kind in {OwnerKind.FILE_DATA, OwnerKind.DIRECTORY}
+                    offset = piece.offset if is_content else None
+                    yield Owner(extent, piece.kind, piece.paths, offset)
+            start = stop
+
+
+def owners(
+    device: ReadableDevice, extents: Iterable[Extent], *, partition: int | None = None
+) -> list[Owner]:
+    """Tell what lives in ranges of a disk, as a mount would show it: their owners in order.
+
+    Together the owners of an extent cover exactly its bytes. Whoever asks often makes an
+    `OwnerMap`, as most of the time goes into that. Raises nothing for what is on the disk.
+    """
+    found = OwnerMap(device, partition=partition)
+    return [owner for extent in extents for owner in found.of(extent)]
+
+
+def _is_one(last: Owner, owner: Owner) -> bool:
+    """Tell whether two neighbours are one piece of the same thing."""
+    if last.kind is not owner.kind:
+        return False
+    if last.kind is OwnerKind.INODE_TABLE:
+        return True
+    if last.offset is None or owner.offset is None:
+        return last.paths == owner.paths
+    return last.paths == owner.paths and last.offset + last.extent.length == owner.offset

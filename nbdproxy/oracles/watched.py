@@ -1,0 +1,147 @@
+"""What a verdict was read from: `WatchedDevice` notes it, `Reads` keeps it.
+
+A reader that looks at nothing but a device gives, on any device that is the same in the bytes it
+read, the same result. So the noted ranges say which states may share it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.extents import Extent
+
+KEPT_MAX = 8192
+Range = tuple[int, int]
+"""Start and end of a run of bytes."""
+
+
+class Reads:
+    """A set of bytes that does not change; asking it costs O(log n) for each extent."""
+
+    __slots__ = ("_ends", "_starts")
+
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        """Take ranges in any order; they may overlap or be empty."""
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in sorted(ranges):
+            if start >= end:
+                continue
+            if self._ends and start <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            else:
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def __iter__(self) -> Iterator[Extent]:
+        for start, end in zip(self._starts, self._ends, strict=True):
+            yield Extent(start, end - start)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def total(self) -> int:
+        """Return the bytes in the set."""
+        return sum(self._ends) - sum(self._starts)
+
+    def touches(self, extents: Iterable[Extent]) -> bool:
+        """Tell whether any byte of the extents is in the set."""
+        return any(self.meets(extent.offset, extent.offset + extent.length) for extent in extents)
+
+    def meets(self, start: int, end: int) -> bool:
+        """Tell whether any byte of [start, end) is in the set."""
+        at = bisect_right(self._ends, start)
+        return start < end and at < len(self._starts) and self._starts[at] < end
+
+    def isdisjoint(self, other: Reads) -> bool:
+        """Tell whether no byte is in both sets."""
+        few, many = (self, other) if len(self) <= len(other) else (other, self)
+        return not any(many.meets(start, end) for start, end in few.ranges())
+
+    def moved(self, by: int, size: int) -> Reads:
+        """Return the set moved by some bytes; what falls outside of [0, size) is dropped."""
+        if by == 0 and (not self._ends or self._ends[-1] <= size):
+            return self
+        return Reads((max(0, a + by), min(size, b + by)) for a, b in self.ranges())
+
+    def ranges(self) -> list[Range]:
+        """Return the set as disjoint ranges, ascending."""
+        return list(zip(self._starts, self._ends, strict=True))
+
+
+NOTHING = Reads(())
+EVERYTHING = Reads([(0, 1 << 63)])
+
+
+def runs(numbers: Iterable[int]) -> list[Range]:
+    """Return whole numbers, each given once, as half-open runs, ascending."""
+    found = np.sort(np.fromiter(numbers, np.int64))
+    if not len(found):
+        return []
+    gaps = np.flatnonzero(np.diff(found) != 1)
+    starts = np.concatenate((found[:1], found[gaps + 1])).tolist()
+    ends = np.concatenate((found[gaps], found[-1:])).tolist()
+    return [(start, end + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+class WatchedDevice:
+    """A device that notes in `ranges` what is read from it; `base` and `ranges` may be replaced.
+
+    One that `keeps` returns for a range it read before the same object again, until told to
+    `forget`. Closing it leaves `base` open.
+    """
+
+    def __init__(self, base: ReadableDevice, *, keeps: bool = False) -> None:
+        self.base = base
+        self.ranges: list[Range] = []
+        self._kept: dict[Range, bytes] | None = {} if keeps else None
+
+    @property
+    def size(self) -> int:
+        """The size of `base` in bytes."""
+        return self.base.size
+
+    def note(self, offset: int, length: int) -> None:
+        """Note a range as read."""
+        self.ranges.append((offset, offset + length))
+
+    def take(self) -> list[Range]:
+        """Return what was noted since the last call."""
+        found, self.ranges = self.ranges, []
+        return found
+
+    def forget(self, changed: Reads) -> None:
+        """Read what was changed anew."""
+        if self._kept:
+            for start, end in [part for part in self._kept if changed.meets(*part)]:
+                del self._kept[start, end]
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`."""
+        part = (offset, offset + length)
+        self.ranges.append(part)
+        if self._kept is None:
+            return self.base.pread(offset, length)
+        found = self._kept.get(part)
+        if found is None:
+            if len(self._kept) >= KEPT_MAX:
+                self._kept.clear()
+            found = self._kept[part] = self.base.pread(offset, length)
+        return found
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`; may block on a cold page."""
+        self.note(offset, len(buffer))
+        self.base.pread_into(offset, buffer)
+
+    def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield, ascending and disjoint, what may hold anything but zeroes."""
+        self.note(offset, length)
+        return self.base.data_extents(offset, length)
+
+    def close(self) -> None:
+        """Do nothing: the device below belongs to whoever opened it."""
