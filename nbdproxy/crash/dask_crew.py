@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from distributed import CancelledError, Client, Future, KilledWorker
-from distributed import wait as wait_for
 
 from nbdproxy.crash import dask_worker
 from nbdproxy.crash.bench import Unit
@@ -274,8 +273,15 @@ class Crew:
                 self._client.cancel([future for future, _ in member.flying.values()])
                 member.flying.clear()
             parting = [self._submit(member, dask_worker.dismiss, key) for member in ready]
-            wait_for(parting, timeout=_PARTING_S)
+            self._wait_for({str(future.key) for future in parting})
         with suppress(OSError, TimeoutError):
             self._client.close(timeout=_PARTING_S)
         if self._pieces is not None:
             self._pieces.close()
+
+    def _wait_for(self, keys: set[str]) -> None:
+        until = time.monotonic() + _PARTING_S
+        with suppress(Empty):
+            while keys:
+                _, future = self._done.get(timeout=max(until - time.monotonic(), 0.001))
+                keys.discard(str(future.key))

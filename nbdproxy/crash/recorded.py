@@ -23,7 +23,7 @@ from nbdproxy.errors import ImageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.recording.format import base_path
 from nbdproxy.recording.meta import Fingerprint
-from nbdproxy.recording.packed import load_index
+from nbdproxy.recording.packed import STREAMS, load_index
 from nbdproxy.recording.reader import Recording
 
 _LAZY_NS = 60 * 10**9
@@ -156,7 +156,9 @@ class RecordedSource(Recording):
             )
 
     def _last_change_ns(self) -> int:
-        return max(file.stat().st_mtime_ns for file in self.path.iterdir())
+        # Other files may have come into the folder since.
+        streams = [self.path / name for name in STREAMS]
+        return max(file.stat().st_mtime_ns for file in streams if file.exists())
 
 
 class BaseDisk:

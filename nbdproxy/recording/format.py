@@ -52,6 +52,15 @@ the tail is from an earlier use or half written and fails the checksum, because 
 is its seed. A reader stops at the first slot that fails, or whose payload is not wholly there, and
 says what is missing. Payload digests are checked when payloads are read.
 
+A recording that was packed and unpacked (see `nbdproxy.recording.packed`) has further files:
+
+    base         the parts of the disk as it was at the start that are not in the recording, each
+                 at its offset in a sparse file of the disk's size; it stands for META's image
+    pack.json    how many events there were when `base` was made. If fewer can be read now, then
+                 before-images may be gone that `base` does not hold, and it must not be used.
+    files.sha256, explore.db
+                 a manifest and a database of verdicts; nothing here reads them
+
 Not covered: the recorder's host losing power. The streams are never synced while they grow.
 """
 
@@ -101,3 +110,13 @@ def events_path(directory: Path) -> Path:
 def data_path(directory: Path) -> Path:
     """Return where a recording's payloads are."""
     return directory / "data"
+
+
+def base_path(directory: Path) -> Path:
+    """Return where an unpacked recording has what it needs of its image."""
+    return directory / "base"
+
+
+def index_path(directory: Path) -> Path:
+    """Return where an unpacked recording has the index that it was packed with."""
+    return directory / "pack.json"

@@ -1,0 +1,382 @@
+"""`nbdproxy convert`: recordings to and from the formats of other programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.status import Status
+
+from nbdproxy.cli.console import err, print_json
+from nbdproxy.crash.paint import NOTHING, Painting
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.file import FileDisk
+from nbdproxy.errors import RecordingError, UsageError
+from nbdproxy.extents import Extent
+from nbdproxy.recording.foreign.dm_log_writes import DmLog, DmLogWriter
+from nbdproxy.recording.foreign.exporting import to_dm_log, to_trlog
+from nbdproxy.recording.foreign.formats import TRIMMED, Converted, LogFormat, Progress, look
+from nbdproxy.recording.foreign.importing import (
+    Base,
+    disk_size,
+    from_dm_log,
+    from_trlog,
+    meta_of,
+    recorded,
+)
+from nbdproxy.recording.foreign.nbd_trlog import TransactionLog, TransactionLogWriter
+from nbdproxy.recording.meta import Fingerprint, absolute
+from nbdproxy.recording.reader import Recording
+from nbdproxy.server.qcow2 import is_qcow2
+from nbdproxy.sizes import parse_size
+
+_PART = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the user asked for, checked as far as it can be without reading IN."""
+
+    source: Path
+    target: Path
+    form: LogFormat
+    to: LogFormat
+    base: Path | None
+    verify: Path | None
+    size: int | None
+    uncounted: bool
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A recording or a log.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="What to write; must be new.")],
+    to: Annotated[LogFormat, typer.Option("--to", help="The format of OUT.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="IMAGE",
+            help="What was on the disk before the recording.",
+            show_default="zeroes; of a recording of ours, what it knows itself",
+        ),
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(metavar="IMAGE", help="Compare the end of the log with this image."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The disk's size, where a log is read.",
+            show_default="the base's, or the end of the last write",
+        ),
+    ] = None,
+    uncounted: Annotated[
+        bool,
+        typer.Option(
+            "--uncounted",
+            help="Of a dm-log-writes log, read on behind the entries that its superblock counts.",
+        ),
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
+) -> None:
+    """Convert a recording to a log of dm-log-writes or nbd-server, or such a log to a recording.
+
+    What IN is, is found by looking. What the target cannot express is said. --verify writes what
+    the log says over the base, in the log's order, and compares that with an image. Exit code 1 if
+    they differ; OUT is written all the same.
+
+    Examples:
+
+      nbdproxy convert blklogwrites.log run1 --to nbdproxy --base before.img --verify disk.img
+
+      nbdproxy convert run1 run1.log --to dm-log-writes
+
+      nbdproxy convert run1 run1.trlog --to nbd-trlog && nbd-trplay -i copy.img -l run1.trlog
+    """
+    asked = _Asked(source, target, look(source), to, base, verify, _size(size), uncounted)
+    _check(asked)
+    _look_at_images(asked)
+    with ExitStack() as stack:
+        partial = stack.enter_context(_partial(target, folder=to is LogFormat.NBDPROXY))
+        done, log, recording = _convert(asked, partial, stack)
+        compared = None
+        if verify is not None:
+            with err.status(f"comparing with {verify}"):
+                compared = _compare(log, RecordedSource(recording, image=base), verify)
+        partial.rename(target)
+    _report(asked, done, compared)
+    if json:
+        print_json(_summary(asked, done, compared))
+    raise typer.Exit(0 if compared is None or compared.offset is None else 1)
+
+
+def _size(text: str | None) -> int | None:
+    size = None if text is None else parse_size(text)
+    if text is not None and size is None:
+        raise UsageError(f"--size: {text!r} is no size; write for example 10G")
+    return size
+
+
+def _check(asked: _Asked) -> None:
+    ours = asked.form is LogFormat.NBDPROXY
+    if asked.to is asked.form:
+        raise UsageError(f"{asked.source} is of the format {asked.to.value} already; copy it")
+    if asked.target.exists() or asked.target.is_symlink():
+        raise UsageError(f"{asked.target} exists; name a new one, or remove it first")
+    if not asked.target.absolute().parent.is_dir():
+        raise UsageError(f"there is no folder {asked.target.parent}; make it first")
+    if ours and asked.size is not None:
+        raise UsageError("--size is for logs; a recording knows its disk's size: drop it")
+    if ours and asked.base is not None and asked.verify is None:
+        raise UsageError("the base of a recording is needed only to --verify; drop --base")
+    if asked.uncounted and asked.form is not LogFormat.DM_LOG_WRITES:
+        raise UsageError("--uncounted is for dm-log-writes logs; drop it")
+
+
+def _look_at_images(asked: _Asked) -> None:
+    """Refuse an image that cannot be read before the work begins, not behind it."""
+    for image in dict.fromkeys(path for path in (asked.base, asked.verify) if path is not None):
+        if is_qcow2(image):
+            err.print(
+                f"note: {image} is a qcow2 file, whose own bytes are read; if the log is of the "
+                f"disk in it, give a raw copy: qemu-img convert -O raw {image} raw.img",
+                markup=False,
+            )
+        FileDisk(image, read_only=True).close()
+
+
+@contextmanager
+def _partial(target: Path, *, folder: bool) -> Iterator[Path]:
+    """Make a file or folder beside `target` that is gone afterwards, unless it was renamed."""
+    where, prefix, suffix = target.absolute().parent, f"{target.name}.", ".part"
+    try:
+        if folder:
+            path = Path(tempfile.mkdtemp(suffix, prefix, where))
+        else:
+            handle, name = tempfile.mkstemp(suffix, prefix, where)
+            os.close(handle)
+            path = Path(name)
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+    try:
+        yield path
+    finally:
+        if folder:
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _convert(
+    asked: _Asked, partial: Path, stack: ExitStack
+) -> tuple[Converted, DmLog | TransactionLog, Path]:
+    """Write `partial`; return the log, whichever side it is on, and the recording."""
+    if asked.form is LogFormat.NBDPROXY:
+        with err.status(f"reading {asked.source}") as status:
+            done = _export(asked.source, partial, asked.to, _progress(status, asked))
+        return done, stack.enter_context(closing(_open(partial, asked.to))), asked.source
+    log = stack.enter_context(closing(_open(asked.source, asked.form, uncounted=asked.uncounted)))
+    with err.status(f"reading {asked.source}") as status:
+        progress = _progress(status, asked)
+        if asked.to is LogFormat.NBDPROXY:
+            return _import(asked, log, partial, progress), log, partial
+        between = stack.enter_context(_partial(asked.target, folder=True))
+        read = _import(asked, log, between, progress)
+        written = _export(between, partial, asked.to, progress)
+    remarks = (*read.remarks, *written.remarks)
+    left_out = {**read.left_out, **written.left_out}
+    return Converted(written.counts, left_out, remarks, read.missing), log, between
+
+
+def _progress(status: Status, asked: _Asked) -> Progress:
+    def told(done: int, total: int) -> None:
+        status.update(f"converting {asked.source}: {100 * done // max(total, 1)} %")
+
+    return told
+
+
+def _open(path: Path, form: LogFormat, *, uncounted: bool = False) -> DmLog | TransactionLog:
+    if form is LogFormat.DM_LOG_WRITES:
+        return DmLog(path, uncounted=uncounted)
+    return TransactionLog(path)
+
+
+def _import(
+    asked: _Asked, log: DmLog | TransactionLog, folder: Path, progress: Progress
+) -> Converted:
+    base = None if asked.base is None else _read_base(asked.base)
+    if isinstance(log, DmLog):
+        meta = meta_of(disk_size(log.touches(), base, asked.size), base)
+        with recorded(folder, meta, "a dm-log-writes log") as writer:
+            return from_dm_log(log, writer, progress)
+    survey = log.survey()
+    meta = meta_of(disk_size(survey.touches, base, asked.size), base)
+    with recorded(folder, meta, "a transaction log of nbd-server") as writer:
+        return from_trlog(log, survey.errors, writer, progress)
+
+
+def _read_base(path: Path) -> Base:
+    with closing(FileDisk(path, read_only=True)) as disk:
+        data = tuple((extent.offset, extent.length) for extent in disk.data_extents(0, disk.size))
+        return Base(absolute(path), disk.size, data, Fingerprint.of(path))
+
+
+def _export(source: Path, target: Path, to: LogFormat, progress: Progress) -> Converted:
+    with closing(Recording(source)) as recording:
+        try:
+            with target.open("wb") as file:
+                if to is LogFormat.DM_LOG_WRITES:
+                    return to_dm_log(recording, DmLogWriter(file), progress)
+                return to_trlog(recording, TransactionLogWriter(file), progress)
+        except OSError as error:
+            raise RecordingError(f"the log cannot be written: {error.strerror}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """How the end of a log compares with an image.
+
+    `offset` is that of the first byte that differs, `pair` what it is in the log and in the image;
+    None if they are equal. `trimmed` bytes before that differ only where a TRIM was the last.
+    """
+
+    offset: int | None
+    pair: tuple[int, int]
+    trimmed: int
+
+
+def _compare(log: DmLog | TransactionLog, recording: RecordedSource, image: Path) -> _Compared:
+    """Compare what the log leaves on the base with an image; the shorter ends in zeroes.
+
+    What a trimmed place reads as is up to the store, so there nothing is a difference.
+    """
+    trimmed = 0
+    with ExitStack() as stack:
+        stack.enter_context(closing(recording))
+        end = _End(log, stack.enter_context(closing(recording.base())))
+        disk = stack.enter_context(closing(FileDisk(image, read_only=True)))
+        for offset in range(0, max(end.size, disk.size), _PART):
+            ours, theirs = (_part(one, offset) for one in (end, disk))
+            if ours == theirs:
+                continue
+            differs = np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8)
+            for start, stop in end.trimmed(offset, offset + _PART):
+                part = slice(start - offset, stop - offset)
+                trimmed += int(np.count_nonzero(differs[part]))
+                differs[part] = False
+            if differs.any():
+                at = int(np.argmax(differs))
+                return _Compared(offset + at, (ours[at], theirs[at]), trimmed)
+    return _Compared(None, (0, 0), trimmed)
+
+
+def _part(disk: ReadableDevice, offset: int) -> bytes:
+    """Return a part of a disk; behind its end are zeroes."""
+    count = max(min(_PART, disk.size - offset), 0)
+    if not any(True for _ in disk.data_extents(offset, count)):
+        return bytes(_PART)
+    return disk.pread(offset, count).ljust(_PART, b"\0")
+
+
+class _End:
+    """The disk after all that a log says, as a `ReadableDevice`."""
+
+    def __init__(self, log: DmLog | TransactionLog, base: ReadableDevice) -> None:
+        self.size = base.size
+        self._log = log
+        self._base = base
+        self._offset, length, self._position = log.touches().columns()
+        self._painting = Painting(self._offset, length, np.arange(len(length), dtype=np.int32))
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`."""
+        buffer = bytearray(length)
+        self.pread_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        for start, stop, row in self._painting.segments(offset, offset + len(buffer)):
+            part = buffer[start - offset : stop - offset]
+            if row == NOTHING:
+                self._base.pread_into(start, part)
+            elif self._position[row] < 0:
+                part[:] = bytes(len(part))
+            else:
+                self._log.read_into(int(self._position[row] + start - self._offset[row]), part)
+
+    def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield what may hold anything but zeroes."""
+        for start, stop, row in self._painting.segments(offset, offset + length):
+            if row == NOTHING:
+                yield from self._base.data_extents(start, stop - start)
+            elif self._position[row] >= 0:
+                yield Extent(start, stop - start)
+
+    def trimmed(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yield start and end of the parts of [first, last) where a TRIM was the last."""
+        for start, stop, row in self._painting.segments(first, last):
+            if row != NOTHING and self._position[row] == TRIMMED:
+                yield start, stop
+
+    def close(self) -> None:
+        """Do nothing: log and base are the caller's."""
+
+
+def _report(asked: _Asked, done: Converted, compared: _Compared | None) -> None:
+    """Say on stderr what was written, and what it lacks."""
+    counted = ", ".join(f"{count:,} {kind}" for kind, count in done.counts.items()) or "nothing"
+    err.print(f"wrote {asked.target} ({asked.to.value}): {counted}", markup=False)
+    for remark in done.remarks:
+        err.print(f"note: {remark}", markup=False)
+    if done.missing is not None:
+        err.print(f"missing: {done.missing}", markup=False)
+    if asked.form is LogFormat.NBDPROXY:
+        err.print(
+            "note: what was on the disk before is not in the log; replay it onto that: "
+            f"nbdproxy open {asked.source} --at seq:0 -o base.img", markup=False,
+        )  # fmt: skip
+    if compared is None:
+        if asked.form is not LogFormat.NBDPROXY:
+            err.print("note: the end was not compared with an image; --verify IMAGE does it")
+        return
+    if compared.trimmed:
+        err.print(
+            f"note: {compared.trimmed:,} bytes of {asked.verify} are not zero where a TRIM was "
+            "last: what such places hold is up to the store", markup=False,
+        )  # fmt: skip
+    if compared.offset is None:
+        err.print(f"the end of the log equals {asked.verify}", markup=False)
+    else:
+        ours, theirs = compared.pair
+        err.print(
+            f"the end of the log differs from {asked.verify}, first at byte {compared.offset}: "
+            f"{ours:#04x} in the log, {theirs:#04x} in the image; either the base is not what was "
+            "there before, or the log errs, as QEMU's may where requests overlap", markup=False,
+        )  # fmt: skip
+
+
+def _summary(asked: _Asked, done: Converted, compared: _Compared | None) -> dict[str, Any]:
+    return {
+        "in": str(asked.source),
+        "from": asked.form.value,
+        "out": str(asked.target),
+        "to": asked.to.value,
+        "counts": dict(done.counts),
+        "left_out": dict(done.left_out),
+        "remarks": list(done.remarks),
+        "missing": done.missing,
+        "verified": None if compared is None else compared.offset is None,
+        "difference": None if compared is None else compared.offset,
+        "trimmed": None if compared is None else compared.trimmed,
+    }
