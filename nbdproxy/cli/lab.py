@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,14 +13,23 @@ import typer
 
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
-from nbdproxy.lab import guest
+from nbdproxy.lab import guest, renames, sqlite_image
 from nbdproxy.lab.build import build_lab
 from nbdproxy.lab.disk import FILESYSTEMS, PARTITION_TABLES, format_disk
+from nbdproxy.lab.marks import Marker
 from nbdproxy.lab.workloads import WORKLOADS, parse_ending, shell, workload_named
+from nbdproxy.oracles.manifest import dump
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.sizes import parse_size
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+_RENAMES = {"rename-new": renames.new_manifest, "rename-old": renames.old_manifest}
+
+
+def _listed(manifests: Iterable[str]) -> str:
+    return ", ".join([*manifests, *_RENAMES])
 
 
 def _tell(line: str) -> None:
@@ -81,16 +92,51 @@ def format_(
 
 @app.command()
 def manifest(
-    project: Annotated[str, typer.Argument(help="A project: small or medium.")],
+    project: Annotated[
+        str, typer.Argument(help="A project, small or medium; or rename-new or rename-old.")
+    ],
 ) -> None:
     """Print what a whole npm install of a project leaves, as a manifest.
 
+    rename-new and rename-old are the files of the workload rename, as meant and as before.
+
     Example: nbdproxy lab manifest small > npm.sha256
     """
+    if project in _RENAMES:
+        sys.stdout.write(dump(_RENAMES[project]()))
+        return
     manifests = build_lab(progress=_tell).manifests
     if project not in manifests:
-        raise UsageError(f"there is no project {project}; choose from {', '.join(manifests)}")
+        raise UsageError(f"there is no project {project}; choose from {_listed(manifests)}")
     sys.stdout.buffer.write(manifests[project].read_bytes())
+
+
+@app.command("check-sqlite")
+def check_sqlite(
+    image: Annotated[Path, typer.Argument(help="A bare ext4 image; it is written to.")],
+    committed: Annotated[
+        str, typer.Option(metavar="N", help="The last transaction told; or a mark committed-N.")
+    ] = "0",
+    may_lose: Annotated[
+        int, typer.Option(min=0, metavar="K", help="How many of the last ones may be gone.")
+    ] = 0,
+) -> None:
+    """Check the database that a workload sqlite-... left, without a guest.
+
+    Replays the filesystem's journal in IMAGE, which writes to it, and recovers a copy of the
+    database. Exit code 0: sound, nothing lost; 1: damaged or lost; 2: unusable; 3: the journal is
+    damaged, ask a kernel. For many images, python -m nbdproxy.lab.sqlite_image starts faster.
+
+    Example: nbdproxy lab check-sqlite state.img --committed 12 --may-lose 1
+    """
+    try:
+        last = sqlite_image.transaction(committed)
+    except ValueError:
+        raise UsageError(f"--committed: {committed!r} is neither a number nor a mark") from None
+    code, said = sqlite_image.judge(image, committed=last, may_lose=may_lose)
+    for line in said:
+        out.print(line, markup=False)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -122,6 +168,16 @@ def run(
     qmp: Annotated[
         Path | None, typer.Option(metavar="SOCKET", help="Where QEMU shall offer QMP.")
     ] = None,
+    control: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SOCKET", help="Mark the guest's `committed N`, `mark NAME` in the recording."
+        ),
+    ] = None,
+    write_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Let the guest's kernel log its writes, too."),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Show all that the guest prints.")
     ] = False,
@@ -131,6 +187,13 @@ def run(
     Endings: cut powers off without writing anything back; sync and umount do that first; hang lets
     the host kill QEMU; wait:SECONDS idles before.
 
+    With --control, the socket of nbdproxy serve --control, each line `committed N` or `mark NAME`
+    that the guest prints becomes a mark, committed-N or NAME, for --at mark:NAME. A mark comes
+    after its line: what the guest promised by it had been promised.
+
+    With --write-log, dm-log-writes in the guest writes FILE in its own format; what FILE held is
+    lost.
+
     Examples:
 
       nbdproxy lab run npm-small disk.img --end sync
@@ -138,6 +201,8 @@ def run(
       nbdproxy serve disk.img --record run1 --run 'nbdproxy lab run npm-small "$uri" --end cut'
 
       nbdproxy lab run - disk.img --script 'echo hello > a; sync' --end cut
+
+      nbdproxy lab run sqlite-full nbd://127.0.0.1:10809/ --control ctl.sock
 
       nbdproxy lab run stress nbd://127.0.0.1:10809/ --device nbd --connections 4
     """
@@ -149,9 +214,14 @@ def run(
     made = build_lab(progress=_tell)
     ending = parse_ending(end) if end is not None else None
     _tell(f"guest: booting, then {chosen.summary}")
-    with err.status("guest is running") as status:
+    with (
+        contextlib.nullcontext() if control is None else Marker(control) as marker,
+        err.status("guest is running") as status,
+    ):
 
         def show(line: str) -> None:
+            if marker is not None:
+                marker(line)
             status.update(f"guest: {line[:100]}")
             if verbose:
                 _tell(f"guest: {line}")
@@ -168,8 +238,11 @@ def run(
             partition=partition,
             image_format=image_format,
             qmp=qmp,
+            write_log=write_log,
             on_line=show,
         )
+    if marker is not None:
+        _tell(marker.trouble or f"guest: {marker.marked} marks are in the recording")
     _tell(
         f"guest: booted in {result.started_s:.1f} s, worked {result.workload_s:.1f} s, "
         f"gone after {result.ended_s:.1f} s"

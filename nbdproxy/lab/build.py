@@ -28,6 +28,7 @@ _NEEDED = (
     "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node", "npm",
     "qemu-system-x86_64", "sqlite3",
 )  # fmt: skip
+_EXTRA = ("dmsetup", "nbd-client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Lab:
 
     `manifests` has, for each project, the `sha256sum` file of what a whole run leaves on the
     target disk; its paths are absolute there. `has_nbd_client` tells whether a guest may be told
-    to use its kernel's NBD client.
+    to use its kernel's NBD client, `has_dmsetup` whether its kernel can log writes itself.
     """
 
     cache: Path
@@ -52,6 +53,7 @@ class Lab:
     tools_disk: Path
     manifests: Mapping[str, Path]
     has_nbd_client: bool
+    has_dmsetup: bool
 
 
 def build_lab(
@@ -75,11 +77,19 @@ def build_lab(
         npm_key = key_of(userland.NPM_VERSION)
         npm = parts.part("npm", npm_key, userland.fetch_npm, "lab: fetching npm")
         built = {name: _build_project(parts, name, projects[name], npm) for name in projects}
-        nbd_client = tools.find("nbd-client")  # few want it, so it is not among what is needed
-        programs = [where["sqlite3"], *([nbd_client] if nbd_client else [])]
+        # Few want these, so they are not among what is needed.
+        extra = {name: found for name in _EXTRA if (found := tools.find(name))}
+        programs = [where["sqlite3"], *extra.values()]
         disk = _build_disk(parts, where["node"], npm, built, programs)
     manifests = {name: part / "manifest.sha256" for name, part in built.items()}
-    return Lab(parts.root, kit, disk / "tools.img", manifests, nbd_client is not None)
+    return Lab(
+        parts.root,
+        kit,
+        disk / "tools.img",
+        manifests,
+        has_nbd_client="nbd-client" in extra,
+        has_dmsetup="dmsetup" in extra,
+    )
 
 
 def _build_kit(parts: Cache, busybox: Path) -> Kit:

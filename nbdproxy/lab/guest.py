@@ -19,11 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import accel, cpio, kernel_client, tools
+from nbdproxy.lab import accel, cpio, dm_log, kernel_client, tools
 from nbdproxy.lab.build import Lab
 from nbdproxy.lab.cache import silent
 from nbdproxy.lab.initramfs import MARK
@@ -88,6 +88,7 @@ def run(
     partition: int | None = None,
     connections: int = 1,
     qmp: Path | None = None,
+    write_log: Path | None = None,
     accelerator: str | None = None,
     time_limit_s: float = 300,
     memory_mib: int = 1024,
@@ -100,6 +101,7 @@ def run(
     Without `ending` the workload's own is taken.
     `connections` are those of the device `nbd`, which needs a URI on 127.0.0.1 and to which
     `cache_mode` and `image_format`, being QEMU's, do not apply.
+    `write_log` is the file that the guest's kernel shall log its writes to: see `dm_log`.
     `on_line` gets each line of the serial port as it comes, those with a `MARK` too.
     `qmp` is where QEMU shall listen for its monitor protocol. `accelerator` is kvm or tcg, by
     default what `accel.probe` finds. `extra` goes to QEMU as it is. SIGKILL of the caller is
@@ -109,25 +111,25 @@ def run(
         raise LabError(f"no cache mode {cache_mode!r}; QEMU has {', '.join(CACHE_MODES)}")
     if device not in DEVICES:
         raise LabError(f"no device {device!r}; the lab has {', '.join(DEVICES)}")
-    name, attachment = DEVICES[device]
-    if partition is not None:
-        name += f"p{partition}" if name[-1].isdigit() else str(partition)
     if accelerator is None:
         accelerator = accel.probe(lab.cache, lab.kit)
     ending = ending or workload.ending
-    drive: tuple[str, ...] = (
-        "-drive",
-        f"if=none,id=target,format={image_format},cache={cache_mode},discard=unmap,"
-        + _file(target),
+    drive = f"format={image_format},cache={cache_mode},discard=unmap,{_file(target)}"
+    stack = _stack(lab, target, device, drive, connections)
+    if partition is not None:
+        end = f"p{partition}" if stack.name[-1].isdigit() else str(partition)
+        stack = replace(stack, name=stack.name + end)
+    if write_log is not None:
+        stack = _logged(lab, stack, device, write_log)
+    script = render(
+        workload,
+        ending,
+        stack.name,
+        _TOOLS_DEVICE,
+        attach=stack.attach,
+        settle=stack.settle,
+        detach=stack.detach,
     )
-    attach: tuple[str, ...] = ()
-    detach: tuple[str, ...] = ()
-    if device == "nbd":
-        if not lab.has_nbd_client:
-            raise tools.missing_error(["nbd-client"])
-        attach, detach = kernel_client.attach(str(target), connections), kernel_client.DETACH
-        drive = ()
-    script = render(workload, ending, name, _TOOLS_DEVICE, attach=attach, detach=detach)
     with _initrd(lab, script) as initrd:
         command = [
             *accel.base_command(
@@ -136,12 +138,52 @@ def run(
             "-drive",
             "if=none,id=tools,format=raw,readonly=on,file.locking=off," + _file(lab.tools_disk),
             "-device", "virtio-blk-pci,drive=tools,addr=4",
-            *drive,
-            *attachment,
+            *stack.options,
             *(("-qmp", f"unix:{_escaped(qmp)},server=on,wait=off") if qmp else ()),
             *extra,
         ]  # fmt: skip
         return _Watch(workload, ending, time_limit_s, on_line).follow(command)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """What the filesystem lies on: its device's name, QEMU's options, and `render`'s lines."""
+
+    name: str
+    options: tuple[str, ...]
+    attach: tuple[str, ...] = ()
+    settle: tuple[str, ...] = ()
+    detach: tuple[str, ...] = ()
+
+
+def _stack(lab: Lab, target: Path | str, device: str, drive: str, connections: int) -> _Stack:
+    """Return the stack of a target alone; `drive` says how QEMU shall open it."""
+    name, attachment = DEVICES[device]
+    if device != "nbd":
+        return _Stack(name, ("-drive", f"if=none,id=target,{drive}", *attachment))
+    if not lab.has_nbd_client:
+        raise tools.missing_error(["nbd-client"])
+    return _Stack(
+        name,
+        attachment,
+        attach=kernel_client.attach(str(target), connections),
+        detach=kernel_client.DETACH,
+    )
+
+
+def _logged(lab: Lab, stack: _Stack, device: str, path: Path) -> _Stack:
+    """Return the stack with the kernel's log in front; what is on top is taken off first."""
+    if not lab.has_dmsetup:
+        raise tools.missing_error(["dmsetup"])
+    dm_log.prepare(path)
+    log = "/dev/vdc" if device == "virtio-blk" else "/dev/vdb"
+    return _Stack(
+        dm_log.DISK,
+        (*stack.options, *dm_log.drive(_file(path))),
+        attach=(*stack.attach, *dm_log.attach(stack.name, log)),
+        settle=(*stack.settle, *dm_log.settle(log)),
+        detach=(*dm_log.DETACH, *stack.detach),
+    )
 
 
 def _file(target: Path | str) -> str:

@@ -29,10 +29,14 @@ FILESYSTEM_MODULES = ("xfs", "btrfs")
 CLIENT_MODULES = ("virtio_net", "nbd")
 """What a guest loads only when its kernel is to be the NBD client: a network card, and that."""
 
+LOG_MODULES = ("dm_log_writes",)
+"""What a guest loads only when its kernel is to log all writes itself: see `dm_log`."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "boot": BOOT_MODULES,
     **{name: (name,) for name in FILESYSTEM_MODULES},
     "nbd": CLIENT_MODULES,
+    "log-writes": LOG_MODULES,
 }
 
 _INDISPENSABLE = frozenset({"virtio_pci", "virtio_blk", "ext4"})

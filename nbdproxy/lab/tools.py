@@ -22,6 +22,7 @@ PACKAGE_OF = {
     "cpio": "cpio",
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "dmsetup": "dmsetup",
     "dpkg-deb": "dpkg",
     "ldd": "libc-bin",
     "mke2fs": "e2fsprogs",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import databases, fsyncs, stress
+from nbdproxy.lab import databases, fsyncs, renames, stress
 from nbdproxy.lab.initramfs import MARK
 from nbdproxy.lab.userland import APP, NPM_FLAGS
 
@@ -142,6 +142,23 @@ def fsync_probe(*, call: str = "fsync", attempts: int = 6) -> Workload:
     return Workload(f"{call}-probe", summary, script, disk_mib=64)
 
 
+def rename(*, auto_da_alloc: bool = False) -> Workload:
+    """Files replaced by rename without fsync, cut when the journal has committed and no data went.
+
+    `renames.new_manifest` and `old_manifest` say what there should be. With `auto_da_alloc`, ext4's
+    default, the data goes with the commit.
+    """
+    option = "auto_da_alloc" if auto_da_alloc else "noauto_da_alloc"
+    return Workload(
+        "rename-auto-da-alloc" if auto_da_alloc else "rename",
+        f"{renames.FILES} files replaced by rename without fsync, on ext4 with {option}",
+        renames.script(),
+        mount_options=f"{option},commit=1",
+        disk_mib=64,
+        ending=Ending(End.CUT, wait_s=3),
+    )
+
+
 def with_zeroes(workload: Workload) -> Workload:
     """The same where ext4 may commit a file before its data, so that a cut leaves it all zero.
 
@@ -177,6 +194,7 @@ def _shipped() -> dict[str, Workload]:
         *(sqlite(synchronous=level) for level in ("full", "extra", "normal", "off")),
         *(sqlite(synchronous=level, journal="wal") for level in ("full", "normal")),
         sqlite_check(),
+        *(rename(auto_da_alloc=helped) for helped in (False, True)),
         *(fsync_probe(call=call) for call in fsyncs.CALLS),
     ]
     return {workload.name: workload for workload in listed}
@@ -201,12 +219,13 @@ def render(
     tools_disk: str,
     *,
     attach: Sequence[str] = (),
+    settle: Sequence[str] = (),
     detach: Sequence[str] = (),
 ) -> str:
     """Return the script that init runs; `target` and `tools_disk` are the guest's device names.
 
     `attach` are lines of shell that the target needs before it is there, `detach` those that end
-    it in order, behind an unmount.
+    it in order, behind an unmount, `settle` those that any other ending needs.
     """
     lines = [
         "fail() {",
@@ -230,11 +249,12 @@ def render(
     ]
     if ending.wait_s:
         lines.append(f"sleep {ending.wait_s:g}")
-    match ending.how:
-        case End.SYNC:
-            lines.append("sync")
-        case End.UMOUNT:
-            lines += [f"umount {TARGET} || fail umount", *detach]
+    if ending.how is End.SYNC:
+        lines.append("sync")
+    if ending.how is End.UMOUNT:
+        lines += [f"umount {TARGET} || fail umount", *detach]
+    else:
+        lines += settle
     lines.append(f'echo "{MARK} ending"')
     if ending.how is End.HANG:
         lines.append("while :; do sleep 60; done")
