@@ -14,6 +14,7 @@ raises RecordingError where one is damaged.
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from functools import reduce
@@ -97,7 +98,8 @@ class _DmExport:
         self._row = 0
         # In the order received: what will be answered with success and is not yet.
         self._flight: dict[int, Event] = {}
-        # What overtook something that is still in flight: seq and extent.
+        # What overtook something that is still in flight, by seq: seq, start and end. Sorted, so
+        # that one request that a policy holds back for long does not make all others slow.
         self._overtook: list[tuple[int, int, int]] = []
         self._late = self._cut_marks = 0
         self.counts: Counter[str] = Counter()
@@ -123,13 +125,14 @@ class _DmExport:
         if event is None:
             return
         end = event.offset + event.length
+        place = bisect(self._overtook, (seq, 0, 0))
         self._late += any(
-            later > seq and low < end and event.offset < high for later, low, high in self._overtook
+            low < end and event.offset < high for _, low, high in self._overtook[place:]
         )
         oldest = next(iter(self._flight), NEVER)
-        self._overtook = [one for one in self._overtook if one[0] > oldest]
         if seq > oldest:
-            self._overtook.append((seq, event.offset, end))
+            self._overtook.insert(place, (seq, event.offset, end))
+        del self._overtook[: bisect(self._overtook, (oldest, 0, 0))]
         self._list(event)
 
     def _list(self, event: Event) -> None:
