@@ -19,7 +19,7 @@ import numpy as np
 
 from nbdproxy.crash.cells import NONE, Numbers, Rows, expand
 from nbdproxy.crash.contents import Digests, mixed, sector_digests
-from nbdproxy.crash.naming import BASE, Choice, Pin, StateId
+from nbdproxy.crash.naming import BASE, Choice, Part, Pin, StateId
 from nbdproxy.crash.presence import TORN, WHOLE, Presence, sectors_of
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.recording.index import Mask
@@ -151,8 +151,20 @@ class Field:
     def pinned(self, entries: Numbers) -> tuple[StateId, Change]:
         """Return the state in which these entries show, one for each sector of the field."""
         differs = np.flatnonzero(self.values.digests[entries] != self._must)
-        state = replace(self.state, pins=self.pins(differs, entries[differs]))
-        return state, self._changed(state, differs, entries[differs])
+        shown = entries[differs]
+        # A request that covers a sector in part is laid in its place among the others.
+        partly = self.values.ragged[differs] & np.isin(self.values.rows[shown], self.may)
+        state = replace(self.state, pins=self.pins(differs[~partly], shown[~partly]))
+        if partly.any():
+            parts = self._parts(differs[partly], shown[partly])
+            state = replace(state, choice=Choice.ONLY, parts=parts)
+        return state, self._changed(state, differs, shown)
+
+    def _parts(self, where: Numbers, entries: Numbers) -> tuple[Part, ...]:
+        rows = self.values.rows[entries]
+        at = (self.sectors[where] - self._first_sector[rows]).tolist()
+        seqs = self.timeline.table.seq[rows].tolist()
+        return tuple(sorted(Part(seq, k, k) for seq, k in zip(seqs, at, strict=True)))
 
     def _changed(self, state: StateId, where: Numbers, shown: Numbers) -> Change:
         near, contents, start = self._nearer(state)

@@ -7,8 +7,8 @@ be there, what was there before the recording. A TRIM that must be there may als
 
 Guarantees: what the fields allow equals `nbdproxy.persistence.reference.allowed`.
 
-Not covered: where requests end inside a sector (`ragged`), single ones of them are laid over what
-must be there, but not every combination of several; garbage after TRIM.
+Not covered: where requests end inside a sector (`ragged`), each of them beside what must be there
+is a value, but not every combination of several; garbage after TRIM.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nbdproxy.crash.cells import NONE, Cells, Numbers, Rows, concurrent_pairs, expand
 from nbdproxy.crash.contents import Contents, mixed, sector_digests
 from nbdproxy.crash.field import Field, Values, first_of_content
-from nbdproxy.crash.naming import BASE, Choice, Pin, StateId
+from nbdproxy.crash.naming import BASE, Choice, Part, Pin, StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Level, Options
@@ -138,17 +138,21 @@ class Fields:
         place = np.repeat(sectors, per_sector)
         digests = self.contents.of(entry_rows, where, place)
         for entry in np.flatnonzero(self.cells.ragged[where]).tolist():
-            digests[entry] = self._ragged_value(state, int(place[entry]), int(entry_rows[entry]))
+            row, sector = int(entry_rows[entry]), int(place[entry])
+            digests[entry] = self._read(self._ragged_state(state, sector, row), sector)
         owners = np.repeat(self._owners[kinds], lengths)
         must = np.flatnonzero(entry_rows == np.repeat(owners, per_sector))
         ragged = np.repeat(self.cells.ragged[kinds], lengths)
         return _drop_settled(Values(sectors, start, entry_rows, digests, must, ragged))
 
-    def _ragged_value(self, state: StateId, sector: int, row: int) -> np.uint64:
-        value = BASE if row == NONE else int(self.timeline.table.seq[row])
+    def _ragged_state(self, state: StateId, sector: int, row: int) -> StateId:
+        """Return the state that shows what a request makes of a sector that it covers in part."""
         if row == int(self._owners[np.searchsorted(self.cells.bounds, sector)]):
-            return self._read(state, sector)
-        return self._read(replace(state, pins=(Pin(sector, sector, value),)), sector)
+            return state
+        if row == NONE or self._kept[row]:
+            value = BASE if row == NONE else int(self.timeline.table.seq[row])
+            return replace(state, pins=(Pin(sector, sector, value),))
+        return replace(state, choice=Choice.ONLY, parts=(Part(int(self.timeline.table.seq[row])),))
 
     def _candidates(self, may: Rows) -> tuple[Numbers, Rows]:
         """Return each value of each cell that chance may decide on: cells, and rows or NONE."""
@@ -156,6 +160,8 @@ class Fields:
         cells, rows = self.cells.pairs(may)
         writer = self._writers[cells]
         late = table.completed[rows] >= np.where(writer == NONE, -1, table.seq[writer])
+        # What came before a request that covers a part of its sector may still show beside it.
+        late |= self.cells.ragged[cells]
         cells, rows = cells[late], rows[late]
         trimmed = np.flatnonzero(self._owners != self._writers)
         both = self._kept[self._earlier] & self._kept[self._later]

@@ -180,6 +180,8 @@ class Stages:
         sector = np.repeat(np.arange(len(values.sectors)), np.diff(values.start))
         entries = np.arange(len(values.rows))
         hidden = (entries < values.must[sector]) & self._field.first
+        # A request that covers a sector in part is shown by naming it.
+        hidden &= ~(values.ragged[sector] & np.isin(values.rows, self._field.may))
         return [
             self._field.pins(sector[at], at)
             for row in np.unique(values.rows[hidden]).tolist()

@@ -77,7 +77,9 @@ class Remount:
         self._low.base = part
         self._low.forget(local)
         if not was_done or not local.isdisjoint(self._log):
+            size = self._replayed.block_size
             self._replay()
+            was_done = was_done and self._replayed.block_size == size  # blocks are counted anew
         self._reached = TOP
         self._replayed = self._replayed.over(part)
         self.view.base = self._replayed

@@ -76,8 +76,8 @@ def _what_was_explored(report: Report) -> Iterator[str]:
         yield f"  cuts      {cuts:,} of {plan.cuts_possible:,} instants change what may be left"
     largest = max(plan.cuts, key=lambda cut: cut.states_log10)
     total = _total(plan)
-    sectors = f"{largest.sectors:,} sectors" if largest.sectors != 1 else "1 sector"
-    yield f"  the model {total} states; at most {sectors} hang on chance at one cut"
+    hang = f"{largest.sectors:,} sectors hang" if largest.sectors != 1 else "1 sector hangs"
+    yield f"  the model {total} states; at most {hang} on chance at one cut"
     stages = count_stages(plan.cuts)
     yield f"  visited   {tally.visited:,}: " + ", ".join(
         f"{stages[stage]:,} {stage.value}" for stage in Stage if stages[stage]

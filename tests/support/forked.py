@@ -15,12 +15,17 @@ from tests.support.serving import DEADLINE_S, until
 
 
 class ForkedServer:
-    """`nbdproxy serve IMAGE OPTIONS...` on the Unix socket `socket`; a context manager."""
+    """`nbdproxy serve IMAGE OPTIONS...` on the Unix socket `socket`; a context manager.
 
-    def __init__(self, folder: Path, image: Path, *options: str | Path) -> None:
+    `command` is another one that serves on a socket.
+    """
+
+    def __init__(
+        self, folder: Path, image: Path, *options: str | Path, command: str = "serve"
+    ) -> None:
         self.socket = folder / "socket"
         self._log = folder / "log"
-        argv = ["serve", str(image), "--socket", str(self.socket), *map(str, options)]
+        argv = [command, str(image), "--socket", str(self.socket), *map(str, options)]
         self.pid = shared().start(argv, self._log, self._log)
         self._code: int | None = None
         # The URI is printed when clients are let in.
