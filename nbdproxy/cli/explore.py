@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from xxhash import xxh3_64_hexdigest
 
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.replay import Base
@@ -21,7 +22,7 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import earlier_digests, place
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import Verdicts
-from nbdproxy.crash.workers import make_runner
+from nbdproxy.crash.workers import Runner, make_runner
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
@@ -101,6 +102,10 @@ def explore(
         int | None,
         typer.Option(metavar="N", min=1, help="Processes that check.", show_default="one a CPU"),
     ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Check on a Dask cluster, such as tcp://host:8786."),
+    ] = None,
     db: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Keep all verdicts here (SQLite).")
     ] = None,
@@ -140,6 +145,10 @@ def explore(
       nbdproxy explore run1 --at mark:ready --exhaustive --check ./check
     """
     options = _options(sector, covers)
+    if resume and db is None:
+        raise UsageError(
+            "--resume goes on with a --db FILE; name the one of the run that was ended"
+        )
     with RecordedSource(run, image=base) as source:
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
@@ -153,6 +162,7 @@ def explore(
         plan = _plan(fields, at, every, wish)
         about = {
             "recording": str(run.absolute()),
+            "identity": xxh3_64_hexdigest(source.meta.dump().encode()),
             "events": str(source.events),
             "mode": mode.value,
             "failure": failure.value,
@@ -164,7 +174,7 @@ def explore(
         }
         verdicts = Verdicts(db, about, resume=resume)
         try:
-            runner = make_runner(Job(run.absolute(), base, level, options, judge, share), workers)
+            runner = _runner(Job(run.absolute(), base, level, options, judge, share), workers, dask)
             try:
                 exploration = Exploration(fields, plan, judge, verdicts)
                 tally = _watch(plan, lambda tell: exploration.run(runner, tell))
@@ -226,6 +236,16 @@ def _plan(fields: Fields, at: str | None, every: Every | None, wish: Wish) -> Pl
             cuts_possible=source.events + 1 if every is not None else 1,
             progress=lambda done: status.update(f"looking at the cuts: {done} of {len(cuts)}"),
         )
+
+
+def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
+    if dask is None:
+        return make_runner(job, workers)
+    if workers is not None:
+        raise UsageError("--workers and --dask exclude each other; the cluster has its own workers")
+    from nbdproxy.crash.dask_runner import DaskRunner  # noqa: PLC0415 - an optional extra
+
+    return DaskRunner(job, dask)
 
 
 def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally:

@@ -116,7 +116,8 @@ class Fields:
 
     def _values(self, state: StateId, may: Rows) -> Values:
         cells, rows = self._candidates(may)
-        data = self.cells.writes_data(rows, cells)
+        # Beside what covers a sector in part, older data shows.
+        data = self.cells.writes_data(rows, cells) | self.cells.ragged[cells]
         # Cells with one value, or where all values are zeroes, leave nothing to chance.
         kinds, index, counts = np.unique(cells, return_inverse=True, return_counts=True)
         open_ = (counts > 1) & (np.bincount(index, data, len(kinds)) > 0)

@@ -94,16 +94,17 @@ class _Search:
         return self.given.judgement.verdict is Verdict.FAIL
 
     def least(self, pieces: list[_Piece]) -> list[_Piece]:
+        """Return pieces that fail: by requests, then by sectors, until neither gives any more."""
         groups = _grouped(pieces)
-        for group in groups[:SINGLES_MAX]:
-            if len(groups) > 1 and self.fails(group):
-                groups = [group]
-                break
-        else:
-            groups = self._reduce(groups)
-        runs = [[piece] for group in groups for piece in group]
-        sectors = [[one] for [piece] in self._reduce(runs) for one in _sectors(piece)]
-        return [piece for group in self._reduce(sectors) for piece in group]
+        alone = (group for group in groups[:SINGLES_MAX] if len(groups) > 1 and self.fails(group))
+        left = next(alone, pieces)
+        before = None
+        while left != before:
+            before = left
+            left = _flat(self._reduce(_grouped(left)))
+            left = _flat(self._reduce([[piece] for piece in _merged(left)]))
+            left = _flat(self._reduce([[one] for piece in left for one in _sectors(piece)]))
+        return left
 
     def _reduce(self, groups: list[list[_Piece]]) -> list[list[_Piece]]:
         """Return a subset that fails, and none of whose members can be left out."""
@@ -124,7 +125,7 @@ class _Search:
 
     def _first_failing(self, choices: Sequence[list[list[_Piece]]]) -> list[list[_Piece]] | None:
         for choice in choices:
-            if self.fails([piece for group in choice for piece in group]):
+            if self.fails(_flat(choice)):
                 return choice
         return None
 
@@ -242,6 +243,10 @@ def _grouped(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
     for piece in pieces:
         groups.setdefault(piece.row, []).append(piece)
     return list(groups.values())
+
+
+def _flat(groups: Sequence[Sequence[_Piece]]) -> list[_Piece]:
+    return [piece for group in groups for piece in group]
 
 
 def _joined(pieces: Sequence[_Piece]) -> tuple[Pin, ...]:

@@ -19,7 +19,7 @@ from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.stages import Stage, Stages, Visit
 from nbdproxy.errors import UsageError
-from nbdproxy.persistence.model import Fates, Level
+from nbdproxy.persistence.model import Coverage, Fates, Level
 from nbdproxy.recording.index import NEVER
 from nbdproxy.requests import Command
 
@@ -96,10 +96,14 @@ def cuts_of(source: Source, fates: Fates, level: Level, every: Every) -> list[in
     """Return the positions at which to look, ascending."""
     table = source.table
     changing = (table.command != Command.FLUSH) & (table.length > 0)
+    flying = [fates.durable_from, table.seq[table.is_flush]]
+    if fates.options.coverage is Coverage.REPLIED:
+        # A flush in flight then covers more with each reply.
+        flying.append(table.completed[changing])
     changes = {
         Level.NOTHING: [],
         Level.FLUSHED: [fates.durable_from],
-        Level.FLUSHED_OR_FLUSHING: [fates.durable_from, table.seq[table.is_flush]],
+        Level.FLUSHED_OR_FLUSHING: flying,
         Level.COMPLETED: [table.completed[changing], fates.lost_from],
         Level.RECEIVED: [table.completed[changing], fates.lost_from, table.seq[changing]],
     }[level]

@@ -125,7 +125,7 @@ class Stages:
 
     def _orders(self) -> Iterator[StateId]:
         for pins in self._hidden():
-            yield replace(self._everything, pins=pins)
+            yield replace(self._field.state, pins=pins)
 
     def _sectors(self) -> Iterator[StateId]:
         for row, sector in self._pieces(alone=False).tolist():

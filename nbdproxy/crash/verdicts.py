@@ -1,8 +1,8 @@
 """`Verdicts`: what an exploration found out, in an SQLite file. The schema, version 1:
 
     about    key TEXT PRIMARY KEY, value TEXT
-             what was explored: `version`, `recording` (its path), `events`, `mode`, `failure`,
-             `level`, `seed`, `oracle` and so on; a value that is no text is JSON
+             what was explored: `version`, `recording` (its path then), `identity` (a digest of
+             how it began), `events`, `mode`, `failure`, `level`, `cuts`, `options`, `wish`, `judge`
     state    one row a state that was visited, in the order in which they were
         id        TEXT PRIMARY KEY; with the recording all that is needed to rebuild the state
         number    INTEGER, counted from 0
@@ -71,7 +71,8 @@ class Row(NamedTuple):
 class Verdicts:
     """An SQLite file of verdicts, or one in memory if `path` is None; closes with `close`.
 
-    Raises UsageError if the file is of something else: `about` has to be the same.
+    Raises UsageError if the file is of something else: all of `about` has to be the same but where
+    the recording is.
     """
 
     def __init__(self, path: Path | None, about: Mapping[str, str], *, resume: bool) -> None:
@@ -101,7 +102,7 @@ class Verdicts:
         if found.pop("version", None) != VERSION:
             raise UsageError(f"{self._path} was not made by this version; name another --db")
         for key, value in about.items():
-            if found.get(key) != value:
+            if key != "recording" and found.get(key) != value:
                 raise UsageError(
                     f"{self._path} is of another exploration: its {key} is {found.get(key)}, "
                     f"and {value} was asked for; ask for the same, or name another --db"

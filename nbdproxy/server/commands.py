@@ -88,17 +88,23 @@ class _CommandJudge:
         }
         if self._wants_image:
             # A whole copy is read, so nothing can be said about what the command looked at.
-            with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=_scratch()) as folder:
-                image = Path(folder) / "image"
-                try:
-                    write_sparse(self._timeline.open(state), image)
-                except OSError as error:
-                    reason = f"the image could not be written: {error.strerror}"
-                    return Judgement(Verdict.UNKNOWN, reason), None
-                return self._run({**environment, "image": str(image)}), None
+            return self._run_on_image(state, environment), None
         self._server.shelf.watch(name)
         judgement = self._run(environment)
         return judgement, self._server.shelf.reads(name)
+
+    def _run_on_image(self, state: StateId, environment: dict[str, str]) -> Judgement:
+        with ExitStack() as stack:
+            try:
+                folder = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=_scratch())
+                )
+                image = Path(folder) / "image"
+                write_sparse(self._timeline.open(state), image)
+            except OSError as error:
+                reason = f"the image could not be written: {error.strerror}"
+                return Judgement(Verdict.UNKNOWN, reason)
+            return self._run({**environment, "image": str(image)})
 
     def _run(self, environment: dict[str, str]) -> Judgement:
         with tempfile.TemporaryFile() as output:
@@ -129,8 +135,14 @@ def _judgement(code: int, said: str) -> Judgement:
     verdict = _VERDICTS.get(code, Verdict.UNKNOWN)
     if verdict is not Verdict.UNKNOWN:
         return Judgement(verdict, said or None)
-    ended = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    ended = f"exit code {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
     return Judgement(verdict, f"{ended}: {said}" if said else ended)
+
+
+def _signal_name(number: int) -> str:
+    """Return a signal's name; those for real-time use have none."""
+    known = {one.value: one.name for one in signal.Signals}
+    return known.get(number, f"signal {number}")
 
 
 def _last_line(fd: int) -> str:

@@ -47,7 +47,7 @@ class Export:
     """A disk under a policy, recorded or not. Owns `disk`, and the recording until `close`.
 
     `offered` is what the disk below can do, if that is less than everything; `remote` is set where
-    changes are passed on to another server.
+    changes are passed on to another server; `shared` is False where each connection has its own.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Export:
         *,
         description: str = "",
         read_only: bool = False,
+        shared: bool = True,
         recorder: RecordingWriter | None = None,
         preserver: PreservingDisk | None = None,
         power: Power | None = None,
@@ -66,7 +67,7 @@ class Export:
         seed: int = 0,
         places: Places = NOWHERE,
     ) -> None:
-        self.info = offer(name, disk.size, description, offered, read_only=read_only)
+        self.info = offer(name, disk.size, description, offered, read_only=read_only, shared=shared)
         self.power = power or Power()
         self.ledger = Ledger(recorder)
         self.held_at_cut = 0

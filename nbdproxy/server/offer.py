@@ -7,10 +7,21 @@ from nbdproxy.nbd.export_info import READABLE, WRITABLE, ExportInfo
 
 
 def offer(
-    name: str, size: int, description: str, offered: ExportInfo | None, *, read_only: bool
+    name: str,
+    size: int,
+    description: str,
+    offered: ExportInfo | None,
+    *,
+    read_only: bool,
+    shared: bool = True,
 ) -> ExportInfo:
-    """Return what clients are told: what we can do, and what is below as well."""
+    """Return what clients are told: what we can do, and what is below as well.
+
+    `shared` is whether all connections have one disk, and one cache.
+    """
     flags = READABLE | TransmissionFlag.READ_ONLY if read_only else WRITABLE
+    if not shared:
+        flags &= ~TransmissionFlag.CAN_MULTI_CONN
     if offered is None:
         return ExportInfo(name, size, flags, description)
     most = min(MAX_PAYLOAD, offered.max_payload)

@@ -69,7 +69,8 @@ class _Infos(Mapping[str, ExportInfo]):
             state = state_named(self._timeline, name)
         except NbdproxyError as error:
             raise KeyError(str(error)) from None
-        return offer(name, self._timeline.source.size, f"state {state}", None, read_only=False)
+        size = self._timeline.source.size
+        return offer(name, size, f"state {state}", None, read_only=False, shared=False)
 
     def __iter__(self) -> Iterator[str]:
         return iter(cut_names(self._timeline))
@@ -86,7 +87,6 @@ class StateShelf:
         self.infos: Mapping[str, ExportInfo] = _Infos(timeline)
         self._policy: Policy = loader.load("passthrough").policy
         self._reads: dict[str, list[TracedDisk]] = {}
-        self._disks: dict[Export, OverlayDisk] = {}
 
     @property
     def noted(self) -> Iterable[Export]:
@@ -99,7 +99,8 @@ class StateShelf:
         traced = TracedDisk(self.timeline.open(state))
         if name in self._reads:
             self._reads[name].append(traced)
-        return Export(name, OverlayDisk(traced), self._policy, description=f"state {state}")
+        disk = OverlayDisk(traced)
+        return Export(name, disk, self._policy, description=f"state {state}", shared=False)
 
     def put_back(self, export: Export) -> None:
         """End the export, and what was written to it."""
