@@ -10,8 +10,9 @@ import typer
 
 from nbdproxy.cli.console import print_json
 from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.state import Choice, StateId, open_state
+from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError, ManifestError
 from nbdproxy.oracles import check

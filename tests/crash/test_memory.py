@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import pytest
 
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.state import Choice, StateId, open_state
+from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import recorded_under

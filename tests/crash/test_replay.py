@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Mapping
 import pytest
 
 from nbdproxy.crash.causes import Cause
+from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.replay import Cell, Replay, replay, to_json
 from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.state import StateId
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
 from nbdproxy.oracles.check import Findings, Verdict

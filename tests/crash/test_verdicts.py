@@ -115,7 +115,13 @@ def test_rows_are_entered_all_or_none() -> None:
     assert list(verdicts.rows()) == ROWS
 
 
-@pytest.mark.parametrize("key", ABOUT)
+def test_a_recording_may_have_been_moved(tmp_path: Path) -> None:
+    path = tmp_path / "run1.db"
+    Verdicts(path, ABOUT, resume=False).close()
+    Verdicts(path, {**ABOUT, "recording": "elsewhere"}, resume=True).close()
+
+
+@pytest.mark.parametrize("key", [key for key in ABOUT if key != "recording"])
 def test_another_exploration_is_refused(tmp_path: Path, key: str) -> None:
     path = tmp_path / "run1.db"
     Verdicts(path, ABOUT, resume=False).close()

@@ -32,8 +32,9 @@ import numpy as np
 import pytest
 
 from nbdproxy.crash.cuts import before_exit, resolve
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.state import Choice, StateId, open_state
+from nbdproxy.crash.timeline import open_state
 from nbdproxy.errors import LabError
 from nbdproxy.lab import databases, disk, dm_log, guest, workloads
 from nbdproxy.lab.build import Lab, build_lab

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.state import Choice, CrashDisk, StateId, open_state
+from nbdproxy.crash.timeline import CrashDisk, open_state
 from nbdproxy.errors import LabError
 from nbdproxy.lab import disk, sqlite_image
 from nbdproxy.lab.marks import Marker, mark_of

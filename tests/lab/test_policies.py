@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.state import Choice, StateId, open_state
+from nbdproxy.crash.timeline import open_state
 from nbdproxy.errors import LabError
 from nbdproxy.lab import databases, disk, fsyncs, guest, kernel_log, workloads
 from nbdproxy.lab.build import Lab, build_lab

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.state import Choice, StateId, open_state
+from nbdproxy.crash.timeline import open_state
 from nbdproxy.persistence import reference
 from nbdproxy.persistence.model import Level, completed, durable
 from nbdproxy.recording.index import NEVER, Mask, RequestTable

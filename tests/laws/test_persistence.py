@@ -8,8 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbdproxy.crash.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.state import Choice, StateId, open_state, parse_state_id
+from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.persistence import model, reference
 from nbdproxy.persistence.model import Level, Options

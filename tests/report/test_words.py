@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from nbdproxy.crash.causes import Cause
 from nbdproxy.crash.cuts import Cut
+from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
-from nbdproxy.crash.state import Choice, StateId
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
