@@ -129,17 +129,41 @@ class Verdicts:
                 f"{self._path} cannot be written ({error}); make room, and go on with --resume"
             ) from None
 
+    def telling(self, limit: int) -> Iterator[Row]:
+        """Yield failing states, first those of cuts where the state with all that was sent passes.
+
+        There what was lost on the way decides; elsewhere it had never been sent.
+        """
+        passing = [position for position, fine in self.fullest().items() if fine]
+        self._db.execute("CREATE TEMP TABLE IF NOT EXISTS passing (position INTEGER PRIMARY KEY)")
+        self._db.execute("DELETE FROM passing")
+        self._db.executemany("INSERT INTO passing VALUES (?)", [(one,) for one in passing])
+        yield from self._select(
+            "WHERE verdict = 'fail' ORDER BY position NOT IN passing, number LIMIT ?", limit
+        )
+
+    def fullest(self) -> dict[int, bool]:
+        """Return for each cut whether the state with all that had been sent passes."""
+        found = self._db.execute(
+            "SELECT position, verdict FROM state WHERE stage = 'ends' ORDER BY number"
+        )
+        # Of a cut's two ends it is the later; where nothing hangs on chance there is one only.
+        return {position: verdict == "pass" for position, verdict in found}
+
     def rows(self, *, verdict: Verdict | None = None, limit: int = -1) -> Iterator[Row]:
         """Yield rows in the order visited."""
-        where = "" if verdict is None else "WHERE verdict = :verdict"
-        found = self._db.execute(
-            f"SELECT * FROM state {where} ORDER BY number LIMIT :limit",
-            {"verdict": verdict and verdict.value, "limit": limit},
-        )
+        if verdict is None:
+            yield from self._select("ORDER BY number LIMIT ?", limit)
+        else:
+            where = "WHERE verdict = ? ORDER BY number LIMIT ?"
+            yield from self._select(where, verdict.value, limit)
+
+    def _select(self, rest: str, *values: object) -> Iterator[Row]:
+        found = self._db.execute(f"SELECT * FROM state {rest}", values)
         for state, number, position, stage, content, word, how, same_as, reason, text, s in found:
             judgement = Judgement(Verdict(word), reason, json.loads(text))
-            where_ = (state, number, position, stage, int(content, 16))
-            yield Row(*where_, judgement, how, same_as, s)
+            where = (state, number, position, stage, int(content, 16))
+            yield Row(*where, judgement, how, same_as, s)
 
     def count(self, column: str) -> dict[str, int]:
         """Return how many states there are for each value of a column, such as `verdict`."""

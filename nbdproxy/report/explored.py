@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 from nbdproxy.crash.explore import Tally
 from nbdproxy.crash.judging import JudgePlan
@@ -49,7 +48,7 @@ def lines(report: Report, run: str) -> Iterator[str]:
         f"verdicts: {tally.verdicts[Verdict.PASS]:,} pass, {tally.verdicts[Verdict.FAIL]:,} fail, "
         f"{tally.verdicts[Verdict.UNKNOWN]:,} unknown"
     )
-    failed = list(report.verdicts.rows(verdict=Verdict.FAIL, limit=SHOWN))
+    failed = list(report.verdicts.telling(SHOWN))
     for row in failed:
         yield f"  fail     {row.state}{_why(row)}"
     more = tally.verdicts[Verdict.FAIL] - len(failed)
@@ -58,6 +57,8 @@ def lines(report: Report, run: str) -> Iterator[str]:
     for row in report.verdicts.rows(verdict=Verdict.UNKNOWN, limit=SHOWN):
         yield f"  unknown  {row.state}{_why(row)}"
     if failed:
+        yield from _never_sent(report.verdicts.fullest())
+    if failed:
         how = _how_checked(report.about)
         yield ""
         yield f"look at it:     nbdproxy open {run} --state {failed[0].state} -o state.img"
@@ -65,6 +66,18 @@ def lines(report: Report, run: str) -> Iterator[str]:
     if plan.left_out:
         yield ""
         yield "not visited: " + "; ".join(_left_out(plan))
+
+
+def _never_sent(fullest: Mapping[int, bool]) -> Iterator[str]:
+    """Say where no lost write is to blame."""
+    bad = sum(not fine for fine in fullest.values())
+    if bad == len(fullest) == 1:
+        yield "           It fails even with all that had been sent: no lost write is to blame."
+    elif bad:
+        yield (
+            f"           At {bad:,} of {len(fullest):,} cuts it fails even with all that had been "
+            f"sent: there no lost write is to blame."
+        )
 
 
 def _what_was_explored(report: Report) -> Iterator[str]:
@@ -138,6 +151,9 @@ def to_json(report: Report) -> dict[str, object]:
         "same_reads": tally.how[SAME_READS],
         "not_visited": {stage.value: n for stage, n in plan.left_out.items()},
         "verdicts": {verdict.value: n for verdict, n in tally.verdicts.items()},
+        "cuts_where_all_that_was_sent_fails": sum(
+            not fine for fine in report.verdicts.fullest().values()
+        ),
         "failing": [
             {
                 "state": row.state,
@@ -145,10 +161,10 @@ def to_json(report: Report) -> dict[str, object]:
                 "reason": row.judgement.reason,
                 "counts": dict(row.judgement.counts),
             }
-            for row in islice(report.verdicts.rows(verdict=Verdict.FAIL), 100)
+            for row in report.verdicts.telling(100)
         ],
         "unknown": [
             {"state": row.state, "reason": row.judgement.reason}
-            for row in islice(report.verdicts.rows(verdict=Verdict.UNKNOWN), 100)
+            for row in report.verdicts.rows(verdict=Verdict.UNKNOWN, limit=100)
         ],
     }
