@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +22,14 @@ from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.judging import JudgePlan, ManifestPlan
 from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import earlier_digests, place
+from nbdproxy.crash.replay import earlier_digests, level_at, place
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.persistence.model import Coverage, Options
+from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import (
     CacheMode,
     Failure,
@@ -39,7 +42,7 @@ from nbdproxy.server.commands import CommandPlan
 
 At = Annotated[
     str | None,
-    typer.Option(metavar="CUT", help="At this instant.", show_default="before-exit"),
+    typer.Option(metavar="CUT", help="At this instant.", show_default="as for replay"),
 ]
 Files = Annotated[
     Path | None,
@@ -57,6 +60,7 @@ Root = Annotated[
     str | None,
     typer.Option(metavar="PATH", help="The folder that the manifest's paths begin at."),
 ]
+TIME_LIMIT_S = 60.0
 TimeLimit = Annotated[
     float, typer.Option(metavar="SECONDS", min=0.001, help="What a command may take for a state.")
 ]
@@ -90,7 +94,9 @@ def explore(
     stale: Annotated[
         bool, typer.Option("--stale", help="Also states where the store lost a flushed write.")
     ] = False,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="For what is drawn by lot.")] = 1,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=10**18 - 1, help="For what is drawn by lot.")
+    ] = 1,
     sector: Annotated[
         int, typer.Option(metavar="BYTES", help="What is written whole or not at all.")
     ] = 512,
@@ -98,6 +104,14 @@ def explore(
         Coverage,
         typer.Option(help="A flush covers what was completed before it was received, or replied."),
     ] = Coverage.RECEIVED,
+    fsyncgate: Annotated[
+        bool,
+        typer.Option("--fsyncgate", help="What a failed flush had in hand, no later one saves."),
+    ] = False,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CUT", help="The store lost what was not flushed here; repeatable."),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="Processes that check.", show_default="one a CPU"),
@@ -112,7 +126,7 @@ def explore(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the --db of a run that was ended.")
     ] = False,
-    time_limit: TimeLimit = 60,
+    time_limit: TimeLimit = TIME_LIMIT_S,
     share: Annotated[
         bool,
         typer.Option(
@@ -144,22 +158,29 @@ def explore(
 
       nbdproxy explore run1 --at mark:ready --exhaustive --check ./check
     """
-    options = _options(sector, covers)
     if resume and db is None:
         raise UsageError(
             "--resume goes on with a --db FILE; name the one of the run that was ended"
         )
-    with RecordedSource(run, image=base) as source:
+    if exhaustive and (torn or stale):
+        raise UsageError("--exhaustive visits the model's states: no --torn and no --stale ones")
+    # A SIGTERM ends it as Ctrl-C does: with its workers and their commands.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with ExitStack() as stack:
+        source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
         check_projection(recorded_under(source.table, recorded_as), [mode])
         timeline = Timeline(source)
-        level = guarantee(mode, failure).must
-        judge = make_judge(timeline, files, check, at, root, time_limit)
+        stack.callback(timeline.close)
+        options = _options(source, sector, covers, fsyncgate=fsyncgate, losses=loss or [])
+        asked = at or (every.value if every else _usual_cut(failure))
+        level = _level(source, mode, failure, None if every else asked)
+        judge = make_judge(timeline, files, check, None if every else asked, root, time_limit)
         fields = Fields(timeline, level, options)
         budget = states if states is not None else None if exhaustive else Wish().budget
         wish = Wish(budget, seed, torn, stale, exhaustive)
-        plan = _plan(fields, at, every, wish)
+        plan = _plan(fields, None if every else asked, at, every, wish)
         about = {
             "recording": str(run.absolute()),
             "identity": xxh3_64_hexdigest(source.meta.dump().encode()),
@@ -167,38 +188,66 @@ def explore(
             "mode": mode.value,
             "failure": failure.value,
             "level": level.value,
-            "cuts": at or (every.value if every else "before-exit"),
+            "at": asked,
             "options": repr(options),
             "wish": repr(wish),
             "judge": check or f"files {explored.digest_of(judge)}",
         }
+        job = Job(run.absolute(), base, level, options, judge, share)
+        runner = _runner(job, workers, dask)
+        stack.callback(runner.close)
         verdicts = Verdicts(db, about, resume=resume)
+        stack.callback(verdicts.close)
+        exploration = Exploration(fields, plan, judge, verdicts)
         try:
-            runner = _runner(Job(run.absolute(), base, level, options, judge, share), workers, dask)
-            try:
-                exploration = Exploration(fields, plan, judge, verdicts)
-                tally = _watch(plan, lambda tell: exploration.run(runner, tell))
-            except KeyboardInterrupt:
-                _tell_ended(db)
-                raise typer.Exit(130) from None
-            finally:
-                runner.close()
-            report = explored.Report(about, plan, tally, verdicts)
-            if json:
-                print_json(explored.to_json(report))
-            else:
-                for line in explored.lines(report, str(run)):
-                    out.print(line, markup=False)
-            raise typer.Exit(explored.exit_code(tally))
-        finally:
-            verdicts.close()
-            timeline.close()
+            tally = _watch(plan, lambda tell: exploration.run(runner, tell))
+        except KeyboardInterrupt:
+            _tell_ended(db)
+            raise typer.Exit(130) from None
+        again = _again(files, check, root, base, time_limit)
+        report = explored.Report(about, plan, tally, verdicts, again)
+        if json:
+            print_json(explored.to_json(report))
+        else:
+            for line in explored.lines(report, str(run)):
+                out.print(line, markup=False)
+        raise typer.Exit(explored.exit_code(tally))
 
 
-def _options(sector: int, covers: Coverage) -> Options:
+def _usual_cut(failure: Failure) -> str:
+    """Return where a failure strikes by default: where it tells most, as for replay."""
+    return "end" if failure is Failure.GUEST_POWEROFF else "before-exit"
+
+
+def _level(source: RecordedSource, mode: CacheMode, failure: Failure, at: str | None) -> Level:
+    if at is None:
+        return guarantee(mode, failure).must
+    return level_at(source.table, resolve(source, at).position, mode, failure)
+
+
+def _again(
+    files: Path | None, check: str | None, root: str | None, base: Path | None, limit_s: float
+) -> str:
+    """Return the options with which another command asks the same."""
+    words = ["--files", str(files)] if check is None else ["--check", check]
+    words += ["--root", root] if root is not None else []
+    words += ["--base", str(base)] if base is not None else []
+    words += ["--time-limit", f"{limit_s:g}"] if limit_s != TIME_LIMIT_S else []
+    return shlex.join(words)
+
+
+def _options(
+    source: RecordedSource,
+    sector: int,
+    covers: Coverage,
+    *,
+    fsyncgate: bool,
+    losses: list[str],
+) -> Options:
     if sector < 512 or sector & (sector - 1) or sector > 1 << 20:
         raise UsageError(f"--sector: {sector} is no sector; use 512 or 4096")
-    return Options(coverage=covers, sector=sector)
+    positions = tuple(sorted({resolve(source, cut).position for cut in losses}))
+    return Options(coverage=covers, sector=sector, fsyncgate=fsyncgate, losses=positions)
 
 
 def make_judge(
@@ -220,12 +269,15 @@ def make_judge(
     return ManifestPlan(wanted, partition, earlier_digests(timeline, wanted, partition))
 
 
-def _plan(fields: Fields, at: str | None, every: Every | None, wish: Wish) -> Plan:
+def _plan(
+    fields: Fields, asked: str | None, at: str | None, every: Every | None, wish: Wish
+) -> Plan:
     source = fields.timeline.source
-    if every is None:
-        cuts = [resolve(source, at or "before-exit").position]
-    elif at is not None:
+    if every is not None and at is not None:
         raise UsageError("--at and --every exclude each other; drop one of them")
+    if every is None:
+        assert asked is not None
+        cuts = [resolve(source, asked).position]
     else:
         cuts = cuts_of(source, fields.timeline.fates(fields.options), fields.level, every)
     with err.status("looking at the cuts") as status:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.explore import Check, Files, Root, TimeLimit, make_judge
+from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, Root, TimeLimit, make_judge
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.bench import Bench, Job
 from nbdproxy.crash.minimize import minimize as minimize_state
@@ -23,7 +23,7 @@ def minimize(
     state: Annotated[str, typer.Option(metavar="ID", help="A state that fails.")],
     files: Files = None,
     check: Check = None,
-    time_limit: TimeLimit = 60,
+    time_limit: TimeLimit = TIME_LIMIT_S,
     root: Root = None,
     base: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import tempfile
@@ -18,12 +19,13 @@ from nbdproxy.cli.replay import Base
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.replay import level_at
 from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Level
-from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
+from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.policy import loader
 from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.export import Export
@@ -83,6 +85,8 @@ def open_(
         chosen = choose(timeline, state, at, mode, failure)
         disk = timeline.open(chosen)
         timeline.base()
+        if output is not None and command is not None:
+            raise UsageError("-o writes the state to a file, --run serves it; drop one of them")
         if output is not None and output.exists():
             raise UsageError(f"{output} exists; name a new file, or remove it first")
         if output is not None and output_format is OutputFormat.RAW:
@@ -146,16 +150,23 @@ def choose(
     position = resolve(timeline.source, at).position
     if mode is None or failure is None:
         return StateId(position, Level.RECEIVED, Choice.ALL)
-    return StateId(position, guarantee(mode, failure).must, Choice.MUST)
+    level = level_at(timeline.table, position, mode, failure)
+    return StateId(position, level, Choice.MUST)
 
 
 def _write(disk: CrashDisk, output: Path) -> None:
     """Write a disk to a new sparse file, under a temporary name until it is whole."""
-    partial = output.with_name(output.name + ".part")
+    try:
+        fd, name = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written: {error.strerror}") from None
+    os.close(fd)
+    partial = Path(name)
     try:
         with err.status(f"writing {output}"):
             write_sparse(disk, partial)
         partial.replace(output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UsageError(f"{output} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nbdproxy.crash.cells import runs
 from nbdproxy.crash.field import Change, Field
 from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.judging import Judge, Judgement, JudgePlan
@@ -107,7 +108,8 @@ class Bench:
             return None
         position, last = self._last[change.reference]
         size = field.state.options.sector
-        found = _runs(np.unique(np.concatenate((last.sectors, change.sectors))), size)
+        differing = np.unique(np.concatenate((last.sectors, change.sectors)))
+        found = [Extent(low * size, (high - low) * size) for low, high in runs(differing)]
         if position != field.state.position:
             found += self._between(position, field.state.position)
         return found
@@ -135,11 +137,3 @@ class Bench:
 def open_bench(job: Job) -> Bench:
     """Open a job's recording and its bench; they are there until the process ends."""
     return Bench(RecordedSource(job.run, image=job.base), job)
-
-
-def _runs(sectors: np.ndarray[tuple[int], np.dtype[np.int64]], size: int) -> list[Extent]:
-    """Return ascending sectors as extents."""
-    if not len(sectors):
-        return []
-    runs = np.split(sectors, np.flatnonzero(np.diff(sectors) != 1) + 1)
-    return [Extent(int(run[0]) * size, len(run) * size) for run in runs]

@@ -17,6 +17,10 @@ class Safety(StrEnum):
 
     UNANSWERED = "unanswered"
     """The request itself had no reply yet."""
+    REFUSED = "refused"
+    """The request was answered with an error."""
+    LOST = "lost"
+    """The store had lost it, for good, before a flush covered it."""
     IN_FLIGHT = "flush-in-flight"
     """The flush that covers it was received, and had no reply yet."""
     FAILED = "flush-failed"
@@ -45,6 +49,8 @@ class Blame:
         flush = f"flush {self.flush}" if self.flush is not None else "its own FUA"
         return {
             Safety.UNANSWERED: "it had not been answered at the cut",
+            Safety.REFUSED: "it was answered with an error",
+            Safety.LOST: "the store had lost it before a flush covered it",
             Safety.IN_FLIGHT: f"{flush} covers it, and had not been answered at the cut",
             Safety.FAILED: f"{flush} would have covered it, and failed",
             Safety.LATER: f"{flush} covers it, and came {(self.delay_ns or 0) / 1e6:.3g} ms "
@@ -65,16 +71,29 @@ def blame(timeline: Timeline, row: int, position: int, options: Options) -> Blam
         return Blame(Safety.BROKEN, None if own else int(table.seq[flushes[0]]))
     if done >= position:
         return Blame(Safety.UNANSWERED)
+    if table.error[row]:
+        return Blame(Safety.REFUSED)
+    return _flushes_fate(timeline, row, position, options)
+
+
+def _flushes_fate(timeline: Timeline, row: int, position: int, options: Options) -> Blame:
+    """Tell what became of the flushes that cover a request which was answered with success."""
+    table = timeline.table
     covering = _covering(table, row, options)
     answered = table.completed[covering] < position
-    begun = table.seq[covering] < position
-    if (begun & ~answered).any():
-        return Blame(Safety.IN_FLIGHT, int(table.seq[covering[begun & ~answered][0]]))
-    if (begun & (table.error[covering] != 0)).any():
-        return Blame(Safety.FAILED, int(table.seq[covering[begun & answered][-1]]))
-    if not len(covering):
+    failed = covering[answered & (table.error[covering] != 0)]
+    if int(timeline.fates(options).lost_from[row]) < position:
+        seq = int(table.seq[failed[0]]) if options.fsyncgate and len(failed) else None
+        return Blame(Safety.LOST if seq is None else Safety.FAILED, seq)
+    begun = covering[(table.seq[covering] < position) & ~answered]
+    if len(begun):
+        return Blame(Safety.IN_FLIGHT, int(table.seq[begun[0]]))
+    later = covering[table.seq[covering] >= position]
+    if len(failed):
+        return Blame(Safety.FAILED, int(table.seq[failed[-1]]))
+    if not len(later):
         return Blame(Safety.NEVER_FLUSHED)
-    source, flush = timeline.source, int(table.seq[covering[0]])
+    source, flush = timeline.source, int(table.seq[later[0]])
     cut_ns = source.time_of(position - 1) if position else 0
     return Blame(Safety.LATER, flush, source.time_of(flush) - cut_ns)
 

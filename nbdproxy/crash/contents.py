@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.cells import NONE, Cells, Numbers, Rows
+from nbdproxy.crash.cells import NONE, Cells, Numbers, Rows, runs
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.dice import mix
 from nbdproxy.disks.device import ReadableDevice
@@ -105,10 +105,10 @@ def sector_digests(disk: ReadableDevice, sectors: Numbers, size: int) -> Digests
     """Return the digests of some sectors of a disk, by reading them; `sectors` ascend."""
     found = np.empty(len(sectors), np.uint64)
     at = 0
-    for run in np.split(sectors, np.flatnonzero(np.diff(sectors) != 1) + 1):
-        for first in range(0, len(run), _READ // size):
-            count = min(_READ // size, len(run) - first)
-            offset = int(run[first]) * size
+    for start, end in runs(sectors):
+        for first in range(start, end, _READ // size):
+            count = min(_READ // size, end - first)
+            offset = first * size
             # The disk may end inside its last sector.
             view = memoryview(bytearray(count * size))
             disk.pread_into(offset, view[: disk.size - offset])

@@ -68,8 +68,10 @@ class Exploration:
         self._ready: list[Row] = []
 
     def run(self, runner: Runner, progress: Callable[[Tally], None] = lambda _: None) -> Tally:
-        """Visit all states; what was found in `Verdicts` already is not judged again."""
+        """Visit all states; what passed or failed by `Verdicts` already is not judged again."""
         for row in self._verdicts.rows():
+            if row.judgement.verdict is Verdict.UNKNOWN:
+                continue
             self._done.add(row.state)
             self._known[row.state] = row.judgement
             self.tally.add(row)
@@ -89,7 +91,7 @@ class Exploration:
                 states = []
             position = visit.state.position
             text = str(visit.state)
-            context = self._judge.context(self._fields.timeline, position)
+            context = self._judge.context(self._fields.timeline, visit.state)
             first = self._first.setdefault((visit.change.hash, context), text)
             if text in self._done:
                 continue

@@ -181,7 +181,10 @@ class Field:
         size, table = state.options.sector, self.timeline.table
         spans = [sectors_of(table, row, size) for row in rows]
         spans += [(pin.first, pin.last + 1) for pin in state.pins]
-        sectors = np.unique(np.concatenate([np.arange(*span) for span in spans]))
+        named = [np.arange(*span) for span in spans]
+        if state.choice is Choice.DRAW:
+            named.append(self.sectors)
+        sectors = np.unique(np.concatenate(named))
         near, _, start = self._nearer(state)
         reference = self.timeline.open(replace(self.state, choice=near))
         old = sector_digests(reference, sectors, size)

@@ -57,10 +57,10 @@ class JudgePlan(Protocol):
         """Return the judge, for the states of a timeline."""
         ...
 
-    def context(self, timeline: Timeline, position: int) -> str:
+    def context(self, timeline: Timeline, state: StateId) -> str:
         """Return what the judgement depends on besides the disk; the same text, the same verdict.
 
-        States of different cuts with the same content and context are judged once.
+        States with the same content and context are judged once.
         """
         ...
 
@@ -77,7 +77,7 @@ class ManifestPlan:
         """Return the judge, for the states of a timeline."""
         return _ManifestJudge(self, timeline)
 
-    def context(self, timeline: Timeline, position: int) -> str:  # noqa: ARG002
+    def context(self, timeline: Timeline, state: StateId) -> str:  # noqa: ARG002
         """Return nothing: the disk is all that counts."""
         return ""
 
@@ -97,7 +97,7 @@ class _ManifestJudge:
         disk = self._timeline.open(state)
         found = self._check.check(disk, changed)
         # Findings that did not change are the same object, and thousands of files need no count.
-        if self._last is None or self._last[0] is not found:
+        if self._last is None or self._last[0] is not found or not found.conditions:
             findings = certain(found, disk, self._plan.manifest)
             counts = Counter(condition.value for condition in findings.conditions.values())
             self._last = found, Judgement(findings.verdict, findings.reason, counts)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nbdproxy.crash.bench import Bench, Judged, Unit
+from nbdproxy.crash.cells import Numbers, runs
 from nbdproxy.crash.naming import BASE, Choice, Part, Pin, StateId
 from nbdproxy.crash.paint import NOTHING
 from nbdproxy.crash.presence import sectors_of
@@ -140,8 +141,8 @@ class _Search:
         return self._known[key]
 
     def _judge(self, state: StateId) -> Judged:
-        self.checks += 1
         [judged] = self._bench.judge(Unit(state.position, (str(state),)))
+        self.checks += judged.shared is None
         return judged
 
     def _named(self, pieces: Sequence[_Piece]) -> StateId:
@@ -169,7 +170,7 @@ def _pieces(timeline: Timeline, state: StateId) -> list[_Piece]:
         if pin.back is not None
     }
     found: list[_Piece] = []
-    for first, last in _runs(_touched(timeline, state)):
+    for first, last in runs(_touched(timeline, state)):
         start, end = first * size, min(last * size, full.size)
         shown = _by_sector(given.segments(start, end), size)
         there = _by_sector(full.segments(start, end), size)
@@ -183,7 +184,7 @@ def _pieces(timeline: Timeline, state: StateId) -> list[_Piece]:
     return _merged(found)
 
 
-def _touched(timeline: Timeline, state: StateId) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _touched(timeline: Timeline, state: StateId) -> Numbers:
     """Return the sectors in which a state can differ from ALL: those of May, and what it names."""
     table, fates = timeline.table, timeline.fates(state.options)
     rows = np.arange(int(np.searchsorted(table.seq, state.position)))
@@ -197,14 +198,6 @@ def _touched(timeline: Timeline, state: StateId) -> np.ndarray[tuple[int], np.dt
     if not spans:
         return np.empty(0, np.int64)
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
-
-
-def _runs(
-    sectors: np.ndarray[tuple[int], np.dtype[np.int64]],
-) -> Iterator[tuple[int, int]]:
-    if len(sectors):
-        for run in np.split(sectors, np.flatnonzero(np.diff(sectors) != 1) + 1):
-            yield int(run[0]), int(run[-1]) + 1
 
 
 def _by_sector(segments: Iterator[tuple[int, int, int]], size: int) -> dict[int, int]:

@@ -172,6 +172,11 @@ def replay(
     return Replay(manifest, partition, cut, recorded, left_out, tuple(cells))
 
 
+def level_at(table: RequestTable, t: int, mode: CacheMode, failure: Failure) -> Level:
+    """Return what a failure at t leaves for certain under a cache mode."""
+    return guarantee(mode, failure, exit_flush_failed=exit_flush_failed(table, t)).must
+
+
 def exit_flush_failed(table: RequestTable, t: int) -> bool:
     """Tell whether the last request by t is a flush that was answered with an error by then."""
     last = int(np.searchsorted(table.seq, t)) - 1
@@ -259,8 +264,7 @@ class _Judge:
 
 
 def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
-    broken_exit = exit_flush_failed(judge.timeline.table, cut.position)
-    level = guarantee(mode, failure, exit_flush_failed=broken_exit).must
+    level = level_at(judge.timeline.table, cut.position, mode, failure)
     must = StateId(cut.position, level, Choice.MUST, judge.options)
     promise = promised(mode)
     worst = judge.outcome(must, level, promise)

@@ -134,21 +134,20 @@ class Verdicts:
 
         There what was lost on the way decides; elsewhere it had never been sent.
         """
-        passing = [position for position, fine in self.fullest().items() if fine]
+        passing = [(cut,) for cut, verdict in self.fullest().items() if verdict is Verdict.PASS]
         self._db.execute("CREATE TEMP TABLE IF NOT EXISTS passing (position INTEGER PRIMARY KEY)")
         self._db.execute("DELETE FROM passing")
-        self._db.executemany("INSERT INTO passing VALUES (?)", [(one,) for one in passing])
+        self._db.executemany("INSERT INTO passing VALUES (?)", passing)
         yield from self._select(
             "WHERE verdict = 'fail' ORDER BY position NOT IN passing, number LIMIT ?", limit
         )
 
-    def fullest(self) -> dict[int, bool]:
-        """Return for each cut whether the state with all that had been sent passes."""
+    def fullest(self) -> dict[int, Verdict]:
+        """Return what became of the state with all that had been sent, for each cut it was at."""
         found = self._db.execute(
-            "SELECT position, verdict FROM state WHERE stage = 'ends' ORDER BY number"
+            "SELECT position, verdict FROM state WHERE id GLOB 's*.*.all' OR id GLOB 's*.*.all+*'"
         )
-        # Of a cut's two ends it is the later; where nothing hangs on chance there is one only.
-        return {position: verdict == "pass" for position, verdict in found}
+        return {position: Verdict(verdict) for position, verdict in found}
 
     def rows(self, *, verdict: Verdict | None = None, limit: int = -1) -> Iterator[Row]:
         """Yield rows in the order visited."""

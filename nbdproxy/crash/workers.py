@@ -7,14 +7,16 @@ and a state that kills its worker twice is unknown.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import multiprocessing
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.util import Finalize
 from typing import Protocol
 
 from nbdproxy.crash.bench import Bench, Job, Judged, Unit, open_bench
@@ -23,6 +25,9 @@ from nbdproxy.oracles.check import Verdict
 
 DEATHS_MAX = 2
 """So many workers may die of a unit before it is taken apart, or its one state given up."""
+
+_GRACE_S = 2
+_PR_SET_PDEATHSIG = 1
 
 _AHEAD = 3
 """Units that wait for each worker, so that none is ever idle."""
@@ -89,13 +94,18 @@ class PoolRunner:
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit, as they are done."""
-        retry = Retry()
+        retry, suspects = Retry(), deque[Unit]()
         waiting = iter(units)
         flying: dict[Future[list[Judged]], Unit] = {}
         while True:
-            room = self._workers * _AHEAD - len(flying)
-            for unit in itertools.islice(waiting, max(room, 0)):
+            # A suspect runs alone, so that no other is blamed for what it does.
+            if suspects and not flying:
+                unit = suspects.popleft()
                 flying[self._pool.submit(_judge, unit)] = unit
+            elif not suspects:
+                room = self._workers * _AHEAD - len(flying)
+                for unit in itertools.islice(waiting, max(room, 0)):
+                    flying[self._pool.submit(_judge, unit)] = unit
             if not flying:
                 return
             done, _ = wait(flying, return_when=FIRST_COMPLETED)
@@ -110,15 +120,13 @@ class PoolRunner:
                 # A dead worker takes the whole pool with it; who of them did it is not told.
                 lost += flying.values()
                 flying.clear()
-                self._pool.shutdown(wait=False, cancel_futures=True)
+                self.close()
                 self._pool = self._open()
-                todo = []
                 for unit in lost:
-                    again, said = retry.again(unit)
-                    todo += again
+                    todo, said = retry.again(unit)
+                    suspects += todo
                     if said:
                         yield said
-                waiting = itertools.chain(todo, waiting)
 
     def close(self) -> None:
         """End the workers; what they are at is given up."""
@@ -128,17 +136,46 @@ class PoolRunner:
 
 
 _bench: Bench | None = None
+_ended = False
 
 
 def _begin(job: Job) -> None:
     global _bench  # noqa: PLW0603 - a worker process has one job
     # Ctrl-C is for the parent, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
     _bench = open_bench(job)
+    Finalize(None, _bench.close, exitpriority=10)
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a signal handler
+    """End the command that runs, then this process; at once, if nobody asks for more."""
+    global _ended  # noqa: PLW0603 - there is one process to end
+    _ended = True
+    signal.signal(signal.SIGALRM, _end_now)
+    signal.alarm(_GRACE_S)
+    raise SystemExit(128 + number)
+
+
+def _end_now(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a signal handler
+    if _bench is not None:
+        _bench.close()
+    os._exit(128 + signal.SIGTERM)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send SIGTERM when the parent dies, however it does (prctl(2))."""
+    parent = multiprocessing.parent_process()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(128 + signal.SIGTERM)
 
 
 def _judge(unit: Unit) -> list[Judged]:
     assert _bench is not None
+    if _ended:  # the pool goes on as if nothing had happened
+        raise SystemExit(128 + signal.SIGTERM)
     return _bench.judge(unit)
 
 

@@ -160,6 +160,9 @@ MAX_OPTION_DATA = 64 * 1024
 MAX_OPTIONS = 32
 """Options before transmission; nbdkit's number, far above what any client sends."""
 
+MAX_OPTIONS_PER_EXPORT = 8
+"""Options for each listed export, if that is more: nbdinfo asks of all over one connection."""
+
 MAX_OPTION_REPLIES = 1000
 """Infos or contexts in the answer to one option; servers send a handful, endless ones attack."""
 

@@ -34,10 +34,10 @@ _NAMESPACE = ALLOCATION.partition(":")[0] + ":"
 
 @dataclass(slots=True)
 class _Negotiated:
-    """What a client has reached so far; `context_of` is the export its contexts are for."""
+    """What a client has reached so far; `context_of` names the export its contexts are for."""
 
     style: ReplyStyle = ReplyStyle.SIMPLE
-    context_of: ExportInfo | None = None
+    context_of: str | None = None
 
 
 class Haggling:
@@ -113,25 +113,29 @@ class Haggling:
             case Needs.PLAINTEXT:
                 return not self._encrypted
 
-    def _find(self, name: bytes) -> ExportInfo | None:
+    def _resolve(self, name: bytes) -> str | None:
+        """Return the key of an export; the empty name stands for the first, unless it is one."""
         text = codec.decode_name(name)
         if len(name) <= MAX_STRING and text in self._exports:
-            return self._exports[text]
-        return next(iter(self._exports.values()), None) if not text else None
+            return text
+        return next(iter(self._exports), None) if not text else None
 
-    def _terms_for(self, export: ExportInfo) -> Terms:
-        return Terms(export, self._now.style, contexts=self._now.context_of == export)
+    def _terms_for(self, name: bytes) -> Terms | None:
+        key = self._resolve(name)
+        if key is None:
+            return None
+        contexts = self._now.context_of == key
+        return Terms(self._exports[key], self._now.style, contexts=contexts)
 
     def _open(self, terms: Terms) -> Opened:
         self.terms = terms
         return Opened(terms.export.name)
 
     def _export_name(self, name: bytes) -> list[Event]:
-        export = self._find(name)
-        if export is None:
+        terms = self._terms_for(name)
+        if terms is None:
             raise ProtocolError("EXPORT_NAME asked for an export that does not exist")
-        terms = self._terms_for(export)
-        hello = codec.export_name_reply(export.size, terms.flags, zeroes=self.zeroes)
+        hello = codec.export_name_reply(terms.export.size, terms.flags, zeroes=self.zeroes)
         return [Send(hello), self._open(terms)]
 
     def _abort(self, _: bytes) -> list[Event]:
@@ -163,11 +167,10 @@ class Haggling:
     def _describe(
         self, option: Option, name: bytes, infos: list[int]
     ) -> tuple[Terms | None, list[Event]]:
-        export = self._find(name)
-        if export is None:
+        terms = self._terms_for(name)
+        if terms is None:
             return None, [_unknown(option)]
-        terms = self._terms_for(export)
-        flags = terms.flags
+        export, flags = terms.export, terms.flags
         # INFO tells what could be had; GO what is there, or what INFO told just before it.
         could = option == Option.INFO or self._informed == (name, infos)
         if could and terms.style is ReplyStyle.EXTENDED:
@@ -198,7 +201,7 @@ class Haggling:
         chosen = ALLOCATION.encode() in queries
         replies = self._contexts(Option.SET_META_CONTEXT, asked, ALLOCATION_ID if chosen else None)
         if len(replies) > 1:
-            self._now.context_of = self._find(name)
+            self._now.context_of = self._resolve(name)
         return replies
 
     def _contexts(
@@ -206,7 +209,7 @@ class Haggling:
     ) -> list[Event]:
         """Return the replies that name our one context, by `number` if it was asked for."""
         name, queries = asked
-        if self._find(name) is None:
+        if self._resolve(name) is None:
             return [_unknown(option)]
         if any(b":" not in query or len(query) > MAX_STRING for query in queries):
             return [_error(option, _ERR.ERR_INVALID, "a query is a namespace, a colon and a name")]

@@ -26,6 +26,7 @@ from nbdproxy.nbd.constants import (
     IHAVEOPT,
     MAX_OPTION_DATA,
     MAX_OPTIONS,
+    MAX_OPTIONS_PER_EXPORT,
     MAX_PAYLOAD,
     REQUEST_MAGIC,
     HandshakeFlag,
@@ -77,6 +78,7 @@ class ServerConnection:
         """What holds in transmission."""
         self._haggling = Haggling(exports, tls)
         self._options = 0
+        self._most = max(MAX_OPTIONS, MAX_OPTIONS_PER_EXPORT * len(exports))
 
     def receive(self, data: memoryview, *, owed: int = 1 << 62) -> tuple[int, list[Event]]:
         """Return how many bytes of `data` were used, and what they meant, in order.
@@ -144,8 +146,8 @@ class ServerConnection:
             raise ProtocolError(f"an option began with {magic:#x} instead of IHAVEOPT")
         if length > MAX_OPTION_DATA:
             raise ProtocolError(f"option {option} announces {length} bytes of data")
-        if self._options >= MAX_OPTIONS:
-            raise ProtocolError(f"more than {MAX_OPTIONS} options before transmission")
+        if self._options >= self._most:
+            raise ProtocolError(f"more than {self._most} options before transmission")
         self.needed = codec.OPTION.size + length
         if len(data) < self.needed:
             return 0

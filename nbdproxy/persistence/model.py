@@ -90,10 +90,7 @@ def received(table: RequestTable, t: int) -> Mask:
 
 def completed(table: RequestTable, t: int) -> Mask:
     """Modifying requests answered with success by t."""
-    mask = table.is_modifying
-    mask &= table.completed < t
-    mask &= table.error == 0
-    return mask
+    return _answered(table, slice(0, len(table)), t)
 
 
 def sent(table: RequestTable, t: int) -> Mask:
@@ -140,15 +137,6 @@ def may(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
     """
     mask = received(table, t)
     mask &= ~durable(table, t, options)
-    return mask
-
-
-def in_flight_flush_covers(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
-    """What the flushes in flight at t would have added to `durable`, had they completed."""
-    mask = np.zeros(len(table), np.bool_)
-    below = _covered_below(table, np.flatnonzero(table.is_flush), t, options)
-    for rows, since, gone in _fates(table, options):
-        mask[rows] = _flushing(table, rows, t, (since, gone, below))
     return mask
 
 

@@ -25,6 +25,8 @@ class Report:
     plan: Plan
     tally: Tally
     verdicts: Verdicts
+    again: str
+    """The options that ask the same of another command: what is checked, and with what."""
 
 
 def digest_of(judge: JudgePlan) -> str:
@@ -59,18 +61,17 @@ def lines(report: Report, run: str) -> Iterator[str]:
     if failed:
         yield from _never_sent(report.verdicts.fullest())
     if failed:
-        how = _how_checked(report.about)
         yield ""
         yield f"look at it:     nbdproxy open {run} --state {failed[0].state} -o state.img"
-        yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {how}"
+        yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {report.again}"
     if plan.left_out:
         yield ""
         yield "not visited: " + "; ".join(_left_out(plan))
 
 
-def _never_sent(fullest: Mapping[int, bool]) -> Iterator[str]:
+def _never_sent(fullest: Mapping[int, Verdict]) -> Iterator[str]:
     """Say where no lost write is to blame."""
-    bad = sum(not fine for fine in fullest.values())
+    bad = list(fullest.values()).count(Verdict.FAIL)
     if bad == len(fullest) == 1:
         yield "           It fails even with all that had been sent: no lost write is to blame."
     elif bad:
@@ -83,7 +84,7 @@ def _never_sent(fullest: Mapping[int, bool]) -> Iterator[str]:
 def _what_was_explored(report: Report) -> Iterator[str]:
     about, plan, tally = report.about, report.plan, report.tally
     cuts = len(plan.cuts)
-    where = f"{cuts:,} cuts" if cuts != 1 else f"cut {about['cuts']}"
+    where = f"{cuts:,} cuts" if cuts != 1 else f"cut {about['at']}"
     yield f"{about['recording']}: {about['mode']} x {about['failure']}, {where}"
     if plan.cuts_possible > cuts:
         yield f"  cuts      {cuts:,} of {plan.cuts_possible:,} instants change what may be left"
@@ -123,13 +124,6 @@ def _why(row: Row) -> str:
     return f"  {', '.join(parts)}" if parts else ""
 
 
-def _how_checked(about: Mapping[str, str]) -> str:
-    judge = about["judge"]
-    if judge.startswith("files "):
-        return "--files MANIFEST"
-    return "--check '" + judge.replace("'", "'\\''") + "'"
-
-
 def to_json(report: Report) -> dict[str, object]:
     """Return the report as `nbdproxy explore --json` prints it."""
     plan, tally = report.plan, report.tally
@@ -151,8 +145,8 @@ def to_json(report: Report) -> dict[str, object]:
         "same_reads": tally.how[SAME_READS],
         "not_visited": {stage.value: n for stage, n in plan.left_out.items()},
         "verdicts": {verdict.value: n for verdict, n in tally.verdicts.items()},
-        "cuts_where_all_that_was_sent_fails": sum(
-            not fine for fine in report.verdicts.fullest().values()
+        "cuts_where_all_that_was_sent_fails": list(report.verdicts.fullest().values()).count(
+            Verdict.FAIL
         ),
         "failing": [
             {

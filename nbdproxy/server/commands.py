@@ -4,12 +4,12 @@ The command is run by a shell, with these variables:
 
     uri       the state as an NBD export of its own; what is written to it is forgotten afterwards
     image     the state as a raw file, made only if the command names it; it may be changed
-    state     the state's id
-    position  the cut
     mark      the name of the last mark before the cut, empty if there is none
+    position  the cut, and
+    state     the state's id: only if the command line names them
 
-A verdict is shared with states that differ only where the command did not read; that takes a
-command that says the same whenever it reads the same.
+A pass or a fail is shared with states that differ only where the command did not read; that takes a
+command that says the same whenever it reads the same. One that names `state` shares nothing.
 """
 
 from __future__ import annotations
@@ -49,10 +49,14 @@ class CommandPlan:
         """Return the judge, for the states of a timeline."""
         return _CommandJudge(self, timeline)
 
-    def context(self, timeline: Timeline, position: int) -> str:
-        """Return what the command is told besides the disk, as far as it asks for it."""
-        told = [last_mark(timeline, position)] if self.names("mark") else []
-        return "\0".join([*told, *([str(position)] if self.names("position") else [])])
+    def context(self, timeline: Timeline, state: StateId) -> str:
+        """Return what the command is told besides the disk."""
+        return "\0".join([last_mark(timeline, state.position), *self.told(state).values()])
+
+    def told(self, state: StateId) -> dict[str, str]:
+        """Return the variables that a command is given only if it names them."""
+        known = {"position": str(state.position), "state": str(state)}
+        return {name: value for name, value in known.items() if self.names(name)}
 
     def names(self, variable: str) -> bool:
         """Tell whether the command uses a variable."""
@@ -82,8 +86,7 @@ class _CommandJudge:
         environment = {
             **os.environ,
             "uri": self._server.uri(name),
-            "state": name,
-            "position": str(state.position),
+            **self._plan.told(state),
             "mark": last_mark(self._timeline, state.position),
         }
         if self._wants_image:
@@ -91,7 +94,10 @@ class _CommandJudge:
             return self._run_on_image(state, environment), None
         self._server.shelf.watch(name)
         judgement = self._run(environment)
-        return judgement, self._server.shelf.reads(name)
+        reads = self._server.shelf.reads(name)
+        # What it made of a state's name is not in what it read, and a late answer may come in time.
+        tells = judgement.verdict is not Verdict.UNKNOWN and not self._plan.names("state")
+        return judgement, reads if tells else None
 
     def _run_on_image(self, state: StateId, environment: dict[str, str]) -> Judgement:
         with ExitStack() as stack:

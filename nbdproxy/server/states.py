@@ -35,6 +35,8 @@ from nbdproxy.server.service import Ending
 from nbdproxy.server.tls import ServerTls
 
 _GRACE_S = 1.0
+_NAME_MAX = 4000
+"""Bytes of a name that can be listed, `mark:` left out (NBD specification: strings up to 4096)."""
 
 
 def state_named(timeline: Timeline, name: str) -> StateId:
@@ -55,6 +57,7 @@ def state_named(timeline: Timeline, name: str) -> StateId:
 def cut_names(timeline: Timeline) -> list[str]:
     """Return the cuts that are listed: there are countless states, and each can be asked for."""
     marks = [note.text for note in timeline.source.notes if note.kind is NoteKind.MARK]
+    marks = [name for name in marks if len(name.encode(errors="replace")) < _NAME_MAX]
     return ["end", "before-exit", "riskiest", *(f"mark:{name}" for name in dict.fromkeys(marks))]
 
 

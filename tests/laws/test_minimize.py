@@ -50,7 +50,7 @@ class MadeUpPlan:
         """Return the judge, for the states of a timeline."""
         return _MadeUp(self, timeline)
 
-    def context(self, timeline: Timeline, position: int) -> str:  # noqa: ARG002
+    def context(self, timeline: Timeline, state: StateId) -> str:  # noqa: ARG002
         """Return nothing: the disk is all that counts."""
         return ""
 

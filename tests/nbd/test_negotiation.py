@@ -11,7 +11,15 @@ import struct
 import pytest
 
 from nbdproxy.nbd import codec
-from nbdproxy.nbd.constants import IHAVEOPT, MAX_OPTION_DATA, MAX_OPTIONS, Info, Option, OptionReply
+from nbdproxy.nbd.constants import (
+    IHAVEOPT,
+    MAX_OPTION_DATA,
+    MAX_OPTIONS,
+    MAX_OPTIONS_PER_EXPORT,
+    Info,
+    Option,
+    OptionReply,
+)
 from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
 from tests.nbd.wire import (
     EXPORTS,
@@ -181,6 +189,13 @@ def test_as_many_options_as_the_cap_and_no_more() -> None:
     asked = option(Option.LIST) * (MAX_OPTIONS - 1)
     assert negotiate(asked + go())[-1] == ("opened", "disk")
     breach(FLAGS + asked + option(99) + go(), words="more than 32 options")
+
+
+def test_a_client_may_ask_of_every_export_over_one_connection() -> None:
+    many = Server({f"{i}": ExportInfo(f"{i}", SIZE, WRITABLE) for i in range(100)})
+    asked = option(Option.LIST) * (100 * MAX_OPTIONS_PER_EXPORT - 1)
+    assert negotiate(asked + go(b"99"), server=many)[-1] == ("opened", "99")
+    breach(FLAGS + asked + option(99) + go(b"99"), words="more than 800 options", server=many)
 
 
 @pytest.mark.parametrize("length", [MAX_OPTION_DATA + 1, 0x7FFFFFFF, 0xFFFFFFFF])

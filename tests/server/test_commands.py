@@ -110,19 +110,35 @@ def test_the_last_mark_before_a_cut(timeline: Timeline) -> None:
     assert marks == ["", "", "", "", *["half way"] * 5, "two"]
 
 
-def test_the_context_is_what_a_command_asks_for_besides_the_disk(timeline: Timeline) -> None:
+def test_the_context_is_what_a_command_is_told_besides_the_disk(timeline: Timeline) -> None:
     def contexts(command: str) -> list[str]:
         plan = CommandPlan(command, 1)
-        return [plan.context(timeline, position) for position in (0, 3, 4, 8, 9)]
+        states = [parse_state_id(f"s{position}.flushed.must") for position in (0, 3, 4, 8, 9)]
+        return [plan.context(timeline, state) for state in states]
 
-    assert len(set(contexts('fsck "$uri" $image $state'))) == 1
-    marks = contexts('check "$mark"')
+    marks = contexts("./a-script-that-may-look-at-the-mark")
     assert marks[0] == marks[1] != marks[2] == marks[3] != marks[4]
-    assert marks == contexts("check ${mark}")
-    assert len(set(contexts("check $marked"))) == 1
+    assert marks == contexts("check ${mark}") == contexts("check $positions")
     assert len(set(contexts("check $position"))) == 5
-    both = contexts("check $position $mark")
-    assert len(set(both)) == 5
+    assert len(set(contexts("check ${state}"))) == 5
+
+
+def test_what_a_command_does_not_name_it_is_not_told(run: Run, tmp_path: Path) -> None:
+    """A script that could see it would depend on it, and nobody would know."""
+    out = tmp_path / "out"
+    script = tmp_path / "script"
+    script.write_text(f"env > {out}\n")
+    run(f"sh {script}")
+    names = {line.partition("=")[0] for line in out.read_text().splitlines()}
+    assert names >= {"uri", "mark"}
+    assert not names & {"state", "position", "image"}
+
+
+def test_only_a_pass_or_a_fail_is_shared_and_only_by_what_was_read(run: Run) -> None:
+    for command in ("exit 0", "exit 1"):
+        assert run(command)[1] is not None
+    for command in ("exit 2", "kill -9 $$", 'test "$state" = x'):
+        assert run(command)[1] is None
 
 
 def test_a_state_as_an_export_that_may_be_written(run: Run, tmp_path: Path) -> None:
