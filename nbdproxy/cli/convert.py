@@ -11,20 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.status import Status
 
 from nbdproxy.cli.console import err, print_json
-from nbdproxy.crash.paint import NOTHING, Painting
+from nbdproxy.crash.log_end import Compared, compare
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import RecordingError, UsageError
-from nbdproxy.extents import Extent
 from nbdproxy.recording.foreign.dm_log_writes import DmLog, DmLogWriter
 from nbdproxy.recording.foreign.exporting import to_dm_log, to_trlog
-from nbdproxy.recording.foreign.formats import TRIMMED, Converted, LogFormat, Progress, look
+from nbdproxy.recording.foreign.formats import Converted, LogFormat, Progress, look
 from nbdproxy.recording.foreign.importing import (
     Base,
     disk_size,
@@ -38,8 +35,6 @@ from nbdproxy.recording.meta import Fingerprint, absolute
 from nbdproxy.recording.reader import Recording
 from nbdproxy.server.qcow2 import is_qcow2
 from nbdproxy.sizes import parse_size
-
-_PART = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +107,7 @@ def convert(
         compared = None
         if verify is not None:
             with err.status(f"comparing with {verify}"):
-                compared = _compare(log, RecordedSource(recording, image=base), verify)
+                compared = compare(log, RecordedSource(recording, image=base), verify)
         partial.rename(target)
     _report(asked, done, compared)
     if json:
@@ -145,7 +140,13 @@ def _check(asked: _Asked) -> None:
 
 def _look_at_images(asked: _Asked) -> None:
     """Refuse an image that cannot be read before the work begins, not behind it."""
-    for image in dict.fromkeys(path for path in (asked.base, asked.verify) if path is not None):
+    images = [path for path in (asked.base, asked.verify) if path is not None]
+    if len(images) == 2 and all(path.exists() for path in images) and images[0].samefile(images[1]):
+        raise UsageError(
+            "--base is the disk before the log and --verify the one after it, not the same file; "
+            "name a copy made before, or drop one of them"
+        )
+    for image in dict.fromkeys(images):
         if is_qcow2(image):
             err.print(
                 f"note: {image} is a qcow2 file, whose own bytes are read; if the log is of the "
@@ -242,103 +243,16 @@ def _export(source: Path, target: Path, to: LogFormat, progress: Progress) -> Co
             raise RecordingError(f"the log cannot be written: {error.strerror}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class _Compared:
-    """How the end of a log compares with an image.
-
-    `offset` is that of the first byte that differs, `pair` what it is in the log and in the image;
-    None if they are equal. `trimmed` bytes before that differ only where a TRIM was the last.
-    """
-
-    offset: int | None
-    pair: tuple[int, int]
-    trimmed: int
-
-
-def _compare(log: DmLog | TransactionLog, recording: RecordedSource, image: Path) -> _Compared:
-    """Compare what the log leaves on the base with an image; the shorter ends in zeroes.
-
-    What a trimmed place reads as is up to the store, so there nothing is a difference.
-    """
-    trimmed = 0
-    with ExitStack() as stack:
-        stack.enter_context(closing(recording))
-        end = _End(log, stack.enter_context(closing(recording.base())))
-        disk = stack.enter_context(closing(FileDisk(image, read_only=True)))
-        for offset in range(0, max(end.size, disk.size), _PART):
-            ours, theirs = (_part(one, offset) for one in (end, disk))
-            if ours == theirs:
-                continue
-            differs = np.frombuffer(ours, np.uint8) != np.frombuffer(theirs, np.uint8)
-            for start, stop in end.trimmed(offset, offset + _PART):
-                part = slice(start - offset, stop - offset)
-                trimmed += int(np.count_nonzero(differs[part]))
-                differs[part] = False
-            if differs.any():
-                at = int(np.argmax(differs))
-                return _Compared(offset + at, (ours[at], theirs[at]), trimmed)
-    return _Compared(None, (0, 0), trimmed)
-
-
-def _part(disk: ReadableDevice, offset: int) -> bytes:
-    """Return a part of a disk; behind its end are zeroes."""
-    count = max(min(_PART, disk.size - offset), 0)
-    if not any(True for _ in disk.data_extents(offset, count)):
-        return bytes(_PART)
-    return disk.pread(offset, count).ljust(_PART, b"\0")
-
-
-class _End:
-    """The disk after all that a log says, as a `ReadableDevice`."""
-
-    def __init__(self, log: DmLog | TransactionLog, base: ReadableDevice) -> None:
-        self.size = base.size
-        self._log = log
-        self._base = base
-        self._offset, length, self._position = log.touches().columns()
-        self._painting = Painting(self._offset, length, np.arange(len(length), dtype=np.int32))
-
-    def pread(self, offset: int, length: int) -> bytes:
-        """Return `length` bytes from `offset`."""
-        buffer = bytearray(length)
-        self.pread_into(offset, memoryview(buffer))
-        return bytes(buffer)
-
-    def pread_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`."""
-        for start, stop, row in self._painting.segments(offset, offset + len(buffer)):
-            part = buffer[start - offset : stop - offset]
-            if row == NOTHING:
-                self._base.pread_into(start, part)
-            elif self._position[row] < 0:
-                part[:] = bytes(len(part))
-            else:
-                self._log.read_into(int(self._position[row] + start - self._offset[row]), part)
-
-    def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield what may hold anything but zeroes."""
-        for start, stop, row in self._painting.segments(offset, offset + length):
-            if row == NOTHING:
-                yield from self._base.data_extents(start, stop - start)
-            elif self._position[row] >= 0:
-                yield Extent(start, stop - start)
-
-    def trimmed(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Yield start and end of the parts of [first, last) where a TRIM was the last."""
-        for start, stop, row in self._painting.segments(first, last):
-            if row != NOTHING and self._position[row] == TRIMMED:
-                yield start, stop
-
-    def close(self) -> None:
-        """Do nothing: log and base are the caller's."""
-
-
-def _report(asked: _Asked, done: Converted, compared: _Compared | None) -> None:
+def _report(asked: _Asked, done: Converted, compared: Compared | None) -> None:
     """Say on stderr what was written, and what it lacks."""
     counted = ", ".join(f"{count:,} {kind}" for kind, count in done.counts.items()) or "nothing"
     err.print(f"wrote {asked.target} ({asked.to.value}): {counted}", markup=False)
     for remark in done.remarks:
         err.print(f"note: {remark}", markup=False)
+    if asked.form is not LogFormat.NBDPROXY and asked.base is None:
+        err.print("note: the base is taken to be all zeroes; --base IMAGE names another")
+        if asked.size is None:
+            err.print("note: the disk is taken to end where the last write does; see --size")
     if done.missing is not None:
         err.print(f"missing: {done.missing}", markup=False)
     if asked.form is LogFormat.NBDPROXY:
@@ -366,7 +280,7 @@ def _report(asked: _Asked, done: Converted, compared: _Compared | None) -> None:
         )  # fmt: skip
 
 
-def _summary(asked: _Asked, done: Converted, compared: _Compared | None) -> dict[str, Any]:
+def _summary(asked: _Asked, done: Converted, compared: Compared | None) -> dict[str, Any]:
     return {
         "in": str(asked.source),
         "from": asked.form.value,

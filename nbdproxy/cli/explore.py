@@ -24,7 +24,7 @@ from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import earlier_digests, level_at, place
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.crash.verdicts import Verdicts
+from nbdproxy.crash.verdicts import About, Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
@@ -53,7 +53,9 @@ Check = Annotated[
     typer.Option(
         "--check",
         metavar="COMMAND",
-        help="Pass if this shell command exits with 0, fail with 1; it sees $uri, $image, $mark.",
+        help="Pass if this shell command exits with 0, fail with 1, all else is unknown. It looks "
+        "at $uri, the state over NBD, or at $image, a raw file made if the command line names it; "
+        "$mark is the last mark before the cut.",
     ),
 ]
 Root = Annotated[
@@ -154,7 +156,8 @@ def explore(
 
       nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | my-check -'
 
-      nbdproxy explore run1 --every write --check 'e2fsck -fn "$image"' --db run1.db
+      nbdproxy explore run1 --every write --db run1.db \
+          --check 'e2fsck -y -E journal_only "$image"; e2fsck -fn "$image" || exit 1'
 
       nbdproxy explore run1 --at mark:ready --exhaustive --check ./check
     """
@@ -181,19 +184,13 @@ def explore(
         budget = states if states is not None else None if exhaustive else Wish().budget
         wish = Wish(budget, seed, torn, stale, exhaustive)
         plan = _plan(fields, None if every else asked, at, every, wish)
-        about = {
-            "recording": str(run.absolute()),
-            "identity": xxh3_64_hexdigest(source.meta.dump().encode()),
-            "events": str(source.events),
-            "mode": mode.value,
-            "failure": failure.value,
-            "level": level.value,
+        job = Job(run.absolute(), base, level, options, judge, share)
+        about: About = {
+            **_what_is_explored(source, job, mode, failure),
             "at": asked,
-            "options": repr(options),
-            "wish": repr(wish),
+            **_what_is_wished(wish),
             "judge": check or f"files {explored.digest_of(judge)}",
         }
-        job = Job(run.absolute(), base, level, options, judge, share)
         runner = _runner(job, workers, dask)
         stack.callback(runner.close)
         verdicts = Verdicts(db, about, resume=resume)
@@ -205,13 +202,39 @@ def explore(
             _tell_ended(db)
             raise typer.Exit(130) from None
         again = _again(files, check, root, base, time_limit)
-        report = explored.Report(about, plan, tally, verdicts, again)
+        opened = f" --base {shlex.quote(str(base))}" if base is not None else ""
+        report = explored.Report(about, plan, tally, verdicts, again, opened, source.missing)
         if json:
             print_json(explored.to_json(report))
         else:
             for line in explored.lines(report, str(run)):
                 out.print(line, markup=False)
         raise typer.Exit(explored.exit_code(tally))
+
+
+def _what_is_explored(source: RecordedSource, job: Job, mode: CacheMode, failure: Failure) -> About:
+    return {
+        "recording": str(job.run),
+        "identity": xxh3_64_hexdigest(source.meta.dump().encode()),
+        "events": source.events,
+        "mode": mode.value,
+        "failure": failure.value,
+        "level": job.level.value,
+        "sector": job.options.sector,
+        "coverage": job.options.coverage.value,
+        "fsyncgate": job.options.fsyncgate,
+        "losses": " ".join(map(str, job.options.losses)),
+    }
+
+
+def _what_is_wished(wish: Wish) -> About:
+    """Return all of a wish but its budget, which may grow when an exploration is gone on with."""
+    return {
+        "seed": wish.seed,
+        "torn": wish.torn,
+        "stale": wish.stale,
+        "exhaustive": wish.exhaustive,
+    }
 
 
 def _usual_cut(failure: Failure) -> str:
@@ -259,10 +282,11 @@ def make_judge(
     time_limit_s: float,
 ) -> JudgePlan:
     """Return the judge that a command's options name; UsageError unless it is just one."""
-    if (files is None) == (check is None):
-        raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
+    if files is not None and check is not None:
+        raise UsageError("--files and --check exclude each other; drop one of them")
     if files is None:
-        assert check is not None
+        if check is None or not check.strip():
+            raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
         return CommandPlan(check, time_limit_s)
     cut = resolve(timeline.source, at or "before-exit")
     partition, wanted = place(timeline, manifest.load(files), cut, root=root)
@@ -308,7 +332,8 @@ def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    shown = err.is_terminal
+    with Progress(*columns, console=err, transient=True, disable=not shown) as progress:
         task = progress.add_task("exploring", total=plan.visits)
 
         def tell(tally: Tally) -> None:

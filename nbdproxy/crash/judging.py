@@ -24,12 +24,13 @@ class Judgement:
     """What is said of a state.
 
     `counts` says more of it in numbers, as how many files are in each condition; `reason` is why
-    it is unknown, or what a command printed.
+    it is unknown, or what a command printed. `looked` tells whether anything of the disk was read.
     """
 
     verdict: Verdict
     reason: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    looked: bool = True
 
 
 class Judge(Protocol):

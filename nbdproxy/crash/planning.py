@@ -17,7 +17,7 @@ import numpy as np
 from nbdproxy.crash.field import Field
 from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.source import Source
-from nbdproxy.crash.stages import Stage, Stages, Visit
+from nbdproxy.crash.stages import BEYOND, Stage, Stages, Visit
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Coverage, Fates, Level
 from nbdproxy.recording.index import NEVER
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def visits(self) -> int:
-        """How many states are visited."""
+        """How many states are visited, at most: of those that are the same some are left out."""
         return sum(sum(cut.quotas.values()) for cut in self.cuts)
 
     @property
@@ -144,11 +144,22 @@ def stages_of(field: Field, wish: Wish) -> Stages:
 
 
 def visits_of(fields: Fields, plan: Plan) -> Iterator[Visit]:
-    """Yield all states to visit, cut after cut."""
+    """Yield all states to visit, cut after cut; where there are few, each different one once."""
     for cut in plan.cuts:
         stages = stages_of(fields.at(cut.position), plan.wish)
+        seen: set[int] = set()
         for stage, quota in cut.quotas.items():
-            yield from itertools.islice(stages.visits(stage), quota)
+            visits = stages.visits(stage)
+            if stages.small and stage not in BEYOND:
+                visits = _unseen(visits, seen)
+            yield from itertools.islice(visits, quota)
+
+
+def _unseen(visits: Iterator[Visit], seen: set[int]) -> Iterator[Visit]:
+    for visit in visits:
+        if visit.change.hash not in seen:
+            seen.add(visit.change.hash)
+            yield visit
 
 
 def states_text(log10: float, states: int | None = None) -> str:

@@ -6,6 +6,7 @@
     sectors     each sector of a request of several sectors missing, and each alone
     pairs       each two requests missing, and each two alone, neighbours first
     samples     states drawn by lot, without end: each legal subset has its chance
+    rest        instead of sectors, pairs and samples, if states are few: all of them
     torn        on request, and beyond the model: each sector half written
     stale       on request, and beyond the model: each request missing that must be there
     exhaustive  on request, instead of all these: every state of the model
@@ -39,8 +40,12 @@ class Stage(StrEnum):
     SECTORS = "sectors"
     PAIRS = "pairs"
     SAMPLES = "samples"
+    REST = "rest"
     EXHAUSTIVE = "exhaustive"
 
+
+SMALL_MAX = 4096
+"""States that are few: they are all visited, each once, if the budget allows."""
 
 BEYOND = frozenset({Stage.TORN, Stage.STALE})
 """The stages whose states the model does not allow."""
@@ -56,7 +61,7 @@ class Visit:
 
 
 class Stages:
-    """The stages of one field; `torn` and `stale` ask for those stages."""
+    """The stages of one field; `torn` and `stale` ask for those stages, `few` states get a rest."""
 
     def __init__(
         self,
@@ -66,14 +71,23 @@ class Stages:
         torn: bool = False,
         stale: bool = False,
         exhaustive: bool = False,
+        few: int = SMALL_MAX,
     ) -> None:
         self._field = field
         self._seed = seed
         self._seqs = field.timeline.table.seq
         self._wanted = {Stage.TORN: torn, Stage.STALE: stale}
         self._exhaustive = exhaustive
+        self._few = few
         self._named = self._may_in_field()
         self._everything = replace(field.state, choice=Choice.ALL)
+
+    @property
+    def small(self) -> bool:
+        """Whether all states are visited in the end: they are few, and each can be named."""
+        field = self._field
+        few = field.states_log10 < 18 and field.states <= self._few
+        return few and not (self._exhaustive or field.values.ragged.any())
 
     def sizes(self) -> dict[Stage, int | None]:
         """Return how many states each stage has, in the stages' order; None is no end."""
@@ -87,16 +101,22 @@ class Stages:
             Stage.ORDERS: len(self._hidden()),
             Stage.TORN: 2 * len(self._pieces(alone=True)),
             Stage.STALE: len(field.durable),
-            Stage.SECTORS: 2 * len(self._pieces(alone=False)),
-            Stage.PAIRS: count * (count - 1),
-            Stage.SAMPLES: None if len(field.sectors) > 1 else 0,
         }
+        if self.small:
+            found[Stage.REST] = field.states - len(self._end_hashes())
+        else:
+            found[Stage.SECTORS] = 2 * len(self._pieces(alone=False))
+            found[Stage.PAIRS] = count * (count - 1)
+            found[Stage.SAMPLES] = None if len(field.sectors) else 0
         return {stage: n for stage, n in found.items() if self._wanted.get(stage, True)}
 
     def visits(self, stage: Stage) -> Iterator[Visit]:
         """Yield the states of one stage."""
-        if stage is Stage.EXHAUSTIVE:
-            yield from self._every()
+        if stage in {Stage.REST, Stage.EXHAUSTIVE}:
+            known = self._end_hashes() if stage is Stage.REST else ()
+            for state, change in self._every():
+                if change.hash not in known:
+                    yield Visit(state, stage, change)
             return
         for state in self._states(stage):
             yield Visit(state, stage, self._field.change(state))
@@ -119,6 +139,9 @@ class Stages:
         if len(self._field.sectors):
             yield self._everything
 
+    def _end_hashes(self) -> set[int]:
+        return {self._field.must_hash, self._field.ends.hash}
+
     def _requests(self) -> Iterator[StateId]:
         for seq in self._named:
             yield from self._without_and_alone(Part(seq))
@@ -138,9 +161,8 @@ class Stages:
                 yield from self._without_and_alone(Part(one), Part(other))
 
     def _samples(self) -> Iterator[StateId]:
-        if len(self._field.sectors) > 1:
-            for number in itertools.count():
-                yield replace(self._field.state, choice=Choice.DRAW, seed=self._seed, number=number)
+        for number in itertools.count() if len(self._field.sectors) else ():
+            yield replace(self._field.state, choice=Choice.DRAW, seed=self._seed, number=number)
 
     def _stale(self) -> Iterator[StateId]:
         for row in self._field.durable[::-1].tolist():
@@ -198,7 +220,7 @@ class Stages:
             yield replace(self._everything, pins=(Pin(sector, sector, new, old),))
             yield replace(self._everything, pins=(Pin(sector, sector, old, new),))
 
-    def _every(self) -> Iterator[Visit]:
+    def _every(self) -> Iterator[tuple[StateId, Change]]:
         """Yield the product of all sectors' values, what must be there first."""
         field = self._field
         values = field.values
@@ -210,5 +232,4 @@ class Stages:
             ]
             choices.append([must, *others])
         for entries in itertools.product(*choices):
-            state, change = field.pinned(np.array(entries, np.int64))
-            yield Visit(state, Stage.EXHAUSTIVE, change)
+            yield field.pinned(np.array(entries, np.int64))

@@ -2,7 +2,9 @@
 
     about    key TEXT PRIMARY KEY, value TEXT
              what was explored: `version`, `recording` (its path then), `identity` (a digest of
-             how it began), `events`, `mode`, `failure`, `level`, `cuts`, `options`, `wish`, `judge`
+             how it began), `events`, `mode`, `failure`, `level`, `at` (the cut or the cuts), the
+             model's `sector`, `coverage`, `fsyncgate` and `losses`, `judge` (what was checked),
+             and what was wished for: `seed`, `torn`, `stale`, `exhaustive`
     state    one row a state that was visited, in the order in which they were
         id        TEXT PRIMARY KEY; with the recording all that is needed to rebuild the state
         number    INTEGER, counted from 0
@@ -15,6 +17,7 @@
         same_as   TEXT, the id of the state whose verdict it took; NULL if it was checked
         reason    TEXT, what the judge said, or NULL
         counts    TEXT, JSON: how many files are in which condition
+        looked    INTEGER, 1 if the judge read anything of the disk, else 0
         seconds   REAL, what the check took
 
 The file is written as results come; a run that was ended goes on where it was.
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nbdproxy.crash.judging import Judgement
+from nbdproxy.crash.stages import BEYOND
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
 
@@ -47,11 +51,15 @@ CREATE TABLE state (
     same_as TEXT,
     reason TEXT,
     counts TEXT,
+    looked INTEGER NOT NULL,
     seconds REAL NOT NULL
 );
 CREATE INDEX state_verdict ON state (verdict, number);
 """
 CHECKED, SAME_CONTENT, SAME_READS = "checked", "same-content", "same-reads"
+
+About = Mapping[str, str | int | None]
+"""What is explored, in words; see the module."""
 
 
 class Row(NamedTuple):
@@ -75,7 +83,7 @@ class Verdicts:
     the recording is.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, str], *, resume: bool) -> None:
+    def __init__(self, path: Path | None, about: About, *, resume: bool) -> None:
         self._path = path
         if path is not None and path.exists() and not resume:
             raise UsageError(f"{path} exists; add --resume to go on with it, or name a new file")
@@ -88,7 +96,7 @@ class Verdicts:
             self._db.execute("PRAGMA synchronous = NORMAL")
             if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                 self._db.executescript(_SCHEMA)
-                rows = [("version", VERSION), *about.items()]
+                rows = [("version", VERSION), *_texts(about).items()]
                 self._db.executemany("INSERT INTO about VALUES (?, ?)", rows)
             else:
                 self._check(about)
@@ -97,11 +105,11 @@ class Verdicts:
                 f"{path} cannot be used for verdicts ({error}); name another --db"
             ) from None
 
-    def _check(self, about: Mapping[str, str]) -> None:
+    def _check(self, about: About) -> None:
         found = dict(self._db.execute("SELECT key, value FROM about"))
         if found.pop("version", None) != VERSION:
             raise UsageError(f"{self._path} was not made by this version; name another --db")
-        for key, value in about.items():
+        for key, value in _texts(about).items():
             if key != "recording" and found.get(key) != value:
                 raise UsageError(
                     f"{self._path} is of another exploration: its {key} is {found.get(key)}, "
@@ -114,7 +122,7 @@ class Verdicts:
             (
                 *(row.state, row.number, row.position, row.stage, f"{row.content:016x}"),
                 *(row.judgement.verdict.value, row.how, row.same_as, row.judgement.reason),
-                *(json.dumps(dict(row.judgement.counts)), row.seconds),
+                *(json.dumps(dict(row.judgement.counts)), row.judgement.looked, row.seconds),
             )
             for row in rows
         ]
@@ -122,7 +130,7 @@ class Verdicts:
             with self._db:
                 self._db.execute("BEGIN")
                 self._db.executemany(
-                    "INSERT OR REPLACE INTO state VALUES (?,?,?,?,?,?,?,?,?,?,?)", values
+                    "INSERT OR REPLACE INTO state VALUES (?,?,?,?,?,?,?,?,?,?,?,?)", values
                 )
         except sqlite3.Error as error:
             raise UsageError(
@@ -159,10 +167,11 @@ class Verdicts:
 
     def _select(self, rest: str, *values: object) -> Iterator[Row]:
         found = self._db.execute(f"SELECT * FROM state {rest}", values)
-        for state, number, position, stage, content, word, how, same_as, reason, text, s in found:
-            judgement = Judgement(Verdict(word), reason, json.loads(text))
-            where = (state, number, position, stage, int(content, 16))
-            yield Row(*where, judgement, how, same_as, s)
+        for *where, content, word, how, same_as, reason, text, looked, seconds in found:
+            judgement = Judgement(Verdict(word), reason, json.loads(text), bool(looked))
+            state, number, position, stage = where
+            place = (state, number, position, stage, int(content, 16))
+            yield Row(*place, judgement, how, same_as, seconds)
 
     def count(self, column: str) -> dict[str, int]:
         """Return how many states there are for each value of a column, such as `verdict`."""
@@ -170,6 +179,28 @@ class Verdicts:
         found = self._db.execute(f"SELECT {column}, count(*) FROM state GROUP BY {column}")
         return dict(found.fetchall())
 
+    def looked(self) -> bool:
+        """Tell whether anything was read of any state that passed or failed."""
+        (found,) = self._db.execute(
+            "SELECT ifnull(max(looked), 1) FROM state WHERE verdict != 'unknown'"
+        ).fetchone()
+        return bool(found)
+
+    def contents(self) -> dict[int, int]:
+        """Return for each cut how many different disks the visited states of the model are."""
+        beyond = [stage.value for stage in BEYOND]
+        marks = ", ".join("?" * len(beyond))
+        found = self._db.execute(
+            f"SELECT position, count(DISTINCT content) FROM state WHERE stage NOT IN ({marks}) "
+            f"GROUP BY position",
+            beyond,
+        )
+        return dict(found.fetchall())
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _texts(about: About) -> dict[str, str]:
+    return {key: "" if value is None else str(value) for key, value in about.items()}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from nbdproxy.crash.explore import Tally
 from nbdproxy.crash.judging import JudgePlan
-from nbdproxy.crash.planning import Plan, count_stages, states_text
+from nbdproxy.crash.planning import Plan, states_text
 from nbdproxy.crash.stages import BEYOND, Stage
-from nbdproxy.crash.verdicts import CHECKED, SAME_CONTENT, SAME_READS, Row, Verdicts
+from nbdproxy.crash.verdicts import CHECKED, SAME_CONTENT, SAME_READS, About, Row, Verdicts
 from nbdproxy.oracles.check import Verdict
 
 SHOWN = 5
@@ -21,12 +21,22 @@ SHOWN = 5
 class Report:
     """One exploration: what was asked for, what was planned, and what came of it."""
 
-    about: Mapping[str, str]
+    about: About
     plan: Plan
     tally: Tally
     verdicts: Verdicts
     again: str
     """The options that ask the same of another command: what is checked, and with what."""
+    base: str
+    """The option that names the image, if it has to be named, for a command that opens a state."""
+    missing: str | None
+    """What the recording lacks, if anything."""
+
+    @property
+    def complete(self) -> int:
+        """At how many cuts all states of the model were visited."""
+        seen = self.verdicts.contents()
+        return sum(seen.get(cut.position) == cut.states for cut in self.plan.cuts)
 
 
 def digest_of(judge: JudgePlan) -> str:
@@ -56,15 +66,23 @@ def lines(report: Report, run: str) -> Iterator[str]:
     more = tally.verdicts[Verdict.FAIL] - len(failed)
     if more:
         yield f"           and {more:,} more"
-    for row in report.verdicts.rows(verdict=Verdict.UNKNOWN, limit=SHOWN):
+    unknown = list(report.verdicts.rows(verdict=Verdict.UNKNOWN, limit=SHOWN))
+    for row in unknown:
         yield f"  unknown  {row.state}{_why(row)}"
+    more_unknown = tally.verdicts[Verdict.UNKNOWN] - len(unknown)
+    if more_unknown:
+        yield f"           and {more_unknown:,} more"
+    if more or more_unknown:
+        yield "           --json lists 100, the file of --db has all"
     if failed:
         yield from _never_sent(report.verdicts.fullest())
+    yield from _doubts(report)
     if failed:
         yield ""
-        yield f"look at it:     nbdproxy open {run} --state {failed[0].state} -o state.img"
+        opened = f"--state {failed[0].state}{report.base}"
+        yield f"look at it:     nbdproxy open {run} {opened} -o state.img"
         yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {report.again}"
-    if plan.left_out:
+    if report.complete < len(plan.cuts):
         yield ""
         yield "not visited: " + "; ".join(_left_out(plan))
 
@@ -72,37 +90,61 @@ def lines(report: Report, run: str) -> Iterator[str]:
 def _never_sent(fullest: Mapping[int, Verdict]) -> Iterator[str]:
     """Say where no lost write is to blame."""
     bad = list(fullest.values()).count(Verdict.FAIL)
-    if bad == len(fullest) == 1:
-        yield "           It fails even with all that had been sent: no lost write is to blame."
-    elif bad:
-        yield (
-            f"           At {bad:,} of {len(fullest):,} cuts it fails even with all that had been "
-            f"sent: there no lost write is to blame."
-        )
+    known = bad + list(fullest.values()).count(Verdict.PASS)
+    if bad:
+        where = "It" if known == 1 else f"At {bad:,} of {known:,} cuts it"
+        yield f"           {where} fails even with all that had been sent: no lost write is to"
+        yield "           blame, or what is asked for had not been written yet."
+
+
+def _doubts(report: Report) -> Iterator[str]:
+    """Say what makes the verdicts worth little."""
+    verdicts = report.tally.verdicts
+    if not report.verdicts.looked():
+        yield "           The check read nothing of any state, so this proves nothing: let it"
+        yield "           look at the disk, by $uri or $image."
+    elif verdicts[Verdict.FAIL] == report.tally.visited > 1:
+        yield "           Every state failed: is the check itself right? It should pass at a good"
+        yield "           cut."
 
 
 def _what_was_explored(report: Report) -> Iterator[str]:
     about, plan, tally = report.about, report.plan, report.tally
     cuts = len(plan.cuts)
-    where = f"{cuts:,} cuts" if cuts != 1 else f"cut {about['at']}"
+    where = f"cut {about['at']}" if cuts == plan.cuts_possible == 1 else cuts_text(cuts)
     yield f"{about['recording']}: {about['mode']} x {about['failure']}, {where}"
+    if report.missing:
+        yield f"  missing   {report.missing}"
     if plan.cuts_possible > cuts:
         yield f"  cuts      {cuts:,} of {plan.cuts_possible:,} instants change what may be left"
     largest = max(plan.cuts, key=lambda cut: cut.states_log10)
     total = _total(plan)
     hang = f"{largest.sectors:,} sectors hang" if largest.sectors != 1 else "1 sector hangs"
     yield f"  the model {total} states; at most {hang} on chance at one cut"
-    stages = count_stages(plan.cuts)
+    stages = report.verdicts.count("stage")
     yield f"  visited   {tally.visited:,}: " + ", ".join(
-        f"{stages[stage]:,} {stage.value}" for stage in Stage if stages[stage]
+        f"{stages[stage]:,} {stage.value}" for stage in Stage if stage in stages
     )
+    if report.complete:
+        yield f"  complete  all that the model has {_at_cuts(report.complete, cuts)}"
     yield (
         f"  checked   {tally.how[CHECKED]:,}; {tally.how[SAME_CONTENT]:,} were the same as another "
         f"state, {tally.how[SAME_READS]:,} wherever the check had looked"
     )
-    beyond = [stage.value for stage in Stage if stage in BEYOND and stages[stage]]
+    beyond = [stage.value for stage in Stage if stage in BEYOND and stage in stages]
     if beyond:
         yield f"  beyond    the model does not allow the states of: {', '.join(beyond)}"
+
+
+def cuts_text(count: int) -> str:
+    """Return a number of cuts in words."""
+    return f"{count:,} cuts" if count != 1 else "1 cut"
+
+
+def _at_cuts(some: int, all_cuts: int) -> str:
+    if some == all_cuts:
+        return "at this cut" if all_cuts == 1 else "at all cuts"
+    return f"at {some:,} of {all_cuts:,} cuts"
 
 
 def _total(plan: Plan) -> str:
@@ -129,6 +171,7 @@ def to_json(report: Report) -> dict[str, object]:
     plan, tally = report.plan, report.tally
     return {
         **report.about,
+        "missing": report.missing,
         "cuts": len(plan.cuts),
         "cuts_possible": plan.cuts_possible,
         "model": {
@@ -139,11 +182,15 @@ def to_json(report: Report) -> dict[str, object]:
             "sectors": max(cut.sectors for cut in plan.cuts),
         },
         "visited": tally.visited,
-        "stages": {stage.value: n for stage, n in count_stages(plan.cuts).items()},
+        "stages": report.verdicts.count("stage"),
+        "cuts_complete": report.complete,
+        "looked": report.verdicts.looked(),
         "checked": tally.how[CHECKED],
         "same_content": tally.how[SAME_CONTENT],
         "same_reads": tally.how[SAME_READS],
-        "not_visited": {stage.value: n for stage, n in plan.left_out.items()},
+        "not_visited": {stage.value: n for stage, n in plan.left_out.items()}
+        if report.complete < len(plan.cuts)
+        else {},
         "verdicts": {verdict.value: n for verdict, n in tally.verdicts.items()},
         "cuts_where_all_that_was_sent_fails": list(report.verdicts.fullest().values()).count(
             Verdict.FAIL

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nbdproxy.crash.judging import Judge, Judgement
@@ -95,6 +95,7 @@ class _CommandJudge:
         self._server.shelf.watch(name)
         judgement = self._run(environment)
         reads = self._server.shelf.reads(name)
+        judgement = replace(judgement, looked=bool(reads))
         # What it made of a state's name is not in what it read, and a late answer may come in time.
         tells = judgement.verdict is not Verdict.UNKNOWN and not self._plan.names("state")
         return judgement, reads if tells else None

@@ -188,7 +188,8 @@ def test_a_db_holds_what_was_found_and_is_gone_on_with(simple: Simple, tmp_path:
     words = ("--check", f"echo one >> {calls}; {HAS_B}", "--states", "30", "--db", db)
     found = explore(simple.run, *words, code=1)
     rows = rows_of(db)
-    assert len(rows) == found["visited"] == 30
+    assert len(rows) == found["visited"] == 8
+    assert (found["cuts_complete"], found["not_visited"]) == (1, {})
     assert len(calls.read_text().split()) == found["checked"]
     refused = nbdproxy("explore", simple.run, *words, code=2)
     assert "add --resume" in refused.stderr
@@ -207,11 +208,31 @@ def test_any_number_of_workers_finds_the_same(simple: Simple, tmp_path: Path) ->
     found = []
     for name, *words in (("1", "--workers", "1"), ("2", "--workers", "2"), ("alone", "--no-share")):
         db = tmp_path / f"{name}.db"
-        common = ("--check", HAS_B, "--states", "40", "--torn", "--stale", "--db", db)
-        nbdproxy("explore", simple.run, *common, *words, code=1, timeout_s=120)
+        where = ("--every", "flush", "--states", "60", "--torn", "--stale", "--db", db)
+        nbdproxy("explore", simple.run, "--check", HAS_B, *where, *words, code=1, timeout_s=120)
         found.append(rows_of(db))
     assert found[0] == found[1] == found[2]
-    assert len(found[0]) == 40
+    assert len(found[0]) > 40
+
+
+def test_a_check_that_looks_at_nothing_proves_nothing(simple: Simple) -> None:
+    for check, blind in (("true", True), (f"{HAS_B}; true", False)):
+        said = nbdproxy("explore", simple.run, "--check", check).stdout
+        assert ("proves nothing" in said) == blind
+        assert explore(simple.run, "--check", check)["looked"] == (not blind)
+    said = nbdproxy("explore", simple.run, "--check", f"{HAS_B}; false", code=1).stdout
+    assert "Every state failed: is the check itself right?" in said
+
+
+def test_more_states_can_be_asked_for_when_it_is_gone_on_with(
+    simple: Simple, tmp_path: Path
+) -> None:
+    words = ("--check", HAS_B, "--db", tmp_path / "run.db")
+    some = explore(simple.run, *words, "--states", "3", code=1)
+    assert some["visited"] == 3
+    assert some["not_visited"]
+    whole = explore(simple.run, *words, "--states", "30", "--resume", code=1)
+    assert (whole["visited"], whole["cuts_complete"], whole["not_visited"]) == (8, 1, {})
 
 
 def test_files_of_a_manifest(recorded: Made, all_flushed: Made) -> None:
@@ -227,7 +248,8 @@ def test_files_of_a_manifest(recorded: Made, all_flushed: Made) -> None:
     ("words", "sentence"),
     [
         ([], "name --files MANIFEST or --check COMMAND"),
-        (["--check", "true", "--files", "x"], "name --files MANIFEST or --check COMMAND"),
+        (["--check", " "], "name --files MANIFEST or --check COMMAND"),
+        (["--check", "true", "--files", "x"], "drop one of them"),
         (["--files", "no-such-file"], "no-such-file"),
         (["--check", "true", "--at", "mark:never"], "this recording's marks are: ready"),
         (["--check", "true", "--at", "noon"], "'noon' names no instant"),

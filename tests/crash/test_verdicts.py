@@ -41,7 +41,7 @@ ROWS = [
         *(CHECKED, None, 1.5),
     ),
     Row(
-        *("s2.flushed.must", 2, 2, "ends", 1, Judgement(Verdict.PASS)),
+        *("s2.flushed.must", 2, 2, "ends", 1, Judgement(Verdict.PASS, looked=False)),
         *(SAME_CONTENT, "s1.flushed.must", 0.0),
     ),
     Row(
@@ -62,24 +62,24 @@ def test_the_schema_is_what_sqlite_sees(tmp_path: Path) -> None:
         *[("id", "TEXT", 1), ("number", "INTEGER", 0), ("position", "INTEGER", 0)],
         *[("stage", "TEXT", 0), ("content", "TEXT", 0), ("verdict", "TEXT", 0)],
         *[("how", "TEXT", 0), ("same_as", "TEXT", 0), ("reason", "TEXT", 0)],
-        *[("counts", "TEXT", 0), ("seconds", "REAL", 0)],
+        *[("counts", "TEXT", 0), ("looked", "INTEGER", 0), ("seconds", "REAL", 0)],
     ]
     assert dict(db.execute("SELECT key, value FROM about")) == {"version": "1", **ABOUT}
     found = db.execute("SELECT * FROM state ORDER BY number").fetchall()
     one, two = "0000000000000001", "ffffffffffffffff"
-    assert [(*row[:9], json.loads(row[9]), row[10]) for row in found] == [
-        ("s1.flushed.must", 0, 1, "ends", one, "pass", "checked", None, None, {}, 0.25),
+    assert [(*row[:9], json.loads(row[9]), *row[10:]) for row in found] == [
+        ("s1.flushed.must", 0, 1, "ends", one, "pass", "checked", None, None, {}, 1, 0.25),
         (
             *("s1.flushed.all", 1, 1, "ends", two, "fail", "checked", None, "two are gone"),
-            *({"whole": 3, "missing": 2}, 1.5),
+            *({"whole": 3, "missing": 2}, 1, 1.5),
         ),
         (
             *("s2.flushed.must", 2, 2, "ends", one, "pass", "same-content", "s1.flushed.must"),
-            *(None, {}, 0.0),
+            *(None, {}, 0, 0.0),
         ),
         (
             *("s2.flushed.only1", 3, 2, "requests", "0000000000000007", "unknown"),
-            *("same-reads", "s1.flushed.all", "exit code 3", {}, 0.125),
+            *("same-reads", "s1.flushed.all", "exit code 3", {}, 1, 0.125),
         ),
     ]
     db.close()
@@ -103,6 +103,24 @@ def test_rows_come_back_as_they_went(tmp_path: Path, in_memory: bool) -> None:
     assert verdicts.count("how") == {CHECKED: 2, SAME_CONTENT: 1, SAME_READS: 1}
     assert verdicts.count("stage") == {"ends": 3, "requests": 1}
     verdicts.close()
+
+
+def test_it_tells_whether_anything_was_looked_at() -> None:
+    """By what passed or failed; before that nothing speaks against it."""
+    verdicts = Verdicts(None, ABOUT, resume=False)
+    assert verdicts.looked()
+    verdicts.add([ROWS[2], ROWS[3]])
+    assert not verdicts.looked()
+    verdicts.add([ROWS[1]])
+    assert verdicts.looked()
+
+
+def test_it_counts_the_different_disks_of_each_cut_that_the_model_allows() -> None:
+    verdicts = Verdicts(None, ABOUT, resume=False)
+    torn = ROWS[3]._replace(state="s2.flushed.all~0=1_base", stage="torn", content=8)
+    again = ROWS[3]._replace(state="s2.flushed.only2", number=9)
+    verdicts.add([*ROWS, torn, again])
+    assert verdicts.contents() == {1: 2, 2: 2}
 
 
 def test_rows_are_entered_all_or_none() -> None:
@@ -221,6 +239,10 @@ class Shuffled:
         self._bench.close()
 
 
+STATES = 73
+"""All that the model has of the made-up log at its cuts: each is visited once a cut."""
+
+
 def made_up_log() -> list[Received | Completed]:
     """Writes over four sectors, answered at once, a flush after every fifth."""
     log: list[Received | Completed] = []
@@ -262,8 +284,8 @@ def what(rows: Iterable[Row]) -> list[tuple[object, ...]]:
 
 def test_an_exploration_is_the_same_in_whatever_order_results_come() -> None:
     rows, tally, calls = explore(None)
-    assert [row.number for row in rows] == list(range(250))
-    assert tally.visited == sum(tally.verdicts.values()) == sum(tally.how.values()) == 250
+    assert [row.number for row in rows] == list(range(STATES))
+    assert tally.visited == sum(tally.verdicts.values()) == sum(tally.how.values()) == STATES
     assert tally.how[CHECKED] == len(calls) == len(set(calls)) < 60
     assert min(tally.how.values()) > 5
     by_id = {row.state: row for row in rows}
@@ -283,7 +305,7 @@ def test_an_exploration_is_the_same_in_whatever_order_results_come() -> None:
 def test_what_needs_no_check_at_the_very_end_is_entered_too() -> None:
     """Between 9 and 11 nothing changes but a reply, so all of 11 was seen at 9."""
     rows, tally, _ = explore(None, cuts=[9, 11], states=60)
-    assert len(rows) == tally.visited == 60
+    assert len(rows) == tally.visited == 32
     assert {row.how for row in rows if row.position == 11} == {SAME_CONTENT}
 
 
@@ -301,7 +323,21 @@ def rows_in(path: Path) -> int:
         db.close()
 
 
-@pytest.mark.parametrize("enough", [1, 90])
+def test_one_that_is_done_goes_on_with_more_states(tmp_path: Path) -> None:
+    path = tmp_path / "run1.db"
+    some, _, calls = explore(path, states=30)
+    assert 20 < len(some) <= 30
+    rows, tally, more = explore(path, resume=True)
+    assert tally.visited == STATES
+    whole = explore(None)[0]
+    assert {row.state: row.judgement for row in rows} == {row.state: row.judgement for row in whole}
+    told = {row.state for row in some if row.judgement.verdict is not Verdict.UNKNOWN}
+    assert calls
+    assert more
+    assert not set(more) & told
+
+
+@pytest.mark.parametrize("enough", [1, 40])
 def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, enough: int) -> None:
     path = tmp_path / "run1.db"
     code = (
@@ -318,14 +354,14 @@ def test_a_killed_run_goes_on_and_ends_as_it_would_have(tmp_path: Path, enough: 
         process.kill()
         process.wait(30)
     done = rows_in(path)
-    assert enough <= done < 250
+    assert enough <= done < STATES
     rows, tally, calls = explore(path, resume=True)
     whole, _, all_calls = explore(None)
     assert what(rows) == what(whole)
-    assert tally.visited == 250
+    assert tally.visited == STATES
     assert len(calls) < len(all_calls), "what was judged before is not judged again"
     again, tally, calls = explore(path, resume=True)
-    assert (what(again), tally.visited) == (what(whole), 250)
+    assert (what(again), tally.visited) == (what(whole), STATES)
     # What could not be told gets another chance, and nothing else does.
     unknown = {row.state for row in whole if row.judgement.verdict is Verdict.UNKNOWN}
     assert calls

@@ -52,7 +52,11 @@ def test_full_loses_nothing_in_any_state(tmp_path: Path, workload: str, may_lose
     run = record(tmp_path, workload, "cut")
     check = f"{CHECK} --may-lose {may_lose}"
     found = explore(run, "--check", check, "--states", "250", "--seed", "3", code=0)
-    assert found["verdicts"] == {"pass": 250, "fail": 0, "unknown": 0}
+    # Where a cut has few states, each is visited once, and that may be fewer than were asked for.
+    visited = found["visited"]
+    assert isinstance(visited, int)
+    assert visited > 150
+    assert found["verdicts"] == {"pass": visited, "fail": 0, "unknown": 0}
     # The same check does tell a loss: when one more is asked for than was promised.
     stricter = check.replace('"$mark"', '"committed-$((${mark#committed-} + 2))"')
     last = ("--check", stricter, "--at", "end", "--states", "2")

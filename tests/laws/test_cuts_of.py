@@ -224,7 +224,7 @@ def test_inside_sectors_only_what_the_rules_allow(
                 here = base[at * QUARTERS : (at + 1) * QUARTERS]
                 return sector_values(items, here + (0,) * (QUARTERS - len(here)))
 
-            for visit in visits_of(Stages(fields.at(t), seed=t)):
+            for visit in visits_of(Stages(fields.at(t), seed=t, few=0)):
                 assert visit.stage not in BEYOND
                 disk = units_of(timeline, visit, unit)
                 for at in range(3):
@@ -245,7 +245,7 @@ def test_a_change_tells_every_sector_that_differs(
     timeline = make_timeline(log, content, unit)
     fields = Fields(timeline, Level.FLUSHED, chosen)
     for t in range(len(log) + 1):
-        stages = Stages(fields.at(t), torn=True, stale=True)
+        stages = Stages(fields.at(t), torn=True, stale=True, few=0)
         ends = [visit.state for visit in stages.visits(Stage.ENDS)]
         for visit in visits_of(stages):
             near = next((end for end in ends if end.choice is visit.change.reference), ends[0])

@@ -13,7 +13,7 @@ from nbdproxy.crash.field import Field
 from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.naming import parse_state_id
 from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.stages import BEYOND, Stage, Stages, Visit
+from nbdproxy.crash.stages import BEYOND, SMALL_MAX, Stage, Stages, Visit
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.persistence import reference
@@ -24,6 +24,7 @@ from tests.support.logs import SECTOR, SECTORS, logs, options
 
 STATES_MAX = 3000
 SAMPLES = 20
+few = st.sampled_from([0, SMALL_MAX])
 contents = st.lists(st.integers(0, 3), min_size=32, max_size=32)
 """What each request writes, and what the base holds: few values, so that some are the same."""
 
@@ -68,10 +69,10 @@ def visits_of(stages: Stages, stage: Stage) -> Iterator[Visit]:
     return itertools.islice(stages.visits(stage), SAMPLES if stage is Stage.SAMPLES else None)
 
 
-@given(logs(), options, contents, st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@given(logs(), options, contents, st.integers(0, 99), few)
+@settings(max_examples=40, deadline=None)
 def test_all_stages_visit_what_the_rules_allow(
-    log: list[Received | Completed], chosen: Options, content: list[int], seed: int
+    log: list[Received | Completed], chosen: Options, content: list[int], seed: int, few: int
 ) -> None:
     timeline = make_timeline(log, content)
     for level in Level:
@@ -80,7 +81,7 @@ def test_all_stages_visit_what_the_rules_allow(
         for t in range(len(log) + 1):
             field = fields.at(t)
             allowed = allowed_disks(log, field, content)
-            stages = Stages(field, seed=seed)
+            stages = Stages(field, seed=seed, few=few)
             for stage, size in stages.sizes().items():
                 visits = list(visits_of(stages, stage))
                 assert size is None or len(visits) == size, stage
@@ -94,7 +95,7 @@ def test_all_stages_visit_what_the_rules_allow(
 
 
 @given(logs(), options, contents)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_exhaustive_equals_brute_force(
     log: list[Received | Completed], chosen: Options, content: list[int]
 ) -> None:
@@ -116,16 +117,16 @@ def test_exhaustive_equals_brute_force(
             assert {read(timeline, visit) for visit in visits} == expected
 
 
-@given(logs(), options, contents)
+@given(logs(), options, contents, few)
 @settings(max_examples=40, deadline=None)
 def test_a_change_is_what_differs_from_an_end(
-    log: list[Received | Completed], chosen: Options, content: list[int]
+    log: list[Received | Completed], chosen: Options, content: list[int], few: int
 ) -> None:
     timeline = make_timeline(log, content)
     fields = Fields(timeline, Level.FLUSHED, chosen)
     for t in range(len(log) + 1):
         field = fields.at(t)
-        stages = Stages(field, torn=True, stale=True)
+        stages = Stages(field, torn=True, stale=True, few=few)
         ends = {visit.state.choice: visit for visit in stages.visits(Stage.ENDS)}
         for stage in stages.sizes():
             for visit in visits_of(stages, stage):

@@ -98,7 +98,7 @@ def units_of(timeline: Timeline, level: Level, chosen: Options, cuts: Sequence[i
     fields = Fields(timeline, level, chosen)
     units = []
     for t in cuts:
-        visits = visits_of(Stages(fields.at(t), seed=t, torn=True, stale=True))
+        visits = visits_of(Stages(fields.at(t), seed=t, torn=True, stale=True, few=0))
         units.append(Unit(t, tuple(str(visit.state) for visit in visits)))
     return units
 

@@ -347,9 +347,12 @@ def test_images_are_looked_at_before_the_work_begins(
     path = log(tmp_path / "log", *ALL)
     image = tmp_path / "image"
     image.write_bytes(b"QFI\xfb" + bytes((1 << 20) - 4))
-    words = ("--to", "nbdproxy", "--base", image, "--verify", image)
-    told = convert(path, tmp_path / "out", *words, code=1).stderr
-    assert told.count("is a qcow2 file, whose own bytes are read") == 1
+    words = ("--to", "nbdproxy", "--base", image, "--verify")
+    assert "not the same file" in convert(path, tmp_path / "x", *words, image, code=2).stderr
+    other = tmp_path / "other"
+    other.write_bytes(image.read_bytes())
+    told = convert(path, tmp_path / "out", *words, other, code=1).stderr
+    assert told.count("is a qcow2 file, whose own bytes are read") == 2
 
     def worked(_log: DmLog) -> None:
         raise AssertionError("the log was read first")

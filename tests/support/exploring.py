@@ -84,10 +84,10 @@ class Case:
                 exploration = Exploration(fields, plan, self.judge, verdicts)
                 with closing(make(self.job)) as runner:
                     tally = exploration.run(runner, progress)
-                assert tally.visited == plan.visits
+                assert tally.visited <= plan.visits
                 rows = list(verdicts.rows())
         found = [Told(*row[:5], row.judgement.verdict) for row in rows]
-        assert [told.number for told in found] == list(range(plan.visits))
+        assert [told.number for told in found] == list(range(tally.visited))
         return found
 
 
