@@ -29,7 +29,7 @@ from nbdproxy.persistence.model import Fates, Level, Options
 from nbdproxy.requests import Command
 
 _FEW = 64
-"""Up to so many requests are laid over each other one by one, more of them by whole arrays."""
+"""Up to so many pieces are laid over each other one by one, more of them by whole arrays."""
 
 Segment = tuple[int, int, int]
 """[start, end) in bytes, and the row that shows there, or NOTHING."""
@@ -179,24 +179,31 @@ class CrashDisk:
             return
         covered = ExtentSet()
         found: list[Segment] = []
-        looked = 0
-        for rows in self._timeline.index.newest_first(start, end, self._before):
-            looked += len(rows)
-            if looked > _FEW:
+        bare = end - start
+        for number, (row, low, high) in enumerate(self._newest_first(start, end)):
+            if number == _FEW:
                 yield from self._many(start, end)
                 return
-            how = self._presence.of(rows)
-            for row, fraction in zip(rows.tolist(), how.tolist(), strict=True):
-                for low, high in self._ranges(row, fraction):
-                    low, high = max(low, start), min(high, end)  # noqa: PLW2901
-                    if low < high:
-                        found += [(p.offset, p.end, row) for p in covered.missing(low, high)]
-                        covered.add(low, high)
-            if covered.covers(start, end):
+            for part in list(covered.missing(low, high)):
+                found.append((part.offset, part.end, row))
+                bare -= part.length
+            if not bare:
                 break
-        found += [(part.offset, part.end, NOTHING) for part in covered.missing(start, end)]
+            covered.add(low, high)
+        if bare:
+            found += [(part.offset, part.end, NOTHING) for part in covered.missing(start, end)]
         found.sort()
         yield from found
+
+    def _newest_first(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield what is there in [start, end): rows and their bytes, the newest request first."""
+        for rows in self._timeline.index.newest_first(start, end, self._before):
+            how = self._presence.of(rows)
+            there = np.flatnonzero(how)
+            for row, fraction in zip(rows[there].tolist(), how[there].tolist(), strict=True):
+                for low, high in self._ranges(row, fraction):
+                    if low < end and high > start:
+                        yield row, max(low, start), min(high, end)
 
     def _many(self, start: int, end: int) -> Iterator[Segment]:
         """The same by whole arrays."""
