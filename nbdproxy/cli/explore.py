@@ -42,7 +42,11 @@ from nbdproxy.server.commands import CommandPlan
 
 At = Annotated[
     str | None,
-    typer.Option(metavar="CUT", help="At this instant.", show_default="as for replay"),
+    typer.Option(
+        metavar="CUT",
+        help="When: end, before-exit, riskiest, seq:N, flush:N, time:12.5s or mark:NAME.",
+        show_default="before-exit, of a poweroff end",
+    ),
 ]
 Files = Annotated[
     Path | None,

@@ -11,6 +11,7 @@ Not covered: a scheduler that ends. That is an error; the database of verdicts k
 from __future__ import annotations
 
 import pickle
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -160,8 +161,8 @@ def _deal(stock: _Stock, crew: Crew) -> None:
 
 
 def _connect(address: str) -> Client:
-    # Without an address Dask would start a cluster of its own.
-    if address:
+    # Without an address Dask would start a cluster of its own; without a port it never gives up.
+    if re.search(r":\d+/?$", address):
         with suppress(OSError, ValueError):
             return Client(address, timeout=_CONNECT_S, set_as_default=False, name="nbdproxy")
     raise UsageError(

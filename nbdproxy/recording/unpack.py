@@ -66,6 +66,11 @@ def unpack(
     leaves nothing behind, if the file is damaged, or not what `packed` specifies, or if the folder
     exists or cannot be written.
     """
+    if source.is_dir():
+        raise RecordingError(
+            f"{source} is a folder: recordings are used as they are, and only one packed to a file "
+            f"is unpacked"
+        )
     try:
         with source.open("rb") as file:
             length = _check_seal(source, file, progress)

@@ -228,7 +228,7 @@ def test_no_scheduler(random_one: Case) -> None:
             DaskRunner(random_one.job, address)
 
 
-@pytest.mark.parametrize("address", ["", "nonsense://host"])
+@pytest.mark.parametrize("address", ["", "foo", "nonsense://host", "nonsense://host:1"])
 def test_no_address(random_one: Case, address: str) -> None:
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at .*; start one"):
         DaskRunner(random_one.job, address)
