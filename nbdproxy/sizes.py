@@ -21,3 +21,13 @@ def exact_size(count: int) -> str:
             return f"{count}{unit}"
         count //= 1024
     return f"{count}T"
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people read it: 512 B, 4 KiB, 1.5 GiB."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}" if value % 1 else f"{int(value)} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"

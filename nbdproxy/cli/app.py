@@ -9,6 +9,7 @@ import typer
 
 from nbdproxy import __version__
 from nbdproxy.cli import ctl, lab, policy
+from nbdproxy.cli.audit import audit
 from nbdproxy.cli.console import err
 from nbdproxy.cli.convert import convert
 from nbdproxy.cli.explore import explore
@@ -66,6 +67,7 @@ app.command()(serve)
 app.command()(info)
 app.command()(log)
 app.command()(replay)
+app.command()(audit)
 app.command()(manifest)
 app.command()(explore)
 app.command()(minimize)

@@ -40,16 +40,6 @@ def set_up_logging(*, verbose: bool) -> None:
     )
 
 
-def size_text(count: int) -> str:
-    """Return a number of bytes as people read it: 512 B, 4 KiB, 1.5 GiB."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.3g} {unit}" if value % 1 else f"{int(value)} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"
-
-
 def plural(count: int, word: str) -> str:
     """Return "1 write" or "1,234 writes"."""
     return f"{count:,} {word}{'' if count == 1 else 'es' if word.endswith('sh') else 's'}"

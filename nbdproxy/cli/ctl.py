@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdproxy.cli.console import err, out, plural, print_json, size_text
+from nbdproxy.cli.console import err, out, plural, print_json
 from nbdproxy.errors import UsageError
+from nbdproxy.sizes import size_text
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from nbdproxy.cli.console import err, out, print_json, size_text
+from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.persistence.modes import recorded_under
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
+from nbdproxy.sizes import size_text
 
 
 def info(

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.console import err, out, set_up_logging, size_text
+from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import Choice, StateId, parse_state_id
@@ -31,6 +31,7 @@ from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.export import Export
 from nbdproxy.server.power import Power
 from nbdproxy.server.service import Setting, serve
+from nbdproxy.sizes import size_text
 
 
 class OutputFormat(StrEnum):

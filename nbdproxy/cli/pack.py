@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nbdproxy.cli.console import err, print_json, size_text
+from nbdproxy.cli.console import err, print_json
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.errors import UsageError
@@ -20,6 +20,7 @@ from nbdproxy.oracles import manifest
 from nbdproxy.recording import pack as packing
 from nbdproxy.recording import packed
 from nbdproxy.recording import unpack as unpacking
+from nbdproxy.sizes import size_text
 
 SUFFIX = ".nbdpack"
 

@@ -162,12 +162,18 @@ class RecordedSource(Recording):
 
 
 class BaseDisk:
-    """The disk as it was when the recording began, as a `ReadableDevice`."""
+    """The disk as it was when the recording began, as a `ReadableDevice`.
 
-    def __init__(self, recording: RecordedSource, image: FileDisk | None) -> None:
+    `image` holds what was never changed; it is closed with the disk if it is `owned` by it.
+    """
+
+    def __init__(
+        self, recording: RecordedSource, image: ReadableDevice | None, *, owned: bool = True
+    ) -> None:
         self.size = recording.size
         self._recording = recording
         self._image = image
+        self._owned = owned
         self._data = ExtentSet()
         for start, length in recording.meta.data:
             self._data.add(start, start + length)
@@ -205,6 +211,6 @@ class BaseDisk:
         return iter(found)
 
     def close(self) -> None:
-        """Close the image."""
-        if self._image is not None:
+        """Close the image, if it is owned."""
+        if self._image is not None and self._owned:
             self._image.close()

@@ -21,7 +21,7 @@ class ForkedServer:
     """
 
     def __init__(
-        self, folder: Path, image: Path, *options: str | Path, command: str = "serve"
+        self, folder: Path, image: Path | str, *options: str | Path, command: str = "serve"
     ) -> None:
         self.socket = folder / "socket"
         self._log = folder / "log"

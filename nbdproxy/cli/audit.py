@@ -1,0 +1,97 @@
+"""`nbdproxy audit`: does the store have what it acknowledged?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.crash.audit import Auditor, StoreSource
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import UsageError
+from nbdproxy.nbd import uri as nbd_uri
+from nbdproxy.persistence.model import Coverage, Options
+from nbdproxy.recording.reader import Recording
+from nbdproxy.report import audited
+from nbdproxy.server.assemble import ImageFormat
+from nbdproxy.server.qcow2 import is_qcow2
+from nbdproxy.server.stored import with_store
+
+
+def audit(
+    run: Annotated[Path, typer.Argument(help="A recording that has ended.")],
+    image: Annotated[str, typer.Argument(help="The store as it is now: a file or an NBD URI.")],
+    image_format: Annotated[
+        ImageFormat | None,
+        typer.Option("--format", help="What a file is.", show_default="as it was recorded"),
+    ] = None,
+    covers: Annotated[
+        Coverage,
+        typer.Option(help="A flush covers what was completed before it was received, or replied."),
+    ] = Coverage.RECEIVED,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the store with what was acknowledged: has it everything that a flush made durable?
+
+    Each sector that was sent holds what was sent last; or something older that no flush had
+    replaced, which is allowed; or it is a broken promise of what stands below nbdproxy. Look before
+    anybody else writes to the store, and, if a host lost power, on a host that has forgotten its
+    page cache. Exit code 1 if a promise was broken, or a place holds what was never sent.
+
+    Examples:
+
+      nbdproxy audit run1 disk.img
+
+      nbdproxy audit run1 /mnt/gluster/disk.qcow2
+
+      nbdproxy audit run1 nbd://storage.example/disk --json
+    """
+    recording = Recording(run)
+    qcow2 = _is_guests_view(recording, image, image_format)
+    if recording.meta.overlay:
+        raise UsageError(
+            f"{run} was recorded with --overlay: nothing of it was ever written to the store"
+        )
+    recording.close()
+
+    def work(store: ReadableDevice) -> int:
+        return _audit(run, image, store, Options(coverage=covers), json=json)
+
+    raise typer.Exit(with_store(image, work, qcow2=qcow2))
+
+
+def _audit(run: Path, image: str, store: ReadableDevice, options: Options, *, json: bool) -> int:
+    """Compare, print, and return the exit code."""
+    with StoreSource(run, store) as source:
+        if store.size != source.size:
+            raise UsageError(
+                f"{image} has {store.size:,} bytes, and the disk that was recorded {source.size:,};"
+                f" name the store of this recording, or what it is with --format raw|qcow2"
+            )
+        timeline = Timeline(source)
+        with err.status("comparing") as status:
+            found = Auditor(timeline, store, options).run(
+                lambda done, total: status.update(f"comparing: {100 * done // max(total, 1)} %")
+            )
+        owners = audited.owners_of(timeline, found)
+        report = audited.Report(str(run), image, source, timeline, options, found, owners)
+        if json:
+            print_json(audited.to_json(report))
+        else:
+            for line in audited.lines(report):
+                out.print(line, markup=False)
+        return 1 if report.faults else 0
+
+
+def _is_guests_view(recording: Recording, image: str, image_format: ImageFormat | None) -> bool:
+    """Tell whether a file is qcow2 and its guest's view is meant."""
+    if nbd_uri.is_uri(image):
+        if image_format is not None:
+            raise UsageError("--format is for files; an NBD server knows what it serves: drop it")
+        return False
+    if image_format is not None:
+        return image_format is ImageFormat.QCOW2
+    return recording.meta.kind != "raw" and is_qcow2(Path(image))

@@ -1,0 +1,97 @@
+"""Audit against the slow reference: what a store may hold, it may; what it may not, is told."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbdproxy.crash.audit import Audit, Auditor, Fate
+from nbdproxy.crash.naming import Choice, StateId
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.persistence import reference
+from nbdproxy.persistence.model import Level, Options
+from nbdproxy.persistence.reference import BASE, ZERO, Completed, Received
+from nbdproxy.requests import Command
+from tests.laws.test_enumeration import contents, make_timeline
+from tests.support.logs import SECTOR, SECTORS, logs, options
+
+Log = list[Received | Completed]
+
+holdings = st.lists(st.integers(0, 4), min_size=SECTORS, max_size=SECTORS)
+"""What each sector of the store holds; 4 is written by nobody."""
+
+
+def audited(timeline: Timeline, holds: list[int], chosen: Options) -> tuple[Audit, MemoryDisk]:
+    store = MemoryDisk(b"".join(bytes([value]) * SECTOR for value in holds))
+    return Auditor(timeline, store, chosen).run(), store
+
+
+def expected(log: Log, content: list[int], holds: list[int], chosen: Options) -> dict[int, Fate]:
+    """The fate of each sector that was touched."""
+    timeline = make_timeline(log, content)
+    end = StateId(len(log), Level.RECEIVED, Choice.ALL, chosen)
+    sent = timeline.open(end).pread(0, SECTORS * SECTOR)
+    rows = {state: shown(timeline, state) for state in (end, durable_state(log, chosen))}
+    allowed = reference.allowed(log, len(log), SECTORS, chosen, Level.FLUSHED)
+    found = {}
+    for sector, holding in enumerate(holds):
+        touching = [
+            seq
+            for seq, event in enumerate(log)
+            if isinstance(event, Received)
+            and event.command is not Command.FLUSH
+            and event.first <= sector < event.first + event.count
+        ]
+        if not touching:
+            continue
+
+        def value(of: int, at: int = sector) -> int:
+            write = of >= 0 and log[of].command is Command.WRITE  # type: ignore[union-attr]
+            return content[-1 - at] if of == BASE else content[of] if write else 0
+
+        trims = [
+            row >= 0 and timeline.table.command[row] == Command.TRIM
+            for row in (shown_rows[sector] for shown_rows in rows.values())
+        ]
+        ever = {value(seq) for seq in touching} | {content[-1 - sector], 0}
+        if holding == sent[sector * SECTOR]:
+            found[sector] = Fate.AS_SENT
+        elif any(trims):
+            found[sector] = Fate.TRIMMED
+        elif holding in {0 if one == ZERO else value(one) for one in allowed[sector]}:
+            found[sector] = Fate.UNFLUSHED
+        else:
+            found[sector] = Fate.BROKEN if holding in ever else Fate.FOREIGN
+    return found
+
+
+def durable_state(log: Log, chosen: Options) -> StateId:
+    return StateId(len(log), Level.FLUSHED, Choice.MUST, chosen)
+
+
+def shown(timeline: Timeline, state: StateId) -> list[int]:
+    rows = np.full(SECTORS, -1)
+    for low, high, row in timeline.open(state).segments(0, SECTORS * SECTOR):
+        rows[low // SECTOR : high // SECTOR] = row
+    return [int(row) for row in rows]
+
+
+@given(logs(), options, contents, holdings)
+@settings(max_examples=300, deadline=None)
+def test_what_a_store_may_hold_is_what_the_rules_allow(
+    log: Log, chosen: Options, content: list[int], holds: list[int]
+) -> None:
+    timeline = make_timeline(log, content)
+    audit, _ = audited(timeline, holds, chosen)
+    wanted = expected(log, content, holds, chosen)
+    found = {
+        sector: finding.fate
+        for finding in audit.findings
+        for sector in range(finding.extent.offset // SECTOR, finding.extent.end // SECTOR)
+    }
+    assert found == {sector: fate for sector, fate in wanted.items() if fate is not Fate.AS_SENT}
+    sizes = {fate: SECTOR * list(wanted.values()).count(fate) for fate in set(wanted.values())}
+    assert {fate: size for fate, size in audit.sizes.items() if size} == sizes
+    assert audit.compared == SECTOR * len(wanted)
