@@ -12,6 +12,7 @@ from nbdproxy.cli import ctl, lab, policy
 from nbdproxy.cli.audit import audit
 from nbdproxy.cli.console import err
 from nbdproxy.cli.convert import convert
+from nbdproxy.cli.explain import explain
 from nbdproxy.cli.explore import explore
 from nbdproxy.cli.info import info
 from nbdproxy.cli.log import log
@@ -67,6 +68,7 @@ app.command()(serve)
 app.command()(info)
 app.command()(log)
 app.command()(replay)
+app.command()(explain)
 app.command()(audit)
 app.command()(manifest)
 app.command()(explore)

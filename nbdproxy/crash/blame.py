@@ -59,6 +59,12 @@ class Blame:
             Safety.BROKEN: f"{flush} had made it durable: whoever lost it broke that promise",
         }[self.safety]
 
+    def in_the_end(self) -> str:
+        """Say it of a request that nobody has lost."""
+        if self.safety is not Safety.BROKEN:
+            return self.sentence()
+        return f"{f'flush {self.flush}' if self.flush is not None else 'its own FUA'} covers it"
+
 
 def blame(timeline: Timeline, row: int, position: int, options: Options) -> Blame:
     """Tell why a request was not safe, or that it was."""

@@ -1,0 +1,166 @@
+"""`nbdproxy explain`: one file's story, or when all files of a manifest are safe."""
+
+from __future__ import annotations
+
+import posixpath
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdproxy.cli.choices import parse_list
+from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.replay import Base, FailureText, ModeText
+from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.replay import place, replay
+from nbdproxy.crash.story import Story, carriers, stories
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.oracles import check as oracle
+from nbdproxy.oracles import manifest
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.persistence.model import Level
+from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.report import stories as report
+
+FILES_MAX = 20
+"""So many files are told one by one."""
+
+
+def explain(
+    run: Annotated[Path, typer.Argument(help="A recording.")],
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]...", help="Files, by their paths in the filesystem."),
+    ] = None,
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MANIFEST",
+            help="What the files should be.",
+            show_default="what they are in the end",
+        ),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CUT",
+            help="When: end, before-exit, riskiest, seq:N, flush:N, time:12.5s or mark:NAME.",
+            show_default="before-exit, of a poweroff end",
+        ),
+    ] = None,
+    mode: ModeText = None,
+    failure: Annotated[
+        str,
+        FailureText.__metadata__[0],
+    ] = Failure.HOST_POWER_LOSS.value,
+    root: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The folder that the manifest's paths begin at."),
+    ] = None,
+    base: Base = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell a file's story: when it was sent, answered and flushed, and from when on it was safe.
+
+    And which requests carried it, which flush covered each of them, what a failure at the cut
+    leaves of it under each cache mode, who lost it, and what would have helped. With --files and no
+    FILE it tells how many of all files were safe when. Exit code 1 if a file is not whole at the
+    cut in some cell, or, without FILE, in the end under cache=none.
+
+    Examples:
+
+      nbdproxy explain run1 /app/node_modules/react/index.js
+
+      nbdproxy explain run1 /app/a.js --files npm.sha256 --root / --at riskiest
+
+      nbdproxy explain run1 --files npm.sha256
+    """
+    if not paths and files is None:
+        raise UsageError("which file? name one by its path in the filesystem, or --files MANIFEST")
+    if paths and len(paths) > FILES_MAX:
+        raise UsageError(f"{len(paths)} files are too many to read; name up to {FILES_MAX}")
+    with RecordedSource(run, image=base) as source:
+        if source.missing:
+            err.print(f"note: {source.missing}", markup=False)
+        timeline = Timeline(source)
+        try:
+            cut = resolve(source, at or "before-exit")
+            if files is not None:
+                partition, wanted = place(timeline, manifest.load(files), cut, root=root)
+            else:
+                partition, wanted = None, Manifest(())
+            if paths:
+                paths = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
+                wanted = _chosen(timeline, wanted, paths, from_manifest=files is not None)
+            with err.status("looking at each instant") as status:
+                told = stories(
+                    timeline,
+                    wanted,
+                    partition,
+                    progress=lambda level, done, total: status.update(
+                        f"looking at each instant: {level.value}, {done:,} of {total:,}"
+                    ),
+                )
+            if not paths:
+                _overview(source, told, json=json)
+            modes = parse_list(mode, CacheMode, "--mode")
+            failures = parse_list(failure, Failure, "--failure") or tuple(Failure)
+            found = []
+            for story in told:
+                own = Manifest((story.entry,))
+                table = replay(source, own, modes=modes, failures=failures, at=at, root="/")
+                found.append(report.Told(story, carriers(timeline, story.entry, partition), table))
+            _print(source, found, json=json)
+        finally:
+            timeline.close()
+    fine = all(cell.worst.verdict is Verdict.PASS for one in found for cell in one.replay.cells)
+    raise typer.Exit(0 if fine else 1)
+
+
+def _chosen(
+    timeline: Timeline, wanted: Manifest, paths: list[str], *, from_manifest: bool
+) -> Manifest:
+    """Return the entries of the files that are asked for."""
+    known = {entry.path: entry for entry in wanted.entries}
+    if not from_manifest:
+        disk = timeline.at(timeline.source.events)
+        for folder in dict.fromkeys(posixpath.dirname(path) or "/" for path in paths):
+            try:
+                known |= {entry.path: entry for entry in oracle.scan(disk, folder).entries}
+            except FilesystemError as error:
+                raise UsageError(
+                    f"what {folder} held in the end cannot be read ({error}); say what should be "
+                    f"there with --files MANIFEST"
+                ) from None
+    lost = [path for path in paths if path not in known]
+    if lost:
+        where = "the manifest" if from_manifest else "what was sent to the disk by the end"
+        raise UsageError(
+            f"{lost[0]} is not in {where}; its path has to be absolute in the filesystem, and one "
+            f"that was never sent has to be in a --files MANIFEST"
+        )
+    return Manifest(tuple(known[path] for path in dict.fromkeys(paths)))
+
+
+def _overview(source: RecordedSource, told: tuple[Story, ...], *, json: bool) -> None:
+    if json:
+        print_json(report.overview_json(told, source))
+    else:
+        for line in report.overview_lines(told, source):
+            out.print(line, markup=False)
+    safe = all(story.courses[Level.FLUSHED].since is not None for story in told)
+    raise typer.Exit(0 if safe else 1)
+
+
+def _print(source: RecordedSource, found: list[report.Told], *, json: bool) -> None:
+    if json:
+        print_json([report.to_json(one, source) for one in found])
+        return
+    for number, one in enumerate(found):
+        if number:
+            out.print()
+        for line in report.lines(one, source):
+            out.print(line, markup=False)

@@ -1,0 +1,189 @@
+"""Stories: from which instant on each file was sent, answered and flushed, and what carried it.
+
+A file is looked for in the disks that keep what a level keeps, at one instant after the other: all
+at which that changes. `Level.FLUSHED` is what host power loss leaves under cache=none and
+writeback, `COMPLETED` what it leaves under writethrough and directsync, `RECEIVED` all that was
+sent.
+
+Not covered: requests that were answered with an error, and stores that lose what was not flushed
+before the recording ends (`Options.losses`): what is kept only grows here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from nbdproxy.crash.blame import Blame, blame
+from nbdproxy.crash.naming import Choice, StateId
+from nbdproxy.crash.paint import NOTHING
+from nbdproxy.crash.replay import earlier_digests
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.owners import Owner, OwnerMap
+from nbdproxy.persistence.model import DEFAULTS, Level, Options
+from nbdproxy.recording.index import NEVER
+from nbdproxy.requests import Command
+
+LEVELS = (Level.RECEIVED, Level.COMPLETED, Level.FLUSHED)
+"""What is told of each file: when it was sent, answered, and flushed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From `position` on, until the next change, a file is in this condition."""
+
+    position: int
+    condition: Condition
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What one level kept of a file over time; changes ascend, the first is at 0."""
+
+    changes: tuple[Change, ...]
+
+    @property
+    def first(self) -> int | None:
+        """The position at which the file was whole for the first time."""
+        return next((c.position for c in self.changes if c.condition is Condition.WHOLE), None)
+
+    @property
+    def since(self) -> int | None:
+        """The position from which on it is whole until the end; None if it is not, at the end."""
+        last = self.changes[-1]
+        return last.position if last.condition is Condition.WHOLE else None
+
+    def at(self, position: int) -> Condition:
+        """Return the condition at a cut."""
+        return [c.condition for c in self.changes if c.position <= position][-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What became of one file, level by level."""
+
+    entry: Entry
+    courses: Mapping[Level, Course]
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """A request whose bytes show in what a file hangs on, and what they are there.
+
+    Instants are nanoseconds since the recording began.
+    """
+
+    seq: int
+    received_ns: int
+    request: Extent
+    owners: tuple[Owner, ...]
+    blame: Blame
+
+
+def stories(
+    timeline: Timeline,
+    manifest: Manifest,
+    partition: int | None,
+    *,
+    options: Options = DEFAULTS,
+    progress: Callable[[Level, int, int], None] = lambda _level, _done, _total: None,
+) -> tuple[Story, ...]:
+    """Return the story of each file of a manifest with absolute paths.
+
+    `progress` gets the level, and how many of how many instants were looked at. Where the
+    filesystem cannot be read nothing is there.
+    """
+    earlier = earlier_digests(timeline, manifest, partition)
+    found: dict[str, dict[Level, list[Change]]] = {
+        entry.path: {level: [] for level in LEVELS} for entry in manifest.entries
+    }
+    for level in LEVELS:
+        check = IncrementalCheck(manifest, earlier=earlier, partition=partition)
+        last = None
+        steps = list(_steps(timeline, level, options))
+        for number, (position, changed) in enumerate(steps):
+            disk = timeline.open(StateId(position, level, Choice.MUST, options))
+            findings = check.check(disk, changed)
+            progress(level, number, len(steps))
+            if findings is last:
+                continue
+            last = findings
+            for path, levels in found.items():
+                condition = findings.conditions.get(path, Condition.MISSING)
+                changes = levels[level]
+                if not changes or changes[-1].condition is not condition:
+                    changes.append(Change(position, condition))
+    return tuple(
+        Story(entry, {level: Course(tuple(found[entry.path][level])) for level in LEVELS})
+        for entry in manifest.entries
+    )
+
+
+def _steps(
+    timeline: Timeline, level: Level, options: Options
+) -> Iterator[tuple[int, list[Extent] | None]]:
+    """Yield the positions at which a level keeps more, and where; first 0, with all of the disk."""
+    table = timeline.table
+    changing = (table.length > 0) & (table.command != Command.FLUSH) & (table.error == 0)
+    kept_from = {
+        Level.RECEIVED: table.seq,
+        Level.COMPLETED: table.completed,
+        Level.FLUSHED: timeline.fates(options).durable_from,
+    }[level]
+    rows = np.flatnonzero(changing & (kept_from != NEVER))
+    rows = rows[np.argsort(kept_from[rows], kind="stable")]
+    yield 0, None
+    moments, begins = np.unique(kept_from[rows], return_index=True)
+    for moment, some in zip(moments.tolist(), np.split(rows, begins[1:]), strict=False):
+        pairs = zip(table.offset[some].tolist(), table.length[some].tolist(), strict=True)
+        yield moment + 1, [Extent(offset, length) for offset, length in pairs]
+
+
+def carriers(
+    timeline: Timeline, entry: Entry, partition: int | None, options: Options = DEFAULTS
+) -> tuple[Carrier, ...]:
+    """Return the requests that a file hangs on in the end, in the order received.
+
+    Those are the ones that show in the file's content and in what leads to it: its inode, its
+    extents, its directories. What all files of the disk hang on is left out, and the journal; none
+    is returned if the file itself is nowhere.
+    """
+    end = timeline.source.events
+    disk = timeline.at(end)
+    check = IncrementalCheck(Manifest((entry,)), partition=partition)
+    check.check(disk, None)
+    owners = OwnerMap(disk, partition=partition)
+    found: dict[int, list[Owner]] = {}
+    for extent in check.reads:
+        stop = min(extent.end, timeline.source.size)
+        for start, high, row in disk.segments(extent.offset, stop):
+            if row != NOTHING:
+                own = [o for o in owners.of(Extent(start, high - start)) if _leads_to(o, entry)]
+                found.setdefault(row, []).extend(own)
+    if not any(entry.path in owner.paths for some in found.values() for owner in some):
+        return ()
+    table, source = timeline.table, timeline.source
+    return tuple(
+        Carrier(
+            int(table.seq[row]),
+            source.time_of(int(table.seq[row])),
+            Extent(int(table.offset[row]), int(table.length[row])),
+            tuple(dict.fromkeys(some)),
+            blame(timeline, row, end, options),
+        )
+        for row, some in sorted(found.items())
+        if some
+    )
+
+
+def _leads_to(owner: Owner, entry: Entry) -> bool:
+    """Tell whether this is a file's own, or of a directory on the way to it."""
+    return any(
+        path == entry.path or entry.path.startswith(path.rstrip("/") + "/") for path in owner.paths
+    )

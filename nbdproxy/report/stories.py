@@ -1,0 +1,279 @@
+"""The stories of files, in words: when each was sent and safe, what carried it, who lost it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from nbdproxy.crash.causes import Cause
+from nbdproxy.crash.replay import Cell, Replay
+from nbdproxy.crash.source import Source
+from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.persistence.model import Level
+from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
+
+CARRIERS_SHOWN = 6
+"""So many requests are listed; --json has all."""
+INSTANTS_SHOWN = 12
+"""So many instants of an overview are listed, evenly spread; --json has all."""
+
+_DONE = {
+    Level.RECEIVED: "sent",
+    Level.COMPLETED: "answered",
+    Level.FLUSHED: "flushed",
+}
+
+_ADVICE = {
+    Cause.NEVER_SENT: "The guest still had it in memory: no cache mode can help. Let the "
+    "application fsync the file and its directory, or sync before the power goes.",
+    Cause.CHANGED_BY_GUEST: "It had been whole, and the guest changed or removed it: nothing was "
+    "lost.",
+    Cause.SENT_UNANSWERED: "It was on its way. Nobody had promised anything yet; an fsync that "
+    "returns does.",
+    Cause.UNFLUSHED: "It was written and not flushed. An fsync would have protected it, and so "
+    "would cache=writethrough or directsync, which flush every write.",
+    Cause.FLUSH_IN_FLIGHT: "It was being flushed just then. Nobody had promised anything yet.",
+    Cause.FLUSHED_THEN_LOST: "It had been flushed. The cache mode ignores flushes (unsafe), or the "
+    "store below lost what it had acknowledged: nbdproxy audit tells.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One file's story, what it hangs on, and the table of the cut for it alone."""
+
+    story: Story
+    carriers: tuple[Carrier, ...]
+    replay: Replay
+
+
+def lines(told: Told, source: Source) -> Iterator[str]:
+    """Yield a story for people, about one screen."""
+    story = told.story
+    size = f", {story.entry.size:,} bytes" if story.entry.size is not None else ""
+    yield f"{_shown(story.entry.path)}{size}"
+    yield ""
+    for level in LEVELS:
+        yield f"  {_DONE[level]:<10}{_course(story.courses[level], source)}"
+    yield ""
+    yield from _carried(told.carriers)
+    yield from _protection(story, source, told.replay)
+    yield ""
+    yield from _verdict(told, source)
+
+
+def _course(course: Course, source: Source) -> str:
+    first, since = course.first, course.since
+    if first is None:
+        seen = [change for change in course.changes if change.condition is not Condition.MISSING]
+        if not seen:
+            return "never"
+        last = seen[-1]
+        return f"never whole; {last.condition.value} from {_at(last.position, source)} on"
+    if since is None:
+        last = course.changes[-1]
+        return (
+            f"whole first at {_at(first, source)}, and {last.condition.value} "
+            f"from {_at(last.position, source)} on"
+        )
+    text = f"whole from {_at(since, source)} on"
+    return text if first == since else f"{text} (first at {_at(first, source)})"
+
+
+def _at(position: int, source: Source) -> str:
+    if not position:
+        return "the start"
+    return f"{source.time_of(position - 1) / 1e9:.3f} s (seq {position - 1})"
+
+
+def _carried(carriers: Sequence[Carrier]) -> Iterator[str]:
+    """Yield the requests that the file hangs on in the end."""
+    for number, carrier in enumerate(carriers[:CARRIERS_SHOWN]):
+        head = "  carried by" if not number else "            "
+        yield (
+            f"{head} request {carrier.seq} at {carrier.received_ns / 1e9:.3f} s, "
+            f"{carrier.request.length:,} bytes: {'; '.join(_kinds(carrier))}"
+        )
+        yield f"               {carrier.blame.in_the_end()}"
+    if len(carriers) > CARRIERS_SHOWN:
+        yield f"             and {len(carriers) - CARRIERS_SHOWN:,} more; --json lists them"
+    if carriers:
+        yield ""
+
+
+def _kinds(carrier: Carrier) -> list[str]:
+    return list(dict.fromkeys(str(owner.kind) for owner in carrier.owners))
+
+
+def protected_since(story: Story, mode: CacheMode) -> int | None:
+    """Return from which position on host power loss leaves the file whole under a mode."""
+    level = guarantee(mode, Failure.HOST_POWER_LOSS).must
+    return story.courses[level].since if level in story.courses else None
+
+
+def _protection(story: Story, source: Source, replay: Replay) -> Iterator[str]:
+    """Say from when on each mode protects it, and how long it was at risk until then."""
+    sent = story.courses[Level.RECEIVED].first
+    alike: dict[int | None, list[str]] = {}
+    for mode in CacheMode:
+        if mode not in replay.left_out:
+            alike.setdefault(protected_since(story, mode), []).append(mode.value)
+    head = "  protected"
+    for since, modes in alike.items():
+        text = "never"
+        if since is not None:
+            text = f"from {_at(since, source)} on"
+            if sent is not None and since > sent:
+                risk_ns = source.time_of(since - 1) - (source.time_of(sent - 1) if sent else 0)
+                text += f", at risk for {risk_ns / 1e9:.3f} s after it was sent"
+        yield f"{head:<12}{', '.join(modes)}: {text}"
+        head = ""
+
+
+def _verdict(told: Told, source: Source) -> Iterator[str]:
+    """Say what the cut leaves of it under each mode, who lost it, and what helps."""
+    path = told.story.entry.path
+    advice: dict[Cause, list[str]] = {}
+    for failure in dict.fromkeys(cell.failure for cell in told.replay.cells):
+        cells = [cell for cell in told.replay.cells if cell.failure is failure]
+        cut = cells[0].cut
+        yield f"  {failure.value} at {cut.text}, {cut.time_ns(source) / 1e9:.3f} s:"
+        alike: dict[str, list[str]] = {}
+        for cell in cells:
+            alike.setdefault(_fate(cell, path), []).append(cell.mode.value)
+            outcome = cell.worst.files.get(path)
+            if outcome is not None and outcome.cause is not None:
+                advice.setdefault(outcome.cause, []).append(cell.mode.value)
+        for fate, modes in alike.items():
+            yield f"    {', '.join(modes)}: {fate}"
+    for cause in advice:
+        yield ""
+        yield f"  {cause.value}: {_ADVICE[cause]}"
+
+
+def _fate(cell: Cell, path: str) -> str:
+    outcome = cell.worst.files.get(path)
+    if outcome is None:
+        return f"unknown ({cell.worst.reason})"
+    text = outcome.condition.value
+    if outcome.cause is not None:
+        text += f", {outcome.cause.value}"
+    best = cell.best.files.get(path)
+    if best is not None and best.condition is not outcome.condition:
+        text += f"; at best {best.condition.value}"
+    return text
+
+
+def _shown(path: str) -> str:
+    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
+    """Return how many files each level keeps whole, from each position on at which that changes."""
+    moments = sorted({c.position for s in stories for k in LEVELS for c in s.courses[k].changes})
+    deltas: dict[int, dict[Level, int]] = {position: {} for position in moments}
+    for story in stories:
+        for level in LEVELS:
+            was = 0
+            for change in story.courses[level].changes:
+                now = int(change.condition is Condition.WHOLE)
+                found = deltas[change.position]
+                found[level] = found.get(level, 0) + now - was
+                was = now
+    counts = dict.fromkeys(LEVELS, 0)
+    told = []
+    for position in moments:
+        counts = {level: counts[level] + deltas[position].get(level, 0) for level in LEVELS}
+        told.append((position, counts))
+    return told
+
+
+def overview_lines(stories: Sequence[Story], source: Source) -> Iterator[str]:
+    """Yield when everything is safe, for people."""
+    rows = overview(stories)
+    yield f"of {len(stories):,} files, so many are whole in what was"
+    yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
+    steps = range(len(rows))
+    if len(rows) > INSTANTS_SHOWN:
+        steps = range(0, len(rows), -(-len(rows) // INSTANTS_SHOWN))
+    for index in dict.fromkeys((*steps, len(rows) - 1)):
+        position, counts = rows[index]
+        numbers = "".join(f"{counts[level]:>10,}" for level in LEVELS)
+        yield f"  {_at(position, source):<24}{numbers}"
+    yield ""
+    yield "What was answered, writethrough and directsync keep when the host loses power; what was"
+    yield "flushed, none and writeback keep as well; unsafe keeps nothing for certain."
+    for level, modes in (
+        (Level.FLUSHED, "none and writeback"),
+        (Level.COMPLETED, "writethrough and directsync"),
+    ):
+        since = [story.courses[level].since for story in stories]
+        safe = [position for position in since if position is not None]
+        if len(safe) == len(stories):
+            yield f"Under {modes} everything is safe from {_at(max(safe), source)} on."
+        else:
+            yield f"Under {modes} {len(stories) - len(safe):,} files are never safe."
+
+
+def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]:
+    """Return when everything is safe, as `nbdproxy explain --files --json` prints it."""
+    return {
+        "files": len(stories),
+        "instants": [
+            {**(_instant(position, source) or {}), **{_DONE[k]: counts[k] for k in LEVELS}}
+            for position, counts in overview(stories)
+        ],
+    }
+
+
+def to_json(told: Told, source: Source) -> dict[str, object]:
+    """Return a story as `nbdproxy explain --json` prints it."""
+    story = told.story
+    return {
+        "path": _shown(story.entry.path),
+        "size": story.entry.size,
+        "levels": {
+            _DONE[level]: {
+                "whole_first": _instant(story.courses[level].first, source),
+                "whole_since": _instant(story.courses[level].since, source),
+                "changes": [
+                    {"condition": c.condition.value, **(_instant(c.position, source) or {})}
+                    for c in story.courses[level].changes
+                ],
+            }
+            for level in LEVELS
+        },
+        "protected_since": {
+            mode.value: _instant(protected_since(story, mode), source)
+            for mode in CacheMode
+            if mode not in told.replay.left_out
+        },
+        "carried_by": [
+            {
+                "request": carrier.seq,
+                "received_s": carrier.received_ns / 1e9,
+                "offset": carrier.request.offset,
+                "length": carrier.request.length,
+                "what": [owner.words() for owner in carrier.owners],
+                "flush": carrier.blame.flush,
+                "safety": carrier.blame.safety.value,
+            }
+            for carrier in told.carriers
+        ],
+        "cells": [
+            {
+                "mode": cell.mode.value,
+                "failure": cell.failure.value,
+                "state": str(cell.worst.state),
+                "fate": _fate(cell, story.entry.path),
+            }
+            for cell in told.replay.cells
+        ],
+    }
+
+
+def _instant(position: int | None, source: Source) -> dict[str, object] | None:
+    if position is None:
+        return None
+    return {"position": position, "time_s": source.time_of(position - 1) / 1e9 if position else 0.0}

@@ -1,0 +1,97 @@
+"""`nbdproxy explain` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from tests.support.ext4 import FLUSHED, UNFLUSHED
+from tests.support.serving import nbdproxy
+
+
+class Made(Protocol):
+    """A recording made by `tests/cli/conftest.py`."""
+
+    folder: Path
+    run: Path
+    manifest: Path
+
+
+def explain(run: Path, *words: str | Path, code: int) -> Any:
+    """Explain, and return what it says as JSON."""
+    return json.loads(nbdproxy("explain", run, *words, "--json", code=code).stdout)
+
+
+def test_a_flushed_file_was_safe_from_its_flush_on(recorded: Made) -> None:
+    [story] = explain(recorded.run, f"/{FLUSHED}", code=1)
+    sent, answered, flushed = (story["levels"][k]["whole_since"] for k in story["levels"])
+    assert sent["position"] < answered["position"] < flushed["position"]
+    since = story["protected_since"]
+    assert since["none"] == since["writeback"] == flushed
+    assert since["writethrough"] == since["directsync"] == answered
+    assert since["unsafe"] is None
+    fates = {cell["mode"]: cell["fate"] for cell in story["cells"]}
+    assert fates["none"] == "whole"
+    assert "flushed-then-lost" in fates["unsafe"]
+    assert {carrier["safety"] for carrier in story["carried_by"]} <= {
+        "promise-broken",
+        "never-flushed",
+    }
+    assert any("file data" in " ".join(c["what"]) for c in story["carried_by"])
+
+
+def test_an_unflushed_file_was_not_and_advice_is_given(recorded: Made) -> None:
+    words = ("explain", recorded.run, UNFLUSHED, "--mode", "none,writethrough")
+    said = nbdproxy(*words, code=1).stdout
+    assert said.startswith(f"/{UNFLUSHED}, 50,000 bytes\n")
+    assert "unflushed: It was written and not flushed." in said
+    assert "writethrough: whole" in said
+    assert "carried by request" in said
+    assert len(said.splitlines()) < 40, "one screen"
+    fine = nbdproxy("explain", recorded.run, UNFLUSHED, "--mode", "writethrough", code=0).stdout
+    assert "It was written" not in fine
+
+
+def test_when_everything_is_safe(recorded: Made, all_flushed: Made) -> None:
+    for made, code, flushed in ((all_flushed, 0, 2), (recorded, 1, 1)):
+        words = ("--files", made.manifest)
+        found = explain(made.run, *words, code=code)
+        assert found["files"] == 2
+        assert found["instants"][0]["sent"] == 0
+        last = found["instants"][-1]
+        assert (last["sent"], last["answered"]) == (2, 2)
+        assert last["flushed"] == flushed
+        said = nbdproxy("explain", made.run, *words, code=code).stdout
+        expected = "everything is safe from" if flushed == 2 else "1 files are never safe"
+        assert f"Under none and writeback {expected}" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "which file?"),
+        (["/no/such"], "is not in what was sent"),
+        (["/nothing"], "is not in what was sent to the disk by the end"),
+        ([f"/{FLUSHED}", "--at", "noon"], "names no instant"),
+        ([f"/{FLUSHED}", "--mode", "fast"], "--mode"),
+        ([f"/{number}" for number in range(30)], "too many"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(recorded: Made, words: list[str], sentence: str) -> None:
+    said = nbdproxy("explain", recorded.run, *words, code=2)
+    assert said.stdout == ""
+    assert said.stderr.count("nbdproxy: ") == 1
+    assert sentence in said.stderr
+
+
+def test_a_file_that_was_never_sent_needs_a_manifest(recorded: Made, tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.write_text(recorded.manifest.read_text() + f"{'0' * 64}  /never\n")
+    [story] = explain(recorded.run, "/never", "--files", files, code=1)
+    assert story["carried_by"] == []
+    assert all("never-sent" in cell["fate"] for cell in story["cells"])
+    said = nbdproxy("explain", recorded.run, "/other", "--files", files, code=2).stderr
+    assert "is not in the manifest" in said

@@ -1,0 +1,88 @@
+"""Stories against looking at every instant: each level's disk is checked anew, from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from nbdproxy.crash.judging import ManifestPlan
+from nbdproxy.crash.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.story import LEVELS, carriers, stories
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.oracles import check as oracle
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.ext4.owners import OwnerKind
+from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.persistence.model import Options
+from nbdproxy.report.stories import overview
+from tests.support.exploring import ext4_case
+
+Opened = tuple[Timeline, Manifest]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """A recording of two files, one flushed, and what they should be."""
+    case = ext4_case(tmp_path_factory.mktemp("ext4"))
+    assert isinstance(case.judge, ManifestPlan)
+    with RecordedSource(case.run) as source, closing(Timeline(source)) as timeline:
+        yield timeline, case.judge.manifest
+
+
+def test_the_condition_at_every_instant_is_what_a_look_there_finds(opened: Opened) -> None:
+    timeline, manifest = opened
+    told = stories(timeline, manifest, None)
+    seen = set()
+    for level in LEVELS:
+        for position in range(timeline.source.events + 1):
+            disk = timeline.open(StateId(position, level, Choice.MUST, Options()))
+            found = oracle.check(disk, manifest, earlier={}, partition=None).conditions
+            for story in told:
+                path = story.entry.path
+                expected = found.get(path, Condition.MISSING)
+                assert story.courses[level].at(position) is expected, (level, position, path)
+                seen.add(expected)
+    assert len(seen) > 2
+    for story in told:
+        sent, answered, flushed = (story.courses[level].since for level in LEVELS)
+        assert sent is not None
+        assert answered is not None
+        assert sent <= answered <= (timeline.source.events if flushed is None else flushed)
+    assert [story.courses[LEVELS[-1]].since is not None for story in told] == [True, False]
+
+
+def test_the_overview_counts_what_the_stories_tell(opened: Opened) -> None:
+    timeline, manifest = opened
+    told = stories(timeline, manifest, None)
+    rows = overview(told)
+    assert rows[0][0] == 0
+    for position, counts in rows:
+        for level in LEVELS:
+            whole = [s.courses[level].at(position) is Condition.WHOLE for s in told]
+            assert counts[level] == sum(whole)
+    assert list(rows[-1][1].values()) == [2, 2, 1]
+
+
+def test_a_file_hangs_on_the_requests_that_show_in_it(opened: Opened) -> None:
+    """Without any one of them it is not whole, or its content is the same without it."""
+    timeline, manifest = opened
+    end = timeline.source.events
+    for entry in manifest.entries:
+        found = carriers(timeline, entry, None)
+        kinds = {owner.kind for carrier in found for owner in carrier.owners}
+        assert {OwnerKind.FILE_DATA, OwnerKind.INODE_TABLE} <= kinds
+        data = [
+            carrier
+            for carrier in found
+            if any(o.kind is OwnerKind.FILE_DATA and entry.path in o.paths for o in carrier.owners)
+        ]
+        assert data
+        own = Manifest((entry,))
+        for carrier in data:
+            lacking = f"s{end}.nothing.but{carrier.seq}"
+            disk = timeline.open(parse_state_id(lacking))
+            conditions = oracle.check(disk, own, earlier={}, partition=None).conditions
+            assert conditions[entry.path] is not Condition.WHOLE
