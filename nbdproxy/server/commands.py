@@ -19,8 +19,9 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,9 +104,10 @@ class _CommandJudge:
     def _run_on_image(self, state: StateId, environment: dict[str, str]) -> Judgement:
         with ExitStack() as stack:
             try:
-                folder = stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=_scratch())
-                )
+                with _undisturbed():
+                    folder = stack.enter_context(
+                        tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=_scratch())
+                    )
                 image = Path(folder) / "image"
                 write_sparse(self._timeline.open(state), image)
             except OSError as error:
@@ -115,23 +117,23 @@ class _CommandJudge:
 
     def _run(self, environment: dict[str, str]) -> Judgement:
         with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                ["/bin/sh", "-c", self._plan.command],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = process.wait(self._plan.time_limit_s)
-            except subprocess.TimeoutExpired:
-                return Judgement(
-                    Verdict.UNKNOWN, f"it took longer than {self._plan.time_limit_s:g} s"
-                )
-            finally:
-                # Its children as well: they would go on reading a state that is gone.
-                _kill(process)
+            with ExitStack() as stack:
+                with _undisturbed():
+                    process = subprocess.Popen(
+                        ["/bin/sh", "-c", self._plan.command],
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                    # Its children as well: they would go on reading a state that is gone.
+                    stack.callback(_kill, process)
+                try:
+                    code = process.wait(self._plan.time_limit_s)
+                except subprocess.TimeoutExpired:
+                    limit = f"it took longer than {self._plan.time_limit_s:g} s"
+                    return Judgement(Verdict.UNKNOWN, limit)
             return _judgement(code, _last_line(output.fileno()))
 
     def close(self) -> None:
@@ -157,6 +159,26 @@ def _last_line(fd: int) -> str:
     text = os.pread(fd, _TAIL, max(0, size - _TAIL)).decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:_REASON_MAX] if lines else ""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let signals wait until the block is done, so that nothing is begun and then forgotten."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python gives signals to the main thread only
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

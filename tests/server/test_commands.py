@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,6 +50,24 @@ def run(timeline: Timeline) -> Iterator[Run]:
     yield judge
     for one in judges:
         one.close()
+
+
+def test_a_signal_just_when_a_command_begins_ends_the_command_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *words: object, **options: object) -> None:
+            super().__init__(*words, **options)  # type: ignore[call-overload]
+            begun.append(self.pid)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("nbdproxy.server.commands.subprocess.Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("sleep 300")
+    [pid] = begun
+    assert not alive(pid)
 
 
 def alive(pid: int) -> bool:
