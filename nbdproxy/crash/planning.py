@@ -205,10 +205,10 @@ def _shares(sizes: Sequence[int | None], left: int) -> list[int]:
     shares = [0] * len(sizes)
     hungry = [index for index, size in enumerate(sizes) if size != 0]
     while left and hungry:
-        each, odd = divmod(left, len(hungry))
-        for turn, index in enumerate(hungry):
-            size = sizes[index]
-            offer = each + (turn < odd)
+        # What does not go round is dealt last, so that nobody is ahead by more than one.
+        each = left // len(hungry)
+        for index in hungry if each else hungry[:left]:
+            size, offer = sizes[index], max(each, 1)
             take = offer if size is None else min(offer, size - shares[index])
             shares[index] += take
             left -= take

@@ -51,11 +51,11 @@ def test_full_loses_nothing_in_any_state(tmp_path: Path, workload: str, may_lose
     """By SQLite's design the last commit of a rollback journal may be undone, and only that."""
     run = record(tmp_path, workload, "cut")
     check = f"{CHECK} --may-lose {may_lose}"
-    found = explore(run, "--check", check, "--states", "250", "--seed", "3", code=0)
+    found = explore(run, "--check", check, "--states", "100", "--seed", "3", code=0)
     # Where a cut has few states, each is visited once, and that may be fewer than were asked for.
     visited = found["visited"]
     assert isinstance(visited, int)
-    assert visited > 150
+    assert visited > 60
     assert found["verdicts"] == {"pass": visited, "fail": 0, "unknown": 0}
     # The same check does tell a loss: when one more is asked for than was promised.
     stricter = check.replace('"$mark"', '"committed-$((${mark#committed-} + 2))"')
@@ -65,7 +65,7 @@ def test_full_loses_nothing_in_any_state(tmp_path: Path, workload: str, may_lose
 
 def test_off_loses_and_the_loss_is_one_write(tmp_path: Path) -> None:
     run = record(tmp_path, "sqlite-off", "sync")
-    found = explore(run, "--check", CHECK, "--states", "60", code=1)
+    found = explore(run, "--check", CHECK, "--states", "40", code=1)
     cuts = {state["state"].partition(".")[0] for state in found["failing"]}  # type: ignore[attr-defined]
     # At the last of these all had been sent, and its flush was on the way: what is missing decides.
     last = max(cuts, key=lambda cut: int(cut[1:]))
@@ -95,11 +95,11 @@ def test_a_guest_boots_on_a_state_and_says_the_same(tmp_path: Path) -> None:
         listed = tool("nbdinfo", "--list", f"nbd+unix:///?socket={server.socket}")
         assert all(f'export="{name}"' in listed for name in ("end", "before-exit", "riskiest"))
         # At the mark the next commits may have been on their way.
-        for name, highest in (("end", {50}), ("mark%3Acommitted-20", {20, 21, 22, 23})):
+        # Twice: what the first guest's mount and recovery wrote is forgotten.
+        for name, highest in [("mark%3Acommitted-20", {20, 21, 22, 23})] * 2 + [("end", {50})]:
             uri = f"nbd+unix:///{name}?socket={server.socket}"
-            for _ in range(2):  # what the first guest's mount and recovery wrote is forgotten
-                done = nbdproxy("lab", "run", "sqlite-check", uri, "-v", timeout_s=120)
-                assert "sqlite integrity ok" in done.stderr
-                assert any(f"sqlite highest {number}" in done.stderr for number in highest)
+            done = nbdproxy("lab", "run", "sqlite-check", uri, "-v", timeout_s=120)
+            assert "sqlite integrity ok" in done.stderr
+            assert any(f"sqlite highest {number}" in done.stderr for number in highest)
         server.signal(15)
         assert server.wait() == 0, server.log

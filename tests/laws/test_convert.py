@@ -39,7 +39,7 @@ from tests.support.foreign import (
 )
 
 law = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 marks = st.builds(Mark, st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9))
 serial_steps = st.lists(st.one_of(steps(COMMANDS), steps(COMMANDS), marks), max_size=16)

@@ -279,7 +279,7 @@ steps = st.lists(
 
 
 @given(st.integers(1, 4), steps)
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_below_the_cache_is_exactly_what_was_landed(
     sectors: int, chosen: list[tuple[str, int, int]]
 ) -> None:

@@ -183,7 +183,7 @@ def check_rebuilt(case: Case, found: Minimum) -> tuple[bytes, bytes]:
 
 
 @given(cases(monotone))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_nothing_can_be_given_back(case: Case) -> None:
     found = case.minimum()
     disk, full = check_rebuilt(case, found)
@@ -195,7 +195,7 @@ def test_nothing_can_be_given_back(case: Case) -> None:
 
 
 @given(cases(arbitrary))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_nothing_can_be_given_back_whatever_the_judge(case: Case) -> None:
     found = case.minimum()
     disk, full = check_rebuilt(case, found)

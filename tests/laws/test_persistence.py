@@ -19,7 +19,7 @@ from tests.support.logs import SECTOR, SECTORS, logs, options
 
 
 @given(logs(), options)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_the_model_equals_the_reference(log: list[Received | Completed], chosen: Options) -> None:
     table = reference.table_of(log)
     since = model.durable_from(table, chosen)
@@ -51,7 +51,7 @@ def test_levels_are_nested_and_durable_only_grows(
 
 
 @given(logs(), options, st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_answer_depends_on_what_comes_after_the_cut(
     log: list[Received | Completed], chosen: Options, data: st.DataObject
 ) -> None:
@@ -76,7 +76,7 @@ def memory_source(log: list[Received | Completed]) -> MemorySource:
 
 
 @given(logs(), options)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_both_ends_are_states_that_the_rules_allow(
     log: list[Received | Completed], chosen: Options
 ) -> None:

@@ -136,7 +136,7 @@ plans = st.builds(
 
 
 @given(logs(longest=14), options, contents, plans, st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_shared_verdict_is_the_states_own(
     log: Log, chosen: Options, content: list[int], plan: AdaptivePlan, data: st.DataObject
 ) -> None:
@@ -151,7 +151,7 @@ def test_a_shared_verdict_is_the_states_own(
 
 @pytest.mark.parametrize("sector", [512, 4096])
 @given(ragged_logs(), contents, plans, st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_also_where_requests_end_inside_sectors(
     sector: int, log: Log, content: list[int], plan: AdaptivePlan, data: st.DataObject
 ) -> None:

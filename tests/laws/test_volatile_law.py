@@ -250,7 +250,7 @@ def housekeeping_all_the_time() -> Iterator[None]:
 
 
 @given(st.integers(1, 6), steps, cuts)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_a_cut_lands_what_it_may_of_the_history_and_nothing_else(
     sectors: int, chosen: list[tuple[str, int, int]], survivors: list[tuple[int, int, int]]
 ) -> None:
@@ -265,7 +265,7 @@ def test_a_cut_lands_what_it_may_of_the_history_and_nothing_else(
 
 
 @given(st.booleans(), st.integers(1, 4), steps)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_a_sync_lands_all_but_what_was_dropped(
     history: bool, sectors: int, chosen: list[tuple[str, int, int]]
 ) -> None:
