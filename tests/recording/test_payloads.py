@@ -22,7 +22,6 @@ def index_of(lengths: list[int], gap: int) -> tuple[PayloadIndex, list[int]]:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.sampled_from([0, 0, 0, 1, 5]), max_size=30), st.integers(0, 2))
-@settings(max_examples=30, deadline=None)
 def test_it_names_the_event_that_a_position_is_in(lengths: list[int], gap: int) -> None:
     # More rows than one step of the index, and a long run without any payload.
     lengths = [*lengths, *[0] * 2500, *lengths, 3, *[0] * 1500]
