@@ -14,6 +14,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.persistence.model import Coverage, Options
+from nbdproxy.recording.meta import Fingerprint
 from nbdproxy.recording.reader import Recording
 from nbdproxy.report import audited
 from nbdproxy.server.assemble import ImageFormat
@@ -32,6 +33,10 @@ def audit(
         Coverage,
         typer.Option(help="A flush covers what was completed before it was received, or replied."),
     ] = Coverage.RECEIVED,
+    fsyncgate: Annotated[
+        bool,
+        typer.Option("--fsyncgate", help="What a failed flush had in hand, no later one saves."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare the store with what was acknowledged: has it everything that a flush made durable?
@@ -39,7 +44,8 @@ def audit(
     Each sector that was sent holds what was sent last; or something older that no flush had
     replaced, which is allowed; or it is a broken promise of what stands below nbdproxy. Look before
     anybody else writes to the store, and, if a host lost power, on a host that has forgotten its
-    page cache. Exit code 1 if a promise was broken, or a place holds what was never sent.
+    page cache. Exit code 1 if a promise was broken, or a place holds what it never may have; 2 if
+    that cannot be told, because the recording was cut off.
 
     Examples:
 
@@ -51,19 +57,47 @@ def audit(
     """
     recording = Recording(run)
     qcow2 = _is_guests_view(recording, image, image_format)
+    if recording.meta.policies == ("imported",):
+        raise UsageError(
+            f"{run} was imported from a log: audit needs a recording of nbdproxy's own"
+        )
     if recording.meta.overlay:
         raise UsageError(
             f"{run} was recorded with --overlay: nothing of it was ever written to the store"
         )
+    ended = recording.ending.image if recording.ending is not None else None
     recording.close()
 
     def work(store: ReadableDevice) -> int:
-        return _audit(run, image, store, Options(coverage=covers), json=json)
+        options = Options(coverage=covers, fsyncgate=fsyncgate)
+        changed = _is_changed(image, recording, ended)
+        return _audit(run, image, store, options, changed=changed, json=json)
 
-    raise typer.Exit(with_store(image, work, qcow2=qcow2))
+    try:
+        code = with_store(image, work, qcow2=qcow2)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    raise typer.Exit(code)
 
 
-def _audit(run: Path, image: str, store: ReadableDevice, options: Options, *, json: bool) -> int:
+def _is_changed(image: str, recording: Recording, ended: Fingerprint | None) -> bool:
+    """Tell whether the recording's own image was changed after the recording ended."""
+    try:
+        own = Path(image).samefile(recording.meta.image)
+        return own and ended is not None and Fingerprint.of(Path(image)) != ended
+    except OSError:
+        return False
+
+
+def _audit(
+    run: Path,
+    image: str,
+    store: ReadableDevice,
+    options: Options,
+    *,
+    changed: bool,
+    json: bool,
+) -> int:
     """Compare, print, and return the exit code."""
     with StoreSource(run, store) as source:
         if store.size != source.size:
@@ -77,13 +111,13 @@ def _audit(run: Path, image: str, store: ReadableDevice, options: Options, *, js
                 lambda done, total: status.update(f"comparing: {100 * done // max(total, 1)} %")
             )
         owners = audited.owners_of(timeline, found)
-        report = audited.Report(str(run), image, source, timeline, options, found, owners)
+        report = audited.Report(str(run), image, source, timeline, options, found, owners, changed)
         if json:
             print_json(audited.to_json(report))
         else:
             for line in audited.lines(report):
                 out.print(line, markup=False)
-        return 1 if report.faults else 0
+        return report.code
 
 
 def _is_guests_view(recording: Recording, image: str, image_format: ImageFormat | None) -> bool:

@@ -22,7 +22,13 @@ from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.persistence.model import Level
-from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.persistence.modes import (
+    CacheMode,
+    Failure,
+    guarantee,
+    projectable,
+    recorded_under,
+)
 from nbdproxy.report import stories as report
 
 FILES_MAX = 20
@@ -68,7 +74,7 @@ def explain(
     And which requests carried it, which flush covered each of them, what a failure at the cut
     leaves of it under each cache mode, who lost it, and what would have helped. With --files and no
     FILE it tells how many of all files were safe when. Exit code 1 if a file is not whole at the
-    cut in some cell, or, without FILE, in the end under cache=none.
+    cut in some cell, or, without FILE, in the end under the weakest mode that keeps promises.
 
     Examples:
 
@@ -80,6 +86,8 @@ def explain(
     """
     if not paths and files is None:
         raise UsageError("which file? name one by its path in the filesystem, or --files MANIFEST")
+    if not paths and (at or mode or failure != Failure.HOST_POWER_LOSS.value):
+        raise UsageError("--at, --mode and --failure are for single files: name one, or drop them")
     if paths and len(paths) > FILES_MAX:
         raise UsageError(f"{len(paths)} files are too many to read; name up to {FILES_MAX}")
     with RecordedSource(run, image=base) as source:
@@ -111,7 +119,15 @@ def explain(
             found = []
             for story in told:
                 own = Manifest((story.entry,))
-                table = replay(source, own, modes=modes, failures=failures, at=at, root="/")
+                table = replay(
+                    source,
+                    own,
+                    modes=modes,
+                    failures=failures,
+                    at=at,
+                    root="/",
+                    partition=partition,
+                )
                 found.append(report.Told(story, carriers(timeline, story.entry, partition), table))
             _print(source, found, json=json)
         finally:
@@ -146,12 +162,15 @@ def _chosen(
 
 
 def _overview(source: RecordedSource, told: tuple[Story, ...], *, json: bool) -> None:
+    possible = projectable(recorded_under(source.table))
+    levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in possible]
     if json:
         print_json(report.overview_json(told, source))
     else:
-        for line in report.overview_lines(told, source):
+        for line in report.overview_lines(told, source, levels):
             out.print(line, markup=False)
-    safe = all(story.courses[Level.FLUSHED].since is not None for story in told)
+    asked = Level.FLUSHED if Level.FLUSHED in levels else Level.COMPLETED
+    safe = all(story.courses[asked].since is not None for story in told)
     raise typer.Exit(0 if safe else 1)
 
 

@@ -4,7 +4,8 @@ Each sector that a recording changed is compared with the store. Where it is not
 the rules say whether it may be that: a store may have lost what no flush covered, and nothing else.
 
 Not covered: a store that was written to after the recording, which cannot be told from one that
-errs; and what a TRIM left, which is up to the store.
+errs; a recording that was cut off before its end, for what came later; and what a TRIM left, which
+is up to the store and not looked at.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +50,11 @@ class Fate(StrEnum):
     UNFLUSHED = "unflushed"
     """What was sent last is not there, and no flush covered it: allowed."""
     TRIMMED = "trimmed"
-    """A TRIM was the last thing that must be there, and anything may be."""
+    """A TRIM was the last thing that was sent, or may have come later: anything may be there."""
     BROKEN = "broken-promise"
-    """What a flush had made durable is not there, but something older or zeroes."""
+    """What a flush had made durable is not there, but something older, or zeroes."""
     FOREIGN = "foreign"
-    """It holds what was never sent: somebody else wrote there, or the store damaged it."""
+    """It holds what it never may have: somebody else wrote there, or the store damaged it."""
 
 
 _FATES = list(Fate)
@@ -71,8 +73,8 @@ class Finding:
 
     extent: Extent
     fate: Fate
-    durable: int
-    holds: int
+    durable: int = NONE
+    holds: int = NONE
 
 
 @dataclass(slots=True)
@@ -136,15 +138,31 @@ class Auditor:
         """Compare all that was touched; `progress` gets bytes done, and of how many."""
         places = _touched(self._timeline, self._sector)
         total = sum(extent.length for extent in places)
-        audit, done = Audit(), 0
-        for extent in places:
-            for at in range(extent.offset, extent.end, _PART):
-                part = Extent(at, min(_PART, extent.end - at))
-                for finding in self._compare(part):
-                    audit.enter(finding)
-                done += part.length
-                progress(done, total)
+        audit = Audit()
+        for place in places:
+            for part, trimmed in self._parts(place):
+                if trimmed:
+                    audit.enter(Finding(part, Fate.TRIMMED))
+                else:
+                    for finding in self._compare(part):
+                        audit.enter(finding)
+                progress(audit.compared, total)
         return audit
+
+    def _parts(self, place: Extent) -> Iterator[tuple[Extent, bool]]:
+        """Yield a place in parts: whole sectors that were trimmed last, of any size, and others."""
+        command = self._timeline.table.command
+        at = place.offset
+        for start, end, row in self._sent.segments(place.offset, place.end):
+            if row == NONE or command[row] != Command.TRIM:
+                continue
+            low = -(-start // self._sector) * self._sector
+            high = end if end == place.end else end // self._sector * self._sector
+            if low < high:
+                yield from _pieces(at, low)
+                yield Extent(low, high - low), True
+                at = high
+        yield from _pieces(at, place.end)
 
     def _compare(self, part: Extent) -> Iterator[Finding]:
         sent, now = (_read(disk, part) for disk in (self._sent, self._store))
@@ -162,17 +180,20 @@ class Auditor:
                 self._timeline, low, now[low - start : high - start], 1 if ragged else self._sector
             )
             durable = stretch.shown(self._must)
-            trimmed = stretch.trimmed(durable) | stretch.trimmed(stretch.shown(self._sent))
-            may, holds = stretch.look(durable, trimmed)
-            fates = np.select([trimmed, may, holds != UNKNOWN], [2, 1, 3], default=4)
+            may, trimmed, holds = stretch.look(durable)
+            kept = (holds != UNKNOWN) & (durable != NONE)
+            fates = np.select([trimmed, may, kept], [2, 1, 3], default=4)
             if ragged:
                 # The sector is as good as its worst byte.
                 worst = slice(int(np.argmax(fates)), int(np.argmax(fates)) + 1)
                 fates, durable, holds = fates[worst], durable[worst], holds[worst]
             size = high - low if ragged else self._sector
-            for index, fate in enumerate(fates.tolist()):
-                where = Extent(low + index * size, size)
-                yield Finding(where, _FATES[fate], int(durable[index]), int(holds[index]))
+            told = np.stack((fates, durable, holds))
+            heads = np.flatnonzero(np.append(True, (told[:, 1:] != told[:, :-1]).any(axis=0)))
+            for first, last in pairwise([*heads.tolist(), len(fates)]):
+                where = Extent(low + first * size, (last - first) * size)
+                fate, *rows = told[:, first].tolist()
+                yield Finding(where, _FATES[fate], *rows)
 
     def _stretches(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Yield [start, end) in pieces: a sector that requests cover in part, or none of these."""
@@ -206,17 +227,13 @@ class _Stretch:
             found[self._slice(low, high)] = row
         return found
 
-    def trimmed(self, rows: Rows) -> Mask:
-        """Tell where a row is a TRIM."""
-        found: Mask = (rows != NONE) & (self._table.command[rows] == Command.TRIM)
-        return found
-
-    def look(self, durable: Rows, may: Mask) -> tuple[Mask, Rows]:
-        """Return which units hold what they may, and what each of them holds.
+    def look(self, durable: Rows) -> tuple[Mask, Mask, Rows]:
+        """Return which units hold what they may, which may be trimmed, and what each of them holds.
 
         A request may show if it does not happen before the one that must be there.
         """
-        may = may.copy()
+        may = np.zeros(len(durable), np.bool_)
+        trimmed = may.copy()
         holds = np.full(len(may), UNKNOWN, np.int32)
         since = np.where(durable == NONE, -1, self._table.seq[durable])
         rows = (
@@ -227,18 +244,20 @@ class _Stretch:
         for row in rows:
             where, same = self._same(row)
             late = int(self._table.completed[row]) >= since[where]
+            if self._table.command[row] == Command.TRIM:
+                trimmed[where] |= late
             hit = same & ~may[where]
             may[where] |= hit & late
             fresh = hit & (late | (holds[where] == UNKNOWN))
             holds[where] = np.where(fresh, row, holds[where])
             if may.all():
-                return may, holds
+                return may, trimmed, holds
         before = self._equal(_read(self._timeline.base(), Extent(self._start, self._now.size)))
         fresh = before & ~may & (holds == UNKNOWN)
         holds[fresh] = BEFORE
         may |= fresh & (durable == NONE)
         holds[(holds == UNKNOWN) & ~self._now.any(axis=1)] = ZEROES
-        return may, holds
+        return may, trimmed, holds
 
     def _same(self, row: int) -> tuple[slice, Mask]:
         """Return the units that a request covers, and whether each holds what it wrote."""
@@ -294,9 +313,15 @@ def _read(disk: ReadableDevice, extent: Extent) -> Bytes:
     return np.frombuffer(disk.pread(extent.offset, extent.length), np.uint8)
 
 
+def _pieces(start: int, end: int) -> Iterator[tuple[Extent, bool]]:
+    """Yield what is to be read and compared, in parts that fit in memory."""
+    for at in range(start, end, _PART):
+        yield Extent(at, min(_PART, end - at)), False
+
+
 def _as_sent(start: int, end: int) -> Iterator[Finding]:
     if start < end:
-        yield Finding(Extent(start, end - start), Fate.AS_SENT, NONE, NONE)
+        yield Finding(Extent(start, end - start), Fate.AS_SENT)
 
 
 def _differing(one: Bytes, other: Bytes, sector: int) -> list[tuple[int, int]]:

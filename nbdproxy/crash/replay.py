@@ -137,6 +137,7 @@ def replay(
     options: Options = DEFAULTS,
     recorded_as: CacheMode | None = None,
     root: str | None = None,
+    partition: int | None = None,
     progress: Callable[[StateId], None] = lambda _: None,
     oracle: Oracle = ext4_oracle,
 ) -> Replay:
@@ -145,8 +146,8 @@ def replay(
     `modes` None means all that the recording can be projected onto. `at` None means `end` for a
     guest's poweroff and `before-exit` for every other failure. `recorded_as` is the cache mode the
     recording was taken under, if the user knows. `root` is the directory of the filesystem that
-    the manifest's paths begin at; by default it is found by looking for the files. `progress`
-    hears of each state about to be judged.
+    the manifest's paths begin at, on `partition` if that is known; by default both are found by
+    looking for the files. `progress` hears of each state about to be judged.
 
     Raises ProjectionError for a mode that the recording tells nothing about, UsageError for a cut
     that it lacks, ManifestError if none of the files was ever on the disk, and FilesystemError if
@@ -162,7 +163,9 @@ def replay(
         cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
     timeline = Timeline(source)
     try:
+        known = partition
         partition, manifest = place(timeline, manifest, cut, root=root, oracle=oracle)
+        partition = partition if known is None else known
         earlier = earlier_digests(timeline, manifest, partition, oracle)
         judge = _Judge(timeline, manifest, partition, earlier, options, oracle, progress)
         cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]

@@ -5,8 +5,8 @@ at which that changes. `Level.FLUSHED` is what host power loss leaves under cach
 writeback, `COMPLETED` what it leaves under writethrough and directsync, `RECEIVED` all that was
 sent.
 
-Not covered: requests that were answered with an error, and stores that lose what was not flushed
-before the recording ends (`Options.losses`): what is kept only grows here.
+Not covered: stores that lose what was not flushed before the recording ends (`Options.losses`):
+what is answered and flushed only grows here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.paint import NOTHING
 from nbdproxy.crash.replay import earlier_digests
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
@@ -97,7 +99,8 @@ def stories(
     """Return the story of each file of a manifest with absolute paths.
 
     `progress` gets the level, and how many of how many instants were looked at. Where the
-    filesystem cannot be read nothing is there.
+    filesystem cannot be read, its files are unreadable; raises FilesystemError if that is so at the
+    end of all that was sent.
     """
     earlier = earlier_digests(timeline, manifest, partition)
     found: dict[str, dict[Level, list[Change]]] = {
@@ -111,14 +114,17 @@ def stories(
             disk = timeline.open(StateId(position, level, Choice.MUST, options))
             findings = check.check(disk, changed)
             progress(level, number, len(steps))
-            if findings is last:
+            if findings is last and findings.conditions:
                 continue
             last = findings
+            conditions = certain(findings, disk, manifest).conditions
             for path, levels in found.items():
-                condition = findings.conditions.get(path, Condition.MISSING)
+                condition = conditions.get(path, Condition.UNREADABLE)
                 changes = levels[level]
                 if not changes or changes[-1].condition is not condition:
                     changes.append(Change(position, condition))
+        if level is Level.RECEIVED and last is not None and not last.conditions:
+            raise FilesystemError(f"what was sent cannot be read in the end: {last.reason}")
     return tuple(
         Story(entry, {level: Course(tuple(found[entry.path][level])) for level in LEVELS})
         for entry in manifest.entries
@@ -130,16 +136,23 @@ def _steps(
 ) -> Iterator[tuple[int, list[Extent] | None]]:
     """Yield the positions at which a level keeps more, and where; first 0, with all of the disk."""
     table = timeline.table
-    changing = (table.length > 0) & (table.command != Command.FLUSH) & (table.error == 0)
+    changing = (table.length > 0) & (table.command != Command.FLUSH)
+    rows = np.flatnonzero(changing & (table.error == 0))
     kept_from = {
         Level.RECEIVED: table.seq,
         Level.COMPLETED: table.completed,
         Level.FLUSHED: timeline.fates(options).durable_from,
-    }[level]
-    rows = np.flatnonzero(changing & (kept_from != NEVER))
-    rows = rows[np.argsort(kept_from[rows], kind="stable")]
+    }[level][rows]
+    if level is Level.RECEIVED:
+        # One that fails is there from when it was received until its error is answered.
+        failed = np.flatnonzero(changing & (table.error != 0))
+        rows = np.concatenate((rows, failed, failed))
+        kept_from = np.concatenate((kept_from, table.seq[failed], table.completed[failed]))
+    rows, kept_from = rows[kept_from != NEVER], kept_from[kept_from != NEVER]
+    order = np.argsort(kept_from, kind="stable")
+    rows, kept_from = rows[order], kept_from[order]
     yield 0, None
-    moments, begins = np.unique(kept_from[rows], return_index=True)
+    moments, begins = np.unique(kept_from, return_index=True)
     for moment, some in zip(moments.tolist(), np.split(rows, begins[1:]), strict=False):
         pairs = zip(table.offset[some].tolist(), table.length[some].tolist(), strict=True)
         yield moment + 1, [Extent(offset, length) for offset, length in pairs]

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbdproxy.crash.audit import BEFORE, FAULTS, UNKNOWN, ZEROES, Audit, Fate, Finding
-from nbdproxy.crash.blame import blame
+from nbdproxy.crash.blame import Safety, blame
 from nbdproxy.crash.cells import NONE
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.oracles.owners import OwnerMap
 from nbdproxy.persistence.model import Options
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
+from nbdproxy.report.paths import printable
 from nbdproxy.sizes import size_text
 
 SHOWN = 5
@@ -39,11 +40,35 @@ class Report:
     options: Options
     audit: Audit
     owners: Counter[str]
+    changed_since: bool
+    """Whether the store is the recording's image, and was changed after the recording ended."""
 
     @property
     def faults(self) -> list[Finding]:
         """What no store may leave behind."""
         return [finding for finding in self.audit.findings if finding.fate in FAULTS]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the recording goes to its end; else what came later may explain any fault."""
+        return self.recording.ending is not None
+
+    @property
+    def own_policies(self) -> list[str]:
+        """The policies that the nbdproxy had which recorded, but for what changes nothing."""
+        named = list(self.recording.meta.policies)
+        for note in self.recording.notes:
+            if note.kind is NoteKind.POLICY:
+                told = _field(note.text, "policies")
+                named += [str(name) for name in told] if isinstance(told, list) else []
+        return [name for name in dict.fromkeys(named) if name != "passthrough"]
+
+    @property
+    def code(self) -> int:
+        """The exit code: 1 for a fault, 2 if that cannot be told."""
+        if not self.faults:
+            return 0
+        return 1 if self.ended else 2
 
 
 def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
@@ -54,7 +79,7 @@ def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
         owners = OwnerMap(timeline.at(timeline.source.events))
         for finding in faults[:LOOKED_UP]:
             for owner in owners.of(finding.extent):
-                found[" of ".join([str(owner.kind), *owner.paths[:1]])] += 1
+                found[" of ".join([str(owner.kind), *map(printable, owner.paths[:1])])] += 1
     return found
 
 
@@ -88,9 +113,9 @@ def lines(report: Report) -> Iterator[str]:
 _MEANING = {
     Fate.AS_SENT: "what was sent last is there",
     Fate.UNFLUSHED: "what was sent last is not there, and no flush covered it: allowed",
-    Fate.TRIMMED: "trimmed last: what it holds is up to the store",
+    Fate.TRIMMED: "trimmed: what it holds is up to the store, and not compared",
     Fate.BROKEN: "flushed, answered, and not there",
-    Fate.FOREIGN: "holds what was never sent there",
+    Fate.FOREIGN: "holds what it never may have held",
 }
 
 
@@ -98,7 +123,7 @@ def _told(report: Report, finding: Finding) -> Iterator[str]:
     extent = finding.extent
     yield f"  bytes {extent.offset:,} to {extent.end - 1:,}: {finding.fate.value}"
     yield f"    should hold: {_promise(report, finding)}"
-    yield f"    holds:       {_request(report, finding.holds)}"
+    yield f"    holds:       {_held(report, finding)}"
 
 
 def _promise(report: Report, finding: Finding) -> str:
@@ -110,6 +135,12 @@ def _promise(report: Report, finding: Finding) -> str:
     why = blame(report.timeline, finding.durable, end, report.options)
     by = f"flush {why.flush}" if why.flush is not None else "its own FUA"
     return f"{text}, durable by {by}"
+
+
+def _held(report: Report, finding: Finding) -> str:
+    """Say what a place holds."""
+    trimmed = finding.fate is Fate.TRIMMED
+    return "whatever a TRIM left" if trimmed else _request(report, finding.holds)
 
 
 def _request(report: Report, row: int) -> str:
@@ -134,7 +165,20 @@ def _verdict(report: Report) -> Iterator[str]:
     """Say who is convicted and who is cleared."""
     sizes = report.audit.sizes
     below = f"below nbdproxy, in {report.recording.meta.image}"
-    if sizes[Fate.BROKEN]:
+    if report.faults and not report.ended:
+        yield (
+            "It cannot be told whether a promise was broken: the recording was cut off, and what "
+            "came after its end may be what is there."
+        )
+        return
+    if report.faults and report.changed_since:
+        yield (
+            f"{report.store} was changed after the recording ended: what follows holds only if "
+            f"nobody wrote to it."
+        )
+    if report.faults and report.own_policies:
+        yield from _own_faults(report)
+    elif sizes[Fate.BROKEN]:
         yield (
             f"A promise was broken {below}: it acknowledged flushes, and of what they covered "
             f"{size_text(sizes[Fate.BROKEN])} are not there. The guest and QEMU are cleared: "
@@ -142,33 +186,66 @@ def _verdict(report: Report) -> Iterator[str]:
         )
     if sizes[Fate.FOREIGN]:
         yield (
-            f"{size_text(sizes[Fate.FOREIGN])} hold what was never sent: the store was written to "
-            f"by somebody else since or meanwhile, or it damaged its data {below}."
+            f"{size_text(sizes[Fate.FOREIGN])} hold what they never may have: the store was "
+            f"written to by somebody else since or meanwhile, or it damaged its data {below}."
         )
-    if FAULTS & {fate for fate, size in sizes.items() if size}:
-        yield from _own_faults(report)
-    elif sizes[Fate.UNFLUSHED]:
-        yield (
-            "No promise was broken: what is not there had never been covered by a flush. Who "
-            "should have flushed stands above nbdproxy: the guest, or QEMU's cache mode."
-        )
-    else:
+    if not report.faults:
+        yield from _cleared(report)
+
+
+def _cleared(report: Report) -> Iterator[str]:
+    """Say why nobody below is to blame."""
+    if not report.audit.sizes[Fate.UNFLUSHED]:
         yield (
             "No promise was broken: all that was sent is there. What is missing all the same was "
             "never sent: look above nbdproxy, at the guest and at QEMU."
         )
+        return
+    why = _why_allowed(report)
+    told = ", ".join(f"{safety.value} ({count:,})" for safety, count in why.most_common())
+    yield f"No promise was broken: what was sent last and is not there was not safe: {told}."
+    if why[Safety.NEVER_FLUSHED]:
+        yield ("Who should have flushed stands above nbdproxy: the guest, or QEMU's cache mode.")
+
+
+def _why_allowed(report: Report) -> Counter[Safety]:
+    """Return why what was sent last might be lost, for the places where it was."""
+    end = report.timeline.source.events
+    sent = report.timeline.at(end)
+    found: Counter[Safety] = Counter()
+    for finding in report.audit.findings[:LISTED]:
+        if finding.fate is Fate.UNFLUSHED:
+            for _, _, row in sent.segments(finding.extent.offset, finding.extent.offset + 1):
+                if row != NONE:
+                    found[blame(report.timeline, row, end, report.options).safety] += 1
+    # Two that were under way at once may land in either order, whatever was flushed.
+    found[Safety.UNANSWERED] += found.pop(Safety.BROKEN, 0)
+    return +found
 
 
 def _own_faults(report: Report) -> Iterator[str]:
-    """Say so if the nbdproxy that recorded made faults itself."""
+    """Say that the nbdproxy that recorded had a policy of its own, and what that did."""
+    yield (
+        f"A promise was broken, and the nbdproxy that recorded this had a policy that may have "
+        f"done it on purpose: {', '.join(report.own_policies)}. Look there first."
+    )
     rules = Counter(
-        json.loads(note.text).get("rule") or "the policy"
+        str(_field(note.text, "rule") or "the policy")
         for note in report.recording.notes
         if note.kind is NoteKind.FAULT
     )
     if rules:
         told = ", ".join(f"{rule} ({count:,})" for rule, count in rules.most_common(PATHS_SHOWN))
-        yield f"But the nbdproxy that recorded this made faults on purpose, so look there: {told}."
+        yield f"Faults that it made: {told}."
+
+
+def _field(text: str, name: str) -> object:
+    """Return a field of a note's JSON; None if it has none, whatever the text is."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found.get(name) if isinstance(found, dict) else None
 
 
 def to_json(report: Report) -> dict[str, object]:
@@ -182,7 +259,9 @@ def to_json(report: Report) -> dict[str, object]:
         "compared": audit.compared,
         "never_sent": report.timeline.source.size - audit.compared,
         "bytes": {fate.value: audit.sizes[fate] for fate in Fate},
-        "broken": bool(audit.sizes[Fate.BROKEN]),
+        "broken": bool(audit.sizes[Fate.BROKEN]) if report.ended else None,
+        "own_policies": report.own_policies,
+        "changed_since": report.changed_since,
         "places": [_place(report, finding) for finding in audit.findings[:LISTED]],
         "places_left_out": max(0, len(audit.findings) - LISTED),
         "owners": dict(report.owners.most_common()),
@@ -191,7 +270,7 @@ def to_json(report: Report) -> dict[str, object]:
 
 def _place(report: Report, finding: Finding) -> dict[str, object]:
     table = report.timeline.table
-    known = finding.holds not in _HELD
+    known = finding.holds not in _HELD and finding.fate is not Fate.TRIMMED
     return {
         "offset": finding.extent.offset,
         "length": finding.extent.length,
@@ -199,5 +278,5 @@ def _place(report: Report, finding: Finding) -> dict[str, object]:
         "durable": None if finding.durable == NONE else int(table.seq[finding.durable]),
         "should_hold": _promise(report, finding),
         "holds_request": int(table.seq[finding.holds]) if known else None,
-        "holds": _request(report, finding.holds),
+        "holds": _held(report, finding),
     }

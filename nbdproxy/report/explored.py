@@ -36,7 +36,10 @@ class Report:
     def complete(self) -> int:
         """At how many cuts all states of the model were visited."""
         seen = self.verdicts.contents()
-        return sum(seen.get(cut.position) == cut.states for cut in self.plan.cuts)
+        return sum(
+            cut.states is not None and seen.get(cut.position) == cut.states
+            for cut in self.plan.cuts
+        )
 
 
 def digest_of(judge: JudgePlan) -> str:

@@ -12,6 +12,7 @@ from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
+from nbdproxy.report.paths import printable
 
 CARRIERS_SHOWN = 6
 """So many requests are listed; --json has all."""
@@ -52,7 +53,7 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     """Yield a story for people, about one screen."""
     story = told.story
     size = f", {story.entry.size:,} bytes" if story.entry.size is not None else ""
-    yield f"{_shown(story.entry.path)}{size}"
+    yield f"{printable(story.entry.path)}{size}"
     yield ""
     for level in LEVELS:
         yield f"  {_DONE[level]:<10}{_course(story.courses[level], source)}"
@@ -109,12 +110,16 @@ def _kinds(carrier: Carrier) -> list[str]:
 def protected_since(story: Story, mode: CacheMode) -> int | None:
     """Return from which position on host power loss leaves the file whole under a mode."""
     level = guarantee(mode, Failure.HOST_POWER_LOSS).must
-    return story.courses[level].since if level in story.courses else None
+    if level in story.courses:
+        return story.courses[level].since
+    # Nothing that was sent is kept: only what nobody touched is safe.
+    untouched = all(len(course.changes) == 1 for course in story.courses.values())
+    return 0 if untouched and story.courses[Level.RECEIVED].since == 0 else None
 
 
 def _protection(story: Story, source: Source, replay: Replay) -> Iterator[str]:
     """Say from when on each mode protects it, and how long it was at risk until then."""
-    sent = story.courses[Level.RECEIVED].first
+    sent = story.courses[Level.RECEIVED].since
     alike: dict[int | None, list[str]] = {}
     for mode in CacheMode:
         if mode not in replay.left_out:
@@ -165,10 +170,6 @@ def _fate(cell: Cell, path: str) -> str:
     return text
 
 
-def _shown(path: str) -> str:
-    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
 def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
     """Return how many files each level keeps whole, from each position on at which that changes."""
     moments = sorted({c.position for s in stories for k in LEVELS for c in s.courses[k].changes})
@@ -189,8 +190,10 @@ def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
     return told
 
 
-def overview_lines(stories: Sequence[Story], source: Source) -> Iterator[str]:
-    """Yield when everything is safe, for people."""
+def overview_lines(
+    stories: Sequence[Story], source: Source, levels: Sequence[Level]
+) -> Iterator[str]:
+    """Yield when everything is safe, for people; `levels` are those that the recording can tell."""
     rows = overview(stories)
     yield f"of {len(stories):,} files, so many are whole in what was"
     yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
@@ -208,6 +211,9 @@ def overview_lines(stories: Sequence[Story], source: Source) -> Iterator[str]:
         (Level.FLUSHED, "none and writeback"),
         (Level.COMPLETED, "writethrough and directsync"),
     ):
+        if level not in levels:
+            yield f"Recorded under writethrough or directsync, so {modes} cannot be told."
+            continue
         since = [story.courses[level].since for story in stories]
         safe = [position for position in since if position is not None]
         if len(safe) == len(stories):
@@ -231,7 +237,7 @@ def to_json(told: Told, source: Source) -> dict[str, object]:
     """Return a story as `nbdproxy explain --json` prints it."""
     story = told.story
     return {
-        "path": _shown(story.entry.path),
+        "path": printable(story.entry.path),
         "size": story.entry.size,
         "levels": {
             _DONE[level]: {

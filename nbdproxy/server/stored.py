@@ -10,6 +10,7 @@ import trio
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
+from nbdproxy.errors import ImageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.server.qcow2 import guests_view
 from nbdproxy.server.upstream import connected
@@ -24,23 +25,51 @@ def with_store(image: str, work: Callable[[ReadableDevice], _T], *, qcow2: bool 
     Nothing is written to it. Raises ImageError if it cannot be read.
     """
     if nbd_uri.is_uri(image) or qcow2:
-        return trio.run(_with_server, image, work)
+        return _with_server(image, work)
     disk = FileDisk(Path(image), read_only=True)
     try:
         return work(disk)
+    except OSError as error:
+        raise _unreadable(image, error) from None
     finally:
         disk.close()
 
 
-async def _with_server(image: str, work: Callable[[ReadableDevice], _T]) -> _T:
-    if not nbd_uri.is_uri(image):
+def _with_server(image: str, work: Callable[[ReadableDevice], _T]) -> _T:
+    done: list[_T] = []
+    failed: list[Exception] = []
+
+    def outcome(disk: ReadableDevice) -> None:
+        # Carried out by hand: what is raised in a nursery comes out in a group.
+        try:
+            done.append(work(disk))
+        except OSError as error:
+            failed.append(_unreadable(image, error))
+        except Exception as error:
+            failed.append(error)
+
+    async def with_uri(where: nbd_uri.NbdUri) -> None:
+        async with connected(where, image) as upstream:
+            # Ctrl-C does not wait for all of it.
+            await trio.to_thread.run_sync(outcome, UpstreamDisk(upstream), abandon_on_cancel=True)
+
+    async def main() -> None:
+        if nbd_uri.is_uri(image):
+            await with_uri(nbd_uri.parse(image))
+            return
         async with guests_view(Path(image), read_only=True) as where:
-            return await _with_uri(where, image, work)
-    return await _with_uri(nbd_uri.parse(image), image, work)
+            await with_uri(where)
+
+    try:
+        trio.run(main)
+    except BaseExceptionGroup as group:
+        if group.subgroup(KeyboardInterrupt) is None:
+            raise
+        raise KeyboardInterrupt from None
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
-async def _with_uri(where: nbd_uri.NbdUri, image: str, work: Callable[[ReadableDevice], _T]) -> _T:
-    async with connected(where, image) as upstream:
-        disk = UpstreamDisk(upstream)
-        # Ctrl-C does not wait for all of it.
-        return await trio.to_thread.run_sync(work, disk, abandon_on_cancel=True)
+def _unreadable(image: str, error: OSError) -> ImageError:
+    return ImageError(f"{image} cannot be read: {error.strerror or error}")

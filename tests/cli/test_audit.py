@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.support.forked import ForkedServer
-from tests.support.lower import qemu_nbd
+from tests.support.lower import nbdkit, qemu_nbd
 from tests.support.nbd_client import NbdClient
 from tests.support.serving import nbdproxy, tool
 
@@ -56,25 +56,23 @@ def sizes(found: Any) -> dict[str, int]:
     return {fate: size for fate, size in found["bytes"].items() if size and fate != "as-sent"}
 
 
-def above(folder: Path, policy: str, end: int) -> tuple[Path, Path, Path]:
-    """Record above another recording nbdproxy with a policy, and end the upper one by a signal.
+def above(folder: Path, policy: str) -> tuple[Path, Path]:
+    """Record above another nbdproxy with a policy, which is then killed: its power goes.
 
-    Returns the upper recording, the lower one and the image.
+    Returns the upper recording, which notices and ends, and the image.
     """
     upper, lower = folder / "upper", folder / "lower"
     upper.mkdir()
     lower.mkdir()
     image = new_image(folder / "image")
-    with ForkedServer(lower, image, "--record", lower / "run", "--policy", policy) as below:
+    with ForkedServer(lower, image, "--policy", policy) as below:
         uri = f"nbd+unix:///?socket={below.socket}"
         with ForkedServer(upper, uri, "--record", upper / "run") as server:
-            client = server.client()
-            some_requests(client)
-            server.signal(end)
-            server.wait()
-        below.signal(signal.SIGTERM)
-        assert below.wait() == 0, below.log
-    return upper / "run", lower / "run", image
+            some_requests(server.client())
+            below.signal(signal.SIGKILL)
+            below.wait()
+            assert server.wait() == 2, server.log
+    return upper / "run", image
 
 
 def test_all_that_was_sent_is_there(tmp_path: Path) -> None:
@@ -87,34 +85,78 @@ def test_all_that_was_sent_is_there(tmp_path: Path) -> None:
 
 
 def test_a_lower_layer_that_lies_is_convicted_and_the_upper_is_cleared(tmp_path: Path) -> None:
-    upper, lower, image = above(tmp_path, "lying-flush", signal.SIGKILL)
-    found = audit(upper, image, code=1)
+    run, image = above(tmp_path, "lying-flush")
+    found = audit(run, image, code=1)
     assert sizes(found) == {"broken-promise": 4096, "unflushed": 8192}
+    assert (found["broken"], found["own_policies"]) == (True, [])
     [broken] = [place for place in found["places"] if place["fate"] == "broken-promise"]
     assert (broken["offset"], broken["length"]) == (65536, 4096)
     assert "durable by flush" in broken["should_hold"]
     assert broken["holds"] == "what was there before the recording"
-    said = nbdproxy("audit", upper, image, code=1).stdout
+    said = nbdproxy("audit", run, image, code=1).stdout
     assert "A promise was broken below nbdproxy, in nbd+unix://" in said
     assert "The guest and QEMU are cleared" in said
     assert "on purpose" not in said
-    # The lower one was told to lie, and says so.
-    said = nbdproxy("audit", lower, image, code=1).stdout
-    assert "made faults on purpose, so look there: lying-flush/lies" in said
+
+
+@pytest.mark.parametrize(("policy", "fault"), [("lying-flush", "lying-flush/lies"), ("unsafe", "")])
+def test_who_lies_itself_says_so(tmp_path: Path, policy: str, fault: str) -> None:
+    image = new_image(tmp_path / "image")
+    options = ("--record", tmp_path / "run", "--policy", policy)
+    with ForkedServer(tmp_path, image, *options) as server:
+        with server.client() as client:
+            some_requests(client)
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0, server.log
+    assert audit(tmp_path / "run", image, code=1)["own_policies"] == [policy]
+    said = nbdproxy("audit", tmp_path / "run", image, code=1).stdout
+    assert f"may have done it on purpose: {policy}. Look there first." in said
+    assert fault in said
+    assert "are cleared" not in said
 
 
 def test_what_no_flush_covered_may_be_lost(tmp_path: Path) -> None:
-    upper, lower, image = above(tmp_path, "drop-unflushed", signal.SIGKILL)
-    for run in (upper, lower):
-        found = audit(run, image, code=0)
-        assert sizes(found) == {"unflushed": 8192}
-        held = {place["offset"]: place["holds"] for place in found["places"]}
-        assert held == {
-            131072: "what was there before the recording",
-            4096: "what was there before the recording",
-        }
-        said = nbdproxy("audit", run, image).stdout
-        assert "No promise was broken: what is not there had never been covered" in said
+    run, image = above(tmp_path, "drop-unflushed")
+    found = audit(run, image, code=0)
+    assert sizes(found) == {"unflushed": 8192}
+    assert {place["offset"]: place["holds"] for place in found["places"]} == {
+        131072: "what was there before the recording",
+        4096: "what was there before the recording",
+    }
+    said = nbdproxy("audit", run, image).stdout
+    assert "No promise was broken: what was sent last and is not there was not safe" in said
+    assert "never-flushed (2)" in said
+    assert "Who should have flushed stands above nbdproxy" in said
+
+
+def test_a_recording_that_was_cut_off_convicts_nobody(tmp_path: Path) -> None:
+    image = new_image(tmp_path / "image")
+    with ForkedServer(tmp_path, image, "--record", tmp_path / "run") as server:
+        some_requests(server.client())
+        server.signal(signal.SIGKILL)
+        server.wait()
+    assert audit(tmp_path / "run", image, code=0)["broken"] is None
+    poked(image, 65536, bytes(512))
+    assert audit(tmp_path / "run", image, code=2)["broken"] is None
+    said = nbdproxy("audit", tmp_path / "run", image, code=2).stdout
+    assert "It cannot be told whether a promise was broken" in said
+    assert "are cleared" not in said
+
+
+def test_what_was_trimmed_is_not_compared(tmp_path: Path) -> None:
+    image = new_image(tmp_path / "image")
+    with ForkedServer(tmp_path, image, "--record", tmp_path / "run") as server:
+        with server.client() as client:
+            some_requests(client)
+            client.trim(0, 8192)
+            client.flush()
+        server.signal(signal.SIGTERM)
+        server.wait()
+    poked(image, 512, b"X" * 512)
+    found = audit(tmp_path / "run", image, code=0)
+    assert sizes(found) == {"trimmed": 8192}
+    [place] = found["places"]
+    assert place["holds"] == "whatever a TRIM left"
 
 
 def poked(image: Path, offset: int, data: bytes) -> None:
@@ -140,8 +182,11 @@ def test_a_single_sector_is_found(
     poked(tmp_path / "image", offset, data)
     found = audit(run, tmp_path / "image", code=1)
     assert sizes(found) == {fate: 512}
+    assert found["changed_since"]
     [place] = found["places"]
     assert (place["offset"], place["holds"]) == (offset, holds)
+    said = nbdproxy("audit", run, tmp_path / "image", code=1).stdout
+    assert "was changed after the recording ended: what follows holds only if nobody" in said
 
 
 def test_an_older_request_shows_its_number(tmp_path: Path) -> None:
@@ -207,6 +252,27 @@ def test_wrong_usage_is_one_sentence(
     assert said.stdout == ""
     assert said.stderr.count("nbdproxy: ") == 1
     assert sentence in said.stderr
+
+
+def test_a_store_over_nbd_that_is_too_small_or_breaks_is_one_sentence(
+    recorded: Path, tmp_path: Path
+) -> None:
+    with qemu_nbd(tmp_path, small(tmp_path)) as below:
+        said = nbdproxy("audit", recorded / "run", below.uri, code=2).stderr
+        assert said.count("nbdproxy: ") == 1
+        assert "name the store of this recording" in said
+    broken = ("--filter=error", "memory", "size=1M", "error-pread=EIO", "error-pread-rate=100%")
+    with nbdkit(tmp_path, *broken) as below:
+        said = nbdproxy("audit", recorded / "run", below.uri, code=2).stderr
+        assert "cannot be read" in said
+        assert "Traceback" not in said
+
+
+def test_an_imported_log_is_refused(recorded: Path, tmp_path: Path) -> None:
+    log, back = tmp_path / "log", tmp_path / "back"
+    nbdproxy("convert", recorded / "run", log, "--to", "dm-log-writes")
+    nbdproxy("convert", log, back, "--to", "nbdproxy", "--size", "1M")
+    assert "was imported" in nbdproxy("audit", back, recorded / "image", code=2).stderr
 
 
 def test_a_recording_that_never_reached_the_store_is_refused(tmp_path: Path) -> None:

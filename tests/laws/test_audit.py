@@ -51,19 +51,26 @@ def expected(log: Log, content: list[int], holds: list[int], chosen: Options) ->
             write = of >= 0 and log[of].command is Command.WRITE  # type: ignore[union-attr]
             return content[-1 - at] if of == BASE else content[of] if write else 0
 
+        last, durable = (shown_rows[sector] for shown_rows in rows.values())
+        table = timeline.table
+        since = table.seq[durable] if durable >= 0 else -1
         trims = [
-            row >= 0 and timeline.table.command[row] == Command.TRIM
-            for row in (shown_rows[sector] for shown_rows in rows.values())
+            row
+            for row in range(len(table))
+            if table.command[row] == Command.TRIM and int(table.seq[row]) in touching
         ]
         ever = {value(seq) for seq in touching} | {content[-1 - sector], 0}
-        if holding == sent[sector * SECTOR]:
+        if last in trims:
+            found[sector] = Fate.TRIMMED
+        elif holding == sent[sector * SECTOR]:
             found[sector] = Fate.AS_SENT
-        elif any(trims):
+        elif any(table.completed[row] >= since for row in trims):
             found[sector] = Fate.TRIMMED
         elif holding in {0 if one == ZERO else value(one) for one in allowed[sector]}:
             found[sector] = Fate.UNFLUSHED
         else:
-            found[sector] = Fate.BROKEN if holding in ever else Fate.FOREIGN
+            known = holding in ever and durable >= 0
+            found[sector] = Fate.BROKEN if known else Fate.FOREIGN
     return found
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import signal
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 
 import pytest
 
@@ -15,12 +18,64 @@ from nbdproxy.crash.timeline import Timeline
 from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.owners import OwnerKind
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.model import Options
 from nbdproxy.report.stories import overview
+from tests.support import ext4
 from tests.support.exploring import ext4_case
+from tests.support.forked import ForkedServer
+from tests.support.nbd_client import WRITE, Op
 
 Opened = tuple[Timeline, Manifest]
+
+
+FAILING = """
+summary = "Every third write fails"
+imitates = "A bad cable"
+sources = ["made up"]
+[[rule]]
+name = "fails"
+action = "error"
+command = "write"
+every = 3
+errno = "EIO"
+[[example]]
+do = ["write 0 A", "flush", "exit"]
+image = ["A", "-", "-", "-"]
+"""
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """The same where writes fail: sent again until they do not, with others between."""
+    folder = tmp_path_factory.mktemp("failing")
+    (folder / "failing.toml").write_text(FAILING)
+    images = ext4.stages(folder)
+    (folder / "image").write_bytes(images[0])
+    options = ("--record", folder / "run", "--policy", folder / "failing.toml")
+    with ForkedServer(folder, folder / "image", *options) as server:
+        client = server.client()
+        for before, after in pairwise(images):
+            left = [
+                Op(WRITE, at, data=after[at : at + ext4.BLOCK])
+                for at in range(0, ext4.SIZE, ext4.BLOCK)
+                if before[at : at + ext4.BLOCK] != after[at : at + ext4.BLOCK]
+            ]
+            while left:
+                replies = client.do(*left)
+                left = [op for op, reply in zip(left, replies, strict=True) if reply.error]
+            client.flush()
+        client.disc()
+        server.signal(signal.SIGTERM)
+        server.wait()
+    names = (ext4.FLUSHED, ext4.UNFLUSHED)
+    entries = [
+        Entry(f"/{n}", hashlib.sha256(ext4.content(n)).hexdigest(), len(ext4.content(n)))
+        for n in names
+    ]
+    with RecordedSource(folder / "run") as source, closing(Timeline(source)) as timeline:
+        assert (timeline.table.error != 0).sum() > 3
+        yield timeline, Manifest(tuple(entries))
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +87,11 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
         yield timeline, case.judge.manifest
 
 
-def test_the_condition_at_every_instant_is_what_a_look_there_finds(opened: Opened) -> None:
-    timeline, manifest = opened
+@pytest.mark.parametrize("case", ["opened", "failing"])
+def test_the_condition_at_every_instant_is_what_a_look_there_finds(
+    request: pytest.FixtureRequest, case: str
+) -> None:
+    timeline, manifest = request.getfixturevalue(case)
     told = stories(timeline, manifest, None)
     seen = set()
     for level in LEVELS:
@@ -42,7 +100,7 @@ def test_the_condition_at_every_instant_is_what_a_look_there_finds(opened: Opene
             found = oracle.check(disk, manifest, earlier={}, partition=None).conditions
             for story in told:
                 path = story.entry.path
-                expected = found.get(path, Condition.MISSING)
+                expected = found.get(path, Condition.UNREADABLE)
                 assert story.courses[level].at(position) is expected, (level, position, path)
                 seen.add(expected)
     assert len(seen) > 2
@@ -51,7 +109,8 @@ def test_the_condition_at_every_instant_is_what_a_look_there_finds(opened: Opene
         assert sent is not None
         assert answered is not None
         assert sent <= answered <= (timeline.source.events if flushed is None else flushed)
-    assert [story.courses[LEVELS[-1]].since is not None for story in told] == [True, False]
+    flushed_in_the_end = [story.courses[LEVELS[-1]].since is not None for story in told]
+    assert flushed_in_the_end == [True, case == "failing"]
 
 
 def test_the_overview_counts_what_the_stories_tell(opened: Opened) -> None:
