@@ -182,7 +182,7 @@ class Auditor:
             durable = stretch.shown(self._must)
             may, trimmed, holds = stretch.look(durable)
             kept = (holds != UNKNOWN) & (durable != NONE)
-            fates = np.select([trimmed, may, kept], [2, 1, 3], default=4)
+            fates = np.select([may, trimmed, kept], [1, 2, 3], default=4)
             if ragged:
                 # The sector is as good as its worst byte.
                 worst = slice(int(np.argmax(fates)), int(np.argmax(fates)) + 1)
