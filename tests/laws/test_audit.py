@@ -91,7 +91,7 @@ def shown(timeline: Timeline, state: StateId) -> list[int]:
 
 
 @given(logs(), options, contents, holdings)
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_what_a_store_may_hold_is_what_the_rules_allow(
     log: Log, chosen: Options, content: list[int], holds: list[int]
 ) -> None:

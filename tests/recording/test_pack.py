@@ -337,7 +337,7 @@ def test_what_cannot_be_read_or_written_is_told(run: Path, packed: bytes, tmp_pa
         pack_run(run, tmp_path / "no" / "file")
     with pytest.raises(RecordingError, match="cannot be read: No such file"):
         unpack(tmp_path / "nothing")
-    with pytest.raises(RecordingError, match="cannot be read: Is a directory"):
+    with pytest.raises(RecordingError, match="is a folder: recordings are used as they are"):
         unpack(tmp_path)
     (tmp_path / "file").write_bytes(packed)
     with pytest.raises(RecordingError, match="out cannot be written: No such file"):
