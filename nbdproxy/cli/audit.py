@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.cli.choices import Covers, Fsyncgate
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.crash.audit import Auditor, StoreSource
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.audit import Auditor, timeline_on
+from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.recording.meta import Fingerprint
-from nbdproxy.recording.reader import Recording
 from nbdproxy.report import audited
 from nbdproxy.server.assemble import ImageFormat
 from nbdproxy.server.qcow2 import is_qcow2
@@ -29,14 +29,8 @@ def audit(
         ImageFormat | None,
         typer.Option("--format", help="What a file is.", show_default="as it was recorded"),
     ] = None,
-    covers: Annotated[
-        Coverage,
-        typer.Option(help="A flush covers what was completed before it was received, or replied."),
-    ] = Coverage.RECEIVED,
-    fsyncgate: Annotated[
-        bool,
-        typer.Option("--fsyncgate", help="What a failed flush had in hand, no later one saves."),
-    ] = False,
+    covers: Covers = Coverage.RECEIVED,
+    fsyncgate: Fsyncgate = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare the store with what was acknowledged: has it everything that a flush made durable?
@@ -55,72 +49,67 @@ def audit(
 
       nbdproxy audit run1 nbd://storage.example/disk --json
     """
-    recording = Recording(run)
-    qcow2 = _is_guests_view(recording, image, image_format)
-    if recording.meta.policies == ("imported",):
-        raise UsageError(
-            f"{run} was imported from a log: audit needs a recording of nbdproxy's own"
-        )
-    if recording.meta.overlay:
-        raise UsageError(
-            f"{run} was recorded with --overlay: nothing of it was ever written to the store"
-        )
-    ended = recording.ending.image if recording.ending is not None else None
-    recording.close()
+    with RecordedSource(run) as source:
+        qcow2 = _is_guests_view(source, image, image_format)
+        _refuse_what_never_reached_a_store(run, source)
 
-    def work(store: ReadableDevice) -> int:
-        options = Options(coverage=covers, fsyncgate=fsyncgate)
-        changed = _is_changed(image, recording, ended)
-        return _audit(run, image, store, options, changed=changed, json=json)
+        def work(store: ReadableDevice) -> int:
+            return _audit(source, image, store, Options(coverage=covers, fsyncgate=fsyncgate), json)
 
-    try:
-        code = with_store(image, work, qcow2=qcow2)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        try:
+            code = with_store(image, work, qcow2=qcow2)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
     raise typer.Exit(code)
 
 
-def _is_changed(image: str, recording: Recording, ended: Fingerprint | None) -> bool:
+def _audit(
+    source: RecordedSource, image: str, store: ReadableDevice, options: Options, as_json: bool
+) -> int:
+    """Compare, print, and return the exit code."""
+    if store.size != source.size:
+        raise UsageError(
+            f"{image} has {store.size:,} bytes, and the disk that was recorded {source.size:,};"
+            f" name the store of this recording, or what it is with --format raw|qcow2"
+        )
+    timeline = timeline_on(source, store)
+    with err.status("comparing") as status:
+        found = Auditor(timeline, store, options).run(
+            lambda done, total: status.update(f"comparing: {100 * done // max(total, 1)} %")
+        )
+    owners = audited.owners_of(timeline, found)
+    changed = _is_changed(source, image)
+    report = audited.Report(source, image, timeline, options, found, owners, changed)
+    if as_json:
+        print_json(audited.to_json(report))
+    else:
+        for line in audited.lines(report):
+            out.print(line, markup=False)
+    return report.code
+
+
+def _refuse_what_never_reached_a_store(run: Path, source: RecordedSource) -> None:
+    if source.meta.policies == ("imported",):
+        raise UsageError(
+            f"{run} was imported from a log: audit needs a recording of nbdproxy's own"
+        )
+    if source.meta.overlay:
+        raise UsageError(
+            f"{run} was recorded with --overlay: nothing of it was ever written to the store"
+        )
+
+
+def _is_changed(source: RecordedSource, image: str) -> bool:
     """Tell whether the recording's own image was changed after the recording ended."""
+    ended = source.ending.image if source.ending is not None else None
     try:
-        own = Path(image).samefile(recording.meta.image)
+        own = Path(image).samefile(source.meta.image)
         return own and ended is not None and Fingerprint.of(Path(image)) != ended
     except OSError:
         return False
 
 
-def _audit(
-    run: Path,
-    image: str,
-    store: ReadableDevice,
-    options: Options,
-    *,
-    changed: bool,
-    json: bool,
-) -> int:
-    """Compare, print, and return the exit code."""
-    with StoreSource(run, store) as source:
-        if store.size != source.size:
-            raise UsageError(
-                f"{image} has {store.size:,} bytes, and the disk that was recorded {source.size:,};"
-                f" name the store of this recording, or what it is with --format raw|qcow2"
-            )
-        timeline = Timeline(source)
-        with err.status("comparing") as status:
-            found = Auditor(timeline, store, options).run(
-                lambda done, total: status.update(f"comparing: {100 * done // max(total, 1)} %")
-            )
-        owners = audited.owners_of(timeline, found)
-        report = audited.Report(str(run), image, source, timeline, options, found, owners, changed)
-        if json:
-            print_json(audited.to_json(report))
-        else:
-            for line in audited.lines(report):
-                out.print(line, markup=False)
-        return report.code
-
-
-def _is_guests_view(recording: Recording, image: str, image_format: ImageFormat | None) -> bool:
+def _is_guests_view(source: RecordedSource, image: str, image_format: ImageFormat | None) -> bool:
     """Tell whether a file is qcow2 and its guest's view is meant."""
     if nbd_uri.is_uri(image):
         if image_format is not None:
@@ -128,4 +117,4 @@ def _is_guests_view(recording: Recording, image: str, image_format: ImageFormat 
         return False
     if image_format is not None:
         return image_format is ImageFormat.QCOW2
-    return recording.meta.kind != "raw" and is_qcow2(Path(image))
+    return source.meta.kind != "raw" and is_qcow2(Path(image))

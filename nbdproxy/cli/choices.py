@@ -1,15 +1,42 @@
-"""Reads what users write as comma-separated lists, sizes and ranges."""
+"""Options that several commands have, and what users write as lists, sizes and ranges."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
-from typing import TypeVar
+from typing import Annotated, TypeVar
+
+import typer
 
 from nbdproxy.errors import UsageError
+from nbdproxy.persistence.model import Coverage
 from nbdproxy.sizes import parse_size
 
 E = TypeVar("E", bound=Enum)
+
+At = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CUT",
+        help="When: end, before-exit, riskiest, seq:N, flush:N, time:12.5s or mark:NAME.",
+        show_default="before-exit, of a poweroff end",
+    ),
+]
+Root = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="The folder that the manifest's paths begin at.",
+        show_default="found by looking for the files",
+    ),
+]
+Covers = Annotated[
+    Coverage,
+    typer.Option(help="A flush covers what was completed before it was received, or replied."),
+]
+Fsyncgate = Annotated[
+    bool, typer.Option("--fsyncgate", help="What a failed flush had in hand, no later one saves.")
+]
 
 
 def parse_list(text: str | None, choices: type[E], option: str) -> list[E] | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import parse_list
+from nbdproxy.cli.choices import At, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.replay import Base, FailureText, ModeText
 from nbdproxy.crash.cuts import resolve
@@ -49,23 +49,10 @@ def explain(
             show_default="what they are in the end",
         ),
     ] = None,
-    at: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CUT",
-            help="When: end, before-exit, riskiest, seq:N, flush:N, time:12.5s or mark:NAME.",
-            show_default="before-exit, of a poweroff end",
-        ),
-    ] = None,
+    at: At = None,
     mode: ModeText = None,
-    failure: Annotated[
-        str,
-        FailureText.__metadata__[0],
-    ] = Failure.HOST_POWER_LOSS.value,
-    root: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="The folder that the manifest's paths begin at."),
-    ] = None,
+    failure: FailureText = Failure.HOST_POWER_LOSS.value,
+    root: Root = None,
     base: Base = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -115,7 +102,7 @@ def explain(
             if not paths:
                 _overview(source, told, json=json)
             modes = parse_list(mode, CacheMode, "--mode")
-            failures = parse_list(failure, Failure, "--failure") or tuple(Failure)
+            failures = parse_list(failure, Failure, "--failure") or ()
             found = []
             for story in told:
                 own = Manifest((story.entry,))

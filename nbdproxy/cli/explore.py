@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_64_hexdigest
 
+from nbdproxy.cli.choices import At, Covers, Fsyncgate, Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.bench import Job
@@ -40,14 +41,6 @@ from nbdproxy.persistence.modes import (
 from nbdproxy.report import explored
 from nbdproxy.server.commands import CommandPlan
 
-At = Annotated[
-    str | None,
-    typer.Option(
-        metavar="CUT",
-        help="When: end, before-exit, riskiest, seq:N, flush:N, time:12.5s or mark:NAME.",
-        show_default="before-exit, of a poweroff end",
-    ),
-]
 Files = Annotated[
     Path | None,
     typer.Option("--files", metavar="MANIFEST", help="Pass if all these files are whole."),
@@ -61,10 +54,6 @@ Check = Annotated[
         "at $uri, the state over NBD, or at $image, a raw file made if the command line names it; "
         "$mark is the last mark before the cut.",
     ),
-]
-Root = Annotated[
-    str | None,
-    typer.Option(metavar="PATH", help="The folder that the manifest's paths begin at."),
 ]
 TIME_LIMIT_S = 60.0
 TimeLimit = Annotated[
@@ -106,14 +95,8 @@ def explore(
     sector: Annotated[
         int, typer.Option(metavar="BYTES", help="What is written whole or not at all.")
     ] = 512,
-    covers: Annotated[
-        Coverage,
-        typer.Option(help="A flush covers what was completed before it was received, or replied."),
-    ] = Coverage.RECEIVED,
-    fsyncgate: Annotated[
-        bool,
-        typer.Option("--fsyncgate", help="What a failed flush had in hand, no later one saves."),
-    ] = False,
+    covers: Covers = Coverage.RECEIVED,
+    fsyncgate: Fsyncgate = False,
     loss: Annotated[
         list[str] | None,
         typer.Option(metavar="CUT", help="The store lost what was not flushed here; repeatable."),
@@ -206,8 +189,8 @@ def explore(
             _tell_ended(db)
             raise typer.Exit(130) from None
         again = _again(files, check, root, base, time_limit)
-        opened = f" --base {shlex.quote(str(base))}" if base is not None else ""
-        report = explored.Report(about, plan, tally, verdicts, again, opened, source.missing)
+        needs = option_of_base(base)
+        report = explored.Report(about, plan, tally, verdicts, again, needs, source.missing)
         if json:
             print_json(explored.to_json(report))
         else:
@@ -250,6 +233,11 @@ def _level(source: RecordedSource, mode: CacheMode, failure: Failure, at: str | 
     if at is None:
         return guarantee(mode, failure).must
     return level_at(source.table, resolve(source, at).position, mode, failure)
+
+
+def option_of_base(base: Path | None) -> str:
+    """Return the option that names the image to another command, behind a space; or nothing."""
+    return f" --base {shlex.quote(str(base))}" if base is not None else ""
 
 
 def _again(

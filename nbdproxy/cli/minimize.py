@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.cli.choices import Root
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, Root, TimeLimit, make_judge
+from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.bench import Bench, Job
 from nbdproxy.crash.minimize import minimize as minimize_state
@@ -64,6 +65,6 @@ def minimize(
     if json:
         print_json(minimized.to_json(told, str(run)))
     else:
-        for line in minimized.lines(told, str(run)):
+        for line in minimized.lines(told, str(run), option_of_base(base)):
             out.print(line, markup=False)
     raise typer.Exit(1)

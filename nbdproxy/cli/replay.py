@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import parse_list
+from nbdproxy.cli.choices import At, Covers, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import replay as replay_recording
@@ -39,29 +39,13 @@ def replay(
     ],
     mode: ModeText = None,
     failure: FailureText = None,
-    at: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CUT",
-            help="When: end, before-exit, riskiest, seq:N, flush:N, time:12.5s or mark:NAME.",
-        ),
-    ] = None,
-    root: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="The folder that the manifest's paths begin at.",
-            show_default="found by looking for the files",
-        ),
-    ] = None,
+    at: At = None,
+    root: Root = None,
     recorded_as: Annotated[
         CacheMode | None,
         typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),
     ] = None,
-    covers: Annotated[
-        Coverage,
-        typer.Option(help="A flush covers what was completed before it was received, or replied."),
-    ] = Coverage.RECEIVED,
+    covers: Covers = Coverage.RECEIVED,
     base: Base = None,
     list_files: Annotated[
         bool,

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,21 +106,13 @@ def _kind(finding: Finding) -> tuple[Fate, int, int]:
     return finding.fate, finding.durable, finding.holds
 
 
-class StoreSource(RecordedSource):
-    """A recording whose disk was, where nobody changed it, what the store has now."""
-
-    def __init__(self, path: Path, store: ReadableDevice) -> None:
-        super().__init__(path)
-        self._store = store
-
-    def base(self) -> ReadableDevice:
-        """Return the disk as it was; closing it leaves the store open."""
-        return BaseDisk(self, self._store, owned=False)
+def timeline_on(source: RecordedSource, store: ReadableDevice) -> Timeline:
+    """Return the timeline of a disk that was, where nobody changed it, what the store has now."""
+    return Timeline(source, base=BaseDisk(source, store, owned=False))
 
 
 class Auditor:
-    """Compares one store with one recording; the timeline, of a source on that store, is the
-    caller's."""
+    """Compares a store with a recording; the timeline, by `timeline_on`, is the caller's."""
 
     def __init__(
         self, timeline: Timeline, store: ReadableDevice, options: Options = DEFAULTS

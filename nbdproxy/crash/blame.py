@@ -46,7 +46,7 @@ class Blame:
 
     def sentence(self) -> str:
         """Say it in words."""
-        flush = f"flush {self.flush}" if self.flush is not None else "its own FUA"
+        flush = self._covers
         return {
             Safety.UNANSWERED: "it had not been answered at the cut",
             Safety.REFUSED: "it was answered with an error",
@@ -63,7 +63,11 @@ class Blame:
         """Say it of a request that nobody has lost."""
         if self.safety is not Safety.BROKEN:
             return self.sentence()
-        return f"{f'flush {self.flush}' if self.flush is not None else 'its own FUA'} covers it"
+        return f"{self._covers} covers it"
+
+    @property
+    def _covers(self) -> str:
+        return f"flush {self.flush}" if self.flush is not None else "its own FUA"
 
 
 def blame(timeline: Timeline, row: int, position: int, options: Options) -> Blame:

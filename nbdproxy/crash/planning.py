@@ -7,7 +7,6 @@ on; where a stage does not fit any more, what is left is dealt out evenly among 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -214,11 +213,3 @@ def _shares(sizes: Sequence[int | None], left: int) -> list[int]:
             left -= take
         hungry = [i for i in hungry if sizes[i] is None or shares[i] < (sizes[i] or 0)]
     return shares
-
-
-def count_stages(cuts: Sequence[CutPlan]) -> Counter[Stage]:
-    """Return how many states of each stage are visited."""
-    total: Counter[Stage] = Counter()
-    for cut in cuts:
-        total.update(cut.quotas)
-    return total

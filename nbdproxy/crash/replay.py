@@ -163,9 +163,8 @@ def replay(
         cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
     timeline = Timeline(source)
     try:
-        known = partition
-        partition, manifest = place(timeline, manifest, cut, root=root, oracle=oracle)
-        partition = partition if known is None else known
+        where = place(timeline, manifest, cut, root=root, partition=partition, oracle=oracle)
+        partition, manifest = where
         earlier = earlier_digests(timeline, manifest, partition, oracle)
         judge = _Judge(timeline, manifest, partition, earlier, options, oracle, progress)
         cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]
@@ -283,16 +282,17 @@ def place(
     cut: Cut,
     *,
     root: str | None = None,
+    partition: int | None = None,
     oracle: Oracle = ext4_oracle,
 ) -> tuple[int | None, Manifest]:
     """Return the partition that a manifest describes, and the manifest with absolute paths.
 
     Looked for where the most is there, at the end or else at the cut; or below `root`, if given,
-    on whatever partition there is. Raises ManifestError if none of the files was ever on the
-    disk, FilesystemError if it cannot be read.
+    on `partition`, or on whatever partition there is. Raises ManifestError if none of the files was
+    ever on the disk, FilesystemError if it cannot be read.
     """
     if root is not None:
-        return None, _below(root, manifest)
+        return partition, _below(root, manifest)
     try:
         return oracle.locate(timeline.at(timeline.source.events), manifest)
     except (ManifestError, FilesystemError) as at_the_end:

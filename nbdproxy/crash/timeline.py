@@ -36,16 +36,18 @@ Segment = tuple[int, int, int]
 
 
 class Timeline:
-    """All states of a recording. The source stays the caller's; `close` closes the base.
+    """All states of a recording, by default on the source's own base.
+
+    The source stays the caller's; `close` closes the base.
 
     Several threads may read its disks at once.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, base: ReadableDevice | None = None) -> None:
         self.source = source
         self.table = source.table
         self._fates: dict[Options, Fates] = {}
-        self._base: ReadableDevice | None = None
+        self._base = base
         self._lock = threading.Lock()
 
     @cached_property

@@ -33,9 +33,8 @@ class Report:
     `owners` has the words for who lives in a fault, and how many faults it has.
     """
 
-    run: str
-    store: str
     recording: Recording
+    store: str
     timeline: Timeline
     options: Options
     audit: Audit
@@ -86,7 +85,8 @@ def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
 def lines(report: Report) -> Iterator[str]:
     """Yield the report for people."""
     audit = report.audit
-    yield f"{report.store} against {report.run}: {size_text(audit.compared)} were sent to it"
+    touched = size_text(audit.compared)
+    yield f"{report.store} against {report.recording.path}: requests touched {touched} of it"
     for fate in Fate:
         if audit.sizes[fate] or fate is Fate.AS_SENT:
             yield f"  {fate.value:<15} {size_text(audit.sizes[fate]):>10}   {_MEANING[fate]}"
@@ -252,7 +252,7 @@ def to_json(report: Report) -> dict[str, object]:
     """Return the report as `nbdproxy audit --json` prints it."""
     audit = report.audit
     return {
-        "recording": report.run,
+        "recording": str(report.recording.path),
         "store": report.store,
         "below": report.recording.meta.image,
         "missing": report.recording.missing,

@@ -114,7 +114,7 @@ def _doubts(report: Report) -> Iterator[str]:
 def _what_was_explored(report: Report) -> Iterator[str]:
     about, plan, tally = report.about, report.plan, report.tally
     cuts = len(plan.cuts)
-    where = f"cut {about['at']}" if cuts == plan.cuts_possible == 1 else cuts_text(cuts)
+    where = f"cut {about['at']}" if cuts == plan.cuts_possible == 1 else _cuts_text(cuts)
     yield f"{about['recording']}: {about['mode']} x {about['failure']}, {where}"
     if report.missing:
         yield f"  missing   {report.missing}"
@@ -139,7 +139,7 @@ def _what_was_explored(report: Report) -> Iterator[str]:
         yield f"  beyond    the model does not allow the states of: {', '.join(beyond)}"
 
 
-def cuts_text(count: int) -> str:
+def _cuts_text(count: int) -> str:
     """Return a number of cuts in words."""
     return f"{count:,} cuts" if count != 1 else "1 cut"
 

@@ -82,8 +82,8 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
     )
 
 
-def lines(told: Told, run: str) -> Iterator[str]:
-    """Yield it for people."""
+def lines(told: Told, run: str, base: str) -> Iterator[str]:
+    """Yield it for people; `base` is the option that names the image to `open`, if it needs one."""
     minimum = told.minimum
     judged = minimum.judged.judgement
     counts = [f"{n:,} {name}" for name, n in judged.counts.items() if name != "whole"]
@@ -99,9 +99,8 @@ def lines(told: Told, run: str) -> Iterator[str]:
         yield ""
         yield from _lines(missing)
     yield ""
-    yield f"after {minimum.checks:,} checks; look at it: nbdproxy open {run} --state " + str(
-        minimum.state
-    )
+    opened = f"nbdproxy open {run} --state {minimum.state}{base}"
+    yield f"after {minimum.checks:,} checks; look at it: {opened}"
 
 
 def _lines(missing: Missing) -> Iterator[str]:

@@ -19,7 +19,7 @@ CARRIERS_SHOWN = 6
 INSTANTS_SHOWN = 12
 """So many instants of an overview are listed, evenly spread; --json has all."""
 
-_DONE = {
+_CALLED = {
     Level.RECEIVED: "sent",
     Level.COMPLETED: "answered",
     Level.FLUSHED: "flushed",
@@ -56,7 +56,7 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     yield f"{printable(story.entry.path)}{size}"
     yield ""
     for level in LEVELS:
-        yield f"  {_DONE[level]:<10}{_course(story.courses[level], source)}"
+        yield f"  {_CALLED[level]:<10}{_course(story.courses[level], source)}"
     yield ""
     yield from _carried(told.carriers)
     yield from _protection(story, source, told.replay)
@@ -227,7 +227,7 @@ def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]
     return {
         "files": len(stories),
         "instants": [
-            {**(_instant(position, source) or {}), **{_DONE[k]: counts[k] for k in LEVELS}}
+            {**(_instant(position, source) or {}), **{_CALLED[k]: counts[k] for k in LEVELS}}
             for position, counts in overview(stories)
         ],
     }
@@ -240,7 +240,7 @@ def to_json(told: Told, source: Source) -> dict[str, object]:
         "path": printable(story.entry.path),
         "size": story.entry.size,
         "levels": {
-            _DONE[level]: {
+            _CALLED[level]: {
                 "whole_first": _instant(story.courses[level].first, source),
                 "whole_since": _instant(story.courses[level].since, source),
                 "changes": [

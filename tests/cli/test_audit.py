@@ -82,6 +82,7 @@ def test_all_that_was_sent_is_there(tmp_path: Path) -> None:
     assert (found["never_sent"], found["broken"], found["places"]) == (MIB - 3 * 4096, False, [])
     said = nbdproxy("audit", run, tmp_path / "image").stdout
     assert "No promise was broken: all that was sent is there" in said
+    assert "requests touched 12 KiB of it" in said
 
 
 def test_a_lower_layer_that_lies_is_convicted_and_the_upper_is_cleared(tmp_path: Path) -> None:

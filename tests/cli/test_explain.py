@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
-from tests.support.ext4 import FLUSHED, UNFLUSHED
-from tests.support.serving import nbdproxy
+from tests.support.ext4 import BLOCK, FLUSHED, SIZE, UNFLUSHED, content, stages
+from tests.support.nbd_client import FUA
+from tests.support.serving import Server, nbdproxy
 
 
 class Made(Protocol):
@@ -69,6 +71,37 @@ def test_when_everything_is_safe(recorded: Made, all_flushed: Made) -> None:
         assert f"Under none and writeback {expected}" in said
 
 
+def test_under_writethrough_nothing_is_said_of_modes_that_need_flushes(tmp_path: Path) -> None:
+    """The guest's flushes are not in such a recording: every write carries FUA."""
+    images = stages(tmp_path)
+    image, run, files = (tmp_path / name for name in ("image", "run", "files"))
+    image.write_bytes(images[0])
+    with Server(image, "--record", run) as server:
+        client = server.client()
+        for at in range(0, SIZE, BLOCK):
+            if images[0][at : at + BLOCK] != images[2][at : at + BLOCK]:
+                client.write(at, images[2][at : at + BLOCK], FUA)
+        client.disc()
+        assert server.stop() == 0
+    files.write_text(f"{hashlib.sha256(content(FLUSHED)).hexdigest()}  /{FLUSHED}\n")
+    said = nbdproxy("explain", run, "--files", files).stdout
+    assert "so none and writeback cannot be told" in said
+    assert "Under writethrough and directsync everything is safe from" in said
+
+
+def test_a_disk_that_cannot_be_read_is_not_called_unsafe(tmp_path: Path) -> None:
+    image, run, files = (tmp_path / name for name in ("image", "run", "files"))
+    image.write_bytes(bytes(1 << 20))
+    with Server(image, "--record", run) as server:
+        client = server.client()
+        client.write(0, b"no filesystem that we know " * 4096)
+        client.disc()
+        assert server.stop() == 0
+    files.write_text(f"{'0' * 64}  /file\n")
+    said = nbdproxy("explain", run, "--files", files, "--root", "/", code=2).stderr
+    assert "what was sent cannot be read in the end" in said
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -77,6 +110,7 @@ def test_when_everything_is_safe(recorded: Made, all_flushed: Made) -> None:
         (["/nothing"], "is not in what was sent to the disk by the end"),
         ([f"/{FLUSHED}", "--at", "noon"], "names no instant"),
         ([f"/{FLUSHED}", "--mode", "fast"], "--mode"),
+        (["--files", "x", "--at", "end"], "are for single files"),
         ([f"/{number}" for number in range(30)], "too many"),
     ],
 )

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pytest
 
 from tests.cli.test_timeline import Simple, record_simple
-from tests.support.serving import COMMAND, nbdproxy, until
+from tests.support.serving import COMMAND, Server, nbdproxy, until
 
 HAS_B = """nbdcopy "$uri" - | head -c 8193 | tail -c 1 | grep -q B"""
 """Passes if the first sector of B is there."""
@@ -222,6 +222,25 @@ def test_a_check_that_looks_at_nothing_proves_nothing(simple: Simple) -> None:
         assert explore(simple.run, "--check", check)["looked"] == (not blind)
     said = nbdproxy("explore", simple.run, "--check", f"{HAS_B}; false", code=1).stdout
     assert "Every state failed: is the check itself right?" in said
+
+
+def test_a_cut_with_countless_states_is_never_called_complete(tmp_path: Path) -> None:
+    """Nor one that was not visited: 64 sectors that hang on chance, at each of two cuts."""
+    image, run = tmp_path / "image", tmp_path / "run"
+    image.write_bytes(bytes(1 << 20))
+    with Server(image, "--record", run) as server:
+        client = server.client()
+        for start in (0, 1 << 17):
+            for at in range(start, start + 64 * 512, 512):
+                client.write(at, b"A" * 512)
+            client.flush()
+        client.disc()
+        assert server.stop() == 0
+    check = f"{HAS_B} || true"
+    found = explore(run, "--check", check, "--every", "flush", "--states", "1")
+    assert found["cuts"] > 1
+    assert found["cuts_complete"] == 0
+    assert found["not_visited"]
 
 
 def test_more_states_can_be_asked_for_when_it_is_gone_on_with(
