@@ -11,12 +11,12 @@ from nbdproxy.cli.choices import At, Covers, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import replay as replay_recording
-from nbdproxy.crash.replay import to_json
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report import table, words
+from nbdproxy.report.replayed import to_json
 
 ModeText = Annotated[
     str | None,

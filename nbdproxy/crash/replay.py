@@ -17,9 +17,8 @@ from __future__ import annotations
 import hashlib
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -27,14 +26,15 @@ from nbdproxy.crash.causes import Cause, find_causes
 from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.source import Source
-from nbdproxy.crash.timeline import CrashDisk, Timeline
-from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check as ext4_oracle
+from nbdproxy.extents import Extent
 from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.oracle import Digests, Follower, Oracle
+from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
 from nbdproxy.persistence.modes import (
     CacheMode,
@@ -45,30 +45,10 @@ from nbdproxy.persistence.modes import (
     promised,
     recorded_under,
 )
-from nbdproxy.recording.index import RequestTable
+from nbdproxy.recording.index import Mask, RequestTable
 
 _LOOK_BACK = 16
 """After so many flushes, evenly spread, it is looked for what the guest changed itself."""
-
-Digests = Mapping[str, Collection[str]]
-
-
-class Oracle(Protocol):
-    """What tells the condition of files; the module `nbdproxy.oracles.check` is one."""
-
-    def check(
-        self, device: ReadableDevice, manifest: Manifest, *, earlier: Digests, partition: int | None
-    ) -> Findings:
-        """Return the condition of each file of a manifest with absolute paths."""
-        ...
-
-    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
-        """Return the partition that a manifest describes, and the manifest with its paths."""
-        ...
-
-    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
-        """Return path, size and digest of each regular file below a directory."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +119,7 @@ def replay(
     root: str | None = None,
     partition: int | None = None,
     progress: Callable[[StateId], None] = lambda _: None,
-    oracle: Oracle = ext4_oracle,
+    oracle: Oracle = QUICK,
 ) -> Replay:
     """Judge every asked-for cell of the table.
 
@@ -166,7 +146,8 @@ def replay(
         where = place(timeline, manifest, cut, root=root, partition=partition, oracle=oracle)
         partition, manifest = where
         earlier = earlier_digests(timeline, manifest, partition, oracle)
-        judge = _Judge(timeline, manifest, partition, earlier, options, oracle, progress)
+        follower = oracle.follow(manifest, earlier=earlier, partition=partition)
+        judge = _Judge(timeline, manifest, options, follower, progress)
         cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]
     finally:
         timeline.close()
@@ -187,18 +168,17 @@ def exit_flush_failed(table: RequestTable, t: int) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Judge:
     """Judges crash states of one recording against one manifest, each choice of requests once."""
 
     timeline: Timeline
     manifest: Manifest
-    partition: int | None
-    earlier: Digests
     options: Options
-    oracle: Oracle
+    follower: Follower
     progress: Callable[[StateId], None]
     known: dict[bytes, Findings] = field(default_factory=dict)
+    _last: Mask | None = None
 
     def outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
         """Judge a state; `level` is what it keeps for certain, and so cannot be the cause.
@@ -255,14 +235,20 @@ class _Judge:
         key = hashlib.blake2b(np.packbits(choice).data, digest_size=16).digest()
         if key not in self.known:
             self.progress(state)
-            self.known[key] = self._look(self.timeline.open(state))
+            disk = self.timeline.open(state)
+            found = self.follower.check(disk, self._changed(choice))
+            self.known[key] = certain(found, disk, self.manifest)
         return self.known[key]
 
-    def _look(self, disk: CrashDisk) -> Findings:
-        findings = self.oracle.check(
-            disk, self.manifest, earlier=self.earlier, partition=self.partition
-        )
-        return certain(findings, disk, self.manifest)
+    def _changed(self, choice: Mask) -> list[Extent] | None:
+        """Return where a choice of requests may differ from the one that was judged last."""
+        last, self._last = self._last, choice
+        if last is None:
+            return None
+        table = self.timeline.table
+        rows = np.flatnonzero((choice != last) & (table.length > 0))
+        pairs = zip(table.offset[rows].tolist(), table.length[rows].tolist(), strict=True)
+        return [Extent(offset, length) for offset, length in pairs]
 
 
 def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
@@ -283,7 +269,7 @@ def place(
     *,
     root: str | None = None,
     partition: int | None = None,
-    oracle: Oracle = ext4_oracle,
+    oracle: Oracle = QUICK,
 ) -> tuple[int | None, Manifest]:
     """Return the partition that a manifest describes, and the manifest with absolute paths.
 
@@ -315,7 +301,7 @@ def _below(root: str, manifest: Manifest) -> Manifest:
 
 
 def earlier_digests(
-    timeline: Timeline, manifest: Manifest, partition: int | None, oracle: Oracle = ext4_oracle
+    timeline: Timeline, manifest: Manifest, partition: int | None, oracle: Oracle = QUICK
 ) -> Digests:
     """Return the digests that the manifest's paths had before the recording, if any."""
     wanted = {entry.path for entry in manifest.entries}
@@ -325,54 +311,3 @@ def earlier_digests(
     except FilesystemError:
         return {}
     return {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
-
-
-def to_json(
-    result: Replay, source: Source, recording: str, *, files: bool = False
-) -> dict[str, object]:
-    """Return the table as `nbdproxy replay --json` prints it; `files` adds those that are lost."""
-    return {
-        "recording": recording,
-        "cut": _cut_json(result.cut, source),
-        "files": len(result.manifest.entries),
-        "recorded_under": sorted(mode.value for mode in result.recorded_under),
-        "left_out": [mode.value for mode in result.left_out],
-        "cells": [
-            {
-                "mode": cell.mode.value,
-                "failure": cell.failure.value,
-                "cut": _cut_json(cell.cut, source),
-                "verdict": cell.verdict.value,
-                "worst": _outcome_json(cell.worst, files=files),
-                "best": _outcome_json(cell.best, files=files),
-            }
-            for cell in result.cells
-        ],
-    }
-
-
-def _cut_json(cut: Cut, source: Source) -> dict[str, object]:
-    return {
-        "text": cut.text,
-        "position": cut.position,
-        "time_s": cut.time_ns(source) / 1e9,
-        "note": cut.note,
-    }
-
-
-def _outcome_json(outcome: Outcome, *, files: bool) -> dict[str, object]:
-    found: dict[str, object] = {
-        "state": str(outcome.state),
-        "verdict": outcome.verdict.value,
-        "conditions": {key.value: n for key, n in outcome.conditions.most_common()},
-        "causes": {key.value: n for key, n in outcome.causes.most_common()},
-    }
-    if outcome.reason is not None:
-        found["reason"] = outcome.reason
-    if files:
-        found["files"] = {
-            path: {"condition": one.condition.value, "cause": one.cause and one.cause.value}
-            for path, one in outcome.files.items()
-            if one.condition is not Condition.WHOLE
-        }
-    return found

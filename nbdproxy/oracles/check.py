@@ -5,7 +5,8 @@ would mount, and has the right digest; *fail* that at least one certainly is not
 doubtful is *unknown*, with the reason. On a device without any filesystem the verdict is unknown
 as well: only the caller knows whether there should be one.
 
-Only the ext family is read here. A state with another filesystem is unknown to this oracle.
+Only the ext family is read here. A state with another filesystem is unknown to this oracle; see
+`filesystems` for which ones it knows by name.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import partitions
 from nbdproxy.oracles.condition import Condition, classify
-from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
-from nbdproxy.oracles.ext4.mounted import open_filesystem
+from nbdproxy.oracles.filesystems import NAMES, KernelOnlyError, kind_of, open_filesystem
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.partitions import Slice
 
@@ -111,7 +111,7 @@ def scan(device: ReadableDevice, under: str = "/", *, partition: int | None = No
     Symbolic links are not followed. Raises FilesystemError if there is no filesystem or several,
     if the state cannot be judged, and at the first file that cannot be read.
     """
-    filesystem = open_filesystem(_only(candidates(device, partition)).device)
+    filesystem = open_filesystem(only(candidates(device, partition)).device)
     entries = []
     for path, node in filesystem.walk(absolute(under)):
         name = _shown(path)
@@ -125,7 +125,7 @@ def scan(device: ReadableDevice, under: str = "/", *, partition: int | None = No
 
 def paths(device: ReadableDevice, *, partition: int | None = None) -> list[str]:
     """Return the paths of all regular files; raises FilesystemError as `scan` does."""
-    return _paths(open_filesystem(_only(candidates(device, partition)).device))
+    return _paths(open_filesystem(only(candidates(device, partition)).device))
 
 
 def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
@@ -135,13 +135,13 @@ def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
     FilesystemError if nothing can be read, ManifestError if the manifest matches nowhere.
     """
     found: list[tuple[int, int, Manifest]] = []
-    failure: ManifestError | None = None
+    failure: ManifestError | KernelOnlyError | None = None
     for candidate in candidates(device, None):
-        known = set(_paths(open_filesystem(candidate.device)))
         try:
+            known = set(_paths(open_filesystem(candidate.device)))
             resolved = manifests.resolve(manifest, known)
-        except ManifestError as error:
-            failure = error
+        except (ManifestError, KernelOnlyError) as error:
+            failure = error if failure is None or isinstance(error, KernelOnlyError) else failure
             continue
         count = sum(entry.path in known for entry in resolved.entries)
         found.append((count, candidate.number, resolved))
@@ -201,11 +201,11 @@ def candidates(device: ReadableDevice, partition: int | None) -> list[Slice]:
             there = ", ".join(str(part.number) for part in found)
             raise FilesystemError(f"there is no partition {partition}; choose one of {there}")
         return chosen
-    with_filesystem = [part for part in found if superblock.has_magic(part.device)]
+    with_filesystem = [part for part in found if kind_of(part.device) is not None]
     if not with_filesystem:
+        known = ", ".join(NAMES.values())
         raise FilesystemError(
-            "no filesystem found: there is no ext2, ext3 or ext4 superblock on the disk "
-            "or in its partitions"
+            f"no filesystem found: neither the disk nor any of its partitions begins with {known}"
         )
     return with_filesystem
 
@@ -236,7 +236,8 @@ def _shown(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
-def _only(found: list[Slice]) -> Slice:
+def only(found: list[Slice]) -> Slice:
+    """Return the one of them; raises FilesystemError if there are several."""
     if len(found) > 1:
         raise FilesystemError(
             f"several partitions hold a filesystem: {_listed(found)}; name one of them"
@@ -248,9 +249,16 @@ def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -
     found = candidates(device, partition)
     if len(found) == 1:
         return open_filesystem(found[0].device)
-    filesystems = [open_filesystem(candidate.device) for candidate in found]
+    filesystems, closed = [], None
+    for candidate in found:
+        try:
+            filesystems.append(open_filesystem(candidate.device))
+        except KernelOnlyError as error:
+            closed = error
     counts = [_matches(filesystem, manifest) for filesystem in filesystems]
-    best = max(counts)
+    best = max(counts, default=0)
+    if closed is not None and not best:
+        raise closed  # the files may be there
     if counts.count(best) > 1:
         raise FilesystemError(
             f"the files could be on any of several partitions: {_listed(found)}; name one of them"

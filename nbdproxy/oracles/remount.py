@@ -20,6 +20,7 @@ from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.mounted import check_root
 from nbdproxy.oracles.ext4.replayed import ReplayedDevice
 from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
+from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 from nbdproxy.oracles.partitions import SliceDevice
 from nbdproxy.oracles.watched import NOTHING, Range, Reads, WatchedDevice, runs
 
@@ -28,7 +29,7 @@ WHERE, LOG, TOP = 1, 2, 3
 
 
 class SeveralError(Exception):
-    """The filesystem cannot be told from few reads: all files of the disk have to be looked at."""
+    """This is not followed from state to state: several filesystems, or another than ext."""
 
 
 class Remount:
@@ -120,7 +121,7 @@ class Remount:
             found = candidates(disk, self._partition)
         finally:
             self._where = Reads(disk.take())
-        if len(found) > 1:
+        if len(found) > 1 or kind_of(found[0].device) not in {None, FilesystemKind.EXT}:
             raise SeveralError
         place = (found[0].offset, found[0].offset + found[0].length)
         if place != self._place:

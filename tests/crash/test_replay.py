@@ -1,8 +1,6 @@
 """The table cache mode x failure, on disks so small that a file is a sector.
 
-File `/a` is sector 0, `/b` sector 1, ...; a sector of 0xFE means that no such file is there, and a
-digest in the manifest is the byte that the sector should hold. Sector 7 is the superblock: unless
-it holds its magic, there is no filesystem.
+See `tests.support.sector_files`.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import pytest
 
 from nbdproxy.crash.causes import Cause
 from nbdproxy.crash.naming import StateId
-from nbdproxy.crash.replay import Cell, Replay, replay, to_json
+from nbdproxy.crash.replay import Cell, Replay, replay
 from nbdproxy.crash.source import MemorySource
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
@@ -26,66 +24,12 @@ from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import THROUGH, CacheMode, Failure
 from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.recording.notes import NoteKind
+from nbdproxy.report.replayed import to_json
 from nbdproxy.requests import Command
+from tests.support.sector_files import FORMATTED, MAGIC, PATHS, SectorFiles
 
 MakeSource = Callable[..., MemorySource]
 Log = list[Received | Completed]
-
-ABSENT = 0xFE
-MAGIC = 0xEF
-PATHS = ["/a", "/b", "/c", "/d", "/e", "/f", "/g"]
-FORMATTED = bytes([ABSENT]) * 512 * 7 + bytes([MAGIC]) * 512
-
-
-class SectorFiles:
-    """An oracle for such disks."""
-
-    checks = 0
-
-    def check(
-        self,
-        device: ReadableDevice,
-        manifest: Manifest,
-        *,
-        earlier: Mapping[str, Collection[str]],
-        partition: int | None,
-    ) -> Findings:
-        assert partition == 2
-        self.checks += 1
-        try:
-            there = self._files(device)
-        except FilesystemError as error:
-            return Findings(verdict=Verdict.UNKNOWN, conditions={}, reason=str(error))
-        conditions: dict[str, Condition] = {}
-        for entry in manifest.entries:
-            found = there.get(entry.path)
-            if found == entry.sha256:
-                conditions[entry.path] = Condition.WHOLE
-            elif found is None:
-                conditions[entry.path] = Condition.MISSING
-            elif found in earlier.get(entry.path, ()):
-                conditions[entry.path] = Condition.STALE
-            else:
-                conditions[entry.path] = Condition.DAMAGED
-        whole = set(conditions.values()) == {Condition.WHOLE}
-        return Findings(
-            verdict=Verdict.PASS if whole else Verdict.FAIL, conditions=conditions, reason=None
-        )
-
-    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
-        if not {entry.path for entry in manifest.entries} & self._files(device).keys():
-            raise ManifestError("the manifest matches nothing")
-        return 2, manifest
-
-    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
-        assert (under, partition) == ("/", 2)
-        return Manifest(tuple(Entry(p, found, 512) for p, found in self._files(device).items()))
-
-    def _files(self, device: ReadableDevice) -> dict[str, str]:
-        if device.pread(7 * 512, 1)[0] != MAGIC:
-            raise FilesystemError("no filesystem found")
-        values = {path: device.pread(i * 512, 1)[0] for i, path in enumerate(PATHS)}
-        return {path: str(value) for path, value in values.items() if value != ABSENT}
 
 
 def wrote(source: MemorySource) -> Manifest:
@@ -274,15 +218,10 @@ def test_no_layer_that_the_fullest_state_has_is_the_cause(make_source: MakeSourc
 class Doubtful(SectorFiles):
     """Cannot read `/a`, wherever it is."""
 
-    def check(
-        self,
-        device: ReadableDevice,
-        manifest: Manifest,
-        *,
-        earlier: Mapping[str, Collection[str]],
-        partition: int | None,
+    def judge(
+        self, device: ReadableDevice, manifest: Manifest, earlier: Mapping[str, Collection[str]]
     ) -> Findings:
-        found = SectorFiles.check(self, device, manifest, earlier=earlier, partition=partition)
+        found = super().judge(device, manifest, earlier)
         conditions = {**found.conditions, "/a": Condition.UNREADABLE}
         return Findings(Verdict.UNKNOWN, conditions, "/a: too new")
 

@@ -1,0 +1,61 @@
+"""The filesystem's own checker, run on a copy: e2fsck, for the ext family.
+
+First the journal is replayed, and only that (`-E journal_only` without `-f`, which would repair);
+then everything is looked at and nothing changed (`-fn`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from nbdproxy.disks.copying import write_sparse
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.oracles.examine import Fsck
+
+LIMIT_S = 300.0
+LINES = 12
+_NOT_RUN = "e2fsck is not installed; run: sudo apt-get install e2fsprogs"
+_OPERATIONAL = 8  # from this exit code on e2fsck says that it failed itself
+
+
+def e2fsck(device: ReadableDevice) -> Fsck | str:
+    """Return what e2fsck says of a filesystem, or why it was not run."""
+    program = shutil.which("e2fsck", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    if program is None:
+        return _NOT_RUN
+    with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch()) as folder:
+        image = Path(folder) / "image"
+        try:
+            write_sparse(device, image)
+            code, said = _run([program, "-y", "-E", "journal_only", str(image)])
+            if code < _OPERATIONAL:
+                code, said = _run([program, "-fn", str(image)])
+        except OSError as error:
+            return f"e2fsck was not run: {error.strerror or error}"
+        except subprocess.TimeoutExpired:
+            return f"e2fsck was not done after {LIMIT_S:g} s"
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("e2fsck ")]
+    return Fsck(code == 0, "\n".join(lines[-LINES:]).replace(str(image), "the disk"))
+
+
+def scratch() -> str:
+    """Return where images go: like all scratch files, not to a disk in memory."""
+    return os.environ.get("TMPDIR") or "/var/tmp"
+
+
+def _run(argv: list[str]) -> tuple[int, str]:
+    done = subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=LIMIT_S,
+        check=False,
+        text=True,
+        errors="replace",
+    )
+    return done.returncode, done.stdout

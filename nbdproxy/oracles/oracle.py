@@ -1,0 +1,47 @@
+"""What an oracle is: it says what became of files, and of their filesystem, in any state of a disk.
+
+There are two: `quick`, which reads without a kernel and says *unknown* where it would have to
+guess, and the kernel itself (`nbdproxy.checker`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.check import Findings
+from nbdproxy.oracles.examine import Examination
+from nbdproxy.oracles.manifest import Manifest
+
+Digests = Mapping[str, Collection[str]]
+"""Of each path the SHA-256 digests that the file had earlier."""
+
+
+class Follower(Protocol):
+    """Judges the same files in one state after the other."""
+
+    def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
+        """Tell the condition of every file; `changed` as in `IncrementalCheck.check`."""
+        ...
+
+
+class Oracle(Protocol):
+    """Knows filesystems."""
+
+    def follow(self, manifest: Manifest, *, earlier: Digests, partition: int | None) -> Follower:
+        """Return what judges the files of a manifest with absolute paths."""
+        ...
+
+    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+        """Return the partition that a manifest describes, and the manifest with its paths."""
+        ...
+
+    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+        """Describe all files below a directory."""
+        ...
+
+    def examine(self, device: ReadableDevice, *, partition: int | None) -> Examination:
+        """Tell of the filesystem as a whole."""
+        ...

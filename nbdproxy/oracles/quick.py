@@ -1,0 +1,71 @@
+"""`QUICK`: the oracle that needs no kernel and no root, and takes milliseconds for a state."""
+
+from __future__ import annotations
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.oracles import check
+from nbdproxy.oracles.examine import Examination
+from nbdproxy.oracles.ext4 import journal
+from nbdproxy.oracles.ext4.filesystem import Filesystem
+from nbdproxy.oracles.ext4.mounted import open_filesystem
+from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
+from nbdproxy.oracles.fsck import e2fsck
+from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.oracle import Digests
+from nbdproxy.oracles.partitions import Slice
+
+_NOT_RUN = "it is run for the ext family only; ask with --oracle kernel"
+
+
+class QuickOracle:
+    """Satisfies `Oracle`; keeps nothing between calls."""
+
+    def follow(
+        self, manifest: Manifest, *, earlier: Digests, partition: int | None
+    ) -> IncrementalCheck:
+        """Return what judges the files of a manifest with absolute paths."""
+        return IncrementalCheck(manifest, earlier=earlier, partition=partition)
+
+    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+        """Return the partition that a manifest describes, and the manifest with its paths."""
+        return check.locate(device, manifest)
+
+    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+        """Describe all files below a directory."""
+        return check.scan(device, under, partition=partition)
+
+    def examine(
+        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+    ) -> Examination:
+        """Tell whether it mounts, what the journal changes, and what fsck says of a copy.
+
+        Whatever a kernel alone can tell is None.
+        """
+        try:
+            place = check.only(check.candidates(device, partition))
+        except FilesystemError as error:
+            return Examination(None, str(error), (), "there is nothing to check")
+        is_ext = kind_of(place.device) is FilesystemKind.EXT
+        said = "it was not asked for" if not fsck else e2fsck(place.device) if is_ext else _NOT_RUN
+        try:
+            open_filesystem(place.device)
+        except FilesystemError as error:
+            return Examination(None, str(error), (), said)
+        return Examination(True, None, _replayed(place), said)
+
+
+QUICK = QuickOracle()
+
+
+def _replayed(place: Slice) -> tuple[Extent, ...]:
+    """Return where the journal's blocks differ from what is on the disk, in bytes of the disk."""
+    filesystem = Filesystem(place.device)
+    size = filesystem.superblock.block_size
+    found = ExtentSet()
+    for number, block in journal.replay(filesystem).items():
+        if place.device.pread(number * size, size) != block:
+            found.add(place.offset + number * size, place.offset + (number + 1) * size)
+    return tuple(found)

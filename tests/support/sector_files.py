@@ -1,0 +1,100 @@
+"""An oracle for disks so small that a file is a sector.
+
+File `/a` is sector 0, `/b` sector 1, ...; a sector of 0xFE means that no such file is there, and a
+digest in the manifest is the byte that the sector should hold. Sector 7 is the superblock: unless
+it holds its magic, there is no filesystem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError, ManifestError
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.examine import Examination
+from nbdproxy.oracles.manifest import Entry, Manifest
+
+ABSENT = 0xFE
+MAGIC = 0xEF
+PATHS = ["/a", "/b", "/c", "/d", "/e", "/f", "/g"]
+FORMATTED = bytes([ABSENT]) * 512 * 7 + bytes([MAGIC]) * 512
+
+
+class SectorFiles:
+    """An oracle for such disks; sees to it that what changes from state to state is told."""
+
+    checks = 0
+    last = b""
+
+    def follow(
+        self,
+        manifest: Manifest,
+        *,
+        earlier: Mapping[str, Collection[str]],
+        partition: int | None,
+    ) -> SectorFiles:
+        assert partition == 2
+        self.manifest, self.earlier = manifest, earlier
+        return self
+
+    def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
+        self._compare(device.pread(0, device.size), changed)
+        return self.judge(device, self.manifest, self.earlier)
+
+    def _compare(self, content: bytes, changed: Iterable[Extent] | None) -> None:
+        if changed is None:
+            assert not self.checks
+        else:
+            told = {at for extent in changed for at in range(extent.offset, extent.end)}
+            differs = {
+                at
+                for at, pair in enumerate(zip(content, self.last, strict=False))
+                if len(set(pair)) > 1
+            }
+            assert differs <= told
+        self.last = content
+        self.checks += 1
+
+    def examine(self, device: ReadableDevice, *, partition: int | None) -> Examination:
+        raise NotImplementedError
+
+    def judge(
+        self, device: ReadableDevice, manifest: Manifest, earlier: Mapping[str, Collection[str]]
+    ) -> Findings:
+        try:
+            there = self._files(device)
+        except FilesystemError as error:
+            return Findings(verdict=Verdict.UNKNOWN, conditions={}, reason=str(error))
+        conditions: dict[str, Condition] = {}
+        for entry in manifest.entries:
+            found = there.get(entry.path)
+            if found == entry.sha256:
+                conditions[entry.path] = Condition.WHOLE
+            elif found is None:
+                conditions[entry.path] = Condition.MISSING
+            elif found in earlier.get(entry.path, ()):
+                conditions[entry.path] = Condition.STALE
+            else:
+                conditions[entry.path] = Condition.DAMAGED
+        whole = set(conditions.values()) == {Condition.WHOLE}
+        return Findings(
+            verdict=Verdict.PASS if whole else Verdict.FAIL, conditions=conditions, reason=None
+        )
+
+    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+        if not {entry.path for entry in manifest.entries} & self._files(device).keys():
+            raise ManifestError("the manifest matches nothing")
+        return 2, manifest
+
+    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+        assert (under, partition) == ("/", 2)
+        return Manifest(tuple(Entry(p, found, 512) for p, found in self._files(device).items()))
+
+    def _files(self, device: ReadableDevice) -> dict[str, str]:
+        if device.pread(7 * 512, 1)[0] != MAGIC:
+            raise FilesystemError("no filesystem found")
+        values = {path: device.pread(i * 512, 1)[0] for i, path in enumerate(PATHS)}
+        return {path: str(value) for path, value in values.items() if value != ABSENT}
