@@ -15,6 +15,7 @@ from xxhash import xxh3_64_hexdigest
 
 from nbdproxy.cli.choices import At, Covers, Fsyncgate, Root
 from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.bench import Job
 from nbdproxy.crash.cuts import resolve
@@ -128,6 +129,7 @@ def explore(
     ] = None,
     root: Root = None,
     base: Base = None,
+    oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look for a state that a crash may leave and that is bad.
@@ -166,7 +168,9 @@ def explore(
         options = _options(source, sector, covers, fsyncgate=fsyncgate, losses=loss or [])
         asked = at or (every.value if every else _usual_cut(failure))
         level = _level(source, mode, failure, None if every else asked)
-        judge = make_judge(timeline, files, check, None if every else asked, root, time_limit)
+        judge = make_judge(
+            *(timeline, files, check, None if every else asked, root, time_limit, oracle)
+        )
         fields = Fields(timeline, level, options)
         budget = states if states is not None else None if exhaustive else Wish().budget
         wish = Wish(budget, seed, torn, stale, exhaustive)
@@ -176,7 +180,7 @@ def explore(
             **_what_is_explored(source, job, mode, failure),
             "at": asked,
             **_what_is_wished(wish),
-            "judge": check or f"files {explored.digest_of(judge)}",
+            "judge": check or f"files {explored.digest_of(judge)}{_by(oracle)}",
         }
         runner = _runner(job, workers, dask)
         stack.callback(runner.close)
@@ -188,7 +192,7 @@ def explore(
         except KeyboardInterrupt:
             _tell_ended(db)
             raise typer.Exit(130) from None
-        again = _again(files, check, root, base, time_limit)
+        again = _again(files, check, root, base, time_limit, oracle)
         needs = option_of_base(base)
         report = explored.Report(about, plan, tally, verdicts, again, needs, source.missing)
         if json:
@@ -241,13 +245,19 @@ def option_of_base(base: Path | None) -> str:
 
 
 def _again(
-    files: Path | None, check: str | None, root: str | None, base: Path | None, limit_s: float
+    files: Path | None,
+    check: str | None,
+    root: str | None,
+    base: Path | None,
+    limit_s: float,
+    oracle: OracleName,
 ) -> str:
     """Return the options with which another command asks the same."""
     words = ["--files", str(files)] if check is None else ["--check", check]
     words += ["--root", root] if root is not None else []
     words += ["--base", str(base)] if base is not None else []
     words += ["--time-limit", f"{limit_s:g}"] if limit_s != TIME_LIMIT_S else []
+    words += ["--oracle", oracle.value] if oracle is not OracleName.QUICK else []
     return shlex.join(words)
 
 
@@ -272,6 +282,7 @@ def make_judge(
     at: str | None,
     root: str | None,
     time_limit_s: float,
+    oracle: OracleName = OracleName.QUICK,
 ) -> JudgePlan:
     """Return the judge that a command's options name; UsageError unless it is just one."""
     if files is not None and check is not None:
@@ -279,10 +290,19 @@ def make_judge(
     if files is None:
         if check is None or not check.strip():
             raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
+        if oracle is not OracleName.QUICK:
+            raise UsageError("--oracle reads --files; a --check COMMAND looks for itself: drop one")
         return CommandPlan(check, time_limit_s)
     cut = resolve(timeline.source, at or "before-exit")
-    partition, wanted = place(timeline, manifest.load(files), cut, root=root)
-    return ManifestPlan(wanted, partition, earlier_digests(timeline, wanted, partition))
+    wanted = manifest.load(files)
+    with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
+        partition, wanted = place(timeline, wanted, cut, root=root, oracle=asked)
+        earlier = earlier_digests(timeline, wanted, partition, asked)
+    return ManifestPlan(wanted, partition, earlier, MAKERS[oracle])
+
+
+def _by(oracle: OracleName) -> str:
+    return "" if oracle is OracleName.QUICK else f" by {oracle.value}"
 
 
 def _plan(

@@ -158,6 +158,10 @@ def run(
         str | None,
         typer.Option(metavar="OPTIONS", help="Mount options.", show_default="the workload's own"),
     ] = None,
+    fs: Annotated[
+        str | None,
+        typer.Option(help=f"What the disk holds: {', '.join(FILESYSTEMS)}.", show_default="ext4"),
+    ] = None,
     cache: Annotated[CacheMode, typer.Option(help="QEMU's cache mode.")] = CacheMode.NONE,
     device: Annotated[str, typer.Option(help=f"One of {', '.join(guest.DEVICES)}.")] = "virtio-blk",
     connections: Annotated[
@@ -202,6 +206,8 @@ def run(
 
       nbdproxy lab run - disk.img --script 'echo hello > a; sync' --end cut
 
+      nbdproxy lab format x.img --size 512M --fs xfs && nbdproxy lab run npm-small x.img --fs xfs
+
       nbdproxy lab run sqlite-full nbd://127.0.0.1:10809/ --control ctl.sock
 
       nbdproxy lab run stress nbd://127.0.0.1:10809/ --device nbd --connections 4
@@ -211,6 +217,10 @@ def run(
     chosen = shell(script) if script is not None else workload_named(workload)
     if mount is not None:
         chosen = replace(chosen, mount_options=mount)
+    if fs is not None:
+        if fs not in FILESYSTEMS:
+            raise UsageError(f"--fs: {fs!r} is unknown; choose from {', '.join(FILESYSTEMS)}")
+        chosen = replace(chosen, fs=fs)
     made = build_lab(progress=_tell)
     ending = parse_ending(end) if end is not None else None
     _tell(f"guest: booting, then {chosen.summary}")

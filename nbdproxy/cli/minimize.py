@@ -10,6 +10,7 @@ import typer
 from nbdproxy.cli.choices import Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
+from nbdproxy.cli.oracles import OracleChoice, OracleName
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.bench import Bench, Job
 from nbdproxy.crash.minimize import minimize as minimize_state
@@ -27,6 +28,7 @@ def minimize(
     time_limit: TimeLimit = TIME_LIMIT_S,
     root: Root = None,
     base: Base = None,
+    oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Find the fewest writes that have to be missing for a state to fail, and say which they are.
@@ -46,7 +48,7 @@ def minimize(
         timeline = Timeline(source)
         timeline.open(chosen)
         at = f"seq:{chosen.position - 1}" if chosen.position else "end"
-        judge = make_judge(timeline, files, check, at, root, time_limit)
+        judge = make_judge(timeline, files, check, at, root, time_limit, oracle)
         job = Job(run.absolute(), base, chosen.level, chosen.options, judge)
         bench = Bench(source, job)
         try:

@@ -7,8 +7,11 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.checker.both import BothOracles
 from nbdproxy.cli.choices import At, Covers, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
+from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import replay as replay_recording
 from nbdproxy.oracles import manifest
@@ -47,6 +50,7 @@ def replay(
     ] = None,
     covers: Covers = Coverage.RECEIVED,
     base: Base = None,
+    oracle: OracleChoice = OracleName.QUICK,
     list_files: Annotated[
         bool,
         typer.Option("--list", help="Also list the lost files, one a line; with --json, too."),
@@ -70,12 +74,23 @@ def replay(
       nbdproxy replay run1 --files npm.sha256 --root / --at riskiest --json
 
       nbdproxy replay run1 --files npm.sha256 --mode none --failure host-power-loss --list
+
+      nbdproxy replay run1 --files npm.sha256 --oracle kernel
     """
     source = RecordedSource(run, image=base)
     wanted = manifest.load(files)
     if source.missing:
         err.print(f"note: {source.missing}", markup=False)
-    with err.status("judging crash states") as status:
+    with (
+        err.status("judging crash states") as status,
+        opened(oracle, status.update) as judge,
+    ):
+
+        def about_to_judge(state: StateId) -> None:
+            status.update(f"judging crash state {state}")
+            if isinstance(judge, BothOracles):
+                judge.state = str(state)
+
         result = replay_recording(
             source,
             wanted,
@@ -85,8 +100,10 @@ def replay(
             options=Options(coverage=covers),
             recorded_as=recorded_as,
             root=root,
-            progress=lambda state: status.update(f"judging crash state {state}"),
+            progress=about_to_judge,
+            oracle=judge,
         )
+    tell_differences(judge)
     if json:
         print_json(to_json(result, source, str(run), files=list_files))
     else:

@@ -6,7 +6,7 @@ A `JudgePlan` is what travels to another process; there it opens a `Judge`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,8 +15,9 @@ from nbdproxy.crash.timeline import Timeline
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Findings, Verdict
-from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.oracle import Digests, Oracle
+from nbdproxy.oracles.quick import QuickOracle
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +69,12 @@ class JudgePlan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ManifestPlan:
-    """Are these files whole? `manifest` has absolute paths; see `nbdproxy.oracles.check`."""
+    """Are these files whole? `manifest` has absolute paths, `oracle` makes the one to ask."""
 
     manifest: Manifest
     partition: int | None
-    earlier: Mapping[str, Collection[str]]
+    earlier: Digests
+    oracle: Callable[[], Oracle] = QuickOracle
 
     def open(self, timeline: Timeline) -> Judge:
         """Return the judge, for the states of a timeline."""
@@ -87,7 +89,8 @@ class _ManifestJudge:
     def __init__(self, plan: ManifestPlan, timeline: Timeline) -> None:
         self._plan = plan
         self._timeline = timeline
-        self._check = IncrementalCheck(
+        self._oracle = plan.oracle()
+        self._check = self._oracle.follow(
             plan.manifest, earlier=plan.earlier, partition=plan.partition
         )
         self._last: tuple[Findings, Judgement] | None = None
@@ -107,4 +110,4 @@ class _ManifestJudge:
         return judgement, self._check.reads if found.conditions else None
 
     def close(self) -> None:
-        pass
+        self._oracle.close()

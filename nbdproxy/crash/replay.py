@@ -187,7 +187,7 @@ class _Judge:
         """
         findings = self._findings(state)
         fine = {Condition.WHOLE}
-        if findings.reason is not None:
+        if findings.reason is not None and not findings.refused:
             # The oracle, and not the crash, may be why a file cannot be read: nobody's fault.
             fine.add(Condition.UNREADABLE)
         broken = frozenset(p for p, found in findings.conditions.items() if found not in fine)

@@ -17,10 +17,14 @@ _ZEROES = memoryview(bytes(1024 * 1024))
 
 
 class OverlayDisk:
-    """`below` with private changes, as a `BlockDevice`; the changes go with `close`."""
+    """`below` with private changes, as a `BlockDevice`; the changes go with `close`.
 
-    def __init__(self, below: ReadableDevice) -> None:
+    It `owns` the disk below, and closes it, unless told that it does not.
+    """
+
+    def __init__(self, below: ReadableDevice, *, owns: bool = True) -> None:
         self._below = below
+        self._owns = owns
         self.size = below.size
         self._scratch = open_scratch(self.size)
         self._written = ExtentSet()
@@ -102,12 +106,18 @@ class OverlayDisk:
         if at < offset + length:
             yield from self._below.data_extents(at, offset + length - at)
 
+    def written(self) -> list[Extent]:
+        """Return what was written here, zeroes included."""
+        with self._lock:
+            return list(self._written)
+
     def sync(self) -> None:
         """Do nothing: an overlay ends with its process, so there is nothing to make durable."""
 
     def close(self) -> None:
-        """Drop the changes and close the disk below."""
+        """Drop the changes, and close the disk below if it is owned."""
         if self._scratch >= 0:
             os.close(self._scratch)
             self._scratch = -1
-        self._below.close()
+        if self._owns:
+            self._below.close()

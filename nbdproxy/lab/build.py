@@ -28,7 +28,7 @@ _NEEDED = (
     "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node", "npm",
     "qemu-system-x86_64", "sqlite3",
 )  # fmt: skip
-_EXTRA = ("dmsetup", "nbd-client")
+_EXTRA = ("btrfs", "dmsetup", "e2fsck", "fsck.fat", "nbd-client", "xfs_repair")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,15 @@ class Lab:
     """What a guest is made of.
 
     `manifests` has, for each project, the `sha256sum` file of what a whole run leaves on the
-    target disk; its paths are absolute there. `has_nbd_client` tells whether a guest may be told
-    to use its kernel's NBD client, `has_dmsetup` whether its kernel can log writes itself.
+    target disk; its paths are absolute there. `programs` are those that only some runs need, and
+    that the host had when the lab was built.
     """
 
     cache: Path
     kit: Kit
     tools_disk: Path
     manifests: Mapping[str, Path]
-    has_nbd_client: bool
-    has_dmsetup: bool
+    programs: frozenset[str]
 
 
 def build_lab(
@@ -82,14 +81,7 @@ def build_lab(
         programs = [where["sqlite3"], *extra.values()]
         disk = _build_disk(parts, where["node"], npm, built, programs)
     manifests = {name: part / "manifest.sha256" for name, part in built.items()}
-    return Lab(
-        parts.root,
-        kit,
-        disk / "tools.img",
-        manifests,
-        has_nbd_client="nbd-client" in extra,
-        has_dmsetup="dmsetup" in extra,
-    )
+    return Lab(parts.root, kit, disk / "tools.img", manifests, frozenset(extra))
 
 
 def _build_kit(parts: Cache, busybox: Path) -> Kit:

@@ -2,19 +2,21 @@
 
 Guarantees: the same arguments give the same bytes with the same e2fsprogs (fixed UUIDs, fixed
 times), and the kernel finds nothing left to initialise, so a recording holds the workload only.
-Covers ext2, ext3 and ext4, bare or in the one partition of a GPT or MBR table; xfs and btrfs bare,
-if their tools are installed.
+Covers ext2, ext3 and ext4, and xfs, btrfs and vfat if their tools are installed, each bare or in
+the one partition of a GPT or MBR table. Those of btrfs and vfat do not give the same bytes.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import LabError
 from nbdproxy.lab import tools
 
-FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs")
+FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")
 PARTITION_TABLES = ("gpt", "mbr")
 
 PARTITION_START = 1 << 20
@@ -56,10 +58,10 @@ def format_disk(
         _write_table(path, size, partition_table)
     if fs.startswith("ext"):
         _make_ext(path, start, size - 2 * start, fs, options)
-    elif partition_table is not None:
-        raise LabError(f"the lab puts only ext2, ext3 and ext4 into partitions; format {fs} bare")
-    else:
+    elif not start:
         _make_other(path, fs, options)
+    else:
+        _make_inside(path, start, size - 2 * start, fs, options)
 
 
 def _write_table(path: Path, size: int, table: str) -> None:
@@ -89,7 +91,24 @@ def _make_ext(path: Path, start: int, length: int, fs: str, options: Sequence[st
 
 
 def _make_other(path: Path, fs: str, options: Sequence[str]) -> None:
-    name = f"mkfs.{fs}"
+    name = "mkfs.fat" if fs == "vfat" else f"mkfs.{fs}"
     program = tools.require([name])[name]
-    identity = ["-m", f"uuid={_UUID}"] if fs == "xfs" else ["-U", _UUID]
-    tools.run_tool([program, "-q", "-f", *identity, *options, path])
+    own = {
+        "xfs": ("-q", "-f", "-m", f"uuid={_UUID}"),
+        "btrfs": ("-q", "-f", "-U", _UUID),
+        "vfat": ("-F", "32", "-i", "6e626470"),
+    }[fs]
+    tools.run_tool([program, *own, *options, path])
+
+
+def _make_inside(path: Path, start: int, length: int, fs: str, options: Sequence[str]) -> None:
+    """Make a filesystem in a file of its own, and put what it holds into the partition."""
+    with tempfile.NamedTemporaryFile(prefix="nbdproxy-lab-", dir=path.parent) as made:
+        made.truncate(length)
+        _make_other(Path(made.name), fs, options)
+        disk = FileDisk(Path(made.name), read_only=True)
+        with path.open("r+b") as image:
+            for extent in disk.data_extents(0, length):
+                image.seek(start + extent.offset)
+                image.write(disk.pread(extent.offset, extent.length))
+        disk.close()

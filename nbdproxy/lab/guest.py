@@ -15,15 +15,13 @@ import os
 import re
 import selectors
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import accel, cpio, dm_log, kernel_client, tools
+from nbdproxy.lab import accel, cpio, dm_log, initramfs, kernel_client, tools
 from nbdproxy.lab.build import Lab
 from nbdproxy.lab.cache import silent
 from nbdproxy.lab.initramfs import MARK
@@ -130,7 +128,8 @@ def run(
         settle=stack.settle,
         detach=stack.detach,
     )
-    with _initrd(lab, script) as initrd:
+    run_sh = cpio.regular("run.sh", script.encode())
+    with initramfs.extended(lab.kit.initrd, [run_sh]) as initrd:
         command = [
             *accel.base_command(
                 lab.kit.kernel, initrd, accelerator, memory_mib=memory_mib, cpus=cpus
@@ -161,7 +160,7 @@ def _stack(lab: Lab, target: Path | str, device: str, drive: str, connections: i
     name, attachment = DEVICES[device]
     if device != "nbd":
         return _Stack(name, ("-drive", f"if=none,id=target,{drive}", *attachment))
-    if not lab.has_nbd_client:
+    if "nbd-client" not in lab.programs:
         raise tools.missing_error(["nbd-client"])
     return _Stack(
         name,
@@ -173,7 +172,7 @@ def _stack(lab: Lab, target: Path | str, device: str, drive: str, connections: i
 
 def _logged(lab: Lab, stack: _Stack, device: str, path: Path) -> _Stack:
     """Return the stack with the kernel's log in front; what is on top is taken off first."""
-    if not lab.has_dmsetup:
+    if "dmsetup" not in lab.programs:
         raise tools.missing_error(["dmsetup"])
     dm_log.prepare(path)
     log = "/dev/vdc" if device == "virtio-blk" else "/dev/vdb"
@@ -196,17 +195,6 @@ def _file(target: Path | str) -> str:
 def _escaped(path: Path | str) -> str:
     """Write a value for one of QEMU's option lists, where a comma would end it."""
     return str(path).replace(",", ",,")
-
-
-@contextmanager
-def _initrd(lab: Lab, script: str) -> Iterator[Path]:
-    """Yield the initramfs with the run's own archive behind it: the kernel unpacks both."""
-    own = cpio.archive([cpio.regular("run.sh", script.encode())])
-    with tempfile.NamedTemporaryFile(prefix="nbdproxy-lab-") as joined:
-        joined.write(lab.kit.initrd.read_bytes())
-        joined.write(own)
-        joined.flush()
-        yield Path(joined.name)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,9 @@ one brings it; otherwise it powers off at once, which is what the probe of `acce
 from __future__ import annotations
 
 import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nbdproxy.errors import LabError
@@ -59,6 +62,16 @@ def build(kernel_part: Path, busybox: Path) -> bytes:
     for path in sorted(modules.iterdir()):
         entries.append(cpio.regular(f"modules/{path.name}", path.read_bytes()))
     return cpio.archive(entries)
+
+
+@contextmanager
+def extended(initrd: Path, entries: Sequence[cpio.Entry]) -> Iterator[Path]:
+    """Yield the initramfs with an archive of a run's own behind it: the kernel unpacks both."""
+    with tempfile.NamedTemporaryFile(prefix="nbdproxy-lab-") as joined:
+        joined.write(initrd.read_bytes())
+        joined.write(cpio.archive(entries))
+        joined.flush()
+        yield Path(joined.name)
 
 
 def _is_dynamic(program: bytes) -> bool:

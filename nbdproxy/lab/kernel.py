@@ -23,7 +23,12 @@ META_PACKAGE = "linux-image-cloud-amd64"
 BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "ata_piix", "nvme", "ext4")
 """What every guest loads: the disks it may be given, and ext4."""
 
-FILESYSTEM_MODULES = ("xfs", "btrfs")
+FILESYSTEM_MODULES = {
+    "xfs": ("xfs",),
+    "btrfs": ("btrfs",),
+    "vfat": ("vfat", "nls_cp437", "nls_ascii", "nls_utf8"),
+    "exfat": ("exfat", "nls_utf8"),
+}
 """What a guest loads only when it mounts such a disk."""
 
 CLIENT_MODULES = ("virtio_net", "nbd")
@@ -32,11 +37,15 @@ CLIENT_MODULES = ("virtio_net", "nbd")
 LOG_MODULES = ("dm_log_writes",)
 """What a guest loads only when its kernel is to log all writes itself: see `dm_log`."""
 
+CONSOLE_MODULES = ("virtio_console",)
+"""What a guest loads only when it is to be talked to: a port for that."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
     "boot": BOOT_MODULES,
-    **{name: (name,) for name in FILESYSTEM_MODULES},
+    **FILESYSTEM_MODULES,
     "nbd": CLIENT_MODULES,
     "log-writes": LOG_MODULES,
+    "console": CONSOLE_MODULES,
 }
 
 _INDISPENSABLE = frozenset({"virtio_pci", "virtio_blk", "ext4"})

@@ -18,15 +18,18 @@ from nbdproxy.errors import LabError
 PACKAGE_OF = {
     "apt-cache": "apt",
     "apt-get": "apt",
+    "btrfs": "btrfs-progs",
     "busybox": "busybox-static",
     "cpio": "cpio",
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "dmsetup": "dmsetup",
     "dpkg-deb": "dpkg",
+    "fsck.fat": "dosfstools",
     "ldd": "libc-bin",
     "mke2fs": "e2fsprogs",
     "mkfs.btrfs": "btrfs-progs",
+    "mkfs.fat": "dosfstools",
     "mkfs.xfs": "xfsprogs",
     "nbd-client": "nbd-client",
     "node": "nodejs",
@@ -34,6 +37,7 @@ PACKAGE_OF = {
     "qemu-system-x86_64": "qemu-system-x86",
     "sfdisk": "fdisk",
     "sqlite3": "sqlite3",
+    "xfs_repair": "xfsprogs",
 }
 """The Debian package that each program comes from."""
 

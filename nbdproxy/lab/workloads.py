@@ -15,6 +15,7 @@ from enum import Enum
 from nbdproxy.errors import LabError
 from nbdproxy.lab import databases, fsyncs, renames, stress
 from nbdproxy.lab.initramfs import MARK
+from nbdproxy.lab.kernel import FILESYSTEM_MODULES
 from nbdproxy.lab.userland import APP, NPM_FLAGS
 
 TARGET = "/mnt"
@@ -236,7 +237,7 @@ def render(
         "}",
         f"wait_for {tools_disk}",
         f"mount -t ext4 -o ro {tools_disk} {TOOLS} || fail tools-disk",
-        *([f"load {workload.fs}"] if workload.fs in {"xfs", "btrfs"} else []),
+        *([f"load {workload.fs}"] if workload.fs in FILESYSTEM_MODULES else []),
         *attach,
         f"wait_for {target}",
         f"mount -t {workload.fs} -o {shlex.quote(workload.mount_options)} {target} {TARGET}"

@@ -11,7 +11,7 @@ Only the ext family is read here. A state with another filesystem is unknown to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -43,12 +43,14 @@ class Findings:
     """The verdict, the condition of each file by its path in the manifest, and what is doubtful.
 
     `conditions` is empty if the filesystem as a whole could not be judged. `reason` says why a
-    verdict is unknown, or why a single file is.
+    verdict is unknown, or why a single file is. `refused` is set where a kernel did not mount it,
+    which loses all files, and `reason` is what it said.
     """
 
     verdict: Verdict
     conditions: dict[str, Condition] = field(default_factory=dict)
     reason: str | None = None
+    refused: bool = False
 
 
 class Outcome(NamedTuple):
@@ -114,7 +116,7 @@ def scan(device: ReadableDevice, under: str = "/", *, partition: int | None = No
     filesystem = open_filesystem(only(candidates(device, partition)).device)
     entries = []
     for path, node in filesystem.walk(absolute(under)):
-        name = _shown(path)
+        name = shown(path)
         try:
             digest = manifests.digest(filesystem.chunks(node))
         except FilesystemError as error:
@@ -134,11 +136,20 @@ def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
     Meant for a good state: what is found there then serves to check all others. Raises
     FilesystemError if nothing can be read, ManifestError if the manifest matches nowhere.
     """
+    return best_place(
+        candidates(device, None), manifest, lambda part: _paths(open_filesystem(part.device))
+    )
+
+
+def best_place(
+    parts: Iterable[Slice], manifest: Manifest, paths_of: Callable[[Slice], Iterable[str]]
+) -> tuple[int, Manifest]:
+    """Do what `locate` does; `paths_of` lists the files of a part, or raises FilesystemError."""
     found: list[tuple[int, int, Manifest]] = []
     failure: ManifestError | KernelOnlyError | None = None
-    for candidate in candidates(device, None):
+    for candidate in parts:
         try:
-            known = set(_paths(open_filesystem(candidate.device)))
+            known = set(paths_of(candidate))
             resolved = manifests.resolve(manifest, known)
         except (ManifestError, KernelOnlyError) as error:
             failure = error if failure is None or isinstance(error, KernelOnlyError) else failure
@@ -229,10 +240,11 @@ def _judged(filesystem: Filesystem, entry: Entry, earlier: Collection[str]) -> C
 
 
 def _paths(filesystem: Filesystem) -> list[str]:
-    return [_shown(path) for path, _ in filesystem.walk()]
+    return [shown(path) for path, _ in filesystem.walk()]
 
 
-def _shown(path: bytes) -> str:
+def shown(path: bytes) -> str:
+    """Return a filesystem's path as a manifest spells it."""
     return path.decode("utf-8", "surrogateescape")
 
 

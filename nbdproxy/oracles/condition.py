@@ -45,24 +45,45 @@ def classify(
     `earlier` holds the digests (hex) of versions that the file had before. A file that is empty
     and should not be is *empty*, even if an earlier version was empty as well.
     """
-    wrong_size = expected.size is not None and size != expected.size
-    if wrong_size and size and not earlier:
+    if expected.size not in {None, size} and size and not earlier:
         return _by_size(expected, size)
     digest = hashlib.sha256()
-    tally = _ZeroTally()
+    zeroes = ZeroTally()
     for chunk in chunks:
         digest.update(chunk)
-        tally.add(chunk)
-    found = digest.hexdigest()
-    if found == expected.sha256:
+        zeroes.add(chunk)
+    zeroes.end()
+    return conclude(
+        *(expected, size, digest.hexdigest(), earlier),
+        all_zero=zeroes.all_zero,
+        zero_block=zeroes.zero_block,
+    )
+
+
+def conclude(
+    expected: Entry,
+    size: int,
+    sha256: str,
+    earlier: Collection[str],
+    *,
+    all_zero: bool,
+    zero_block: bool,
+) -> Condition:
+    """Tell the condition of a file from its digest, and from what blocks of it are zeroes.
+
+    `zero_block` is whether any aligned block is, the last, shorter one included.
+    """
+    if sha256 == expected.sha256:
         return Condition.WHOLE
     if size == 0:
         return Condition.EMPTY
-    if found in earlier:
+    if sha256 in earlier:
         return Condition.STALE
-    if wrong_size:
+    if expected.size not in {None, size}:
         return _by_size(expected, size)
-    return tally.condition()
+    if all_zero:
+        return Condition.ZEROED
+    return Condition.PARTLY_ZEROED if zero_block else Condition.DAMAGED
 
 
 def _by_size(expected: Entry, size: int) -> Condition:
@@ -70,12 +91,12 @@ def _by_size(expected: Entry, size: int) -> Condition:
     return Condition.SHORT if size < expected.size else Condition.DAMAGED
 
 
-class _ZeroTally:
+class ZeroTally:
     """Looks for blocks of zeroes in a stream, whatever the size of its pieces."""
 
     def __init__(self) -> None:
-        self._all_zero = True
-        self._has_zero_block = False
+        self.all_zero = True
+        self.zero_block = False
         self._rest = b""
 
     def add(self, chunk: bytes) -> None:
@@ -86,16 +107,13 @@ class _ZeroTally:
             self._see(data[at : at + BLOCK])
         self._rest = data[end:]
 
-    def condition(self) -> Condition:
-        """Name, at the end of the stream, the damage of a file with the right length."""
+    def end(self) -> None:
+        """Take note that the stream is at its end: what is left is its last, shorter block."""
         if self._rest:
-            self._see(self._rest)  # the last, shorter block
-        if self._all_zero:
-            return Condition.ZEROED
-        return Condition.PARTLY_ZEROED if self._has_zero_block else Condition.DAMAGED
+            self._see(self._rest)
 
     def _see(self, block: bytes) -> None:
         if block == _ZEROES[: len(block)]:
-            self._has_zero_block = True
+            self.zero_block = True
         else:
-            self._all_zero = False
+            self.all_zero = False

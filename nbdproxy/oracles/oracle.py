@@ -26,6 +26,11 @@ class Follower(Protocol):
         """Tell the condition of every file; `changed` as in `IncrementalCheck.check`."""
         ...
 
+    @property
+    def reads(self) -> Iterable[Extent] | None:
+        """What of the disk the last findings depend on; None if that cannot be told."""
+        ...
+
 
 class Oracle(Protocol):
     """Knows filesystems."""
@@ -42,6 +47,12 @@ class Oracle(Protocol):
         """Describe all files below a directory."""
         ...
 
-    def examine(self, device: ReadableDevice, *, partition: int | None) -> Examination:
-        """Tell of the filesystem as a whole."""
+    def examine(
+        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+    ) -> Examination:
+        """Tell of the filesystem as a whole; without `fsck` that is not run."""
+        ...
+
+    def close(self) -> None:
+        """Release what it holds; closing twice is harmless."""
         ...

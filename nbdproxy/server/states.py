@@ -6,11 +6,7 @@ writes goes to a scratch overlay of its own, and nobody else sees it. Nothing is
 
 from __future__ import annotations
 
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from types import TracebackType
 
 import trio
 
@@ -26,13 +22,11 @@ from nbdproxy.persistence.model import Level
 from nbdproxy.policy import loader
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.notes import NoteKind
-from nbdproxy.server.door import Door
-from nbdproxy.server.endpoints import Endpoint, listen_unix
+from nbdproxy.server.endpoints import Endpoint
 from nbdproxy.server.export import Export
 from nbdproxy.server.offer import offer
-from nbdproxy.server.power import Power
 from nbdproxy.server.service import Ending
-from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.threaded import ThreadedServer, host
 
 _GRACE_S = 1.0
 _NAME_MAX = 4000
@@ -122,16 +116,6 @@ class StateShelf:
         return found
 
 
-async def host(shelf: StateShelf, endpoint: Endpoint, ended: trio.Event) -> None:
-    """Let clients in until `ended` is set; then they have a second to have their answers."""
-    door = Door(shelf, endpoint, ServerTls(), Power())
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(door.run)
-        await ended.wait()
-        door.shut()
-        door.wind_up(_GRACE_S)
-
-
 def serve_states(shelf: StateShelf, endpoint: Endpoint) -> str:
     """Serve until a signal; return why it ended. The caller closes the endpoint."""
 
@@ -149,39 +133,9 @@ def serve_states(shelf: StateShelf, endpoint: Endpoint) -> str:
     return trio.run(main)
 
 
-class StateServer:
+class StateServer(ThreadedServer):
     """The states of a timeline on a socket of their own, served by a thread; a context manager."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.shelf = StateShelf(timeline)
-        self._folder = tempfile.TemporaryDirectory(prefix="nbdproxy-")
-        self.socket = Path(self._folder.name) / "socket"
-        self._endpoint = listen_unix(self.socket)
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=trio.run, args=(self._main,), daemon=True)
-
-    async def _main(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._ended = trio.Event()
-        self._ready.set()
-        await host(self.shelf, self._endpoint, self._ended)
-
-    def uri(self, name: str) -> str:
-        """Return the NBD URI of a state."""
-        return self._endpoint.uri(name)
-
-    def __enter__(self) -> StateServer:
-        self._thread.start()
-        self._ready.wait()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._token.run_sync_soon(self._ended.set)
-        self._thread.join()
-        self._endpoint.close()
-        self._folder.cleanup()
+        super().__init__(self.shelf)

@@ -27,7 +27,8 @@ FLOOR = {
     "server": 4,
     "lab": 4,
     "report": 4,
-    "cli": 5,
+    "checker": 5,
+    "cli": 6,
 }
 MODULES = sorted(set(ROOT.rglob("*.py")) - {ROOT / "__init__.py", ROOT / "__main__.py"})
 

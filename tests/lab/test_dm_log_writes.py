@@ -231,6 +231,6 @@ def test_a_log_that_cannot_be_is_told(lab: Lab, tmp_path: Path) -> None:
     for log in (tmp_path, tmp_path / "nowhere" / "log"):
         with pytest.raises(LabError, match="log"):
             run(lab, tmp_path / "disk.img", log, "cut")
-    without = replace(lab, has_dmsetup=False)
+    without = replace(lab, programs=lab.programs - {"dmsetup"})
     with pytest.raises(LabError, match="apt-get install dmsetup"):
         run(without, tmp_path / "disk.img", tmp_path / "log", "cut")

@@ -113,6 +113,6 @@ def test_servers_that_the_guest_cannot_reach_are_told(lab: Lab, uri: str) -> Non
 
 
 def test_a_lab_without_nbd_client_tells_how_to_get_it(lab: Lab) -> None:
-    without = replace(lab, has_nbd_client=False)
+    without = replace(lab, programs=lab.programs - {"nbd-client"})
     with pytest.raises(LabError, match="apt-get install nbd-client"):
         guest.run(without, workloads.shell("true"), "nbd://127.0.0.1/", device="nbd")

@@ -58,8 +58,15 @@ class SectorFiles:
         self.last = content
         self.checks += 1
 
-    def examine(self, device: ReadableDevice, *, partition: int | None) -> Examination:
+    reads = None
+
+    def examine(
+        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+    ) -> Examination:
         raise NotImplementedError
+
+    def close(self) -> None:
+        pass
 
     def judge(
         self, device: ReadableDevice, manifest: Manifest, earlier: Mapping[str, Collection[str]]

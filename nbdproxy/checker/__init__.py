@@ -1,0 +1,1 @@
+"""The kernel oracle: a disposable guest that mounts crash states and tells what is in them."""

@@ -1,0 +1,109 @@
+"""`BothOracles`: the quick oracle and the kernel on every state, and where they differ.
+
+The kernel's word counts where it has one. That the quick oracle cannot tell is no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from nbdproxy.checker.oracle import KernelOracle
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.extents import Extent
+from nbdproxy.lab.cache import silent
+from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.examine import Examination
+from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.oracle import Digests, Follower
+from nbdproxy.oracles.quick import QUICK
+
+
+class Difference(NamedTuple):
+    """One file of one state, on which the two do not agree."""
+
+    state: str
+    path: str
+    quick: Condition
+    kernel: Condition
+
+
+class BothOracles:
+    """Satisfies `Oracle`.
+
+    A `strict` one calls a state unknown on which the two differ, and says where.
+
+    state        what the caller calls the state that it is about to ask of
+    compared     how many states both could judge
+    differences  what they said differently
+    """
+
+    def __init__(self, progress: Callable[[str], None] = silent, *, strict: bool = False) -> None:
+        self.strict = strict
+        self.state = ""
+        self.compared = 0
+        self.differences: list[Difference] = []
+        self._kernel = KernelOracle(progress)
+
+    def follow(self, manifest: Manifest, *, earlier: Digests, partition: int | None) -> Follower:
+        """Return what judges the files of a manifest with absolute paths."""
+        return _Both(
+            self,
+            QUICK.follow(manifest, earlier=earlier, partition=partition),
+            self._kernel.follow(manifest, earlier=earlier, partition=partition),
+        )
+
+    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+        """Return the partition that a manifest describes, and the manifest with its paths."""
+        return self._kernel.locate(device, manifest)
+
+    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+        """Describe all files below a directory."""
+        return self._kernel.scan(device, under, partition=partition)
+
+    def examine(
+        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+    ) -> Examination:
+        """Tell of the filesystem as a whole."""
+        return self._kernel.examine(device, partition=partition, fsck=fsck)
+
+    def note(self, quick: Findings, kernel: Findings) -> None:
+        """Compare what the two say of a state."""
+        if not quick.conditions or not kernel.conditions:
+            return
+        self.compared += 1
+        for path, condition in kernel.conditions.items():
+            said = quick.conditions[path]
+            cannot_tell = quick.reason is not None and said is Condition.UNREADABLE
+            if said is not condition and not cannot_tell:
+                self.differences.append(Difference(self.state, path, said, condition))
+
+    def close(self) -> None:
+        """End the guest."""
+        self._kernel.close()
+
+
+class _Both:
+    """Judges each state twice."""
+
+    reads = None
+
+    def __init__(self, both: BothOracles, quick: Follower, kernel: Follower) -> None:
+        self._both = both
+        self._quick = quick
+        self._kernel = kernel
+
+    def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
+        """Tell the condition of every file on `device`."""
+        changed = None if changed is None else list(changed)
+        quick = self._quick.check(device, changed)
+        kernel = self._kernel.check(device, changed)
+        known = len(self._both.differences)
+        self._both.note(quick, kernel)
+        if self._both.strict and len(self._both.differences) > known:
+            one = self._both.differences[known]
+            reason = f"the kernel finds {one.path} {one.kernel}, the quick oracle {one.quick}"
+            return Findings(Verdict.UNKNOWN, kernel.conditions, reason)
+        cannot_tell = kernel.verdict is Verdict.UNKNOWN and not kernel.conditions
+        return quick if cannot_tell else kernel

@@ -1,0 +1,267 @@
+"""`KernelOracle`: what a real Linux kernel says of crash states, in a disposable guest.
+
+The part of the disk that holds the filesystem is found here (`oracles.partitions`); it alone is
+what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted
+read-only, which replays its journal or log into an overlay that is then forgotten.
+
+A state that the kernel does not mount has lost all its files. Whatever goes wrong with the guest
+itself leaves a state *unknown*, and the next one gets a new guest. NTFS has no driver in the
+guest's kernel and is unknown. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from nbdproxy.checker.guest import CheckerGuest, GuestError
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.extents import Extent
+from nbdproxy.lab.build import Lab, build_lab
+from nbdproxy.lab.cache import silent
+from nbdproxy.oracles import check as quick
+from nbdproxy.oracles.check import Findings, Outcome, Verdict
+from nbdproxy.oracles.condition import Condition, conclude
+from nbdproxy.oracles.examine import Examination, Fsck
+from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, kind_of
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.oracle import Digests
+from nbdproxy.oracles.partitions import Slice
+
+FSCK_LINES = 12
+
+
+class Driver(NamedTuple):
+    """How the guest handles a kind: driver, mount options, modules to load, and its checker."""
+
+    name: str
+    options: str
+    modules: str | None
+    fsck: tuple[str, ...]
+
+
+DRIVERS = {
+    FilesystemKind.EXT: Driver("ext4", "ro", None, ("e2fsck", "-fn")),
+    FilesystemKind.XFS: Driver("xfs", "ro,nouuid", "xfs", ("xfs_repair", "-n")),
+    FilesystemKind.BTRFS: Driver("btrfs", "ro", "btrfs", ("btrfs", "check", "--readonly")),
+    FilesystemKind.FAT: Driver("vfat", "ro,utf8", "vfat", ("fsck.fat", "-n")),
+    FilesystemKind.EXFAT: Driver("exfat", "ro,iocharset=utf8", "exfat", ()),
+}
+
+
+class RefusedByKernelError(FilesystemError):
+    """The kernel does not mount the filesystem."""
+
+
+class KernelOracle:
+    """Satisfies `Oracle`; the guest is booted when it is first needed, and ends with `close`."""
+
+    def __init__(self, progress: Callable[[str], None] = silent) -> None:
+        self._progress = progress
+        self._lab: Lab | None = None
+        self._guest: CheckerGuest | None = None
+        self._known: dict[int, Manifest] = {}
+
+    def follow(
+        self, manifest: Manifest, *, earlier: Digests, partition: int | None
+    ) -> KernelFollower:
+        """Return what judges the files of a manifest with absolute paths."""
+        return KernelFollower(self, manifest, earlier, partition)
+
+    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+        """Return the partition that a manifest describes, and the manifest with its paths."""
+        return quick.best_place(
+            quick.candidates(device, None),
+            manifest,
+            lambda part: [entry.path for entry in self._walk(part, "/", digests=False)],
+        )
+
+    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+        """Describe all files below a directory.
+
+        Raises FilesystemError at the first file that cannot be read.
+        """
+        return Manifest(tuple(self._walk(self.place(device, partition), under, digests=True)))
+
+    def examine(
+        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+    ) -> Examination:
+        """Tell whether it mounts, what the mount changed, and what fsck says afterwards.
+
+        What changed includes what the mount itself writes, such as a log's own blocks.
+        """
+        try:
+            place = self.place(device, partition)
+            with self.mounted(place) as guest:
+                pass
+        except RefusedByKernelError as error:
+            return Examination(False, str(error), (), "it does not mount")
+        except (FilesystemError, GuestError) as error:
+            return Examination(None, str(error), (), "it was not mounted")
+        moved = [Extent(place.offset + e.offset, e.length) for e in guest.changed()]
+        said = self._fsck(guest, place) if fsck else "it was not asked for"
+        return Examination(True, None, tuple(moved), said)
+
+    def close(self) -> None:
+        """End the guest; it is booted anew if there is more to do."""
+        if self._guest is not None:
+            self._guest.close()
+            self._guest = None
+        self._known = {}
+
+    def place(self, device: ReadableDevice, partition: int | None) -> Slice:
+        """Return the part of a disk that is to be mounted; FilesystemError if there is none."""
+        place = quick.only(quick.candidates(device, partition))
+        kind = kind_of(place.device)
+        if kind is None:
+            raise FilesystemError("no filesystem found: it begins with none that is known")
+        if kind not in DRIVERS:
+            raise FilesystemError(f"{NAMES[kind]} has no driver in the lab's kernel")
+        return place
+
+    @contextmanager
+    def mounted(self, place: Slice) -> Iterator[CheckerGuest]:
+        """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone."""
+        driver = DRIVERS[FilesystemKind(kind_of(place.device) or "")]
+        try:
+            guest = self._booted(place.length)
+            guest.show(place.device)
+            done = guest.ask(
+                "mount", fs=driver.name, options=driver.options, modules=driver.modules
+            )
+            if not done["ok"]:
+                raise RefusedByKernelError(
+                    f"the kernel refuses to mount it: {_last_words(done['log'], done['said'])}"
+                )
+            yield guest
+            if not guest.ask("umount")["ok"]:
+                raise GuestError("the checker guest could not unmount the state")
+        except GuestError:
+            self.close()
+            raise
+
+    def number_of(self, manifest: Manifest, guest: CheckerGuest) -> int:
+        """Return the number under which the guest knows a manifest, after it was sent once."""
+        for number, known in self._known.items():
+            if known is manifest:
+                return number
+        number = len(self._known)
+        entries = [_asked(entry) for entry in manifest.entries]
+        guest.ask("manifest", number=number, entries=entries)
+        self._known[number] = manifest
+        return number
+
+    def _booted(self, size: int) -> CheckerGuest:
+        if self._guest is None or self._guest.size != size:
+            self.close()
+            self._lab = self._lab or build_lab(progress=self._progress)
+            self._progress("checker: booting a guest")
+            self._guest = CheckerGuest(self._lab, size)
+        return self._guest
+
+    def _walk(self, place: Slice, under: str, *, digests: bool) -> list[Entry]:
+        with self.mounted(place) as guest:
+            top = _sent(quick.absolute(under)).rstrip("/") or "/"
+            found = guest.ask("walk", under=top, digests=digests, limit=place.length)
+        if found["errors"] and digests:
+            path, code = found["errors"][0]
+            raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
+        files = [one for one in found["files"] if "target" not in one]
+        entries = [Entry(_shown(one["path"]), one.get("sha256", ""), one["size"]) for one in files]
+        return sorted(entries, key=lambda entry: entry.path.split("/"))
+
+    def _fsck(self, guest: CheckerGuest, place: Slice) -> Fsck | str:
+        program = DRIVERS[FilesystemKind(kind_of(place.device) or "")].fsck
+        assert self._lab is not None
+        if not program:
+            return "the lab has no checker for it"
+        if program[0] not in self._lab.programs:
+            return f"{program[0]} was not installed when the lab was built"
+        try:
+            done = guest.ask("fsck", argv=[f"/tools/bin/{program[0]}", *program[1:]])
+        except GuestError as error:
+            self.close()
+            return str(error)
+        lines = [line for line in done["said"].splitlines() if line.strip()]
+        return Fsck(done["code"] == 0, "\n".join(lines[-FSCK_LINES:]))
+
+
+class KernelFollower:
+    """Judges the same files in one state after the other."""
+
+    reads: Iterable[Extent] | None = None
+    """What a kernel read cannot be told."""
+
+    def __init__(
+        self, oracle: KernelOracle, manifest: Manifest, earlier: Digests, partition: int | None
+    ) -> None:
+        self._oracle = oracle
+        self._manifest = manifest
+        self._earlier = earlier
+        self._partition = partition
+
+    def check(
+        self,
+        device: ReadableDevice,
+        changed: Iterable[Extent] | None,  # noqa: ARG002
+    ) -> Findings:
+        """Tell the condition of every file on `device`."""
+        try:
+            place = self._oracle.place(device, self._partition)
+            with self._oracle.mounted(place) as guest:
+                number = self._oracle.number_of(self._manifest, guest)
+                found = guest.ask("judge", manifest=number, limit=place.length)["files"]
+        except RefusedByKernelError as error:
+            lost = {entry.path: Condition.UNREADABLE for entry in self._manifest.entries}
+            return Findings(Verdict.FAIL, lost, str(error), refused=True)
+        except (FilesystemError, GuestError) as error:
+            return Findings(Verdict.UNKNOWN, reason=str(error))
+        return self._findings(found)
+
+    def _findings(self, found: Sequence[Any]) -> Findings:
+        outcomes = {
+            entry.path: Outcome(_condition(entry, one, self._earlier.get(entry.path, ())))
+            for entry, one in zip(self._manifest.entries, found, strict=True)
+        }
+        verdict = quick.merge({outcome.verdict for outcome in outcomes.values()})
+        return Findings(verdict, {path: one.condition for path, one in outcomes.items()})
+
+
+def _condition(entry: Entry, found: Any, earlier: Iterable[str]) -> Condition:
+    """Return what the agent's word on a file means."""
+    if found == 1:
+        return Condition.WHOLE
+    kind = found["kind"]
+    if kind == "none":
+        return Condition.MISSING
+    if kind == "error":
+        return Condition.UNREADABLE
+    if kind != "file":
+        return Condition.DAMAGED
+    return conclude(
+        *(entry, found["size"], found.get("sha256", ""), set(earlier)),
+        all_zero=found.get("allZero", False),
+        zero_block=found.get("zeroBlock", False),
+    )
+
+
+def _asked(entry: Entry) -> dict[str, object]:
+    path = _sent(quick.absolute(entry.path))
+    return {"path": path, "sha256": entry.sha256, "link": False, "mode": None}
+
+
+def _sent(path: bytes) -> str:
+    """Write bytes as the agent wants them: a character each."""
+    return path.decode("latin-1")
+
+
+def _shown(text: str) -> str:
+    return quick.shown(text.encode("latin-1"))
+
+
+def _last_words(log: str, said: str) -> str:
+    """Return the kernel's last line, without its time, or else what mount said."""
+    lines = [line.strip() for line in (log or said).splitlines() if line.strip()]
+    return lines[-1].partition("] ")[2] or lines[-1] if lines else "it does not say why"
