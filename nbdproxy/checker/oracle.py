@@ -262,6 +262,6 @@ def _shown(text: str) -> str:
 
 
 def _last_words(log: str, said: str) -> str:
-    """Return the kernel's last line, without its time, or else what mount said."""
-    lines = [line.strip() for line in (log or said).splitlines() if line.strip()]
-    return lines[-1].partition("] ")[2] or lines[-1] if lines else "it does not say why"
+    """Return the kernel's last two lines, without their times, or else what mount said."""
+    lines = [line.partition("] ")[2] or line for line in (log or said).splitlines()]
+    return "; ".join([line.strip() for line in lines if line.strip()][-2:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import time
@@ -18,7 +17,9 @@ from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles.check import Findings, Verdict, check, locate, merge, paths, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.filesystem import Filesystem
+from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest, dump, from_directory, resolve
+from tests.support import conditions
 
 Run = Callable[..., str]
 Make = Callable[..., Path]
@@ -58,38 +59,12 @@ def test_a_good_filesystem_passes(image: Path, load: Load, manifest: Manifest) -
     )
 
 
-def test_every_condition_shows_on_a_real_filesystem(
-    image: Path, debugfs: Debugfs, load: Load, manifest: Manifest, tmp_path: Path
-) -> None:
-    old = tmp_path / "old"
-    old.write_bytes(b"an earlier version")
-    output = debugfs(
-        image,
-        [
-            "cd /app/node_modules",
-            "rm missing",
-            "set_inode_field empty size 0",
-            *["punch zeroed 0 100", "fallocate zeroed 0 4"],  # unwritten, of full length
-            "set_inode_field zeroed size 20000",
-            "punch partly-zeroed 1 1",
-            "set_inode_field short size 4097",
-            "rm stale",
-            f"write {old} stale",
-            "set_inode_field damaged size 20001",
-        ],
-    )
-    assert "No such file" not in output
-    disk = load(image)
-    node = Filesystem(disk).lookup(b"/app/node_modules/whole")
-    assert node is not None
-    earlier = {"/app/node_modules/stale": [hashlib.sha256(old.read_bytes()).hexdigest()]}
-    findings = check(disk, manifest, earlier=earlier)
-    assert findings.verdict is Verdict.FAIL
-    assert findings.conditions == {f"/app/node_modules/{name}": Condition(name) for name in NAMES}
-    disk.pwrite(Filesystem(disk).inode_offset(node.number) + 0x6C, b"\1")
-    again = check(disk, manifest, earlier=earlier)
-    assert again.conditions["/app/node_modules/whole"] is Condition.UNREADABLE
-    assert again.verdict is Verdict.FAIL
+def test_every_condition_shows_on_a_real_filesystem(tmp_path: Path, load: Load) -> None:
+    shown = conditions.make(tmp_path)
+    findings = check(load(shown.image), shown.manifest, earlier=shown.earlier)
+    assert findings == Findings(Verdict.FAIL, shown.expected)
+    followed = IncrementalCheck(shown.manifest, earlier=shown.earlier)
+    assert followed.check(load(shown.image), None) == findings
 
 
 def test_what_is_no_regular_file_is_damaged_and_links_are_followed(

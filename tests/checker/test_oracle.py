@@ -1,0 +1,209 @@
+"""A real kernel's word on real filesystems; one guest for all of it."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdproxy.checker.both import BothOracles
+from nbdproxy.checker.oracle import KernelOracle
+from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.disks.overlay import OverlayDisk
+from nbdproxy.errors import FilesystemError
+from nbdproxy.lab.disk import PARTITION_START, format_disk
+from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.examine import Fsck
+from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
+from nbdproxy.oracles.manifest import Entry, Manifest, digest
+from nbdproxy.oracles.quick import QUICK
+from tests.support import conditions
+
+pytestmark = pytest.mark.lab
+
+MIB = 320  # the least that mkfs.xfs takes; the same for all, so that one guest does
+SIZE = MIB << 20
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelOracle]:
+    oracle = KernelOracle()
+    yield oracle
+    oracle.close()
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> conditions.Shown:
+    return conditions.make(tmp_path_factory.mktemp("ext4"), f"{MIB}M")
+
+
+def opened(image: Path) -> OverlayDisk:
+    """An image that may be changed without changing it."""
+    return OverlayDisk(FileDisk(image, read_only=True))
+
+
+def one_file(content: bytes, path: str = "/a") -> Manifest:
+    return Manifest((Entry(path, digest([content]), len(content)),))
+
+
+def test_it_says_what_the_quick_one_says_of_every_condition(
+    kernel: KernelOracle, shown: conditions.Shown
+) -> None:
+    disk = opened(shown.image)
+    for oracle in (kernel, QUICK):
+        follower = oracle.follow(shown.manifest, earlier=shown.earlier, partition=None)
+        assert follower.check(disk, None) == Findings(Verdict.FAIL, shown.expected)
+
+
+def test_nothing_of_the_state_before_is_seen(kernel: KernelOracle, shown: conditions.Shown) -> None:
+    """The same file at the same place with another byte: the guest must not have kept it."""
+    disk = opened(shown.image)
+    filesystem = Filesystem(disk)
+    node = filesystem.lookup(f"{conditions.UNDER}/whole".encode())
+    assert node is not None
+    at = filesystem.runs(node)[0].physical * 4096
+    follower = kernel.follow(
+        one_file(conditions.CONTENT, f"{conditions.UNDER}/whole"), earlier={}, partition=None
+    )
+    assert follower.check(disk, None).verdict is Verdict.PASS
+    disk.pwrite(at, b"?")
+    assert follower.check(disk, None).conditions.popitem()[1] is Condition.DAMAGED
+    disk.pwrite(at, conditions.CONTENT[:1])
+    assert follower.check(disk, None).verdict is Verdict.PASS
+
+
+def test_what_it_does_not_mount_has_lost_all_files(
+    kernel: KernelOracle, shown: conditions.Shown
+) -> None:
+    disk = opened(shown.image)
+    at = Filesystem(disk).inode_offset(ROOT)
+    disk.pwrite(at, bytes(128))
+    found = kernel.follow(shown.manifest, earlier={}, partition=None).check(disk, None)
+    assert (found.verdict, found.refused) == (Verdict.FAIL, True)
+    assert set(found.conditions.values()) == {Condition.UNREADABLE}
+    assert found.reason is not None and "root inode" in found.reason
+    examined = kernel.examine(disk, partition=None)
+    assert (examined.mounts, examined.replayed) == (False, ())
+
+
+def test_no_filesystem_is_unknown(kernel: KernelOracle) -> None:
+    found = kernel.follow(one_file(b"x"), earlier={}, partition=None)
+    assert found.check(MemoryDisk(SIZE), None).verdict is Verdict.UNKNOWN
+    assert kernel.examine(MemoryDisk(SIZE), partition=None).mounts is None
+
+
+@pytest.fixture(scope="module", params=["xfs", "btrfs"])
+def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image of another filesystem that holds /a/b, empty, and a link to it from its root."""
+    folder = tmp_path_factory.mktemp(request.param)
+    path = folder / "image"
+    if request.param == "xfs":
+        proto = folder / "proto"
+        content = folder / "content"
+        content.write_bytes(b"content")
+        proto.write_text(
+            "/stand/diag\n0 0\nd--755 0 0\n"
+            f"a d--755 0 0\nb ---644 0 0 {content}\n$\nlink l--777 0 0 /a/b\n$\n"
+        )
+        format_disk(path, SIZE, fs="xfs", options=["-p", str(proto)])
+    else:
+        (folder / "root/a").mkdir(parents=True)
+        (folder / "root/a/b").write_bytes(b"content")
+        (folder / "root/link").symlink_to("/a/b")
+        format_disk(path, SIZE, fs="btrfs", options=["--rootdir", str(folder / "root")])
+    return path
+
+
+def test_other_filesystems(kernel: KernelOracle, image: Path) -> None:
+    disk = FileDisk(image, read_only=True)
+    wanted = Manifest(
+        tuple(entry for p in ("/a/b", "/link", "/c") for entry in one_file(b"content", p).entries)
+    )
+    found = kernel.follow(wanted, earlier={}, partition=None).check(disk, None)
+    assert found.conditions == {
+        "/a/b": Condition.WHOLE,
+        "/link": Condition.WHOLE,
+        "/c": Condition.MISSING,
+    }
+    assert kernel.scan(disk, "/", partition=None) == one_file(b"content", "/a/b")
+    assert kernel.locate(disk, one_file(b"content", "b")) == (0, one_file(b"content", "/a/b"))
+    examined = kernel.examine(disk, partition=None)
+    assert examined.mounts
+    assert isinstance(examined.fsck, Fsck) and examined.fsck.clean
+    quick = QUICK.follow(wanted, earlier={}, partition=None).check(disk, None)
+    assert quick.verdict is Verdict.UNKNOWN and "--oracle kernel" in str(quick.reason)
+    with pytest.raises(FilesystemError, match="--oracle kernel"):
+        QUICK.locate(disk, wanted)
+
+
+def test_fat_in_a_partition(kernel: KernelOracle, tmp_path: Path) -> None:
+    around = 2 * PARTITION_START  # so that the partition is as large as the other disks
+    format_disk(tmp_path / "image", SIZE + around, fs="vfat", partition_table="gpt")
+    disk = FileDisk(tmp_path / "image", read_only=True)
+    found = kernel.follow(one_file(b"x"), earlier={}, partition=1).check(disk, None)
+    assert found == Findings(Verdict.FAIL, {"/a": Condition.MISSING})
+
+
+def test_what_the_journal_changes_and_names_of_any_bytes(
+    kernel: KernelOracle, tmp_path: Path
+) -> None:
+    """A journal with one block for a file; the same blocks change by the quick oracle's account."""
+    (tmp_path / "root").mkdir()
+    name = b"\xff\\\n"
+    (tmp_path / "root" / name.decode(errors="surrogateescape")).write_bytes(b"x" * 4096)
+    image, block = tmp_path / "image", tmp_path / "block"
+    format_disk(image, SIZE, options=["-b", "4096", "-d", str(tmp_path / "root")])
+    disk = FileDisk(image, read_only=True)
+    node = Filesystem(disk).lookup(b"/" + name)
+    assert node is not None
+    number = Filesystem(disk).runs(node)[0].physical
+    block.write_bytes(b"y" * 4096)
+    commands = f"jo -c -v 3\njw -b {number} {block}\njc\n"
+    subprocess.run(
+        ["debugfs", "-w", "-f", "/dev/stdin", image],
+        input=commands.encode(),
+        check=True,
+        capture_output=True,
+    )
+    wanted = one_file(b"y" * 4096, "/" + name.decode(errors="surrogateescape"))
+    for oracle in (kernel, QUICK):
+        assert oracle.follow(wanted, earlier={}, partition=None).check(disk, None).conditions == {
+            wanted.entries[0].path: Condition.WHOLE
+        }
+        assert oracle.scan(disk, "/", partition=None) == wanted
+    quick, real = (o.examine(disk, partition=None) for o in (QUICK, kernel))
+    assert [(e.offset, e.length) for e in quick.replayed] == [(number * 4096, 4096)]
+    covered = {at for e in real.replayed for at in range(e.offset, e.end, 4096)}
+    assert number * 4096 in covered
+    assert quick.mounts and real.mounts
+
+
+def test_a_guest_that_dies_is_unknown_and_the_next_state_gets_another(
+    kernel: KernelOracle, shown: conditions.Shown
+) -> None:
+    follower = kernel.follow(shown.manifest, earlier=shown.earlier, partition=None)
+    disk = opened(shown.image)
+    with kernel.mounted(kernel.place(disk, None)) as guest:
+        pass
+    guest.kill()
+    found = follower.check(disk, None)
+    assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
+    assert found.reason is not None and "guest is gone" in found.reason
+    assert follower.check(disk, None).conditions == shown.expected
+
+
+def test_where_the_two_differ_is_noted_and_what_one_cannot_tell_is_not() -> None:
+    both = BothOracles()
+    both.state = "s1"
+    whole, lost = Condition.WHOLE, Condition.MISSING
+    quick = Findings(
+        Verdict.UNKNOWN, {"/a": lost, "/b": Condition.UNREADABLE, "/c": whole}, "/b: encrypted"
+    )
+    both.note(quick, Findings(Verdict.PASS, {"/a": whole, "/b": whole, "/c": whole}))
+    both.note(Findings(Verdict.UNKNOWN, reason="?"), quick)
+    assert both.differences == [("s1", "/a", lost, whole)]
+    assert both.compared == 1
