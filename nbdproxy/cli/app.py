@@ -10,6 +10,7 @@ import typer
 from nbdproxy import __version__
 from nbdproxy.cli import ctl, lab, policy
 from nbdproxy.cli.audit import audit
+from nbdproxy.cli.check import check
 from nbdproxy.cli.console import err
 from nbdproxy.cli.convert import convert
 from nbdproxy.cli.explain import explain
@@ -70,6 +71,7 @@ app.command()(log)
 app.command()(replay)
 app.command()(explain)
 app.command()(audit)
+app.command()(check)
 app.command()(manifest)
 app.command()(explore)
 app.command()(minimize)

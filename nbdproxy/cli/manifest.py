@@ -11,7 +11,7 @@ import typer
 from nbdproxy.cli.console import print_json
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError, ManifestError
@@ -19,7 +19,6 @@ from nbdproxy.oracles import check
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.persistence.model import Level
-from nbdproxy.recording.format import data_path, events_path
 
 
 def manifest(
@@ -57,7 +56,7 @@ def manifest(
 
 def _list(where: str, under: str | None, base: Path | None) -> Manifest:
     path = Path(where)
-    if _is_recording(path):
+    if is_recording(path):
         return _of_recording(path, "end", under, base)
     if path.is_dir():
         return manifests.from_directory(path, under)
@@ -79,10 +78,6 @@ def _open_image(path: Path) -> FileDisk:
             # Padding it, as for a disk, would change the user's file.
             raise ManifestError(f"{path} is neither a folder nor a disk image") from None
         raise error from None
-
-
-def _is_recording(path: Path) -> bool:
-    return events_path(path).is_file() and data_path(path).is_file()
 
 
 def _of_recording(run: Path, cut: str, under: str | None, base: Path | None) -> Manifest:

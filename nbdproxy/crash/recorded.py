@@ -21,7 +21,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError
 from nbdproxy.extents import Extent, ExtentSet
-from nbdproxy.recording.format import base_path
+from nbdproxy.recording.format import base_path, data_path, events_path
 from nbdproxy.recording.meta import Fingerprint
 from nbdproxy.recording.packed import STREAMS, load_index
 from nbdproxy.recording.reader import Recording
@@ -29,6 +29,11 @@ from nbdproxy.recording.reader import Recording
 _LAZY_NS = 60 * 10**9
 """How much older a killed recording's files may look than the last write of its image: the time of
 change of a mapped file is told late."""
+
+
+def is_recording(path: Path) -> bool:
+    """Tell whether a folder holds a recording."""
+    return events_path(path).is_file() and data_path(path).is_file()
 
 
 class RecordedSource(Recording):

@@ -278,7 +278,7 @@ def place(
     ever on the disk, FilesystemError if it cannot be read.
     """
     if root is not None:
-        return partition, _below(root, manifest)
+        return partition, below(root, manifest)
     try:
         return oracle.locate(timeline.at(timeline.source.events), manifest)
     except (ManifestError, FilesystemError) as at_the_end:
@@ -290,7 +290,7 @@ def place(
             raise at_the_end from None
 
 
-def _below(root: str, manifest: Manifest) -> Manifest:
+def below(root: str, manifest: Manifest) -> Manifest:
     """Put every path of a manifest below a directory of the filesystem."""
     return Manifest(
         tuple(

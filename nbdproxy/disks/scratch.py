@@ -9,14 +9,18 @@ import os
 import tempfile
 
 
-def open_scratch(size: int = 0) -> int:
-    """Return the descriptor of a new unnamed sparse file of `size` bytes.
+def scratch_folder() -> str:
+    """Return where scratch files lie: in $TMPDIR, else in /var/tmp.
 
-    It lies in $TMPDIR, else in /var/tmp, which unlike /tmp is on a real disk: what a guest
-    writes without flushing may be larger than memory.
+    Unlike /tmp that is on a real disk: what a guest writes without flushing may be larger than
+    memory.
     """
-    directory = os.environ.get("TMPDIR") or "/var/tmp"
-    fd, name = tempfile.mkstemp(prefix="nbdproxy-", dir=directory)
+    return os.environ.get("TMPDIR") or "/var/tmp"
+
+
+def open_scratch(size: int = 0) -> int:
+    """Return the descriptor of a new unnamed sparse file of `size` bytes."""
+    fd, name = tempfile.mkstemp(prefix="nbdproxy-", dir=scratch_folder())
     os.unlink(name)  # noqa: PTH108 - it never had a Path
     os.ftruncate(fd, size)
     return fd

@@ -14,8 +14,11 @@ from pathlib import Path
 
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.scratch import scratch_folder
 from nbdproxy.oracles.examine import Fsck
 
+FOLDERS = "/usr/sbin:/sbin"
+"""Where e2fsck may be, besides the PATH: those of root only."""
 LIMIT_S = 300.0
 LINES = 12
 _NOT_RUN = "e2fsck is not installed; run: sudo apt-get install e2fsprogs"
@@ -24,10 +27,10 @@ _OPERATIONAL = 8  # from this exit code on e2fsck says that it failed itself
 
 def e2fsck(device: ReadableDevice) -> Fsck | str:
     """Return what e2fsck says of a filesystem, or why it was not run."""
-    program = shutil.which("e2fsck", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    program = shutil.which("e2fsck", path=f"{os.environ.get('PATH', os.defpath)}:{FOLDERS}")
     if program is None:
         return _NOT_RUN
-    with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch()) as folder:
+    with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch_folder()) as folder:
         image = Path(folder) / "image"
         try:
             write_sparse(device, image)
@@ -40,11 +43,6 @@ def e2fsck(device: ReadableDevice) -> Fsck | str:
             return f"e2fsck was not done after {LIMIT_S:g} s"
     lines = [line for line in said.splitlines() if line.strip() and not line.startswith("e2fsck ")]
     return Fsck(code == 0, "\n".join(lines[-LINES:]).replace(str(image), "the disk"))
-
-
-def scratch() -> str:
-    """Return where images go: like all scratch files, not to a disk in memory."""
-    return os.environ.get("TMPDIR") or "/var/tmp"
 
 
 def _run(argv: list[str]) -> tuple[int, str]:

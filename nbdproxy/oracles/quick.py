@@ -9,8 +9,7 @@ from nbdproxy.oracles import check
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
-from nbdproxy.oracles.ext4.mounted import open_filesystem
-from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
+from nbdproxy.oracles.filesystems import FilesystemKind, kind_of, open_filesystem
 from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Manifest

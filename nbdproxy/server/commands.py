@@ -29,6 +29,7 @@ from nbdproxy.crash.judging import Judge, Judgement
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.copying import write_sparse
+from nbdproxy.disks.scratch import scratch_folder
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.recording.notes import NoteKind
@@ -106,7 +107,7 @@ class _CommandJudge:
             try:
                 with _undisturbed():
                     folder = stack.enter_context(
-                        tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=_scratch())
+                        tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch_folder())
                     )
                 image = Path(folder) / "image"
                 write_sparse(self._timeline.open(state), image)
@@ -185,8 +186,3 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def _scratch() -> str:
-    """Return where images go: like all scratch files, not to a disk in memory."""
-    return os.environ.get("TMPDIR") or "/var/tmp"

@@ -1,0 +1,130 @@
+"""One state of a disk, on one screen: does it mount, what does the journal change, fsck, files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from nbdproxy.oracles.check import Findings, Verdict, merge
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.examine import Examination, Fsck
+from nbdproxy.oracles.owners import Owner
+from nbdproxy.report.paths import printable
+from nbdproxy.sizes import size_text
+
+PATHS_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found; `owners` are those of the replayed bytes, `findings` None without files."""
+
+    name: str
+    examination: Examination
+    owners: tuple[Owner, ...]
+    findings: Findings | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Pass only if it mounts, fsck is clean where it was run, and every file is whole."""
+        found = [_of(self.examination.mounts)]
+        if isinstance(self.examination.fsck, Fsck):
+            found.append(_of(self.examination.fsck.clean))
+        if self.findings is not None:
+            found.append(self.findings.verdict)
+        return merge(found)
+
+
+def lines(told: Checked, *, list_files: bool) -> Iterator[str]:
+    """Yield the screen."""
+    found = told.examination
+    yield told.name
+    yield f"  mounts   {_mounts(found)}"
+    yield f"  journal  {_journal(told)}"
+    if isinstance(found.fsck, str):
+        yield f"  fsck     not run: {found.fsck}"
+    elif found.fsck.clean:
+        yield "  fsck     clean"
+    else:
+        first, *rest = found.fsck.said.splitlines() or ["it failed"]
+        yield f"  fsck     {first}"
+        yield from (f"           {line}" for line in rest)
+    if told.findings is None:
+        return
+    conditions = told.findings.conditions
+    counts = Counter(conditions.values())
+    said = ", ".join(f"{n:,} {condition.value}" for condition, n in counts.most_common())
+    yield f"  files    {said or f'cannot be told: {told.findings.reason}'}"
+    if list_files:
+        for path, condition in conditions.items():
+            if condition is not Condition.WHOLE:
+                yield f"           {condition.value:<14} {printable(path)}"
+
+
+def to_json(told: Checked, *, list_files: bool) -> dict[str, object]:
+    """Return what `lines` says, and the extents."""
+    found, files = told.examination, told.findings
+    fsck: Mapping[str, object] = (
+        {"run": False, "reason": found.fsck}
+        if isinstance(found.fsck, str)
+        else {"run": True, "clean": found.fsck.clean, "said": found.fsck.said}
+    )
+    result: dict[str, object] = {
+        "of": told.name,
+        "verdict": told.verdict.value,
+        "mounts": found.mounts,
+        "reason": found.reason,
+        "replayed": [
+            {"offset": o.extent.offset, "length": o.extent.length, "what": o.words()}
+            for o in told.owners
+        ],
+        "fsck": fsck,
+    }
+    if files is not None:
+        counts = Counter(condition.value for condition in files.conditions.values())
+        result["files"] = {
+            "verdict": files.verdict.value,
+            "reason": files.reason,
+            "conditions": dict(counts.most_common()),
+        }
+        if list_files:
+            result["lost"] = {
+                path: condition.value
+                for path, condition in files.conditions.items()
+                if condition is not Condition.WHOLE
+            }
+    return result
+
+
+def _of(answer: bool | None) -> Verdict:
+    return {True: Verdict.PASS, False: Verdict.FAIL, None: Verdict.UNKNOWN}[answer]
+
+
+def _mounts(found: Examination) -> str:
+    if found.mounts:
+        return "yes"
+    return f"no: {found.reason}" if found.mounts is False else f"cannot be told: {found.reason}"
+
+
+def _journal(told: Checked) -> str:
+    """Say what the replay changes, by kind."""
+    if not told.examination.mounts:
+        return "not replayed"
+    if not told.owners:
+        return "replay changes nothing"
+    kinds: dict[str, tuple[int, dict[str, None]]] = {}
+    for owner in told.owners:
+        length, paths = kinds.setdefault(owner.kind.value, (0, {}))
+        paths |= dict.fromkeys(owner.paths)
+        kinds[owner.kind.value] = length + owner.extent.length, paths
+    total = sum(extent.length for extent in told.examination.replayed)
+    parts = [f"{kind} {size_text(n)}{_named(list(paths))}" for kind, (n, paths) in kinds.items()]
+    return f"replay changes {size_text(total)}: {', '.join(parts)}"
+
+
+def _named(paths: list[str]) -> str:
+    if not paths:
+        return ""
+    more = f" and {len(paths) - PATHS_SHOWN:,} more" if len(paths) > PATHS_SHOWN else ""
+    return f" ({', '.join(map(printable, paths[:PATHS_SHOWN]))}{more})"
