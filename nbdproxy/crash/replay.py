@@ -14,6 +14,7 @@ that is what exploring is for.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import posixpath
 from collections import Counter
@@ -178,6 +179,7 @@ class _Judge:
     follower: Follower
     progress: Callable[[StateId], None]
     known: dict[bytes, Findings] = field(default_factory=dict)
+    outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
     _last: Mask | None = None
 
     def outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
@@ -185,6 +187,12 @@ class _Judge:
 
         `promise` is what the mode says is durable.
         """
+        key = (_key(self._choice(state)), state.position, level, promise)
+        if key not in self.outcomes:
+            self.outcomes[key] = self._outcome(state, level, promise)
+        return replace(self.outcomes[key], state=state)
+
+    def _outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
         findings = self._findings(state)
         fine = {Condition.WHOLE}
         if findings.reason is not None and not findings.refused:
@@ -200,10 +208,8 @@ class _Judge:
                 lambda paths: self._whole_earlier(state, paths),
             )
         )
-        files = {
-            path: FileOutcome(found, causes.get(path))
-            for path, found in findings.conditions.items()
-        }
+        one = functools.cache(FileOutcome)  # thousands of files, and few outcomes
+        files = {path: one(found, causes.get(path)) for path, found in findings.conditions.items()}
         return Outcome(state, findings.verdict, findings.reason, files)
 
     def _whole(self, state: StateId, layer: Level) -> frozenset[str]:
@@ -225,14 +231,16 @@ class _Judge:
                 break
         return frozenset(found)
 
+    def _choice(self, state: StateId) -> Mask:
+        """Return which requests a state has."""
+        fates, rows = self.timeline.fates(state.options), slice(0, len(self.timeline.table))
+        if state.choice is Choice.ALL:
+            return fates.sent(rows, state.position)
+        return fates.kept(rows, state.position, state.level)
+
     def _findings(self, state: StateId) -> Findings:
-        table, t = self.timeline.table, state.position
-        fates = self.timeline.fates(state.options)
-        rows = slice(0, len(table))
-        choice = (
-            fates.sent(rows, t) if state.choice is Choice.ALL else fates.kept(rows, t, state.level)
-        )
-        key = hashlib.blake2b(np.packbits(choice).data, digest_size=16).digest()
+        choice = self._choice(state)
+        key = _key(choice)
         if key not in self.known:
             self.progress(state)
             disk = self.timeline.open(state)
@@ -249,6 +257,10 @@ class _Judge:
         rows = np.flatnonzero((choice != last) & (table.length > 0))
         pairs = zip(table.offset[rows].tolist(), table.length[rows].tolist(), strict=True)
         return [Extent(offset, length) for offset, length in pairs]
+
+
+def _key(choice: Mask) -> bytes:
+    return hashlib.blake2b(np.packbits(choice).data, digest_size=16).digest()
 
 
 def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
