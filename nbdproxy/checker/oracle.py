@@ -100,7 +100,7 @@ class KernelOracle:
             return Examination(False, str(error), (), "it does not mount")
         except (FilesystemError, GuestError) as error:
             return Examination(None, str(error), (), "it was not mounted")
-        moved = [Extent(place.offset + e.offset, e.length) for e in guest.changed()]
+        moved = [part for e in guest.changed() for part in place.on_disk(e.offset, e.length)]
         said = self._fsck(guest, place) if fsck else "it was not asked for"
         return Examination(True, None, tuple(moved), said)
 

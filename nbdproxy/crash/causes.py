@@ -30,6 +30,8 @@ class Cause(Enum):
     """Received, and not completed at the cut."""
     CHANGED_BY_GUEST = "changed-by-guest"
     """It was whole at an earlier flush, and the guest changed or removed it since: no loss."""
+    MAPPING_NEVER_SENT = "mapping-never-sent"
+    """Its data was sent into a qcow2 file, and the table that leads to it was still in QEMU."""
     NEVER_SENT = "never-sent"
     """No request ever carried it: it was still in the guest."""
 

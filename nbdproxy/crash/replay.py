@@ -28,6 +28,7 @@ from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.unmapped import unmapped
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.blank import certain
@@ -35,6 +36,7 @@ from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.oracle import Digests, Follower, Oracle
+from nbdproxy.oracles.qcow2 import is_qcow2
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
 from nbdproxy.persistence.modes import (
@@ -96,7 +98,8 @@ class Cell:
 class Replay:
     """The table, for the files of `manifest`, with absolute paths, on a partition.
 
-    `partition` 0 is the whole disk, None whatever has a filesystem.
+    `partition` 0 is the whole disk, None whatever has a filesystem. `below_qcow2` tells whether the
+    disk that was recorded is a qcow2 file.
     `left_out` are the modes that this recording tells nothing about.
     """
 
@@ -106,6 +109,7 @@ class Replay:
     recorded_under: frozenset[CacheMode]
     left_out: tuple[CacheMode, ...]
     cells: tuple[Cell, ...]
+    below_qcow2: bool = False
 
 
 def replay(
@@ -148,12 +152,13 @@ def replay(
         partition, manifest = where
         earlier = earlier_digests(timeline, manifest, partition, oracle)
         follower = oracle.follow(manifest, earlier=earlier, partition=partition)
-        judge = _Judge(timeline, manifest, options, follower, progress)
+        judge = _Judge(timeline, manifest, partition, options, follower, progress)
         cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]
+        below_qcow2 = is_qcow2(timeline.at(cut.position))
     finally:
         timeline.close()
     left_out = tuple(mode for mode in CacheMode if mode not in possible)
-    return Replay(manifest, partition, cut, recorded, left_out, tuple(cells))
+    return Replay(manifest, partition, cut, recorded, left_out, tuple(cells), below_qcow2)
 
 
 def level_at(table: RequestTable, t: int, mode: CacheMode, failure: Failure) -> Level:
@@ -175,9 +180,11 @@ class _Judge:
 
     timeline: Timeline
     manifest: Manifest
+    partition: int | None
     options: Options
     follower: Follower
     progress: Callable[[StateId], None]
+    behind: dict[int, frozenset[str]] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)
     outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
     _last: Mask | None = None
@@ -208,9 +215,22 @@ class _Judge:
                 lambda paths: self._whole_earlier(state, paths),
             )
         )
+        causes |= self._unmapped(state, causes)
         one = functools.cache(FileOutcome)  # thousands of files, and few outcomes
         files = {path: one(found, causes.get(path)) for path, found in findings.conditions.items()}
         return Outcome(state, findings.verdict, findings.reason, files)
+
+    def _unmapped(self, state: StateId, causes: Mapping[str, Cause]) -> dict[str, Cause]:
+        """Return the files that QEMU, and not the guest, had not sent all of."""
+        unsent = [path for path, cause in causes.items() if cause is Cause.NEVER_SENT]
+        if not unsent:
+            return {}
+        if state.position not in self.behind:
+            paths = [entry.path for entry in self.manifest.entries]
+            lost = unmapped(self.timeline, state.position, paths, self.partition)
+            self.behind[state.position] = lost
+        lost = self.behind[state.position]
+        return {path: Cause.MAPPING_NEVER_SENT for path in unsent if path in lost}
 
     def _whole(self, state: StateId, layer: Level) -> frozenset[str]:
         fuller = StateId(state.position, layer, Choice.MUST, self.options)

@@ -1,9 +1,10 @@
-"""Where on a disk a filesystem may begin: the disk itself, and its GPT or MBR partitions.
+"""Where on a disk a filesystem may begin: the disk, its partitions, and the volumes in either.
 
 GPT (UEFI specification, chapter 5): the header and the table are accepted with right checksums
 only; if those at the start are broken, the backup at the end counts, as in the kernel. MBR:
-primary partitions 1 to 4, logical ones from 5. What points outside the disk is left out.
-Not covered: LVM, RAID, LUKS, BSD labels.
+primary partitions 1 to 4, logical ones from 5. What points outside the disk is left out. LVM: see
+`lvm`. Of a qcow2 file the guest's disk inside is looked at, see `qcow2`.
+Not covered: RAID, LUKS, BSD labels, and LVM volumes that are not linear.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
+from nbdproxy.oracles import lvm, qcow2
+from nbdproxy.oracles.lvm import LinearDevice
 
 SECTOR = 512
 GPT_SECTORS = (512, 4096)
@@ -26,18 +29,28 @@ MBR_SIGNATURE = b"\x55\xaa"
 MBR_ENTRY = struct.Struct("<B3sB3sII")  # active, CHS, type, CHS, first sector, sectors
 PROTECTIVE = 0xEE
 EXTENDED = {0x05, 0x0F, 0x85}
+VOLUMES = 1001
 LOGICAL_MAX = 128  # a chain longer than this is a loop
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A part of a disk; number 0 is the whole disk, the others count as in /dev/sda1."""
+    """A part of a disk; number 0 is the whole disk, the others count as in /dev/sda1.
+
+    LVM's volumes count from VOLUMES, by name. `offset` is where it begins, unless it is no single
+    run of the disk and `is_direct` is not set.
+    """
 
     number: int
     name: str
     offset: int
     length: int
     device: ReadableDevice
+    is_direct: bool = True
+
+    def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield where on the disk a range of the part is, as far as it is anywhere."""
+        return _below(self.device, offset, length)
 
 
 class SliceDevice:
@@ -69,12 +82,52 @@ class SliceDevice:
         for extent in self._base.data_extents(self._offset + offset, length):
             yield Extent(extent.offset - self._offset, extent.length)
 
+    def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield where on the disk a range of the window is."""
+        return _below(self._base, self._offset + offset, length)
+
     def close(self) -> None:
         """Do nothing: the disk below belongs to whoever opened it."""
 
 
+class _VolumeDevice(LinearDevice):
+    """A volume on a disk or on a part of one."""
+
+    def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
+        for extent in super().on_disk(offset, length):
+            yield from _below(self._base, extent.offset, extent.length)
+
+
 def slices(device: ReadableDevice) -> list[Slice]:
-    """Return the whole disk and then its partitions in the order of their numbers."""
+    """Return the whole disk, its partitions in the order of their numbers, and its volumes.
+
+    Raises Qcow2Error for a qcow2 file that cannot be read.
+    """
+    is_qcow2 = qcow2.is_qcow2(device)
+    if is_qcow2:
+        device = qcow2.Qcow2Device(device)
+    found = _partitions(device)
+    number = VOLUMES
+    for part in list(found):
+        for volume in lvm.volumes(part.device):
+            is_direct = len(volume.pieces) == 1
+            offset = part.offset + volume.pieces[0].offset if is_direct else 0
+            view = _VolumeDevice(part.device, volume.pieces)
+            name = f"volume {volume.name}"
+            found.append(Slice(number, name, offset, view.size, view, is_direct))
+            number += 1
+    return [replace(part, is_direct=False) for part in found] if is_qcow2 else found
+
+
+def _below(device: ReadableDevice, offset: int, length: int) -> Iterator[Extent]:
+    """Yield where a range of a device is on the disk that it stands on in the end."""
+    if isinstance(device, (SliceDevice, LinearDevice, qcow2.Qcow2Device)):
+        yield from device.on_disk(offset, length)
+    else:
+        yield Extent(offset, length)
+
+
+def _partitions(device: ReadableDevice) -> list[Slice]:
     found = [Slice(0, "whole disk", 0, device.size, device)]
     mbr = _sector(device, 0)
     if mbr is None or mbr[510:] != MBR_SIGNATURE:

@@ -69,5 +69,6 @@ def _replayed(place: Slice) -> tuple[Extent, ...]:
     found = ExtentSet()
     for number, block in journal.replay(filesystem).items():
         if place.device.pread(number * size, size) != block:
-            found.add(place.offset + number * size, place.offset + (number + 1) * size)
+            for extent in place.on_disk(number * size, size):
+                found.add(extent.offset, extent.end)
     return tuple(found)

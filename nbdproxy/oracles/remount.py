@@ -29,7 +29,7 @@ WHERE, LOG, TOP = 1, 2, 3
 
 
 class SeveralError(Exception):
-    """This is not followed from state to state: several filesystems, or another than ext."""
+    """Not followed from state to state: several filesystems, another than ext, or in pieces."""
 
 
 class Remount:
@@ -121,7 +121,8 @@ class Remount:
             found = candidates(disk, self._partition)
         finally:
             self._where = Reads(disk.take())
-        if len(found) > 1 or kind_of(found[0].device) not in {None, FilesystemKind.EXT}:
+        is_ext = kind_of(found[0].device) in {None, FilesystemKind.EXT}
+        if len(found) > 1 or not is_ext or not found[0].is_direct:
             raise SeveralError
         place = (found[0].offset, found[0].offset + found[0].length)
         if place != self._place:

@@ -28,6 +28,8 @@ _CALLED = {
 _ADVICE = {
     Cause.NEVER_SENT: "The guest still had it in memory: no cache mode can help. Let the "
     "application fsync the file and its directory, or sync before the power goes.",
+    Cause.MAPPING_NEVER_SENT: "Its data was written, and the qcow2 table that leads to it was in "
+    "QEMU's memory. An fsync would have made QEMU write the table; a raw image has none.",
     Cause.CHANGED_BY_GUEST: "It had been whole, and the guest changed or removed it: nothing was "
     "lost.",
     Cause.SENT_UNANSWERED: "It was on its way. Nobody had promised anything yet; an fsync that "

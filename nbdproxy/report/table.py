@@ -69,6 +69,11 @@ def footnotes(result: Replay) -> list[str]:
         )
     cuts = {cell.cut.text: cell.cut for cell in result.cells}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
+    if result.below_qcow2:
+        notes.append(
+            "recorded below qcow2: the table tells what the qcow2 file held; tables that QEMU had "
+            "in its memory outlive a reset of the guest, and it writes them when it ends in order"
+        )
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)
         notes.append(

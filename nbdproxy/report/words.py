@@ -13,6 +13,8 @@ from nbdproxy.persistence.modes import CacheMode, Failure
 _BLAME = {
     Cause.NEVER_SENT: "were lost in the guest, which had not sent them to any disk (no fsync): "
     "no cache mode could have saved them",
+    Cause.MAPPING_NEVER_SENT: "had been written, and the qcow2 table that leads to them was still "
+    "in QEMU's memory (no flush had come): it dies with QEMU, and they read as zeroes",
     Cause.CHANGED_BY_GUEST: "were changed or removed by the guest itself: nobody lost them",
     Cause.SENT_UNANSWERED: "were still on their way to the disk, and nobody had promised anything",
     Cause.UNFLUSHED: "had been written and not flushed: a volatile write cache may lose them",

@@ -118,7 +118,7 @@ def _inside(
 
 
 def _slice(where: str, number: str, disk: ReadableDevice) -> Slice:
-    parts = slices(disk)
+    parts = [part for part in slices(disk) if part.is_direct]
     for part in parts:
         if str(part.number) == number:
             return part
@@ -128,5 +128,5 @@ def _slice(where: str, number: str, disk: ReadableDevice) -> Slice:
 
 def _only_partition(disk: ReadableDevice) -> str:
     """Return how a region names the only partition, if there is one."""
-    parts = slices(disk)
+    parts = [part for part in slices(disk) if part.is_direct]
     return f":{parts[1].number}" if len(parts) == 2 else ""

@@ -1,0 +1,223 @@
+"""`Qcow2Device`: the guest's disk that a qcow2 file describes, as the file stands at this moment.
+
+For recordings from below qcow2: each crash state is a file whose tables may be behind its data. An
+entry that was never written reads as zeroes, as it does for QEMU. Source: QEMU's "The qcow2 image
+format" (docs/interop/qcow2.txt).
+
+Read are versions 2 and 3 with any cluster size, zero clusters, and clusters compressed with zlib.
+Refused are backing files, encryption, external data, extended L2 entries and zstd. Refcounts are
+not looked at: QEMU does not need them to read. What leads out of the file is an error, as for QEMU.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.extents import Extent
+
+MAGIC = b"QFI\xfb"
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
+_HEADER_3 = struct.Struct(">QQQII")
+_V3_AT = 72
+_COMPRESSION_AT = 104
+_EXTERNAL_DATA, _COMPRESSION, _EXTENDED_L2 = 0x4, 0x8, 0x10
+_REFUSED = {
+    _EXTERNAL_DATA: "its data is in another file",
+    _COMPRESSION: "it is compressed with zstd",
+    _EXTENDED_L2: "it has extended L2 entries",
+}
+_OFFSET = 0x00FFFFFFFFFFFE00
+_COMPRESSED = 1 << 62
+_ZERO = 1
+_L1_MAX = 32 << 20  # bytes; QEMU opens no larger table
+_CLUSTER_BITS = range(9, 22)
+_DEFLATE_WINDOW = -12
+
+
+class Qcow2Error(FilesystemError):
+    """A qcow2 file that cannot be read here, or whose tables lead nowhere."""
+
+
+class Run(NamedTuple):
+    """A piece of the guest's disk: where it is in the file, or that it reads as zeroes.
+
+    `entry` is where in the file the L2 entry of its first cluster is, or would be; None if there is
+    no L2 table. `packed` holds the length of compressed data.
+    """
+
+    start: int
+    end: int
+    host: int | None
+    entry: int | None
+    packed: int = 0
+
+
+def is_qcow2(device: ReadableDevice) -> bool:
+    """Tell whether a disk is a qcow2 file, by its magic."""
+    return device.size >= _HEADER.size and device.pread(0, len(MAGIC)) == MAGIC
+
+
+class Qcow2Device:
+    """The guest's disk in `base`, read-only; closing it leaves `base` open."""
+
+    def __init__(self, base: ReadableDevice) -> None:
+        """Read the header and the L1 table; raises Qcow2Error for what is not read here."""
+        self._base = base
+        raw = base.pread(0, min(base.size, 112)).ljust(112, b"\0")
+        _, version, backing, _, bits, size, crypt, l1_size, l1_at, *rest = _HEADER.unpack_from(raw)
+        if raw[:4] != MAGIC or version not in {2, 3} or bits not in _CLUSTER_BITS:
+            raise Qcow2Error("the qcow2 header is broken")
+        incompatible = _HEADER_3.unpack_from(raw, _V3_AT)[0] if version == 3 else 0
+        for bit, why in _REFUSED.items():
+            if incompatible & bit and (bit != _COMPRESSION or raw[_COMPRESSION_AT]):
+                raise Qcow2Error(f"the qcow2 file is not read here: {why}")
+        if backing or crypt:
+            why = "it has a backing file" if backing else "it is encrypted"
+            raise Qcow2Error(f"the qcow2 file is not read here: {why}")
+        self.size = size
+        self.cluster = 1 << bits
+        self._bits = bits
+        self._refcounts = (rest[0], rest[1] << bits)
+        self._has_zero = version == 3
+        self._l1_at = l1_at
+        per_table = self.cluster // 8
+        needed = -(-size // (per_table * self.cluster))
+        if l1_size < needed or l1_size * 8 > _L1_MAX:
+            raise Qcow2Error("the qcow2 header is broken: its L1 table has an impossible size")
+        self._l1 = struct.unpack(f">{needed}Q", self._read(l1_at, needed * 8, "L1 table"))
+        self._l2: dict[int, tuple[int, ...]] = {}
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes from `offset`."""
+        buffer = bytearray(length)
+        self.pread_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`; raises Qcow2Error where a table leads out of the file."""
+        for run in self.runs(offset, offset + len(buffer)):
+            part = buffer[run.start - offset : run.end - offset]
+            if run.host is None:
+                part[:] = bytes(len(part))
+            elif run.packed:
+                part[:] = self._unpacked(run)
+            else:
+                self._check(run.host, len(part), "data cluster")
+                self._base.pread_into(run.host, part)
+
+    def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield, ascending and disjoint, what may hold anything but zeroes."""
+        for run in self.runs(offset, offset + length):
+            if run.host is None:
+                continue
+            if run.packed:
+                yield Extent(run.start, run.end - run.start)
+                continue
+            self._check(run.host, run.end - run.start, "data cluster")
+            for extent in self._base.data_extents(run.host, run.end - run.start):
+                yield Extent(run.start + extent.offset - run.host, extent.length)
+
+    def runs(self, start: int, end: int) -> Iterator[Run]:
+        """Yield all of [start, end): where it is in the file, in pieces of at most one L2 table."""
+        assert 0 <= start <= end <= self.size
+        pending: Run | None = None
+        while start < end:
+            run = self._run(start, min(end, ((start >> self._bits) + 1) << self._bits))
+            if pending is not None and _follows(pending, run):
+                pending = pending._replace(end=run.end)
+            else:
+                if pending is not None:
+                    yield pending
+                pending = run
+            start = run.end
+        if pending is not None:
+            yield pending
+
+    def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
+        """Yield where in the file a piece of the guest's disk is, as far as it is anywhere."""
+        for run in self.runs(offset, offset + length):
+            if run.host is not None:
+                yield Extent(run.host, run.packed or run.end - run.start)
+
+    def tables(self) -> Iterator[tuple[Extent, int]]:
+        """Yield where each L2 table is, and where what it serves of the guest begins."""
+        span = self.cluster // 8 * self.cluster
+        for index, entry in enumerate(self._l1):
+            if entry & _OFFSET:
+                yield Extent(entry & _OFFSET, self.cluster), index * span
+
+    def structures(self) -> Iterator[Extent]:
+        """Yield where the file's own structures are: header, L1, L2 and refcounts."""
+        yield Extent(0, self.cluster)
+        yield Extent(self._l1_at, len(self._l1) * 8)
+        for table, _ in self.tables():
+            yield table
+        at, length = self._refcounts
+        yield Extent(at, length)
+        raw = self._base.pread(at, max(0, min(length, self._base.size - at)))
+        for (block,) in struct.iter_unpack(">Q", raw[: len(raw) // 8 * 8]):
+            if block:
+                yield Extent(block & _OFFSET, self.cluster)
+
+    def close(self) -> None:
+        """Do nothing: the file below belongs to whoever opened it."""
+
+    def _run(self, start: int, end: int) -> Run:
+        """Return where a piece of one cluster is."""
+        number = start >> self._bits
+        index, slot = divmod(number, self.cluster // 8)
+        table = self._l1[index] & _OFFSET
+        if not table:
+            return Run(start, end, None, None)
+        entry = self._table(table)[slot]
+        place = table + slot * 8
+        if entry & _COMPRESSED:
+            split = 62 - (self._bits - 8)
+            at = entry & (1 << split) - 1
+            length = ((entry >> split & (1 << self._bits - 8) - 1) + 1) * 512 - at % 512
+            return Run(start, end, at, place, length)
+        if not entry & _OFFSET or (self._has_zero and entry & _ZERO):
+            return Run(start, end, None, place)
+        return Run(start, end, (entry & _OFFSET) + start % self.cluster, place)
+
+    def _table(self, at: int) -> tuple[int, ...]:
+        found = self._l2.get(at)
+        if found is None:
+            raw = self._read(at, self.cluster, "L2 table")
+            found = self._l2[at] = struct.unpack(f">{self.cluster // 8}Q", raw)
+        return found
+
+    def _unpacked(self, run: Run) -> bytes:
+        """Return what a piece of a compressed cluster holds."""
+        assert run.host is not None
+        data = self._base.pread(run.host, min(run.packed, max(0, self._base.size - run.host)))
+        try:
+            whole = zlib.decompressobj(_DEFLATE_WINDOW).decompress(data, self.cluster)
+        except zlib.error:
+            raise Qcow2Error("a compressed cluster of the qcow2 file is broken") from None
+        at = run.start % self.cluster
+        return whole.ljust(self.cluster, b"\0")[at : at + run.end - run.start]
+
+    def _read(self, at: int, length: int, what: str) -> bytes:
+        self._check(at, length, what)
+        return self._base.pread(at, length)
+
+    def _check(self, at: int, length: int, what: str) -> None:
+        if at + length > self._base.size:
+            raise Qcow2Error(f"the qcow2 file's {what} would be behind the file's end")
+        if what != "data cluster" and at % self.cluster:
+            raise Qcow2Error(f"the qcow2 file's {what} is at an impossible place")
+
+
+def _follows(one: Run, other: Run) -> bool:
+    """Tell whether a piece goes on where another ends, in the file too."""
+    if one.packed or other.packed:
+        return False
+    if one.host is None or other.host is None:
+        return one.host is other.host and (one.entry is None) is (other.entry is None)
+    return one.host + one.end - one.start == other.host
