@@ -27,6 +27,7 @@ PACKAGE_OF = {
     "dpkg-deb": "dpkg",
     "fsck.fat": "dosfstools",
     "ldd": "libc-bin",
+    "lvm": "lvm2",
     "mke2fs": "e2fsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "mkfs.fat": "dosfstools",

@@ -154,7 +154,7 @@ class Qcow2Device:
     def structures(self) -> Iterator[Extent]:
         """Yield where the file's own structures are: header, L1, L2 and refcounts."""
         yield Extent(0, self.cluster)
-        yield Extent(self._l1_at, len(self._l1) * 8)
+        yield Extent(self._l1_at, -(-len(self._l1) * 8 // self.cluster) * self.cluster)
         for table, _ in self.tables():
             yield table
         at, length = self._refcounts

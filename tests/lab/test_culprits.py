@@ -128,8 +128,8 @@ def test_a_store_that_lies_below_a_guest_is_convicted(tmp_path: Path) -> None:
     assert "A promise was broken below nbdproxy" in said
     assert "The guest and QEMU are cleared" in said
     files = lab.manifests["small"]
-    words = ("replay", run, "--files", files, "--root", "/", "--failure", "host-power-loss")
-    words = (*words, "--base", base)
+    where = ("--files", files, "--root", "/", "--base", base)
+    words = ("replay", run, *where, "--failure", "host-power-loss")
     cell = json.loads(nbdproxy(*words, "--mode", "none", "--json", code=0).stdout)["cells"][0]
     assert set(cell["worst"]["conditions"]) == {"whole"}
     lost = json.loads(nbdproxy("check", image, "--files", files, "--json", code=1).stdout)
