@@ -23,10 +23,10 @@ from nbdproxy.lab.build import Lab, build_lab
 from nbdproxy.lab.cache import silent
 from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
-from nbdproxy.oracles.condition import Condition, conclude
+from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, kind_of
-from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
 from nbdproxy.oracles.oracle import Digests
 from nbdproxy.oracles.partitions import Slice
 
@@ -168,9 +168,7 @@ class KernelOracle:
         if found["errors"] and digests:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
-        files = [one for one in found["files"] if "target" not in one]
-        entries = [Entry(_shown(one["path"]), one.get("sha256", ""), one["size"]) for one in files]
-        return sorted(entries, key=lambda entry: entry.path.split("/"))
+        return sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
 
     def _fsck(self, guest: CheckerGuest, place: Slice) -> Fsck | str:
         program = DRIVERS[FilesystemKind(kind_of(place.device) or "")].fsck
@@ -238,18 +236,31 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str]) -> Condition:
         return Condition.MISSING
     if kind == "error":
         return Condition.UNREADABLE
-    if kind != "file":
+    if kind != ("file" if entry.target is None else "link"):
         return Condition.DAMAGED
-    return conclude(
+    if kind == "link":
+        target = found["target"].encode("latin-1")
+        return classify(entry, len(target), [target], set(earlier))
+    result = conclude(
         *(entry, found["size"], found.get("sha256", ""), set(earlier)),
         all_zero=found.get("allZero", False),
         zero_block=found.get("zeroBlock", False),
     )
+    is_other = entry.mode not in {None, found["mode"]}
+    return Condition.DAMAGED if result is Condition.WHOLE and is_other else result
+
+
+def _entry(found: Any) -> Entry:
+    """Return the entry of a file or link that the agent came across."""
+    path = _shown(found["path"])
+    if "target" in found:
+        return link_entry(path, _shown(found["target"]))
+    return Entry(path, found.get("sha256", ""), found["size"])
 
 
 def _asked(entry: Entry) -> dict[str, object]:
-    path = _sent(quick.absolute(entry.path))
-    return {"path": path, "sha256": entry.sha256, "link": False, "mode": None}
+    path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
+    return {"path": path, "sha256": entry.sha256, "link": is_link, "mode": entry.mode}
 
 
 def _sent(path: bytes) -> str:

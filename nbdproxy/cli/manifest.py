@@ -1,41 +1,64 @@
-"""`nbdproxy manifest`: list files with their digests, from a folder, an image or a recording."""
+"""`nbdproxy manifest`: files with their digests, of a folder, image, recording or lockfile."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
-from nbdproxy.cli.console import print_json
+from nbdproxy.cli.console import err, print_json
+from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.timeline import open_state
+from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
-from nbdproxy.errors import ImageError, ManifestError
-from nbdproxy.oracles import check
+from nbdproxy.errors import ImageError, ManifestError, UsageError
+from nbdproxy.oracles import check, npm
 from nbdproxy.oracles import manifest as manifests
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.model import Level
 
 
 def manifest(
-    where: Annotated[str, typer.Argument(metavar="DIR|IMAGE|RUN@CUT", help="What to list.")],
+    where: Annotated[
+        str, typer.Argument(metavar="DIR|IMAGE|RUN@CUT|LOCKFILE", help="What to list.")
+    ],
     under: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Only what is below this folder.")
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Only what is below this folder; of a DIR or LOCKFILE, its place."
+        ),
+    ] = None,
+    modes: Annotated[
+        bool, typer.Option("--modes", help="Also the permissions of each file.")
+    ] = False,
+    npm_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="For a lockfile: npm's cache.", show_default="npm's own, ~/.npm"
+        ),
+    ] = None,
+    tarballs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For a lockfile: the packages' tarballs, by any name."),
     ] = None,
     base: Annotated[
         Path | None,
         typer.Option(metavar="IMAGE", help="For RUN@CUT: the image as it was."),
     ] = None,
+    oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the files that are there, in the format of sha256sum, with their sizes as comments.
+    """List files and symbolic links with their digests, in the format of sha256sum.
 
+    What sha256sum has no place for are comments: sizes, links, and, with --modes, permissions.
     RUN@CUT is the disk with all that the recording's guest had sent until that instant; RUN alone
-    means RUN@end: right only if the guest had ended in order, or after a sync.
+    means RUN@end: right only if the guest had ended in order, or after a sync. LOCKFILE is a
+    package-lock.json: what npm ci would install, from tarballs that are checked and not installed.
 
     Examples:
 
@@ -44,28 +67,64 @@ def manifest(
       nbdproxy manifest disk.img --under /app/node_modules > npm.sha256
 
       nbdproxy manifest run1@before-exit > files
+
+      nbdproxy manifest app/package-lock.json --under /app > npm.sha256
     """
-    found = _list(where, under, base)
+    if Path(where).name.endswith(".json") and Path(where).is_file():
+        if npm_cache is not None and tarballs is not None:
+            raise UsageError("--npm-cache and --tarballs exclude each other; drop one of them")
+        cache = None if tarballs is not None else npm_cache or npm.default_cache()
+        source = npm.Tarballs(cache=cache, folder=tarballs)
+        found = npm.from_lock(Path(where), source, under=under or "", modes=modes)
+    elif npm_cache is not None or tarballs is not None:
+        raise UsageError("--npm-cache and --tarballs are for a package-lock.json; drop them")
+    else:
+        found = _list(where, under, base, _Way(oracle, modes))
     if not found.entries:
         raise ManifestError(f"there are no files in {where}; check the path and --under")
     if json:
-        print_json([{"path": e.path, "sha256": e.sha256, "size": e.size} for e in found.entries])
+        print_json([_to_json(entry) for entry in found.entries])
         return
     sys.stdout.buffer.write(manifests.dump(found).encode(errors="surrogateescape"))
 
 
-def _list(where: str, under: str | None, base: Path | None) -> Manifest:
+class _Way(NamedTuple):
+    """How a disk is listed."""
+
+    oracle: OracleName
+    modes: bool
+
+    def scan(self, disk: ReadableDevice, under: str | None) -> Manifest:
+        """List what is on it."""
+        if self.oracle is OracleName.QUICK:
+            return check.scan(disk, under or "/", modes=self.modes)
+        if self.modes:
+            raise UsageError("--modes are read by the quick oracle only; drop it or --oracle")
+        with err.status("reading") as status, opened(self.oracle, status.update) as asked:
+            return asked.scan(disk, under or "/", partition=None)
+
+
+def _to_json(entry: Entry) -> dict[str, object]:
+    found: dict[str, object] = {"path": entry.path, "sha256": entry.sha256, "size": entry.size}
+    if entry.mode is not None:
+        found["mode"] = f"{entry.mode:o}"
+    if entry.target is not None:
+        found["target"] = entry.target
+    return found
+
+
+def _list(where: str, under: str | None, base: Path | None, way: _Way) -> Manifest:
     path = Path(where)
     if is_recording(path):
-        return _of_recording(path, "end", under, base)
+        return _of_recording(path, "end", under, base, way)
     if path.is_dir():
-        return manifests.from_directory(path, under)
+        return manifests.from_directory(path, under, modes=way.modes)
     run, at, cut = where.rpartition("@")
     if at and not path.exists():
-        return _of_recording(Path(run), cut, under, base)
+        return _of_recording(Path(run), cut, under, base, way)
     disk = _open_image(path)
     try:
-        return check.scan(disk, under or "/")
+        return way.scan(disk, under)
     finally:
         disk.close()
 
@@ -80,12 +139,12 @@ def _open_image(path: Path) -> FileDisk:
         raise error from None
 
 
-def _of_recording(run: Path, cut: str, under: str | None, base: Path | None) -> Manifest:
+def _of_recording(run: Path, cut: str, under: str | None, base: Path | None, way: _Way) -> Manifest:
     source = RecordedSource(run, image=base)
     state = StateId(resolve(source, cut).position, Level.RECEIVED, Choice.ALL)
     disk = open_state(source, state)
     try:
-        return check.scan(disk, under or "/")
+        return way.scan(disk, under)
     finally:
         disk.close()
         source.close()

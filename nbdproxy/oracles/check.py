@@ -107,26 +107,38 @@ def check(
         )
 
 
-def scan(device: ReadableDevice, under: str = "/", *, partition: int | None = None) -> Manifest:
-    """Describe all regular files below `under`; hard links appear under each of their names.
+def scan(
+    device: ReadableDevice,
+    under: str = "/",
+    *,
+    partition: int | None = None,
+    modes: bool = False,
+) -> Manifest:
+    """Describe all regular files and symbolic links below `under`, with `modes` if wanted.
 
-    Symbolic links are not followed. Raises FilesystemError if there is no filesystem or several,
-    if the state cannot be judged, and at the first file that cannot be read.
+    Hard links appear under each of their names, symbolic links are not followed. Raises
+    FilesystemError if there is no filesystem or several, if the state cannot be judged, and at the
+    first file that cannot be read.
     """
     filesystem = open_filesystem(only(candidates(device, partition)).device)
     entries = []
     for path, node in filesystem.walk(absolute(under)):
         name = shown(path)
         try:
+            if node.is_symlink:
+                target = shown(filesystem.symlink_target(node))
+                entries.append(manifests.link_entry(name, target))
+                continue
             digest = manifests.digest(filesystem.chunks(node))
         except FilesystemError as error:
             raise FilesystemError(f"{name}: {error}") from error
-        entries.append(Entry(name, digest, node.size))
+        mode = node.mode & manifests.PERMISSIONS if modes else None
+        entries.append(Entry(name, digest, node.size, mode))
     return Manifest(tuple(entries))
 
 
 def paths(device: ReadableDevice, *, partition: int | None = None) -> list[str]:
-    """Return the paths of all regular files; raises FilesystemError as `scan` does."""
+    """Return the paths of all files and links; raises FilesystemError as `scan` does."""
     return _paths(open_filesystem(only(candidates(device, partition)).device))
 
 
@@ -188,11 +200,16 @@ def condition_of(
     """
     if node is None:
         return Condition.MISSING
-    if not node.is_regular:
+    if entry.target is not None and node.is_symlink:
+        target = filesystem.symlink_target(node)
+        return classify(entry, len(target), [target], earlier)
+    if entry.target is not None or not node.is_regular:
         return Condition.DAMAGED
     if entry.size is None and node.size > filesystem.device.size:
         raise UnsupportedError("sparse and larger than its disk; give its size in the manifest")
-    return classify(entry, node.size, filesystem.chunks(node), earlier)
+    found = classify(entry, node.size, filesystem.chunks(node), earlier)
+    is_other = entry.mode not in {None, node.mode & manifests.PERMISSIONS}
+    return Condition.DAMAGED if found is Condition.WHOLE and is_other else found
 
 
 def absolute(path: str) -> bytes:
@@ -236,7 +253,8 @@ def _check(
 
 
 def _judged(filesystem: Filesystem, entry: Entry, earlier: Collection[str]) -> Condition:
-    return condition_of(filesystem, filesystem.lookup(absolute(entry.path)), entry, earlier)
+    node = filesystem.lookup(absolute(entry.path), follow_last=entry.target is None)
+    return condition_of(filesystem, node, entry, earlier)
 
 
 def _paths(filesystem: Filesystem) -> list[str]:

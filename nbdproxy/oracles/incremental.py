@@ -157,9 +157,7 @@ class _Files:
         self._entries = [
             (entry, absolute(entry.path), earlier.get(entry.path, ())) for entry in manifest.entries
         ]
-        self._nodes = [
-            self._filesystem.follow(file, path) for file, (_, path, _) in enumerate(self._entries)
-        ]
+        self._nodes = [self._follow(file) for file in range(len(self._entries))]
         self._outcomes = [self._judge(file) for file in range(len(self._entries))]
         self._verdicts = Counter(found.verdict for found in self._outcomes)
         self._findings: Findings | None = None
@@ -173,7 +171,7 @@ class _Files:
         """Judge again what was judged from any of these blocks of the view."""
         astray, doubtful = self._filesystem.refresh(moved)
         for file in astray:
-            node = self._filesystem.follow(file, self._entries[file][1])
+            node = self._follow(file)
             if node != self._nodes[file]:
                 self._nodes[file] = node
                 doubtful.add(file)
@@ -197,6 +195,10 @@ class _Files:
                 next((found.doubt for found in self._outcomes if found.doubt is not None), None),
             )
         return self._findings
+
+    def _follow(self, file: int) -> Inode | Failure | None:
+        entry, path, _ = self._entries[file]
+        return self._filesystem.follow(file, path, follow_last=entry.target is None)
 
     def _judge(self, file: int) -> Outcome:
         entry, _, earlier = self._entries[file]

@@ -2,9 +2,10 @@ r"""Manifests: the files that should be there, with digest and, where known, siz
 
 The format is that of GNU `sha256sum`, so `sha256sum -c` reads what `dump` writes and `parse` reads
 what `sha256sum` writes: 64 hex digits, a space, a space or `*`, the name; a line that starts with
-a backslash has `\n`, `\r` and `\\` escaped in its name. Sizes travel in comments, which
-`sha256sum -c` skips: a line `# size 1234` belongs to the entry in the next line. Names that are
-not UTF-8 are carried as surrogate escapes.
+a backslash has `\n`, `\r` and `\\` escaped in its name. The rest travels in comments, which
+`sha256sum -c` skips: lines `# size 1234` and `# mode 755` belong to the entry in the next line, and
+a symbolic link is a line `# symlink ["PATH", "TARGET"]` in JSON. Names that are not UTF-8 are
+carried as surrogate escapes.
 
 Names may be absolute in the filesystem or stand below some directory of it; `resolve` finds out.
 """
@@ -12,17 +13,22 @@ Names may be absolute in the filesystem or stand below some directory of it; `re
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from nbdproxy.errors import ManifestError
 
 LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
 SIZE = re.compile(r"# size (\d+)")
+MODE = re.compile(r"# mode ([0-7]{1,4})")
+LINK = re.compile(r"# symlink (\[.*\])")
+PERMISSIONS = 0o7777
 ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
 CHUNK = 1 << 20
 PAIRS = 200_000
@@ -31,11 +37,23 @@ PAIRS = 200_000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file: its path, the SHA-256 of its content in hex, its size in bytes if known."""
+    """One file: its path, the SHA-256 of its content in hex, its size in bytes if known.
+
+    `mode` has its permission bits, if they matter. A `target` makes it a symbolic link that leads
+    there; then digest and size are those of the target.
+    """
 
     path: str
     sha256: str
     size: int | None
+    mode: int | None = None
+    target: str | None = None
+
+
+def link_entry(path: str, target: str) -> Entry:
+    """Return the entry of a symbolic link."""
+    raw = target.encode("utf-8", "surrogateescape")
+    return Entry(path, digest([raw]), len(raw), target=target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +81,24 @@ def parse(text: str, source: str) -> Manifest:
     digests, and for a manifest without entries.
     """
     entries: dict[str, Entry] = {}
-    size: int | None = None
+    told = _NOTHING_TOLD
     for number, line in enumerate(text.split("\n"), start=1):
+        where = f"{source}:{number}"
+        entry = None
         if line.startswith("#"):
-            comment = SIZE.fullmatch(line.rstrip())
-            size = int(comment[1]) if comment else None
-            continue
-        if line.strip():
-            entry = _entry(line, size, f"{source}:{number}")
+            told = _told(line.rstrip(), told)
+            entry = _link(line.rstrip(), where)
+        else:
+            if line.strip():
+                entry = replace(_entry(line, told.size, where), mode=told.mode)
+            told = _NOTHING_TOLD
+        if entry is not None:
             known = entries.setdefault(entry.path, entry)
             if known.sha256 != entry.sha256:
                 raise ManifestError(
-                    f"{source}:{number}: {entry.path!r} already stands above with another digest; "
+                    f"{where}: {entry.path!r} already stands above with another digest; "
                     f"keep the line of the version you expect"
                 )
-        size = None
     if not entries:
         raise ManifestError(
             f"{source}: the manifest is empty; write one with `nbdproxy manifest` or `sha256sum`"
@@ -89,25 +110,31 @@ def dump(manifest: Manifest) -> str:
     """Return the manifest as text; encode it as UTF-8 with `surrogateescape`."""
     lines = []
     for entry in manifest.entries:
+        if entry.target is not None:
+            lines.append(f"# symlink {json.dumps([entry.path, entry.target])}")
+            continue
         if entry.size is not None:
             lines.append(f"# size {entry.size}")
+        if entry.mode is not None:
+            lines.append(f"# mode {entry.mode:o}")
         name = entry.path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         mark = "" if name == entry.path else "\\"
         lines.append(f"{mark}{entry.sha256}  {name}")
     return "".join(line + "\n" for line in lines)
 
 
-def from_directory(root: Path, under: str | None = None) -> Manifest:
-    """Describe every regular file below `root`, named by its path from there.
+def from_directory(root: Path, under: str | None = None, *, modes: bool = False) -> Manifest:
+    """Describe every regular file and symbolic link below `root`, named by its path from there.
 
     `under` names a directory to put in front of each path (where `root` stands in the guest).
-    Symbolic links are neither followed nor listed. Raises ManifestError for what cannot be read.
+    With `modes` the files have theirs. Raises ManifestError for what cannot be read.
     """
     if not root.is_dir():
         raise ManifestError(f"{root}: not a directory; name the one whose files are expected")
     front = "" if under is None else under.rstrip("/") + "/"
     entries = tuple(
-        _describe(path, front + path.relative_to(root).as_posix()) for path in _regular(root)
+        _describe(path, front + path.relative_to(root).as_posix(), modes=modes)
+        for path in _files(root)
     )
     if not entries:
         raise ManifestError(f"{root}: there are no files in it; name the directory that has them")
@@ -156,6 +183,39 @@ def digest(chunks: Iterable[bytes]) -> str:
     return result.hexdigest()
 
 
+class _Told(NamedTuple):
+    """What comments have said of the entry in the next line."""
+
+    size: int | None = None
+    mode: int | None = None
+
+
+_NOTHING_TOLD = _Told()
+
+
+def _told(comment: str, before: _Told) -> _Told:
+    """Return what is known of the next entry with one more comment."""
+    if size := SIZE.fullmatch(comment):
+        return before._replace(size=int(size[1]))
+    if mode := MODE.fullmatch(comment):
+        return before._replace(mode=int(mode[1], 8))
+    return before
+
+
+def _link(comment: str, where: str) -> Entry | None:
+    """Return the symbolic link that a comment tells of, if it does."""
+    found = LINK.fullmatch(comment)
+    if found is None:
+        return None
+    try:
+        path, target = json.loads(found[1])
+        return link_entry(path, target)
+    except (ValueError, TypeError, AttributeError):
+        raise ManifestError(
+            f'{where}: a symbolic link is written as `# symlink ["PATH", "TARGET"]`; mend the line'
+        ) from None
+
+
 def _entry(line: str, size: int | None, where: str) -> Entry:
     match = LINE.fullmatch(line.removesuffix("\r") if not line.startswith("\\") else line)
     if match is None:
@@ -183,7 +243,7 @@ def _unescape(name: str, where: str) -> str:
     return "".join(pieces)
 
 
-def _regular(root: Path) -> Iterator[Path]:
+def _files(root: Path) -> Iterator[Path]:
     def stop(error: OSError) -> None:
         raise ManifestError(f"{error.filename}: {error.strerror}; make it readable") from error
 
@@ -191,18 +251,23 @@ def _regular(root: Path) -> Iterator[Path]:
         folders.sort()
         for name in sorted(files):
             path = Path(folder, name)
-            if path.is_file() and not path.is_symlink():
+            if path.is_symlink() or path.is_file():
                 yield path
+        # A link to a folder stands among the folders, which are not followed.
+        yield from (Path(folder, name) for name in folders if Path(folder, name).is_symlink())
 
 
-def _describe(path: Path, name: str) -> Entry:
+def _describe(path: Path, name: str, *, modes: bool) -> Entry:
     try:
+        if path.is_symlink():
+            return link_entry(name, os.readlink(path))  # noqa: PTH115 - keeps any bytes
         with path.open("rb") as file:
             found = digest(iter(lambda: file.read(CHUNK), b""))
             size = file.tell()
+            mode = os.fstat(file.fileno()).st_mode & PERMISSIONS if modes else None
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; make it readable") from error
-    return Entry(path=name, sha256=found, size=size)
+    return Entry(name, found, size, mode)
 
 
 def _proposals(manifest: Manifest, known: Collection[str]) -> set[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
-from nbdproxy.oracles.manifest import Entry, Manifest, digest
+from nbdproxy.oracles.manifest import Entry, Manifest, digest, link_entry
 from nbdproxy.oracles.quick import QUICK
 from tests.support import conditions
 
@@ -54,9 +55,17 @@ def test_it_says_what_the_quick_one_says_of_every_condition(
     kernel: KernelOracle, shown: conditions.Shown
 ) -> None:
     disk = opened(shown.image)
+    modes = (0o644, 0o755)
+    whole = next(e for e in shown.manifest.entries if e.path.endswith("/whole"))
     for oracle in (kernel, QUICK):
         follower = oracle.follow(shown.manifest, earlier=shown.earlier, partition=None)
         assert follower.check(disk, None) == Findings(Verdict.FAIL, shown.expected)
+        found: list[Condition] = []
+        for mode in modes:
+            wanted = Manifest((replace(whole, mode=mode),))
+            follower = oracle.follow(wanted, earlier={}, partition=None)
+            found += follower.check(disk, None).conditions.values()
+        assert found == [Condition.WHOLE, Condition.DAMAGED]
 
 
 def test_nothing_of_the_state_before_is_seen(kernel: KernelOracle, shown: conditions.Shown) -> None:
@@ -129,7 +138,18 @@ def test_other_filesystems(kernel: KernelOracle, image: Path) -> None:
         "/link": Condition.WHOLE,
         "/c": Condition.MISSING,
     }
-    assert kernel.scan(disk, "/", partition=None) == one_file(b"content", "/a/b")
+    link = link_entry("/link", "/a/b")
+    assert kernel.scan(disk, "/", partition=None).entries == (
+        *one_file(b"content", "/a/b").entries,
+        link,
+    )
+    links = Manifest((link, link_entry("/a/b", "x"), link_entry("/a/c", "x")))
+    follower = kernel.follow(links, earlier={}, partition=None)
+    assert list(follower.check(disk, None).conditions.values()) == [
+        Condition.WHOLE,
+        Condition.DAMAGED,
+        Condition.MISSING,
+    ]
     assert kernel.locate(disk, one_file(b"content", "b")) == (0, one_file(b"content", "/a/b"))
     examined = kernel.examine(disk, partition=None)
     assert examined.mounts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import time
@@ -13,12 +14,20 @@ import pytest
 
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError
+from nbdproxy.extents import Extent
 from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles.check import Findings, Verdict, check, locate, merge, paths, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.incremental import IncrementalCheck
-from nbdproxy.oracles.manifest import Entry, Manifest, dump, from_directory, resolve
+from nbdproxy.oracles.manifest import (
+    Entry,
+    Manifest,
+    dump,
+    from_directory,
+    link_entry,
+    resolve,
+)
 from tests.support import conditions
 
 Run = Callable[..., str]
@@ -79,6 +88,41 @@ def test_what_is_no_regular_file_is_damaged_and_links_are_followed(
     }
 
 
+def test_links_and_modes(image: Path, debugfs: Debugfs, load: Load) -> None:
+    """A link by its target and a mode by its bits; only a short target is in the inode."""
+    long = "x" * 100
+    debugfs(image, [f"symlink /app/long {long}", "set_inode_field /app/hard mode 0100754"])
+    disk = load(image)
+    assert {e.target for e in scan(disk).entries} == {None, "node_modules/whole", long}
+    content = hashlib.sha256(CONTENT).hexdigest()
+    wanted = {
+        link_entry("/app/link", "node_modules/whole"): Condition.WHOLE,
+        link_entry("/app/long", long): Condition.WHOLE,
+        link_entry("/app/node_modules/whole", "x"): Condition.DAMAGED,
+        link_entry("/app/nowhere", "x"): Condition.MISSING,
+        Entry("/app/hard", content, 20000, mode=0o754): Condition.WHOLE,
+        Entry("/app/node_modules/short", content, 20000, mode=0o777): Condition.DAMAGED,
+    }
+    others = {
+        link_entry("/app/link", "node_modules/other"): Condition.DAMAGED,
+        link_entry("/app/long", long + "x"): Condition.SHORT,
+    }
+    for expected in (wanted, others):
+        manifest = Manifest(tuple(expected))
+        conditions = {entry.path: condition for entry, condition in expected.items()}
+        assert check(disk, manifest).conditions == conditions
+        follower = IncrementalCheck(manifest)
+        assert follower.check(disk, None).conditions == conditions
+    node = Filesystem(disk).lookup(b"/app/link", follow_last=False)
+    assert node is not None
+    follower = IncrementalCheck(Manifest(tuple(wanted)))
+    follower.check(disk, None)
+    at = Filesystem(disk).inode_offset(node.number)
+    disk.pwrite(at, load(image).pread(Filesystem(disk).inode_offset(2), 256))
+    changed = follower.check(disk, [Extent(at, 256)])
+    assert changed.conditions["/app/link"] is not Condition.WHOLE
+
+
 def test_relative_manifests_are_resolved(image: Path, load: Load, folder: Path) -> None:
     relative = from_directory(folder / "app")
     disk = load(image)
@@ -97,7 +141,7 @@ def test_scan_describes_what_is_there(image: Path, load: Load, folder: Path) -> 
     below = {e.path for e in scan(disk, "/app/node_modules").entries}
     assert below == {f"/app/node_modules/{name}" for name in NAMES}
     assert scan(disk, "/nowhere").entries == ()
-    assert set(paths(disk)) == below | {"/app/hard"}
+    assert set(paths(disk)) == below | {"/app/hard", "/app/link"}
 
 
 def test_the_manifest_of_a_scan_satisfies_sha256sum(image: Path, load: Load, folder: Path) -> None:

@@ -64,7 +64,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def contents(filesystem: Filesystem) -> dict[bytes, bytes]:
-    return {path: b"".join(filesystem.chunks(node)) for path, node in filesystem.walk()}
+    return {
+        path: b"".join(filesystem.chunks(node))
+        for path, node in filesystem.walk()
+        if node.is_regular
+    }
 
 
 def regular(root: Path) -> dict[bytes, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdproxy.errors import ManifestError
-from nbdproxy.oracles.manifest import Entry, Manifest, dump, from_directory, load, parse, resolve
+from nbdproxy.oracles.manifest import (
+    Entry,
+    Manifest,
+    dump,
+    from_directory,
+    link_entry,
+    load,
+    parse,
+    resolve,
+)
 
 A, B = "a" * 64, "b" * 64
 NAMES = ["plain", "two  spaces", "new\nline", "back\\slash", "carriage\rreturn", "é", "x\udcff"]
@@ -63,7 +73,8 @@ def test_parse_reads_what_sha256sum_writes(folder: Path, tmp_path: Path) -> None
         )
         manifest = tmp_path / "manifest"
         manifest.write_bytes(done.stdout)
-        expected = {(e.path, e.sha256) for e in from_directory(folder).entries}
+        listed = from_directory(folder).entries
+        expected = {(e.path, e.sha256) for e in listed if e.target is None}
         assert {(e.path, e.sha256) for e in load(manifest).entries} == expected
 
 
@@ -73,13 +84,47 @@ def test_sizes_and_names_survive(folder: Path, tmp_path: Path) -> None:
     file.write_bytes(dump(manifest).encode("utf-8", "surrogateescape"))
     assert load(file) == manifest
     assert {e.path: e.size for e in manifest.entries}["/app/empty"] == 0
-    assert "/app/link" not in paths(manifest)
+    assert {e.path: e.target for e in manifest.entries}["/app/link"] == "empty"
 
 
-@given(st.lists(st.text(min_size=1).filter(lambda name: "\0" not in name), min_size=1, unique=True))
-def test_dump_and_parse_are_inverse(names: list[str]) -> None:
-    manifest = Manifest(tuple(Entry("/" + name, A, len(name) or None) for name in names))
-    assert parse(dump(manifest), "test") == manifest
+NAME = (
+    st.binary(min_size=1)
+    .filter(lambda name: b"\0" not in name)
+    .map(lambda name: name.decode("utf-8", "surrogateescape"))
+)
+MODES = st.none() | st.integers(0, 0o7777)
+
+
+@given(st.dictionaries(NAME, NAME | MODES, min_size=1))
+def test_dump_and_parse_are_inverse(told: dict[str, str | int | None]) -> None:
+    """Files with and without a size and a mode, and links; any bytes in names and targets."""
+    manifest = Manifest(
+        tuple(
+            link_entry("/" + name, what)
+            if isinstance(what, str)
+            else Entry("/" + name, A, len(name) % 3 or None, what)
+            for name, what in told.items()
+        )
+    )
+    text = dump(manifest)
+    assert parse(text, "test") == manifest
+    text.encode("utf-8", "surrogateescape")
+
+
+def test_modes_and_links_are_listed(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "folder").mkdir(parents=True)
+    (root / "program").write_bytes(b"#!")
+    (root / "program").chmod(0o754)
+    (root / "to-folder").symlink_to("folder")
+    (root / "to-nothing").symlink_to(os.fsdecode(b"\xff"))
+    found = {e.path: e for e in from_directory(root, modes=True).entries}
+    assert found["program"].mode == 0o754
+    assert found["to-folder"] == link_entry("to-folder", "folder")
+    assert found["to-nothing"].target == "\udcff"
+    assert len(found) == 3
+    assert "# mode 754\n" in dump(Manifest((found["program"],)))
+    assert dump(Manifest((found["to-folder"],))) == '# symlink ["to-folder", "folder"]\n'
 
 
 def test_a_comment_belongs_to_the_next_line_only() -> None:
@@ -97,6 +142,9 @@ def test_a_comment_belongs_to_the_next_line_only() -> None:
         (f"{A}  \n", "m:1: not a line"),
         (f"\\{A}  a\\b\n", "m:1: the name has an escape"),
         (f"{A}  a\n{B}  ./a\n", "m:2: 'a' already stands above"),
+        ('# symlink ["a"]\n', "m:1: a symbolic link is written as"),
+        ("# symlink [}]\n", "m:1: a symbolic link is written as"),
+        (f'{A}  a\n# symlink ["a", "b"]\n', "m:2: 'a' already stands above"),
     ],
 )
 def test_bad_manifests_name_the_line(text: str, message: str) -> None:

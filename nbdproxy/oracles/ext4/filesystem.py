@@ -115,9 +115,10 @@ class Filesystem:
             raise CorruptError(f"inode {node.number}, a directory, is broken")
         return number
 
-    def lookup(self, path: bytes) -> Inode | None:
+    def lookup(self, path: bytes, *, follow_last: bool = True) -> Inode | None:
         """Return what an absolute path leads to, symbolic links followed; None if nothing.
 
+        Unless `follow_last`, a link that the path itself names is returned and not followed.
         Raises CorruptError if a part of the way cannot be read, UnsupportedError if it is
         encrypted.
         """
@@ -137,7 +138,7 @@ class Filesystem:
             if number is None:
                 return None
             node = self.inode(number)
-            if not node.is_symlink:
+            if not node.is_symlink or (not todo and not follow_last):
                 way.append(node)
                 continue
             links += 1
@@ -149,10 +150,10 @@ class Filesystem:
         return way[-1]
 
     def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, Inode]]:
-        """Yield path and inode of every regular file below a directory, in the order of names.
+        """Yield path and inode of every regular file and symbolic link, in the order of names.
 
-        Hard links appear under each of their names; symbolic links are left out. Raises
-        CorruptError, with the path, at what cannot be read.
+        Hard links appear under each of their names; symbolic links are not followed, but on the way
+        to `under`. Raises CorruptError, with the path, at what cannot be read.
         """
         top = self.lookup(under)
         if top is None:
@@ -171,7 +172,7 @@ class Filesystem:
             for name, number in sorted(names.names.items()):
                 full = path + b"/" + name
                 child = self._named(full, number)
-                if child.is_regular:
+                if child.is_regular or child.is_symlink:
                     yield full, child
                 elif child.is_directory and number not in seen:
                     seen.add(number)

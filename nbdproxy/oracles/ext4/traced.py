@@ -125,13 +125,13 @@ class TracedFilesystem(Filesystem):
             raise found.error()
         return found
 
-    def follow(self, file: int, path: bytes) -> Inode | Failure | None:
+    def follow(self, file: int, path: bytes, *, follow_last: bool = True) -> Inode | Failure | None:
         """Return what a path leads to, on behalf of a file; replaces the way of its last call."""
         self._way = Way()
         outer = self._watched.take()
         found: Inode | Failure | None
         try:
-            found = self.lookup(path)
+            found = self.lookup(path, follow_last=follow_last)
         except (CorruptError, UnsupportedError) as error:
             found = Failure(type(error), str(error))
         self.index.put((Kind.PATH, file), self.blocks_of(self._watched.take()))

@@ -1,0 +1,155 @@
+"""What npm ci would leave, from tarballs; the lab's real installs are compared in tests/lab."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdproxy.errors import ManifestError
+from nbdproxy.oracles.manifest import Entry, digest
+from nbdproxy.oracles.npm import Tarballs, default_cache, from_lock
+
+
+def tarball(files: Mapping[str, bytes], *, mode: int = 0o600, link: bool = False) -> bytes:
+    """A package as npm packs it."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size, member.mode = len(content), mode
+            archive.addfile(member, io.BytesIO(content))
+        if link:
+            member = tarfile.TarInfo("package/link")
+            member.type, member.linkname = tarfile.SYMTYPE, "index.js"
+            archive.addfile(member)
+    return out.getvalue()
+
+
+def integrity(data: bytes, algorithm: str = "sha512") -> str:
+    """As a lockfile writes it."""
+    raw = hashlib.new(algorithm, data).digest()
+    return f"{algorithm}-{base64.b64encode(raw).decode()}"
+
+
+class Project:
+    """A lockfile, and a folder with the tarballs that it names."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tarballs = folder / "tarballs"
+        self.tarballs.mkdir()
+        self.lock = folder / "package-lock.json"
+        self.packages: dict[str, dict[str, Any]] = {"": {}}
+
+    def add(self, place: str, data: bytes, **more: Any) -> None:
+        """Install a package there."""
+        (self.tarballs / f"{len(self.packages)}.tgz").write_bytes(data)
+        self.packages[place] = {"version": "1.0.0", "integrity": integrity(data), **more}
+
+    def entries(self, **options: Any) -> dict[str, Entry]:
+        """What would be installed, without the project's own files."""
+        self.lock.write_text(json.dumps({"lockfileVersion": 3, "packages": self.packages}))
+        found = from_lock(self.lock, Tarballs(folder=self.tarballs), **options)
+        return {e.path: e for e in found.entries if not e.path.endswith("package-lock.json")}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+def test_files_programs_and_their_links(project: Project) -> None:
+    files = {"cli.js": b"#!/usr/bin/env node\r\nx\r\n", "index.js": b"1", ".gitignore": b"*"}
+    project.add("node_modules/@s/tool", tarball(files, link=True), bin={"tool": "./cli.js"})
+    project.add("node_modules/a/node_modules/b", tarball({"b.js": b"2"}), bin="b.js")
+    found = project.entries(under="/app", modes=True)
+    assert {path: entry.mode for path, entry in found.items() if entry.target is None} == {
+        "/app/node_modules/@s/tool/cli.js": 0o755,
+        "/app/node_modules/@s/tool/index.js": 0o644,
+        "/app/node_modules/@s/tool/.npmignore": 0o644,
+        "/app/node_modules/a/node_modules/b/b.js": 0o755,
+    }
+    assert {path: entry.target for path, entry in found.items() if entry.target is not None} == {
+        "/app/node_modules/.bin/tool": "../@s/tool/cli.js",
+        "/app/node_modules/a/node_modules/.bin/b": "../b/b.js",
+    }
+    program = found["/app/node_modules/@s/tool/cli.js"]
+    assert program.sha256 == digest([b"#!/usr/bin/env node\nx\r\n"])
+
+
+def test_what_is_not_unpacked(project: Project) -> None:
+    data = tarball({"index.js": b"1"})
+    project.add("node_modules/here", data, optional=True, os=["!win32"], cpu=[])
+    project.add("node_modules/other-os", data, optional=True, os=["darwin"])
+    project.add("node_modules/other-cpu", data, optional=True, cpu=["!x64", "!arm64"])
+    project.add("node_modules/bundled", data, inBundle=True)
+    project.packages["node_modules/workspace"] = {"link": True, "resolved": "packages/w"}
+    project.packages["packages/w"] = {"version": "1.0.0"}
+    assert list(project.entries()) == ["node_modules/here/index.js"]
+
+
+def test_a_tarball_that_is_missing_or_another_is_never_used(project: Project) -> None:
+    data = tarball({"index.js": b"1"})
+    project.add("node_modules/a", data)
+    [path] = project.tarballs.iterdir()
+    path.write_bytes(data + b"?")
+    with pytest.raises(
+        ManifestError, match=r"tarball of a@1.0.0 is not in .*npm cache add a@1.0.0"
+    ):
+        project.entries()
+    wanted = hashlib.sha512(data).hexdigest()
+    place = project.tarballs / "_cacache/content-v2/sha512" / wanted[:2] / wanted[2:4]
+    place.mkdir(parents=True)
+    cached = place / wanted[4:]
+    cached.write_bytes(data)
+    cache = Tarballs(cache=project.tarballs)
+    assert "node_modules/a/index.js" in {e.path for e in from_lock(project.lock, cache).entries}
+    cached.write_bytes(data + b"?")
+    with pytest.raises(
+        ManifestError, match=r"is not the tarball of a@1.0.0 that the lockfile names"
+    ):
+        from_lock(project.lock, cache)
+
+
+def test_the_strongest_digest_counts(project: Project) -> None:
+    data = tarball({"index.js": b"1"})
+    both = f"sha1-{'A' * 27}= {integrity(data)}"
+    project.add("node_modules/a", data)
+    project.packages["node_modules/a"]["integrity"] = both
+    assert list(project.entries()) == ["node_modules/a/index.js"]
+    project.packages["node_modules/a"]["integrity"] = integrity(data, "sha1")
+    assert list(project.entries()) == ["node_modules/a/index.js"]
+    project.packages["node_modules/a"]["integrity"] = ""
+    with pytest.raises(ManifestError, match=r"no integrity for a@1.0.0"):
+        project.entries()
+
+
+def test_what_is_no_lockfile(tmp_path: Path, project: Project) -> None:
+    tarballs = Tarballs(folder=tmp_path)
+    lock = tmp_path / "x.json"
+    with pytest.raises(ManifestError, match="No such file"):
+        from_lock(lock, tarballs)
+    lock.write_text("{")
+    with pytest.raises(ManifestError, match="no lockfile"):
+        from_lock(lock, tarballs)
+    lock.write_text('{"lockfileVersion": 1, "dependencies": {}}')
+    with pytest.raises(ManifestError, match="npm install --package-lock-only"):
+        from_lock(lock, tarballs)
+    project.add("node_modules/a", b"no tarball")
+    with pytest.raises(ManifestError, match=r"the tarball of a@1.0.0 cannot be read"):
+        project.entries()
+
+
+def test_npm_s_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("npm_config_cache", raising=False)
+    assert default_cache() == Path("/home/me/.npm")
+    monkeypatch.setenv("npm_config_cache", "/cache")
+    assert default_cache() == Path("/cache")
