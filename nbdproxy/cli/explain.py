@@ -12,15 +12,17 @@ from nbdproxy.cli.choices import At, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.replay import Base, FailureText, ModeText
 from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.ranges import Losses, losses
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import place, replay
+from nbdproxy.crash.replay import Replay, place, replay
 from nbdproxy.crash.story import Story, carriers, stories
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import (
     CacheMode,
@@ -115,12 +117,30 @@ def explain(
                     root="/",
                     partition=partition,
                 )
-                found.append(report.Told(story, carriers(timeline, story.entry, partition), table))
+                hangs_on = carriers(timeline, story.entry, partition)
+                lost = _losses(timeline, story.entry, table, partition)
+                found.append(report.Told(story, hangs_on, table, lost))
             _print(source, found, json=json)
         finally:
             timeline.close()
     fine = all(cell.worst.verdict is Verdict.PASS for one in found for cell in one.replay.cells)
     raise typer.Exit(0 if fine else 1)
+
+
+def _losses(
+    timeline: Timeline, entry: Entry, table: Replay, partition: int | None
+) -> dict[str, Losses]:
+    """Return what the worst states of the cells lack of a file, each state once."""
+    found = {}
+    for cell in table.cells:
+        outcome = cell.worst.files.get(entry.path)
+        state = cell.worst.state
+        if outcome is None or outcome.condition is Condition.WHOLE or str(state) in found:
+            continue
+        lost = losses(timeline, entry, state, partition)
+        if lost is not None:
+            found[str(state)] = lost
+    return found
 
 
 def _chosen(

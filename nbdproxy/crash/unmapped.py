@@ -54,7 +54,7 @@ def unmapped(
 def orphans(timeline: Timeline, disk: CrashDisk, file: Qcow2Device) -> list[Extent]:
     """Return what was written to a qcow2 file by a cut, and nothing in the file leads to."""
     known = ExtentSet()
-    for extent in (*file.structures(), *file.on_disk(0, file.size)):
+    for extent in (*(own for _, own in file.structures()), *file.on_disk(0, file.size)):
         known.add(extent.offset, extent.end)
     table = timeline.table
     rows = np.flatnonzero((table.command == Command.WRITE) & (table.seq < disk.state.position))

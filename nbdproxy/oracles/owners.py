@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, ExtentMap
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.ext4.owners import Atlas, OwnerKind, chart
+from nbdproxy.oracles.qcow2 import Qcow2Device, is_qcow2
 
 NAMED_MAX = 3
 """Paths that `Owner.words` gives; it counts the others."""
@@ -56,21 +58,31 @@ class Owner:
 
 
 class OwnerMap:
-    """Who owns what on one disk: looked up once for the whole disk, then asked for any range."""
+    """Who owns what on one disk: looked up once for the whole disk, then asked for any range.
+
+    Of a qcow2 file the owners are those in the guest's disk, and the file's own tables.
+    """
 
     def __init__(self, device: ReadableDevice, *, partition: int | None = None) -> None:
         """Read all names and inodes; `partition` leaves out the others (0 is the whole disk)."""
-        self._parts: list[tuple[int, int, Atlas | None]] = []
+        self._parts: list[_Part] = []
+        self._inside: _Inside | None = None
         try:
+            if is_qcow2(device):
+                self._inside = _Inside(Qcow2Device(device), partition)
+                return
             found = candidates(device, partition)
         except FilesystemError:
-            self._parts.append((0, device.size, None))
+            self._parts.append(_Part(0, device.size, None, 0))
             return
         for part in found:
             atlas = None
             with suppress(Exception):  # it only describes: what it stumbles over is unknown
                 atlas = chart(part.device)
-            self._parts.append((part.offset, part.offset + part.length, atlas))
+            at = 0
+            for piece in part.on_disk(0, part.length):
+                self._parts.append(_Part(piece.offset, piece.end, atlas, at))
+                at += piece.length
 
     def of(self, extent: Extent) -> list[Owner]:
         """Return the owners of all bytes of an extent, in order; neighbours differ."""
@@ -87,25 +99,69 @@ class OwnerMap:
         return result
 
     def _pieces(self, start: int, end: int) -> Iterator[Owner]:
+        if self._inside is not None:
+            yield from self._inside.pieces(start, end)
+            return
         while start < end:
             # Where two filesystems claim to be, the first one is asked.
-            here = next((part for part in self._parts if part[0] <= start < part[1]), None)
+            here = next((part for part in self._parts if part.low <= start < part.high), None)
             if here is None:
-                stop = min([end, *(low for low, _, _ in self._parts if low > start)])
+                stop = min([end, *(part.low for part in self._parts if part.low > start)])
                 yield Owner(Extent(start, stop - start), OwnerKind.OUTSIDE)
                 start = stop
                 continue
-            low, high, atlas = here
-            stop = min(end, high)
-            if atlas is None:
+            stop = min(end, here.high)
+            if here.atlas is None:
                 yield Owner(Extent(start, stop - start), OwnerKind.UNKNOWN)
             else:
-                for piece in atlas.pieces(start - low, stop - low):
-                    extent = Extent(low + piece.start, piece.end - piece.start)
+                shift = here.low - here.at
+                for piece in here.atlas.pieces(start - shift, stop - shift):
+                    extent = Extent(shift + piece.start, piece.end - piece.start)
                     is_content = piece.kind in {OwnerKind.FILE_DATA, OwnerKind.DIRECTORY}
                     offset = piece.offset if is_content else None
                     yield Owner(extent, piece.kind, piece.paths, offset)
             start = stop
+
+
+class _Part(NamedTuple):
+    """Bytes [low, high) of the disk hold a filesystem's bytes from `at` on."""
+
+    low: int
+    high: int
+    atlas: Atlas | None
+    at: int
+
+
+class _Inside:
+    """Who owns the bytes of a qcow2 file."""
+
+    def __init__(self, file: Qcow2Device, partition: int | None) -> None:
+        self._owners = OwnerMap(file, partition=partition)
+        self._claims = ExtentMap[_Claim](lambda claim, by: claim._replace(at=claim.at + by))
+        for run in file.runs(0, file.size):
+            if run.host is not None and not run.packed:
+                claim = _Claim(None, run.start)
+                self._claims.set(run.host, run.host + run.end - run.start, claim)
+        for kind, extent in file.structures():
+            self._claims.set(extent.offset, extent.end, _Claim(OwnerKind(kind.value), 0))
+
+    def pieces(self, start: int, end: int) -> Iterator[Owner]:
+        """Yield the owners of [start, end) of the file in order."""
+        for low, high, claim in self._claims.segments(start, end):
+            if claim is None or claim.kind is not None:
+                kind = OwnerKind.UNREFERENCED if claim is None else claim.kind
+                yield Owner(Extent(low, high - low), kind or OwnerKind.UNKNOWN)
+                continue
+            for owner in self._owners.of(Extent(claim.at, high - low)):
+                at = low + owner.extent.offset - claim.at
+                yield replace(owner, extent=Extent(at, owner.extent.length))
+
+
+class _Claim(NamedTuple):
+    """A structure of the file, or data of the guest's disk from `at` on."""
+
+    kind: OwnerKind | None
+    at: int
 
 
 def owners(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from enum import StrEnum
 from typing import NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
@@ -41,6 +42,15 @@ _DEFLATE_WINDOW = -12
 
 class Qcow2Error(FilesystemError):
     """A qcow2 file that cannot be read here, or whose tables lead nowhere."""
+
+
+class Structure(StrEnum):
+    """What a qcow2 file consists of, besides data."""
+
+    HEADER = "qcow2 header"
+    L1 = "qcow2 L1 table"
+    L2 = "qcow2 L2 table"
+    REFCOUNTS = "qcow2 refcounts"
 
 
 class Run(NamedTuple):
@@ -144,25 +154,20 @@ class Qcow2Device:
             if run.host is not None:
                 yield Extent(run.host, run.packed or run.end - run.start)
 
-    def tables(self) -> Iterator[tuple[Extent, int]]:
-        """Yield where each L2 table is, and where what it serves of the guest begins."""
-        span = self.cluster // 8 * self.cluster
-        for index, entry in enumerate(self._l1):
+    def structures(self) -> Iterator[tuple[Structure, Extent]]:
+        """Yield what of the file are its own structures, in whole clusters."""
+        yield Structure.HEADER, Extent(0, self.cluster)
+        length = -(-len(self._l1) * 8 // self.cluster) * self.cluster
+        yield Structure.L1, Extent(self._l1_at, length)
+        for entry in self._l1:
             if entry & _OFFSET:
-                yield Extent(entry & _OFFSET, self.cluster), index * span
-
-    def structures(self) -> Iterator[Extent]:
-        """Yield where the file's own structures are: header, L1, L2 and refcounts."""
-        yield Extent(0, self.cluster)
-        yield Extent(self._l1_at, -(-len(self._l1) * 8 // self.cluster) * self.cluster)
-        for table, _ in self.tables():
-            yield table
+                yield Structure.L2, Extent(entry & _OFFSET, self.cluster)
         at, length = self._refcounts
-        yield Extent(at, length)
+        yield Structure.REFCOUNTS, Extent(at, length)
         raw = self._base.pread(at, max(0, min(length, self._base.size - at)))
         for (block,) in struct.iter_unpack(">Q", raw[: len(raw) // 8 * 8]):
             if block:
-                yield Extent(block & _OFFSET, self.cluster)
+                yield Structure.REFCOUNTS, Extent(block & _OFFSET, self.cluster)
 
     def close(self) -> None:
         """Do nothing: the file below belongs to whoever opened it."""

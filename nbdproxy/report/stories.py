@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbdproxy.crash.causes import Cause
+from nbdproxy.crash.ranges import Losses
 from nbdproxy.crash.replay import Cell, Replay
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
+from nbdproxy.report import lost
 from nbdproxy.report.paths import printable
 
 CARRIERS_SHOWN = 6
@@ -44,11 +46,15 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One file's story, what it hangs on, and the table of the cut for it alone."""
+    """One file's story, what it hangs on, and the table of the cut for it alone.
+
+    `losses` says what of it the states lack in which it is not whole, by their ids.
+    """
 
     story: Story
     carriers: tuple[Carrier, ...]
     replay: Replay
+    losses: Mapping[str, Losses]
 
 
 def lines(told: Told, source: Source) -> Iterator[str]:
@@ -154,6 +160,9 @@ def _verdict(told: Told, source: Source) -> Iterator[str]:
                 advice.setdefault(outcome.cause, []).append(cell.mode.value)
         for fate, modes in alike.items():
             yield f"    {', '.join(modes)}: {fate}"
+    if told.losses:
+        yield ""
+        yield from lost.lines(next(iter(told.losses.values())))
     for cause in advice:
         yield ""
         yield f"  {cause.value}: {_ADVICE[cause]}"
@@ -278,6 +287,7 @@ def to_json(told: Told, source: Source) -> dict[str, object]:
             }
             for cell in told.replay.cells
         ],
+        "lost": {state: lost.to_json(losses) for state, losses in told.losses.items()},
     }
 
 

@@ -71,7 +71,7 @@ def test_each_written_cluster_has_an_owner(run: Run, tmp_path: Path) -> None:
     base = load(image)
     disk = Qcow2Device(base)
     known = ExtentSet()
-    for extent in (*disk.structures(), *disk.on_disk(0, disk.size)):
+    for extent in (*(own for _, own in disk.structures()), *disk.on_disk(0, disk.size)):
         known.add(extent.offset, extent.end)
     for extent in base.data_extents(0, base.size):
         for at in range(extent.offset, extent.end, SECTOR):

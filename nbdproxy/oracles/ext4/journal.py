@@ -95,6 +95,35 @@ class Log:
         return position - (self.last - self.first) if position >= self.last else position
 
 
+class LogBlock(NamedTuple):
+    """A block of a committed transaction in the log: what it is, and what it is a copy of."""
+
+    transaction: int
+    role: str
+    target: int | None
+
+
+def log_map(filesystem: Filesystem) -> dict[int, LogBlock]:
+    """Return the blocks of the disk that hold transactions which a mount would replay.
+
+    `target` is the block that a copy belongs to; descriptor, revoke and commit blocks have none.
+    Raises RefusedError as `replay` does.
+    """
+    sb = filesystem.superblock
+    if not sb.needs_recovery or not sb.journal_inode:
+        return {}
+    log = _open(filesystem)
+    found = {}
+    for control in _scan(log) if log.start else ():
+        before = control.position - 1 if control.position > log.first else log.last - 1
+        role = {DESCRIPTOR: "descriptor block", COMMIT: "commit block"}.get(control.kind, "revoke")
+        found[log.blocks[before]] = LogBlock(control.sequence, role, None)
+        for index, tag in enumerate(control.tags):
+            number = log.blocks[log.step(control.position, index)]
+            found[number] = LogBlock(control.sequence, "copy", tag.block)
+    return found
+
+
 def replay(filesystem: Filesystem, sums: Sums | None = None) -> dict[int, bytes]:
     """Return the blocks that a mount would write from the journal; empty if it is clean.
 

@@ -44,6 +44,11 @@ class OwnerKind(StrEnum):
     EXTENT_BLOCK = "extent block"
     FILE_DATA = "file data"
     FREE = "free"
+    QCOW2_HEADER = "qcow2 header"
+    QCOW2_L1 = "qcow2 L1 table"
+    QCOW2_L2 = "qcow2 L2 table"
+    QCOW2_REFCOUNTS = "qcow2 refcounts"
+    UNREFERENCED = "unreferenced cluster of the qcow2 file"
     OUTSIDE = "outside of any filesystem"
     UNKNOWN = "unknown"
 

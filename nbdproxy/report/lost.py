@@ -1,0 +1,74 @@
+"""What a state lacks of one file, byte range by byte range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nbdproxy.crash.ranges import Losses, Piece, Range
+from nbdproxy.report.paths import printable
+
+SHOWN = 5
+"""So many ranges, and so many parts of the way to them, are listed for people; --json has all."""
+
+
+def lines(losses: Losses) -> Iterator[str]:
+    """Yield what was lost, for people."""
+    yield f"  what state {losses.reference}, which has it whole, has more:"
+    parts = [*_data(losses), *(f"{printable(piece.what)}: {_who(piece)}" for piece in losses.way)]
+    for part in parts[:SHOWN]:
+        yield f"    {part}"
+    if len(parts) > SHOWN:
+        yield f"    and {len(parts) - SHOWN:,} more; --json lists them"
+
+
+def to_json(losses: Losses) -> dict[str, object]:
+    """Return all of it."""
+    return {
+        "reference": str(losses.reference),
+        "ranges": [
+            {
+                "start": one.start,
+                "end": one.end,
+                "cause": "data" if one.data else "metadata" if losses.way else None,
+                **(_piece(one.data) if one.data else {}),
+            }
+            for one in losses.ranges
+        ],
+        "metadata": [{"what": printable(piece.what), **_piece(piece)} for piece in losses.way],
+    }
+
+
+def _data(losses: Losses) -> Iterator[str]:
+    """Yield a line for each run of bytes that fared alike."""
+    merged: list[Range] = []
+    for one in losses.ranges:
+        last = merged[-1] if merged else None
+        if last is not None and _key(last) == _key(one):
+            merged[-1] = Range(last.start, one.end, last.data)
+        else:
+            merged.append(one)
+    for one in merged:
+        bytes_ = f"bytes {one.start:,} to {one.end - 1:,}"
+        if one.data is not None:
+            yield f"{bytes_}: {_who(one.data)}"
+        elif losses.way:
+            yield f"{bytes_}: the data is there, and what leads to it is not:"
+
+
+def _key(one: Range) -> int | None:
+    return None if one.data is None else one.data.seq
+
+
+def _who(piece: Piece) -> str:
+    return f"request {piece.seq} at {piece.received_ns / 1e9:.3f} s; {piece.blame.sentence()}"
+
+
+def _piece(piece: Piece) -> dict[str, object]:
+    return {
+        "request": piece.seq,
+        "received_s": piece.received_ns / 1e9,
+        "offset": piece.extent.offset,
+        "length": piece.extent.length,
+        "safety": piece.blame.safety.value,
+        "flush": piece.blame.flush,
+    }

@@ -1,0 +1,133 @@
+"""What a state lacks of a file: put back just that, and the file is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from nbdproxy.crash.naming import Choice, Part, StateId
+from nbdproxy.crash.ranges import Losses, losses
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.oracles.check import Verdict, check
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.persistence.model import Level
+from tests.support import ext4
+from tests.support.forked import ForkedServer
+from tests.support.serving import tool
+
+BLOCK, SIZE = ext4.BLOCK, ext4.SIZE
+LEVELS = (Level.NOTHING, Level.FLUSHED, Level.COMPLETED)
+Opened = tuple[Timeline, list[Entry]]
+
+
+def differing(one: bytes, other: bytes) -> list[int]:
+    """The blocks in which two images differ."""
+    return [n for n in range(SIZE // BLOCK) if _block(one, n) != _block(other, n)]
+
+
+def _block(image: bytes, number: int) -> bytes:
+    return image[number * BLOCK : (number + 1) * BLOCK]
+
+
+def journaled(folder: Path, before: bytes, after: bytes, name: str) -> bytes:
+    """The step to `after` as a guest makes it: data in its place, all else in the journal only."""
+    content = ext4.content(name)
+    data = {content[at : at + BLOCK].ljust(BLOCK, b"\0") for at in range(0, len(content), BLOCK)}
+    mine = [n for n in differing(before, after) if _block(after, n) in data]
+    others = [n for n in differing(before, after) if n not in mine and n != 0]
+    image, copies = folder / "journaled", folder / "copies"
+    made = bytearray(before)
+    for number in mine:
+        made[number * BLOCK : (number + 1) * BLOCK] = _block(after, number)
+    image.write_bytes(made)
+    copies.write_bytes(b"".join(_block(after, number) for number in others))
+    listed = ",".join(map(str, others))
+    script = folder / "script"
+    script.write_text(f"jo -c -v 3\njw -b {listed} {copies}\njc\n")
+    tool("debugfs", "-w", "-f", script, image)
+    return image.read_bytes()
+
+
+def record(folder: Path, images: list[bytes]) -> Iterator[Opened]:
+    """Write each image over the one before, a request a block, and flush after the first step."""
+    (folder / "image").write_bytes(images[0])
+    with ForkedServer(folder, folder / "image", "--record", folder / "run") as server:
+        client = server.client()
+        ext4.replay_stage(client, images[0], images[1])
+        client.flush()
+        for number in differing(images[1], images[2]):
+            client.write(number * BLOCK, _block(images[2], number))
+        client.disc()
+        server.signal(signal.SIGTERM)
+        server.wait()
+    entries = [
+        Entry(f"/{n}", hashlib.sha256(ext4.content(n)).hexdigest(), len(ext4.content(n)))
+        for n in (ext4.FLUSHED, ext4.UNFLUSHED)
+    ]
+    with RecordedSource(folder / "run") as source, closing(Timeline(source)) as timeline:
+        yield timeline, entries
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    folder = tmp_path_factory.mktemp("plain")
+    yield from record(folder, ext4.stages(folder))
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    folder = tmp_path_factory.mktemp("logged")
+    images = ext4.stages(folder)
+    images[2] = journaled(folder, images[1], images[2], ext4.UNFLUSHED)
+    yield from record(folder, images)
+
+
+def restored(state: StateId, found: Losses) -> StateId:
+    """The state with what was lost put back."""
+    seqs = {one.data.seq for one in found.ranges if one.data} | {one.seq for one in found.way}
+    parts = tuple(Part(seq) for seq in sorted(seqs))
+    return StateId(state.position, state.level, Choice.ONLY, state.options, parts)
+
+
+@pytest.mark.parametrize("case", ["plain", "logged"])
+def test_what_is_lacking_put_back_makes_the_file_whole(
+    request: pytest.FixtureRequest, case: str
+) -> None:
+    timeline, entries = request.getfixturevalue(case)
+    end = timeline.source.events
+    told = set()
+    for position in [*range(end - 30, end + 1), end // 2]:
+        for level in LEVELS:
+            state = StateId(position, level, Choice.MUST)
+            for entry in entries:
+                wanted = Manifest((entry,))
+                if check(timeline.open(state), wanted).verdict is Verdict.PASS:
+                    continue
+                found = losses(timeline, entry, state, None)
+                if found is None:
+                    continue
+                assert found.ranges or found.way
+                whole = timeline.open(restored(state, found))
+                assert check(whole, wanted).verdict is Verdict.PASS, (str(state), entry.path)
+                at = 0
+                for one in found.ranges:
+                    assert one.start == at
+                    at = one.end
+                    told.add("data" if one.data else "there")
+                assert at == entry.size
+                told |= {piece.what.partition(":")[0] for piece in found.way}
+    assert {"data", "there"} <= told
+    if case == "logged":
+        assert any(what.startswith("journal, transaction ") for what in told), told
+
+
+def test_what_never_was_whole_has_no_losses(plain: Opened) -> None:
+    timeline, entries = plain
+    state = StateId(1, Level.FLUSHED, Choice.MUST)
+    assert losses(timeline, entries[0], state, None) is None
