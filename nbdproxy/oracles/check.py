@@ -5,8 +5,7 @@ would mount, and has the right digest; *fail* that at least one certainly is not
 doubtful is *unknown*, with the reason. On a device without any filesystem the verdict is unknown
 as well: only the caller knows whether there should be one.
 
-Only the ext family is read here. A state with another filesystem is unknown to this oracle; see
-`filesystems` for which ones it knows by name.
+Which filesystems are read here, and which are left to a kernel, is in `filesystems`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
@@ -23,9 +22,14 @@ from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import partitions
 from nbdproxy.oracles.condition import Condition, classify
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
-from nbdproxy.oracles.ext4.filesystem import Filesystem
-from nbdproxy.oracles.ext4.inode import Inode
-from nbdproxy.oracles.filesystems import NAMES, KernelOnlyError, kind_of, open_filesystem
+from nbdproxy.oracles.filesystems import (
+    NAMES,
+    KernelOnlyError,
+    Mounted,
+    N,
+    kind_of,
+    open_filesystem,
+)
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.partitions import Slice
 
@@ -192,7 +196,7 @@ def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
 
 
 def condition_of(
-    filesystem: Filesystem, node: Inode | None, entry: Entry, earlier: Collection[str]
+    filesystem: Mounted[N], node: N | None, entry: Entry, earlier: Collection[str]
 ) -> Condition:
     """Tell the condition of a file whose path leads to `node`.
 
@@ -239,7 +243,7 @@ def candidates(device: ReadableDevice, partition: int | None) -> list[Slice]:
 
 
 def _check(
-    filesystem: Filesystem, manifest: Manifest, earlier: Mapping[str, Collection[str]]
+    filesystem: Mounted[Any], manifest: Manifest, earlier: Mapping[str, Collection[str]]
 ) -> Findings:
     conditions: dict[str, Condition] = {}
     verdicts = set()
@@ -252,12 +256,12 @@ def _check(
     return Findings(merge(verdicts), conditions, reason)
 
 
-def _judged(filesystem: Filesystem, entry: Entry, earlier: Collection[str]) -> Condition:
+def _judged(filesystem: Mounted[Any], entry: Entry, earlier: Collection[str]) -> Condition:
     node = filesystem.lookup(absolute(entry.path), follow_last=entry.target is None)
     return condition_of(filesystem, node, entry, earlier)
 
 
-def _paths(filesystem: Filesystem) -> list[str]:
+def _paths(filesystem: Mounted[Any]) -> list[str]:
     return [shown(path) for path, _ in filesystem.walk()]
 
 
@@ -275,7 +279,7 @@ def only(found: list[Slice]) -> Slice:
     return found[0]
 
 
-def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -> Filesystem:
+def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -> Mounted[Any]:
     found = candidates(device, partition)
     if len(found) == 1:
         return open_filesystem(found[0].device)
@@ -296,7 +300,7 @@ def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -
     return filesystems[counts.index(best)]
 
 
-def _matches(filesystem: Filesystem, manifest: Manifest) -> int:
+def _matches(filesystem: Mounted[Any], manifest: Manifest) -> int:
     known = set(_paths(filesystem))
     try:
         resolved = manifests.resolve(manifest, known)

@@ -7,13 +7,15 @@ end their first sector in the same two bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import StrEnum
+from typing import Any, Protocol, TypeVar
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.ext4 import superblock
-from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.mounted import open_filesystem as open_ext
+from nbdproxy.oracles.ntfs import NtfsFilesystem
 
 BOOT_SECTOR = 512
 _SECTOR_SIZES = {512, 1024, 2048, 4096}
@@ -80,7 +82,56 @@ def _is_fat(boot: bytes) -> bool:
     )
 
 
-def open_filesystem(device: ReadableDevice) -> Filesystem:
+class Node(Protocol):
+    """What a path leads to."""
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether it is a regular file."""
+        ...
+
+    @property
+    def is_symlink(self) -> bool:
+        """Whether it is a symbolic link."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How long it is, in bytes."""
+        ...
+
+    @property
+    def mode(self) -> int:
+        """Its type and permissions."""
+        ...
+
+
+N = TypeVar("N", bound=Node)
+
+
+class Mounted(Protocol[N]):
+    """A filesystem as a mount would show it."""
+
+    device: ReadableDevice
+
+    def lookup(self, path: bytes, *, follow_last: bool = True) -> N | None:
+        """Return what an absolute path leads to; None if nothing."""
+        ...
+
+    def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, N]]:
+        """Yield path and node of every file and symbolic link below a folder."""
+        ...
+
+    def chunks(self, node: N) -> Iterator[bytes]:
+        """Yield a file's content."""
+        ...
+
+    def symlink_target(self, node: N) -> bytes:
+        """Return where a symbolic link points to."""
+        ...
+
+
+def open_filesystem(device: ReadableDevice) -> Mounted[Any]:
     """Return the filesystem that a mount of `device` would show.
 
     Raises KernelOnlyError for a filesystem that is not read here, other FilesystemErrors where
@@ -89,4 +140,6 @@ def open_filesystem(device: ReadableDevice) -> Filesystem:
     kind = kind_of(device)
     if kind is None or kind is FilesystemKind.EXT:
         return open_ext(device)
+    if kind is FilesystemKind.NTFS:
+        return NtfsFilesystem(device)
     raise KernelOnlyError(f"{NAMES[kind]} is read by a kernel only; ask with --oracle kernel")

@@ -53,7 +53,7 @@ class QuickOracle:
             open_filesystem(place.device)
         except FilesystemError as error:
             return Examination(None, str(error), (), said)
-        return Examination(True, None, _replayed(place), said)
+        return Examination(True, None, _replayed(place) if is_ext else (), said)
 
     def close(self) -> None:
         """Do nothing: it holds nothing."""

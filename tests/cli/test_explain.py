@@ -52,7 +52,15 @@ def test_an_unflushed_file_was_not_and_advice_is_given(recorded: Made) -> None:
     assert "unflushed: It was written and not flushed." in said
     assert "writethrough: whole" in said
     assert "carried by request" in said
+    assert ", which has it whole, has more:" in said
+    assert "no flush came after it" in said
     assert len(said.splitlines()) < 40, "one screen"
+    [story] = explain(recorded.run, UNFLUSHED, "--mode", "none", code=1)
+    [lost] = story["lost"].values()
+    assert {(r["cause"], r["safety"]) for r in lost["ranges"]} == {("data", "never-flushed")}
+    assert lost["ranges"][0]["start"] == 0
+    assert lost["ranges"][-1]["end"] == 50_000
+    assert any("inode table" in part["what"] for part in lost["metadata"])
     fine = nbdproxy("explain", recorded.run, UNFLUSHED, "--mode", "writethrough", code=0).stdout
     assert "It was written" not in fine
 

@@ -1,0 +1,65 @@
+"""`--oracle kernel` and `both` on recordings of real guests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdproxy.lab.build import build_lab
+
+pytestmark = pytest.mark.lab
+
+NBDPROXY = [sys.executable, "-m", "nbdproxy"]
+
+
+def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [*NBDPROXY, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == status, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def record(folder: Path, fs: str, words: str) -> Path:
+    """Record a guest that unpacks the small project on a filesystem."""
+    image, recording, qmp = folder / "disk.img", folder / "run", folder / "qmp"
+    run("lab", "format", image, "--fs", fs, "--size", "320M")
+    command = f'{" ".join(NBDPROXY)} lab run tar-small "$uri" --fs {fs} --qmp {qmp} {words}'
+    run("serve", image, "--record", recording, "--qmp", qmp, "--run", command)
+    return recording
+
+
+def test_xfs_is_judged_by_a_kernel_alone(tmp_path: Path) -> None:
+    recording = record(tmp_path, "xfs", "--end sync")
+    manifest = build_lab().manifests["small"]
+    words = ("replay", recording, "--files", manifest, "--failure", "host-power-loss", "--json")
+    asked = (*words, "--mode", "none,unsafe", "--oracle", "kernel")
+    none, unsafe = json.loads(run(*asked, status=1).stdout)["cells"]
+    assert none["verdict"] == "pass"
+    assert unsafe["worst"]["causes"] == {"flushed-then-lost": none["worst"]["conditions"]["whole"]}
+    assert "--oracle kernel" in run(*words, status=2).stderr
+
+
+def test_both_agree_on_every_file_of_every_state(tmp_path: Path) -> None:
+    """With files that are whole, zeroed and missing."""
+    mount = "--mount nodelalloc,data=writeback,commit=1 --end wait:3,sync"
+    recording = record(tmp_path, "ext4", mount)
+    manifest = build_lab().manifests["small"]
+    words = ("replay", recording, "--files", manifest, "--root", "/", "--at", "riskiest")
+    cells = ("--mode", "none,unsafe", "--failure", "host-power-loss")
+    done = run(*words, *cells, "--oracle", "both", "--json", status=1)
+    shown = {
+        condition
+        for cell in json.loads(done.stdout)["cells"]
+        for end in ("worst", "best")
+        for condition in cell[end]["conditions"]
+    }
+    assert {"whole", "zeroed", "missing"} <= shown
+    assert "states: 0 differences" in done.stderr
+    assert "both oracles judged 0" not in done.stderr
+    explored = ("explore", recording, "--files", manifest, "--root", "/", "--at", "riskiest")
+    more = run(*explored, "--oracle", "both", "--states", "2", "--workers", "1", "--json", status=1)
+    assert json.loads(more.stdout)["verdicts"].get("unknown", 0) == 0
