@@ -4,8 +4,8 @@ Found by counterfactuals: the same file is looked at in the states that keep mor
 same cut, and the cause is the first thing that would have had to be kept for it to be whole. No
 byte of filesystem layout is interpreted on the way.
 
-Not covered: `metadata` of the model (data there, the way to it lost) is not told apart from the
-loss of the request that carried it. What the guest changed itself is looked for at some earlier
+Not covered: which bytes of the file, and whether its data or the way to it was lost: see `ranges`.
+What the guest changed itself is looked for at some earlier
 instants only (see `replay`); a file that was whole between two of them counts as never-sent.
 """
 
