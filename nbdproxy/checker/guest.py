@@ -42,7 +42,7 @@ _RUN = """n=0; until [ -b /dev/vda ] && [ -b /dev/vdb ]; do
 done
 mount -t ext4 -o ro /dev/vda /tools
 load console
-exec /tools/bin/node /agent.js
+/tools/bin/node /agent.js
 """
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from nbdproxy.checker.guest import CheckerGuest, GuestError
+from nbdproxy.checker.guest import ANSWER_LIMIT_S, CheckerGuest, GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
@@ -31,6 +31,8 @@ from nbdproxy.oracles.oracle import Digests
 from nbdproxy.oracles.partitions import Slice
 
 FSCK_LINES = 12
+READ_RATE = 4 << 20
+"""Bytes a second that a guest reads and digests at least."""
 
 
 class Driver(NamedTuple):
@@ -164,7 +166,10 @@ class KernelOracle:
     def _walk(self, place: Slice, under: str, *, digests: bool) -> list[Entry]:
         with self.mounted(place) as guest:
             top = _sent(quick.absolute(under)).rstrip("/") or "/"
-            found = guest.ask("walk", under=top, digests=digests, limit=place.length)
+            patience = _patience(place)
+            found = guest.ask(
+                "walk", under=top, digests=digests, limit=place.length, limit_s=patience
+            )
         if found["errors"] and digests:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
@@ -210,7 +215,10 @@ class KernelFollower:
             place = self._oracle.place(device, self._partition)
             with self._oracle.mounted(place) as guest:
                 number = self._oracle.number_of(self._manifest, guest)
-                found = guest.ask("judge", manifest=number, limit=place.length)["files"]
+                asked = guest.ask(
+                    "judge", manifest=number, limit=place.length, limit_s=_patience(place)
+                )
+                found = asked["files"]
         except RefusedByKernelError as error:
             lost = {entry.path: Condition.UNREADABLE for entry in self._manifest.entries}
             return Findings(Verdict.FAIL, lost, str(error), refused=True)
@@ -225,6 +233,11 @@ class KernelFollower:
         }
         verdict = quick.merge({outcome.verdict for outcome in outcomes.values()})
         return Findings(verdict, {path: one.condition for path, one in outcomes.items()})
+
+
+def _patience(place: Slice) -> float:
+    """Return how many seconds the guest may read: all of a disk, in software emulation."""
+    return ANSWER_LIMIT_S + place.length / READ_RATE
 
 
 def _condition(entry: Entry, found: Any, earlier: Iterable[str]) -> Condition:

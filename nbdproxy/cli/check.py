@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.checker.both import BothOracles
 from nbdproxy.cli.choices import Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.open import choose
@@ -80,6 +81,8 @@ def check(
         err.status("looking at the filesystem") as status,
         opened(oracle, status.update) as judge,
     ):
+        if isinstance(judge, BothOracles):
+            judge.state = name
         examination = judge.examine(disk, partition=partition, fsck=fsck)
         findings = None
         if wanted is not None:

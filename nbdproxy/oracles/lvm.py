@@ -108,7 +108,7 @@ def _of_label(device: ReadableDevice, raw: bytes, at: int) -> Iterator[Volume]:
         if text is not None:
             try:
                 yield from _volumes(_parse(text), own, device.size)
-            except (KeyError, TypeError, ValueError, IndexError):
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
                 return  # not what LVM writes
             return
 

@@ -133,11 +133,11 @@ class Qcow2Device:
                 yield Extent(run.start + extent.offset - run.host, extent.length)
 
     def runs(self, start: int, end: int) -> Iterator[Run]:
-        """Yield all of [start, end): where it is in the file, in pieces of at most one L2 table."""
+        """Yield all of [start, end): where it is in the file, neighbours joined."""
         assert 0 <= start <= end <= self.size
         pending: Run | None = None
         while start < end:
-            run = self._run(start, min(end, ((start >> self._bits) + 1) << self._bits))
+            run = self._run(start, end)
             if pending is not None and _follows(pending, run):
                 pending = pending._replace(end=run.end)
             else:
@@ -173,12 +173,14 @@ class Qcow2Device:
         """Do nothing: the file below belongs to whoever opened it."""
 
     def _run(self, start: int, end: int) -> Run:
-        """Return where a piece of one cluster is."""
+        """Return where one cluster is from `start` on, or that an L2 table is missing."""
         number = start >> self._bits
         index, slot = divmod(number, self.cluster // 8)
         table = self._l1[index] & _OFFSET
         if not table:
-            return Run(start, end, None, None)
+            span = self.cluster // 8 * self.cluster
+            return Run(start, min(end, (index + 1) * span), None, None)
+        end = min(end, (number + 1) << self._bits)
         entry = self._table(table)[slot]
         place = table + slot * 8
         if entry & _COMPRESSED:
