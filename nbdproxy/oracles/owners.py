@@ -18,6 +18,7 @@ from nbdproxy.extents import Extent, ExtentMap
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.ext4.owners import Atlas, OwnerKind, chart
 from nbdproxy.oracles.qcow2 import Qcow2Device, is_qcow2
+from nbdproxy.oracles.watched import WatchedDevice
 
 NAMED_MAX = 3
 """Paths that `Owner.words` gives; it counts the others."""
@@ -136,7 +137,8 @@ class _Inside:
     """Who owns the bytes of a qcow2 file."""
 
     def __init__(self, file: Qcow2Device, partition: int | None) -> None:
-        self._owners = OwnerMap(file, partition=partition)
+        # Behind a plain device, so that places are told on the guest's disk and not in the file.
+        self._owners = OwnerMap(WatchedDevice(file), partition=partition)
         self._claims = ExtentMap[_Claim](lambda claim, by: claim._replace(at=claim.at + by))
         for run in file.runs(0, file.size):
             if run.host is not None and not run.packed:

@@ -6,6 +6,7 @@ import hashlib
 import signal
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,14 @@ from tests.support import ext4
 from tests.support.forked import ForkedServer
 from tests.support.serving import tool
 
-BLOCK, SIZE = ext4.BLOCK, ext4.SIZE
+BLOCK = ext4.BLOCK
 LEVELS = (Level.NOTHING, Level.FLUSHED, Level.COMPLETED)
 Opened = tuple[Timeline, list[Entry]]
 
 
 def differing(one: bytes, other: bytes) -> list[int]:
     """The blocks in which two images differ."""
-    return [n for n in range(SIZE // BLOCK) if _block(one, n) != _block(other, n)]
+    return [n for n in range(len(one) // BLOCK) if _block(one, n) != _block(other, n)]
 
 
 def _block(image: bytes, number: int) -> bytes:
@@ -57,12 +58,14 @@ def journaled(folder: Path, before: bytes, after: bytes, name: str) -> bytes:
 def record(folder: Path, images: list[bytes]) -> Iterator[Opened]:
     """Write each image over the one before, a request a block, and flush after the first step."""
     (folder / "image").write_bytes(images[0])
-    with ForkedServer(folder, folder / "image", "--record", folder / "run") as server:
+    options = ("--format", "raw", "--record", folder / "run")
+    with ForkedServer(folder, folder / "image", *options) as server:
         client = server.client()
-        ext4.replay_stage(client, images[0], images[1])
-        client.flush()
-        for number in differing(images[1], images[2]):
-            client.write(number * BLOCK, _block(images[2], number))
+        for before, after in pairwise(images):
+            for number in differing(before, after):
+                client.write(number * BLOCK, _block(after, number))
+            if after is images[1]:
+                client.flush()
         client.disc()
         server.signal(signal.SIGTERM)
         server.wait()
@@ -88,6 +91,30 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     yield from record(folder, images)
 
 
+@pytest.fixture(scope="module")
+def below_qcow2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    """The same files, each step written into a qcow2 file by QEMU."""
+    folder = tmp_path_factory.mktemp("qcow2")
+    file, images = folder / "file", []
+    first, *later = ext4.stages(folder)
+    (folder / "raw").write_bytes(first)
+    options = ("-O", "qcow2", "-o", f"cluster_size={BLOCK}")
+    tool("qemu-img", "convert", "-f", "raw", *options, folder / "raw", file)
+    images.append(file.read_bytes())
+    before = first
+    for after in later:
+        words: list[str] = []
+        for number in differing(before, after):
+            part = folder / f"part-{number}"
+            part.write_bytes(_block(after, number))
+            words += ["-c", f"write -q -s {part} {number * BLOCK} {BLOCK}"]
+        tool("qemu-io", "-f", "qcow2", *words, file)
+        images.append(file.read_bytes())
+        before = after
+    size = -(-max(map(len, images)) // BLOCK) * BLOCK
+    yield from record(folder, [image.ljust(size, b"\0") for image in images])
+
+
 def restored(state: StateId, found: Losses) -> StateId:
     """The state with what was lost put back."""
     seqs = {one.data.seq for one in found.ranges if one.data} | {one.seq for one in found.way}
@@ -95,7 +122,7 @@ def restored(state: StateId, found: Losses) -> StateId:
     return StateId(state.position, state.level, Choice.ONLY, state.options, parts)
 
 
-@pytest.mark.parametrize("case", ["plain", "logged"])
+@pytest.mark.parametrize("case", ["plain", "logged", "below_qcow2"])
 def test_what_is_lacking_put_back_makes_the_file_whole(
     request: pytest.FixtureRequest, case: str
 ) -> None:
@@ -123,6 +150,8 @@ def test_what_is_lacking_put_back_makes_the_file_whole(
                 assert at == entry.size
                 told |= {piece.what.partition(":")[0] for piece in found.way}
     assert {"data", "there"} <= told
+    if case == "below_qcow2":
+        assert "qcow2 L2 table" in told, told
     if case == "logged":
         assert any(what.startswith("journal, transaction ") for what in told), told
 
