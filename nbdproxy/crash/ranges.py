@@ -25,6 +25,7 @@ from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.owners import OwnerKind
+from nbdproxy.oracles.filesystems import open_filesystem
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.owners import Owner, OwnerMap
@@ -48,11 +49,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Bytes [start, end) of the file: lost with their data, or `None` if that is there."""
+    """Bytes [start, end) of the file: lost with their data, or `None` if that is there.
+
+    `is_whole` tells whether the state shows them as they should be; if not, and their data is
+    there, it is the way to it that was lost.
+    """
 
     start: int
     end: int
     data: Piece | None
+    is_whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,8 @@ class Losses:
     """What a state lacks of a file; `reference` is the state that has it whole.
 
     `ranges` cover the file; those without data of their own, such as holes, count as there. `way`
-    is what is lost of all that leads to the data.
+    is what is lost of all that leads to the data; empty where the file is found all the same, at
+    its full length, with all of its data that was not lost.
     """
 
     reference: StateId
@@ -94,8 +101,17 @@ def losses(
                     data.append((owner.offset or 0, piece))
                 else:
                     way.setdefault((row, what), piece)
-    length = entry.size if entry.size is not None else _size(there, entry, partition)
-    return Losses(reference, tuple(_ranges(length, data)), tuple(way.values()))
+    shown, should = (_content(disk, entry, partition) for disk in (here, there))
+    assert should is not None
+    ranges = tuple(
+        one
+        if one.data or shown is None
+        else replace(one, is_whole=shown[one.start : one.end] == should[one.start : one.end])
+        for one in _ranges(len(should), data)
+    )
+    is_found = shown is not None and len(shown) == len(should)
+    needs_way = not is_found or not all(one.data or one.is_whole for one in ranges)
+    return Losses(reference, ranges, tuple(way.values()) if needs_way else ())
 
 
 def _reference(
@@ -154,9 +170,18 @@ def _ranges(length: int, data: list[tuple[int, Piece]]) -> Iterator[Range]:
         yield Range(at, length, None)
 
 
-def _size(disk: CrashDisk, entry: Entry, partition: int | None) -> int:
-    scanned = check.scan(disk, entry.path, partition=partition)
-    return next((e.size for e in scanned.entries if e.size is not None), 0)
+def _content(disk: CrashDisk, entry: Entry, partition: int | None) -> bytes | None:
+    """Return what a state shows of a file; None if it cannot be read."""
+    try:
+        filesystem = open_filesystem(check.only(check.candidates(disk, partition)).device)
+        node = filesystem.lookup(check.absolute(entry.path), follow_last=entry.target is None)
+        if node is None:
+            return None
+        if node.is_symlink:
+            return filesystem.symlink_target(node)
+        return b"".join(filesystem.chunks(node)) if node.is_regular else None
+    except FilesystemError:
+        return None
 
 
 class _Log:

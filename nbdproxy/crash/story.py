@@ -36,6 +36,9 @@ LEVELS = (Level.RECEIVED, Level.COMPLETED, Level.FLUSHED)
 """What is told of each file: when it was sent, answered, and flushed."""
 
 
+_NOWHERE = {Condition.MISSING, Condition.UNREADABLE}
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """From `position` on, until the next change, a file is in this condition."""
@@ -49,6 +52,12 @@ class Course:
     """What one level kept of a file over time; changes ascend, the first is at 0."""
 
     changes: tuple[Change, ...]
+
+    @property
+    def created(self) -> int | None:
+        """The position at which there was something under its name for the first time."""
+        there = (c for c in self.changes if c.condition not in _NOWHERE)
+        return next((change.position for change in there), None)
 
     @property
     def first(self) -> int | None:

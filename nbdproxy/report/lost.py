@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nbdproxy.crash.ranges import Losses, Piece, Range
 from nbdproxy.report.paths import printable
@@ -29,7 +30,7 @@ def to_json(losses: Losses) -> dict[str, object]:
             {
                 "start": one.start,
                 "end": one.end,
-                "cause": "data" if one.data else "metadata" if losses.way else None,
+                "cause": "data" if one.data else None if one.is_whole else "metadata",
                 **(_piece(one.data) if one.data else {}),
             }
             for one in losses.ranges
@@ -44,19 +45,19 @@ def _data(losses: Losses) -> Iterator[str]:
     for one in losses.ranges:
         last = merged[-1] if merged else None
         if last is not None and _key(last) == _key(one):
-            merged[-1] = Range(last.start, one.end, last.data)
+            merged[-1] = replace(last, end=one.end)
         else:
             merged.append(one)
     for one in merged:
         bytes_ = f"bytes {one.start:,} to {one.end - 1:,}"
         if one.data is not None:
             yield f"{bytes_}: {_who(one.data)}"
-        elif losses.way:
+        elif not one.is_whole:
             yield f"{bytes_}: the data is there, and what leads to it is not:"
 
 
-def _key(one: Range) -> int | None:
-    return None if one.data is None else one.data.seq
+def _key(one: Range) -> tuple[int | None, bool]:
+    return None if one.data is None else one.data.seq, one.is_whole
 
 
 def _who(piece: Piece) -> str:

@@ -63,6 +63,8 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     size = f", {story.entry.size:,} bytes" if story.entry.size is not None else ""
     yield f"{printable(story.entry.path)}{size}"
     yield ""
+    if (created := story.courses[Level.RECEIVED].created) is not None:
+        yield f"  created   {_at(created, source)}"
     for level in LEVELS:
         yield f"  {_CALLED[level]:<10}{_course(story.courses[level], source)}"
     yield ""
@@ -250,6 +252,7 @@ def to_json(told: Told, source: Source) -> dict[str, object]:
     return {
         "path": printable(story.entry.path),
         "size": story.entry.size,
+        "created": _instant(story.courses[Level.RECEIVED].created, source),
         "levels": {
             _CALLED[level]: {
                 "whole_first": _instant(story.courses[level].first, source),

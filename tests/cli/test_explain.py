@@ -31,6 +31,8 @@ def test_a_flushed_file_was_safe_from_its_flush_on(recorded: Made) -> None:
     [story] = explain(recorded.run, f"/{FLUSHED}", code=1)
     sent, answered, flushed = (story["levels"][k]["whole_since"] for k in story["levels"])
     assert sent["position"] < answered["position"] < flushed["position"]
+    assert story["created"] is not None
+    assert 0 < story["created"]["position"] <= sent["position"]
     since = story["protected_since"]
     assert since["none"] == since["writeback"] == flushed
     assert since["writethrough"] == since["directsync"] == answered
