@@ -13,7 +13,13 @@ from nbdproxy.checker.both import BothOracles
 from nbdproxy.cli.choices import Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.open import choose
-from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
+from nbdproxy.cli.oracles import (
+    OracleChoice,
+    OracleName,
+    differences_json,
+    opened,
+    tell_differences,
+)
 from nbdproxy.cli.replay import Base
 from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.replay import below, earlier_digests
@@ -96,7 +102,7 @@ def check(
     tell_differences(judge)
     told = checked.Checked(name, examination, owned, findings)
     if json:
-        print_json(checked.to_json(told, list_files=list_files))
+        print_json({**checked.to_json(told, list_files=list_files), **differences_json(judge)})
     else:
         for line in checked.lines(told, list_files=list_files):
             out.print(line, markup=False)

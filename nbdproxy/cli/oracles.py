@@ -70,3 +70,21 @@ def tell_differences(oracle: Oracle) -> None:
         f"both oracles judged {oracle.compared:,} states: {len(oracle.differences):,} differences",
         markup=False,
     )
+
+
+def differences_json(oracle: Oracle) -> dict[str, object]:
+    """Return the same for a command's JSON; nothing unless both were asked."""
+    if not isinstance(oracle, BothOracles):
+        return {}
+    return {
+        "compared": oracle.compared,
+        "differences": [
+            {
+                "state": one.state,
+                "path": one.path,
+                "kernel": one.kernel.value,
+                "quick": one.quick.value,
+            }
+            for one in oracle.differences
+        ],
+    }

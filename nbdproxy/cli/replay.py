@@ -10,7 +10,13 @@ import typer
 from nbdproxy.checker.both import BothOracles
 from nbdproxy.cli.choices import At, Covers, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
+from nbdproxy.cli.oracles import (
+    OracleChoice,
+    OracleName,
+    differences_json,
+    opened,
+    tell_differences,
+)
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import replay as replay_recording
@@ -105,7 +111,8 @@ def replay(
         )
     tell_differences(judge)
     if json:
-        print_json(to_json(result, source, str(run), files=list_files))
+        told = to_json(result, source, str(run), files=list_files)
+        print_json({**told, **differences_json(judge)})
     else:
         if list_files:
             for line in table.lost_files(result):

@@ -51,9 +51,12 @@ def test_both_agree_on_every_file_of_every_state(tmp_path: Path) -> None:
     words = ("replay", recording, "--files", manifest, "--root", "/", "--at", "riskiest")
     cells = ("--mode", "none,unsafe", "--failure", "host-power-loss")
     done = run(*words, *cells, "--oracle", "both", "--json", status=1)
+    table = json.loads(done.stdout)
+    assert table["differences"] == []
+    assert table["compared"] > 2
     shown = {
         condition
-        for cell in json.loads(done.stdout)["cells"]
+        for cell in table["cells"]
         for end in ("worst", "best")
         for condition in cell[end]["conditions"]
     }
