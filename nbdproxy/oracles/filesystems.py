@@ -15,7 +15,6 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.mounted import open_filesystem as open_ext
-from nbdproxy.oracles.ntfs import NtfsFilesystem
 
 BOOT_SECTOR = 512
 _SECTOR_SIZES = {512, 1024, 2048, 4096}
@@ -141,5 +140,5 @@ def open_filesystem(device: ReadableDevice) -> Mounted[Any]:
     if kind is None or kind is FilesystemKind.EXT:
         return open_ext(device)
     if kind is FilesystemKind.NTFS:
-        return NtfsFilesystem(device)
+        raise KernelOnlyError("NTFS cannot be read here; mount the state in its own system")
     raise KernelOnlyError(f"{NAMES[kind]} is read by a kernel only; ask with --oracle kernel")
