@@ -32,16 +32,33 @@ function load(group) {
 }
 
 const loaded = new Set();
+let daemon = null; // the program that serves what is mounted, if the kernel does not
 
-function mount({ fs: kind, options, modules }) {
-  if (modules && !loaded.has(modules)) {
-    load(modules);
-    loaded.add(modules);
+function mount({ fs: kind, options, load: wanted, program, probe }) {
+  if (wanted && !loaded.has(kind)) {
+    load(kind);
+    loaded.add(kind);
   }
   folders = new Map();
   run('dmesg', '-c');
-  const done = run('mount', '-t', kind, '-o', options, DISK, ROOT);
-  return { ok: done.code === 0, said: done.said, log: done.code === 0 ? '' : run('dmesg', '-c').said };
+  const command = program ? ['/tools/bin/' + program] : ['mount', '-t', kind];
+  const [first, ...words] = probe;
+  let done = first ? run('/tools/bin/' + first, ...words, DISK) : { code: 0 };
+  if (done.code === 0) done = run(...command, '-o', options, DISK, ROOT);
+  daemon = done.code === 0 ? program : null;
+  return { ...done, log: done.code === 0 || program ? '' : run('dmesg', '-c').said };
+}
+
+// Unmounts, and waits until whatever served it has let go of the disk: a cache of it would stay.
+function umount() {
+  const ok = run('umount', ROOT).code === 0;
+  while (ok && daemon && run('pidof', daemon).code === 0) spawnSync('sleep', ['0.01']);
+  return { ok };
+}
+
+// A daemon that died says nothing of the files.
+function mustBeServed(error) {
+  if (error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
 }
 
 // Where a path leads below ROOT, every link followed; throws as the kernel does.
@@ -122,6 +139,7 @@ function describe(entry, limit) {
     // What is sparse and larger than its disk would take for ever.
     return stat.size > limit ? found : { ...found, ...look(place, stat.size) };
   } catch (error) {
+    mustBeServed(error);
     return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code || String(error) };
   }
 }
@@ -147,6 +165,7 @@ function walk({ under, digests, limit }) {
     try {
       names = fs.readdirSync(bytes(ROOT + place), { encoding: 'buffer', withFileTypes: true });
     } catch (error) {
+      mustBeServed(error);
       errors.push([place, error.code]);
       return;
     }
@@ -166,6 +185,7 @@ function walk({ under, digests, limit }) {
           files.push(digests && stat.size <= limit ? { ...found, ...look(path, stat.size) } : found);
         }
       } catch (error) {
+        mustBeServed(error);
         errors.push([path, error.code]);
       }
     }
@@ -182,7 +202,7 @@ function walk({ under, digests, limit }) {
 const COMMANDS = {
   hello: () => ({ ok: true }),
   mount,
-  umount: () => ({ ok: run('umount', ROOT).code === 0 }),
+  umount,
   manifest: ({ number, entries }) => {
     manifests.set(number, entries);
     return { ok: true };

@@ -5,13 +5,13 @@ what the guest gets as its disk, so a partition table is not read by the kernel.
 read-only, which replays its journal or log into an overlay that is then forgotten.
 
 A state that the kernel does not mount has lost all its files. Whatever goes wrong with the guest
-itself leaves a state *unknown*, and the next one gets a new guest. NTFS has no driver in the
-guest's kernel and is unknown. Not thread-safe.
+itself leaves a state *unknown*, and the next one gets a new guest. NTFS is mounted by ntfs-3g,
+which replays no log: a state whose log Windows would replay is unknown. Not thread-safe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
 from nbdproxy.lab.build import Lab, build_lab
 from nbdproxy.lab.cache import silent
+from nbdproxy.lab.kernel import FILESYSTEM_MODULES, MOUNT_PROGRAMS
+from nbdproxy.lab.tools import PACKAGE_OF
 from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
-from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, kind_of
+from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
 from nbdproxy.oracles.oracle import Digests
 from nbdproxy.oracles.partitions import Slice
@@ -36,20 +38,43 @@ READ_RATE = 4 << 20
 
 
 class Driver(NamedTuple):
-    """How the guest handles a kind: driver, mount options, modules to load, and its checker."""
+    """How the guest handles a kind.
+
+    fsck         the checker and its options, none if the lab has none
+    probe        what tells first, by its status, whether a mount for writing would be right
+    refusals     which statuses of a probe or mount mean a broken filesystem; None for all
+    keeps_modes  whether permissions are kept, and not made up by the driver
+    """
 
     name: str
     options: str
-    modules: str | None
-    fsck: tuple[str, ...]
+    fsck: tuple[str, ...] = ()
+    probe: tuple[str, ...] = ()
+    refusals: frozenset[int] | None = None
+    keeps_modes: bool = True
 
+    @property
+    def program(self) -> str | None:
+        """What mounts it instead of the kernel."""
+        return MOUNT_PROGRAMS.get(self.name)
+
+
+_NOT_NTFS, _CORRUPT = 12, 13  # ntfs-3g.probe(8)
 
 DRIVERS = {
-    FilesystemKind.EXT: Driver("ext4", "ro", None, ("e2fsck", "-fn")),
-    FilesystemKind.XFS: Driver("xfs", "ro,nouuid", "xfs", ("xfs_repair", "-n")),
-    FilesystemKind.BTRFS: Driver("btrfs", "ro", "btrfs", ("btrfs", "check", "--readonly")),
-    FilesystemKind.FAT: Driver("vfat", "ro,utf8", "vfat", ("fsck.fat", "-n")),
-    FilesystemKind.EXFAT: Driver("exfat", "ro,iocharset=utf8", "exfat", ()),
+    FilesystemKind.EXT: Driver("ext4", "ro", ("e2fsck", "-fn")),
+    FilesystemKind.XFS: Driver("xfs", "ro,nouuid", ("xfs_repair", "-n")),
+    FilesystemKind.BTRFS: Driver("btrfs", "ro", ("btrfs", "check", "--readonly")),
+    FilesystemKind.FAT: Driver("vfat", "ro,utf8", ("fsck.fat", "-n"), keeps_modes=False),
+    FilesystemKind.EXFAT: Driver("exfat", "ro,iocharset=utf8", keeps_modes=False),
+    FilesystemKind.NTFS: Driver(
+        "ntfs",
+        "ro",
+        ("ntfsresize", "--info", "--force", "--no-progress-bar"),
+        probe=("ntfs-3g.probe", "--readwrite"),  # a mount for reading does not look at the log
+        refusals=frozenset({_NOT_NTFS, _CORRUPT}),
+        keeps_modes=False,
+    ),
 }
 
 
@@ -116,27 +141,30 @@ class KernelOracle:
     def place(self, device: ReadableDevice, partition: int | None) -> Slice:
         """Return the part of a disk that is to be mounted; FilesystemError if there is none."""
         place = quick.only(quick.candidates(device, partition))
-        kind = kind_of(place.device)
-        if kind is None:
+        if kind_of(place.device) is None:
             raise FilesystemError("no filesystem found: it begins with none that is known")
-        if kind not in DRIVERS:
-            raise FilesystemError(f"{NAMES[kind]} has no driver in the lab's kernel")
         return place
 
     @contextmanager
     def mounted(self, place: Slice) -> Iterator[CheckerGuest]:
         """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone."""
-        driver = DRIVERS[FilesystemKind(kind_of(place.device) or "")]
+        driver = _driver(place)
         try:
             guest = self._booted(place.length)
+            for program in (driver.program, *driver.probe[:1]):
+                if program is not None:
+                    self._require(program)
             guest.show(place.device)
             done = guest.ask(
-                "mount", fs=driver.name, options=driver.options, modules=driver.modules
+                "mount",
+                fs=driver.name,
+                options=driver.options,
+                load=driver.name in FILESYSTEM_MODULES,
+                program=driver.program,
+                probe=driver.probe,
             )
-            if not done["ok"]:
-                raise RefusedByKernelError(
-                    f"the kernel refuses to mount it: {_last_words(done['log'], done['said'])}"
-                )
+            if done["code"]:
+                raise _refused(driver, done)
             yield guest
             if not guest.ask("umount")["ok"]:
                 raise GuestError("the checker guest could not unmount the state")
@@ -176,19 +204,27 @@ class KernelOracle:
         return sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
 
     def _fsck(self, guest: CheckerGuest, place: Slice) -> Fsck | str:
-        program = DRIVERS[FilesystemKind(kind_of(place.device) or "")].fsck
-        assert self._lab is not None
+        program = _driver(place).fsck
         if not program:
             return "the lab has no checker for it"
-        if program[0] not in self._lab.programs:
-            return f"{program[0]} was not installed when the lab was built"
         try:
+            self._require(program[0])
             done = guest.ask("fsck", argv=[f"/tools/bin/{program[0]}", *program[1:]])
+        except FilesystemError as error:
+            return str(error)
         except GuestError as error:
             self.close()
             return str(error)
         lines = [line for line in done["said"].splitlines() if line.strip()]
         return Fsck(done["code"] == 0, "\n".join(lines[-FSCK_LINES:]))
+
+    def _require(self, program: str) -> None:
+        """Raise FilesystemError if the guest does not have a program."""
+        assert self._lab is not None
+        if program not in self._lab.programs:
+            raise FilesystemError(
+                f"{program} is not installed here; run: sudo apt-get install {PACKAGE_OF[program]}"
+            )
 
 
 class KernelFollower:
@@ -224,11 +260,13 @@ class KernelFollower:
             return Findings(Verdict.FAIL, lost, str(error), refused=True)
         except (FilesystemError, GuestError) as error:
             return Findings(Verdict.UNKNOWN, reason=str(error))
-        return self._findings(found)
+        return self._findings(found, keeps_modes=_driver(place).keeps_modes)
 
-    def _findings(self, found: Sequence[Any]) -> Findings:
+    def _findings(self, found: Sequence[Any], *, keeps_modes: bool) -> Findings:
         outcomes = {
-            entry.path: Outcome(_condition(entry, one, self._earlier.get(entry.path, ())))
+            entry.path: Outcome(
+                _condition(entry, one, self._earlier.get(entry.path, ()), keeps_modes=keeps_modes)
+            )
             for entry, one in zip(self._manifest.entries, found, strict=True)
         }
         verdict = quick.merge({outcome.verdict for outcome in outcomes.values()})
@@ -240,7 +278,20 @@ def _patience(place: Slice) -> float:
     return ANSWER_LIMIT_S + place.length / READ_RATE
 
 
-def _condition(entry: Entry, found: Any, earlier: Iterable[str]) -> Condition:
+def _driver(place: Slice) -> Driver:
+    return DRIVERS[FilesystemKind(kind_of(place.device) or "")]
+
+
+def _refused(driver: Driver, done: Mapping[str, Any]) -> FilesystemError:
+    """Return what a failed mount means, with the last words about it."""
+    words = _last_words(done["log"], done["said"])
+    who = driver.program or "the kernel"
+    if driver.refusals is not None and done["code"] not in driver.refusals:
+        return FilesystemError(f"{who} cannot tell what a mount would show: {words}")
+    return RefusedByKernelError(f"{who} refuses to mount it: {words}")
+
+
+def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes: bool) -> Condition:
     """Return what the agent's word on a file means."""
     if found == 1:
         return Condition.WHOLE
@@ -259,7 +310,7 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str]) -> Condition:
         all_zero=found.get("allZero", False),
         zero_block=found.get("zeroBlock", False),
     )
-    is_other = entry.mode not in {None, found["mode"]}
+    is_other = keeps_modes and entry.mode not in {None, found["mode"]}
     return Condition.DAMAGED if result is Condition.WHOLE and is_other else result
 
 

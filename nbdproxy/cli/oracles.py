@@ -30,7 +30,7 @@ OracleChoice = Annotated[
     typer.Option(
         "--oracle",
         help="Who reads the files: nbdproxy itself (quick; ext2, ext3 and ext4); a guest with a "
-        "real kernel (also XFS, Btrfs, FAT, exFAT); or both, and where they differ.",
+        "real kernel (also XFS, Btrfs, FAT, exFAT, NTFS); or both, and where they differ.",
     ),
 ]
 

@@ -28,7 +28,10 @@ _NEEDED = (
     "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node", "npm",
     "qemu-system-x86_64", "sqlite3",
 )  # fmt: skip
-_EXTRA = ("btrfs", "dmsetup", "e2fsck", "fsck.fat", "lvm", "nbd-client", "xfs_repair")
+_EXTRA = (
+    "btrfs", "dmsetup", "e2fsck", "fsck.fat", "lvm", "nbd-client", "ntfs-3g", "ntfs-3g.probe",
+    "ntfsresize", "xfs_repair",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,9 @@
 
 Guarantees: the same arguments give the same bytes with the same e2fsprogs (fixed UUIDs, fixed
 times), and the kernel finds nothing left to initialise, so a recording holds the workload only.
-Covers ext2, ext3 and ext4, and xfs, btrfs and vfat if their tools are installed, each bare or in
-the one partition of a GPT or MBR table. Those of btrfs and vfat do not give the same bytes.
+Covers ext2, ext3 and ext4, and xfs, btrfs, vfat and ntfs if their tools are installed, each bare or
+in the one partition of a GPT or MBR table. The tools of btrfs, vfat and ntfs do not give the same
+bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import LabError
 from nbdproxy.lab import tools
 
-FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat")
+FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat", "ntfs")
 PARTITION_TABLES = ("gpt", "mbr")
 
 PARTITION_START = 1 << 20
@@ -97,6 +98,7 @@ def _make_other(path: Path, fs: str, options: Sequence[str]) -> None:
         "xfs": ("-q", "-f", "-m", f"uuid={_UUID}"),
         "btrfs": ("-q", "-f", "-U", _UUID),
         "vfat": ("-F", "32", "-i", "6e626470"),
+        "ntfs": ("-q", "-F", "-Q"),
     }[fs]
     tools.run_tool([program, *own, *options, path])
 

@@ -25,6 +25,7 @@ from nbdproxy.lab import accel, cpio, dm_log, initramfs, kernel_client, tools
 from nbdproxy.lab.build import Lab
 from nbdproxy.lab.cache import silent
 from nbdproxy.lab.initramfs import MARK
+from nbdproxy.lab.kernel import MOUNT_PROGRAMS
 from nbdproxy.lab.workloads import End, Ending, Workload, render
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
@@ -112,6 +113,8 @@ def run(
     if accelerator is None:
         accelerator = accel.probe(lab.cache, lab.kit)
     ending = ending or workload.ending
+    if (program := MOUNT_PROGRAMS.get(workload.fs)) not in {None, *lab.programs}:
+        raise tools.missing_error([str(program)])
     drive = f"format={image_format},cache={cache_mode},discard=unmap,{_file(target)}"
     stack = _stack(lab, target, device, drive, connections)
     if partition is not None:

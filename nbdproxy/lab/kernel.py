@@ -28,8 +28,12 @@ FILESYSTEM_MODULES = {
     "btrfs": ("btrfs",),
     "vfat": ("vfat", "nls_cp437", "nls_ascii", "nls_utf8"),
     "exfat": ("exfat", "nls_utf8"),
+    "ntfs": ("fuse",),
 }
 """What a guest loads only when it mounts such a disk."""
+
+MOUNT_PROGRAMS = {"ntfs": "ntfs-3g"}
+"""What mounts a filesystem that Debian's kernel has no driver for, through FUSE."""
 
 CLIENT_MODULES = ("virtio_net", "nbd")
 """What a guest loads only when its kernel is to be the NBD client: a network card, and that."""

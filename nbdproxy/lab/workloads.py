@@ -15,7 +15,7 @@ from enum import Enum
 from nbdproxy.errors import LabError
 from nbdproxy.lab import databases, fsyncs, renames, stress
 from nbdproxy.lab.initramfs import MARK
-from nbdproxy.lab.kernel import FILESYSTEM_MODULES
+from nbdproxy.lab.kernel import FILESYSTEM_MODULES, MOUNT_PROGRAMS
 from nbdproxy.lab.userland import APP, NPM_FLAGS
 
 TARGET = "/mnt"
@@ -240,8 +240,7 @@ def render(
         *([f"load {workload.fs}"] if workload.fs in FILESYSTEM_MODULES else []),
         *attach,
         f"wait_for {target}",
-        f"mount -t {workload.fs} -o {shlex.quote(workload.mount_options)} {target} {TARGET}"
-        + (" || fail mount" if workload.needs_mount else ""),
+        _mount(workload, target) + (" || fail mount" if workload.needs_mount else ""),
         f"cd {TARGET}",
         f'echo "{MARK} started"',
         f"sh -c {shlex.quote(workload.script)}",
@@ -260,3 +259,10 @@ def render(
     if ending.how is End.HANG:
         lines.append("while :; do sleep 60; done")
     return "\n".join([*lines, ""])
+
+
+def _mount(workload: Workload, target: str) -> str:
+    options = shlex.quote(workload.mount_options)
+    if program := MOUNT_PROGRAMS.get(workload.fs):
+        return f"{TOOLS}/bin/{program} -o {options} {target} {TARGET}"
+    return f"mount -t {workload.fs} -o {options} {target} {TARGET}"

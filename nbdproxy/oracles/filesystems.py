@@ -139,6 +139,4 @@ def open_filesystem(device: ReadableDevice) -> Mounted[Any]:
     kind = kind_of(device)
     if kind is None or kind is FilesystemKind.EXT:
         return open_ext(device)
-    if kind is FilesystemKind.NTFS:
-        raise KernelOnlyError("NTFS cannot be read here; mount the state in its own system")
-    raise KernelOnlyError(f"{NAMES[kind]} is read by a kernel only; ask with --oracle kernel")
+    raise KernelOnlyError(f"{NAMES[kind]} is not read here; ask with --oracle kernel")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.checker.both import BothOracles
+from nbdproxy.checker.guest import GuestError
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.lab
 
 MIB = 320  # the least that mkfs.xfs takes; the same for all, so that one guest does
 SIZE = MIB << 20
+FIRST_RECORD = 64  # in NTFS, of a file that is not the filesystem's own
+CLUSTERS = bytes(range(256)) * 32
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +169,67 @@ def test_fat_in_a_partition(kernel: KernelOracle, tmp_path: Path) -> None:
     disk = FileDisk(tmp_path / "image", read_only=True)
     found = kernel.follow(one_file(b"x"), earlier={}, partition=1).check(disk, None)
     assert found == Findings(Verdict.FAIL, {"/a": Condition.MISSING})
+
+
+@pytest.fixture
+def ntfs(tmp_path: Path) -> OverlayDisk:
+    """An image with /a on it."""
+    image, content = tmp_path / "image", tmp_path / "content"
+    format_disk(image, SIZE, fs="ntfs")
+    content.write_bytes(CLUSTERS)
+    subprocess.run(["ntfscp", "-q", image, content, "a"], check=True, capture_output=True)
+    return opened(image)
+
+
+def test_ntfs(kernel: KernelOracle, ntfs: OverlayDisk) -> None:
+    """Permissions are the driver's invention there; and nothing is kept of the state before."""
+    wanted = Manifest((replace(one_file(CLUSTERS).entries[0], mode=0o600),))
+    follower = kernel.follow(wanted, earlier={}, partition=None)
+    at = position(ntfs, CLUSTERS)
+    for data, condition in ((b"?", Condition.DAMAGED), (CLUSTERS[:1], Condition.WHOLE)):
+        ntfs.pwrite(at, data)
+        assert follower.check(ntfs, None).conditions == {"/a": condition}
+    assert one_file(CLUSTERS).entries[0] in kernel.scan(ntfs, "/", partition=None).entries
+    examined = kernel.examine(ntfs, partition=None)
+    assert examined.mounts
+    assert isinstance(examined.fsck, Fsck) and examined.fsck.clean
+    ntfs.pwrite(position(ntfs, b"FILE0") + FIRST_RECORD * 1024, bytes(1024))
+    assert follower.check(ntfs, None).verdict is Verdict.FAIL
+    examined = kernel.examine(ntfs, partition=None)
+    assert isinstance(examined.fsck, Fsck) and not examined.fsck.clean
+
+
+def test_ntfs_whose_log_would_be_replayed_is_unknown(
+    kernel: KernelOracle, ntfs: OverlayDisk
+) -> None:
+    ntfs.pwrite(position(ntfs, b"\xff" * 4096), b"RSTR")
+    found = kernel.follow(one_file(CLUSTERS), earlier={}, partition=None).check(ntfs, None)
+    assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
+    assert found.reason is not None and "ntfs-3g cannot tell" in found.reason
+    assert kernel.examine(ntfs, partition=None).mounts is None
+
+
+def test_ntfs_that_is_not_mounted_has_lost_all_files(
+    kernel: KernelOracle, ntfs: OverlayDisk
+) -> None:
+    ntfs.pwrite(position(ntfs, b"FILE0"), bytes(5))
+    found = kernel.follow(one_file(CLUSTERS), earlier={}, partition=None).check(ntfs, None)
+    assert (found.verdict, found.refused) == (Verdict.FAIL, True)
+    assert found.reason is not None and found.reason.startswith("ntfs-3g refuses")
+
+
+def test_a_daemon_that_dies_says_nothing_of_files(kernel: KernelOracle, ntfs: OverlayDisk) -> None:
+    place = kernel.place(ntfs, None)
+    with pytest.raises(GuestError, match="ENOTCONN"), kernel.mounted(place) as guest:
+        number = kernel.number_of(one_file(CLUSTERS), guest)
+        guest.ask("fsck", argv=["killall", "-9", "ntfs-3g"])
+        guest.ask("judge", manifest=number, limit=SIZE)
+
+
+def position(disk: OverlayDisk, wanted: bytes) -> int:
+    """Return which cluster begins with some bytes."""
+    places = range(0, disk.size, 4096)
+    return next(at for at in places if disk.pread(at, len(wanted)) == wanted)
 
 
 def test_what_the_journal_changes_and_names_of_any_bytes(

@@ -32,8 +32,10 @@ def record(folder: Path, fs: str, words: str) -> Path:
     return recording
 
 
-def test_xfs_is_judged_by_a_kernel_alone(tmp_path: Path) -> None:
-    recording = record(tmp_path, "xfs", "--end sync")
+@pytest.mark.parametrize(("fs", "end"), [("xfs", "sync"), ("ntfs", "umount")])
+def test_what_the_quick_oracle_does_not_read(tmp_path: Path, fs: str, end: str) -> None:
+    """Under ntfs-3g `sync` sends what was written, and no flush; unmounting does."""
+    recording = record(tmp_path, fs, f"--end {end}")
     manifest = build_lab().manifests["small"]
     words = ("replay", recording, "--files", manifest, "--failure", "host-power-loss", "--json")
     asked = (*words, "--mode", "none,unsafe", "--oracle", "kernel")

@@ -154,7 +154,7 @@ def test_a_table_has_the_partition_where_the_filesystem_is(tmp_path: Path) -> No
     [
         (MIB, "ext4", None),
         (32 * MIB + 1, "ext4", None),
-        (32 * MIB, "ntfs", None),
+        (32 * MIB, "zfs", None),
         (32 * MIB, "ext4", "apm"),
         (32 * MIB, "xfs", "gpt"),
     ],
