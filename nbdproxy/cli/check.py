@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 
 from nbdproxy.checker.both import BothOracles
-from nbdproxy.cli.choices import Root
+from nbdproxy.cli.choices import Base, Root
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.open import choose
 from nbdproxy.cli.oracles import (
     OracleChoice,
     OracleName,
@@ -20,7 +19,7 @@ from nbdproxy.cli.oracles import (
     opened,
     tell_differences,
 )
-from nbdproxy.cli.replay import Base
+from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
 from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.replay import below, earlier_digests
 from nbdproxy.crash.timeline import Timeline
@@ -41,12 +40,10 @@ _EXIT = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.UNKNOWN: 2}
 
 def check(
     where: Annotated[Path, typer.Argument(metavar="RUN|IMAGE", help="A recording, or an image.")],
-    state: Annotated[
-        str | None, typer.Option(metavar="ID", help="A state's id, as replay --json tells it.")
-    ] = None,
-    at: Annotated[str | None, typer.Option(metavar="CUT", help="The disk at this instant.")] = None,
-    mode: Annotated[CacheMode | None, typer.Option(help="The worst state of this mode...")] = None,
-    failure: Annotated[Failure | None, typer.Option(help="...and this failure.")] = None,
+    state: State = None,
+    at: StateAt = None,
+    mode: StateMode = None,
+    failure: StateFailure = None,
     files: Annotated[
         Path | None,
         typer.Option(metavar="MANIFEST", help="Also tell the condition of these files."),

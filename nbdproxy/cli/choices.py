@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -36,6 +37,18 @@ Covers = Annotated[
 ]
 Fsyncgate = Annotated[
     bool, typer.Option("--fsyncgate", help="What a failed flush had in hand, no later one saves.")
+]
+ModeText = Annotated[
+    str | None,
+    typer.Option("--mode", metavar="MODE,...", help="Cache modes.", show_default="all"),
+]
+FailureText = Annotated[
+    str | None,
+    typer.Option("--failure", metavar="FAILURE,...", help="Failures.", show_default="all"),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(metavar="IMAGE", help="The image as it was, if it moved or was copied."),
 ]
 
 

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import At, Root, parse_list
+from nbdproxy.cli.choices import At, Base, FailureText, ModeText, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.replay import Base, FailureText, ModeText
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.ranges import Losses, losses
 from nbdproxy.crash.recorded import RecordedSource

@@ -13,10 +13,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_64_hexdigest
 
-from nbdproxy.cli.choices import At, Covers, Fsyncgate, Root
+from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
-from nbdproxy.cli.replay import Base
 from nbdproxy.crash.bench import Job
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.explore import Exploration, Tally

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Root
+from nbdproxy.cli.choices import Base, Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.oracles import OracleChoice, OracleName
-from nbdproxy.cli.replay import Base
 from nbdproxy.crash.bench import Bench, Job
 from nbdproxy.crash.minimize import minimize as minimize_state
 from nbdproxy.crash.naming import parse_state_id

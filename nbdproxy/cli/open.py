@@ -14,18 +14,14 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, set_up_logging
-from nbdproxy.cli.replay import Base
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.naming import Choice, StateId, parse_state_id
+from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import level_at
 from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import UsageError
-from nbdproxy.persistence.model import Level
-from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.policy import loader
 from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.export import Export
@@ -43,12 +39,10 @@ class OutputFormat(StrEnum):
 
 def open_(
     run: Annotated[Path, typer.Argument(help="A recording.")],
-    state: Annotated[
-        str | None, typer.Option(metavar="ID", help="A state's id, as replay --json tells it.")
-    ] = None,
-    at: Annotated[str | None, typer.Option(metavar="CUT", help="The disk at this instant.")] = None,
-    mode: Annotated[CacheMode | None, typer.Option(help="The worst state of this mode...")] = None,
-    failure: Annotated[Failure | None, typer.Option(help="...and this failure.")] = None,
+    state: State = None,
+    at: StateAt = None,
+    mode: StateMode = None,
+    failure: StateFailure = None,
     socket: Annotated[
         Path | None,
         typer.Option(help="Listen on this Unix socket.", show_default="one in a new folder"),
@@ -130,29 +124,6 @@ def open_(
 
         outcome = serve([opened], setting, on_ready=announce)
     raise typer.Exit(outcome.exit_code)
-
-
-def choose(
-    timeline: Timeline,
-    state: str | None,
-    at: str | None,
-    mode: CacheMode | None,
-    failure: Failure | None,
-) -> StateId:
-    """Return the state that a command's options name; UsageError if they do not name one."""
-    if state is not None:
-        if at is not None or mode is not None or failure is not None:
-            raise UsageError("--state says all; drop --at, --mode and --failure")
-        return parse_state_id(state)
-    if at is None:
-        raise UsageError("which state? name it with --state ID or --at CUT")
-    if (mode is None) != (failure is None):
-        raise UsageError("--mode and --failure go together; give both or neither")
-    position = resolve(timeline.source, at).position
-    if mode is None or failure is None:
-        return StateId(position, Level.RECEIVED, Choice.ALL)
-    level = level_at(timeline.table, position, mode, failure)
-    return StateId(position, level, Choice.MUST)
 
 
 def _write(disk: CrashDisk, output: Path) -> None:

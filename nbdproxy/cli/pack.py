@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, print_json
-from nbdproxy.cli.replay import Base
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nbdproxy.checker.both import BothOracles
-from nbdproxy.cli.choices import At, Covers, Root, parse_list
+from nbdproxy.cli.choices import At, Base, Covers, FailureText, ModeText, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
     OracleChoice,
@@ -26,19 +26,6 @@ from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report import table, words
 from nbdproxy.report.replayed import to_json
-
-ModeText = Annotated[
-    str | None,
-    typer.Option("--mode", metavar="MODE,...", help="Cache modes.", show_default="all"),
-]
-FailureText = Annotated[
-    str | None,
-    typer.Option("--failure", metavar="FAILURE,...", help="Failures.", show_default="all"),
-]
-Base = Annotated[
-    Path | None,
-    typer.Option(metavar="IMAGE", help="The image as it was, if it moved or was copied."),
-]
 
 
 def replay(

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, print_json, set_up_logging
-from nbdproxy.cli.replay import Base
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.server.endpoints import listen_unix

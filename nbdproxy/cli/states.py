@@ -1,0 +1,45 @@
+"""Which state of a recording a user means: its id, or an instant and what struck then."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.replay import level_at
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.errors import UsageError
+from nbdproxy.persistence.model import Level
+from nbdproxy.persistence.modes import CacheMode, Failure
+
+State = Annotated[
+    str | None, typer.Option(metavar="ID", help="A state's id, as replay --json tells it.")
+]
+StateAt = Annotated[str | None, typer.Option(metavar="CUT", help="The disk at this instant.")]
+StateMode = Annotated[CacheMode | None, typer.Option(help="The worst state of this mode...")]
+StateFailure = Annotated[Failure | None, typer.Option(help="...and this failure.")]
+
+
+def choose(
+    timeline: Timeline,
+    state: str | None,
+    at: str | None,
+    mode: CacheMode | None,
+    failure: Failure | None,
+) -> StateId:
+    """Return the state that a command's options name; UsageError if they do not name one."""
+    if state is not None:
+        if at is not None or mode is not None or failure is not None:
+            raise UsageError("--state says all; drop --at, --mode and --failure")
+        return parse_state_id(state)
+    if at is None:
+        raise UsageError("which state? name it with --state ID or --at CUT")
+    if (mode is None) != (failure is None):
+        raise UsageError("--mode and --failure go together; give both or neither")
+    position = resolve(timeline.source, at).position
+    if mode is None or failure is None:
+        return StateId(position, Level.RECEIVED, Choice.ALL)
+    level = level_at(timeline.table, position, mode, failure)
+    return StateId(position, level, Choice.MUST)
