@@ -157,6 +157,25 @@ function judge({ manifest, limit }) {
   };
 }
 
+// What a file holds, or where a link points, in base64; null if there is none, or it is too long.
+function read({ path, link, limit }) {
+  try {
+    const cut = path.lastIndexOf('/');
+    const folder = resolve(path.slice(0, cut), { left: LINKS_MAX });
+    const place = link ? folder + path.slice(cut) : resolve(path, { left: LINKS_MAX });
+    const stat = fs.lstatSync(bytes(ROOT + place));
+    if (link && stat.isSymbolicLink()) {
+      const target = fs.readlinkSync(bytes(ROOT + place), { encoding: 'buffer' });
+      return { data: target.toString('base64') };
+    }
+    if (!stat.isFile() || stat.size > limit) return { data: null };
+    return { data: fs.readFileSync(bytes(ROOT + place)).toString('base64') };
+  } catch (error) {
+    mustBeServed(error);
+    return { data: null };
+  }
+}
+
 // Every regular file and link below a folder, in no order.
 function walk({ under, digests, limit }) {
   const files = [], errors = [];
@@ -209,6 +228,7 @@ const COMMANDS = {
   },
   judge,
   walk,
+  read,
   fsck: ({ argv }) => run(...argv, DISK),
 };
 

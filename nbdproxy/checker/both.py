@@ -15,7 +15,7 @@ from nbdproxy.lab.cache import silent
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.oracle import Digests, Follower
 from nbdproxy.oracles.quick import QUICK
 
@@ -62,6 +62,12 @@ class BothOracles:
         """Describe all files below a directory."""
         return self._kernel.scan(device, under, partition=partition)
 
+    def content(
+        self, device: ReadableDevice, entry: Entry, *, partition: int | None
+    ) -> bytes | None:
+        """Return what a file holds, or where a symbolic link points; None if none is there."""
+        return self._kernel.content(device, entry, partition=partition)
+
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
     ) -> Examination:
@@ -87,12 +93,16 @@ class BothOracles:
 class _Both:
     """Judges each state twice."""
 
-    reads = None
-
     def __init__(self, both: BothOracles, quick: Follower, kernel: Follower) -> None:
         self._both = both
         self._quick = quick
         self._kernel = kernel
+
+    @property
+    def reads(self) -> Iterable[Extent] | None:
+        """What either read; None if one cannot tell."""
+        quick, kernel = self._quick.reads, self._kernel.reads
+        return None if quick is None or kernel is None else [*quick, *kernel]
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file on `device`."""

@@ -11,6 +11,7 @@ which replays no log: a state whose log Windows would replay is unknown. Not thr
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -29,8 +30,9 @@ from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
-from nbdproxy.oracles.oracle import Digests
+from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
+from nbdproxy.oracles.watched import Reads, WatchedDevice
 
 FSCK_LINES = 12
 READ_RATE = 4 << 20
@@ -111,6 +113,20 @@ class KernelOracle:
         Raises FilesystemError at the first file that cannot be read.
         """
         return Manifest(tuple(self._walk(self.place(device, partition), under, digests=True)))
+
+    def content(
+        self, device: ReadableDevice, entry: Entry, *, partition: int | None
+    ) -> bytes | None:
+        """Return what a file holds, or where a symbolic link points; None if none is there."""
+        try:
+            place = self.place(device, partition)
+            with self.mounted(place) as guest:
+                what = {key: _asked(entry)[key] for key in ("path", "link")}
+                patience = _patience(place)
+                found = guest.ask("read", **what, limit=CONTENT_MAX, limit_s=patience)["data"]
+        except (FilesystemError, GuestError):
+            return None
+        return None if found is None else base64.b64decode(found)
 
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
@@ -230,9 +246,6 @@ class KernelOracle:
 class KernelFollower:
     """Judges the same files in one state after the other."""
 
-    reads: Iterable[Extent] | None = None
-    """What a kernel read cannot be told."""
-
     def __init__(
         self, oracle: KernelOracle, manifest: Manifest, earlier: Digests, partition: int | None
     ) -> None:
@@ -240,13 +253,26 @@ class KernelFollower:
         self._manifest = manifest
         self._earlier = earlier
         self._partition = partition
+        self._last: Findings | None = None
+        self.reads: Reads | None = None
 
-    def check(
-        self,
-        device: ReadableDevice,
-        changed: Iterable[Extent] | None,  # noqa: ARG002
-    ) -> Findings:
-        """Tell the condition of every file on `device`."""
+    def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
+        """Tell the condition of every file on `device`.
+
+        A state that is the same in all that the guest read of the one before is not mounted again.
+        """
+        if self._last and self.reads and changed is not None and not self.reads.touches(changed):
+            return self._last
+        watched = WatchedDevice(device)
+        try:
+            self._last = self._look(watched)
+            self.reads = Reads(watched.take())
+        except GuestError as error:
+            self._last = self.reads = None
+            return Findings(Verdict.UNKNOWN, reason=str(error))
+        return self._last
+
+    def _look(self, device: ReadableDevice) -> Findings:
         try:
             place = self._oracle.place(device, self._partition)
             with self._oracle.mounted(place) as guest:
@@ -258,7 +284,7 @@ class KernelFollower:
         except RefusedByKernelError as error:
             lost = {entry.path: Condition.UNREADABLE for entry in self._manifest.entries}
             return Findings(Verdict.FAIL, lost, str(error), refused=True)
-        except (FilesystemError, GuestError) as error:
+        except FilesystemError as error:
             return Findings(Verdict.UNKNOWN, reason=str(error))
         return self._findings(found, keeps_modes=_driver(place).keeps_modes)
 

@@ -11,6 +11,7 @@ import typer
 
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Coverage
+from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.sizes import parse_size
 
 E = TypeVar("E", bound=Enum)
@@ -30,6 +31,10 @@ Root = Annotated[
         help="The folder that the manifest's paths begin at.",
         show_default="found by looking for the files",
     ),
+]
+RecordedAs = Annotated[
+    CacheMode | None,
+    typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),
 ]
 Covers = Annotated[
     Coverage,

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import At, Base, FailureText, ModeText, Root, parse_list
+from nbdproxy.checker.both import BothOracles
+from nbdproxy.cli.choices import At, Base, FailureText, ModeText, RecordedAs, Root, parse_list
 from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
 from nbdproxy.crash.cuts import resolve
+from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.ranges import Losses, losses
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Replay, place, replay
 from nbdproxy.crash.story import Story, carriers, stories
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
-from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import (
     CacheMode,
@@ -54,7 +60,9 @@ def explain(
     mode: ModeText = None,
     failure: FailureText = Failure.HOST_POWER_LOSS.value,
     root: Root = None,
+    recorded_as: RecordedAs = None,
     base: Base = None,
+    oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell a file's story: when it was sent, answered and flushed, and from when on it was safe.
@@ -71,6 +79,8 @@ def explain(
       nbdproxy explain run1 /app/a.js --files npm.sha256 --root / --at riskiest
 
       nbdproxy explain run1 --files npm.sha256
+
+      nbdproxy explain run1 /app/a.js --oracle kernel
     """
     if not paths and files is None:
         raise UsageError("which file? name one by its path in the filesystem, or --files MANIFEST")
@@ -78,57 +88,90 @@ def explain(
         raise UsageError("--at, --mode and --failure are for single files: name one, or drop them")
     if paths and len(paths) > FILES_MAX:
         raise UsageError(f"{len(paths)} files are too many to read; name up to {FILES_MAX}")
-    with RecordedSource(run, image=base) as source:
+    modes = parse_list(mode, CacheMode, "--mode")
+    failures = parse_list(failure, Failure, "--failure") or ()
+    with RecordedSource(run, image=base) as source, closing(Timeline(source)) as timeline:
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
-        timeline = Timeline(source)
-        try:
-            cut = resolve(source, at or "before-exit")
-            if files is not None:
-                partition, wanted = place(timeline, manifest.load(files), cut, root=root)
-            else:
-                partition, wanted = None, Manifest(())
-            if paths:
-                paths = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
-                wanted = _chosen(timeline, wanted, paths, from_manifest=files is not None)
-            with err.status("looking at each instant") as status:
-                told = stories(
-                    timeline,
-                    wanted,
-                    partition,
-                    progress=lambda level, done, total: status.update(
-                        f"looking at each instant: {level.value}, {done:,} of {total:,}"
-                    ),
+        with err.status("looking at the files") as status, opened(oracle, status.update) as judge:
+
+            def about(state: StateId, done: int = 0, total: int = 0) -> None:
+                status.update(
+                    f"looking at each instant: {state.level.value}, {done:,} of {total:,}"
+                    if total
+                    else f"judging crash state {state}"
                 )
-            if not paths:
-                _overview(source, told, json=json)
-            modes = parse_list(mode, CacheMode, "--mode")
-            failures = parse_list(failure, Failure, "--failure") or ()
-            found = []
-            for story in told:
-                own = Manifest((story.entry,))
-                table = replay(
-                    source,
-                    own,
-                    modes=modes,
-                    failures=failures,
-                    at=at,
-                    root="/",
-                    partition=partition,
-                )
-                hangs_on = carriers(timeline, story.entry, partition)
-                lost = _losses(timeline, story.entry, table, partition)
-                found.append(report.Told(story, hangs_on, table, lost))
-            _print(source, found, json=json)
-        finally:
-            timeline.close()
+                if isinstance(judge, BothOracles):
+                    judge.state = str(state)
+
+            asked = _Asked(source, timeline, judge, at, modes, failures, recorded_as, about)
+            partition, wanted = _wanted(asked, paths or [], files, root)
+            told = stories(
+                timeline,
+                wanted,
+                partition,
+                progress=about,
+                oracle=judge,
+            )
+            found = [_told(asked, story, partition) for story in told if paths]
+        tell_differences(judge)
+        if not paths:
+            _overview(source, told, recorded_as, json=json)
+        _print(source, found, json=json)
     fine = all(cell.worst.verdict is Verdict.PASS for one in found for cell in one.replay.cells)
     raise typer.Exit(0 if fine else 1)
 
 
-def _losses(
-    timeline: Timeline, entry: Entry, table: Replay, partition: int | None
-) -> dict[str, Losses]:
+@dataclass(slots=True)
+class _Asked:
+    """What is asked, of which recording, and who says what files are.
+
+    `about` hears of each state that is judged next.
+    """
+
+    source: RecordedSource
+    timeline: Timeline
+    oracle: Oracle
+    at: str | None
+    modes: Sequence[CacheMode] | None
+    failures: Sequence[Failure]
+    recorded_as: CacheMode | None
+    about: Callable[[StateId], None]
+
+
+def _wanted(
+    asked: _Asked, paths: Sequence[str], files: Path | None, root: str | None
+) -> tuple[int | None, Manifest]:
+    """Return what to tell of, and the partition that it is on, if that is known."""
+    partition, wanted = None, Manifest(())
+    cut = resolve(asked.source, asked.at or "before-exit")
+    if files is not None:
+        listed = manifest.load(files)
+        partition, wanted = place(asked.timeline, listed, cut, root=root, oracle=asked.oracle)
+    if paths:
+        absolute = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
+        wanted = _chosen(asked, wanted, absolute, from_manifest=files is not None)
+    return partition, wanted
+
+
+def _told(asked: _Asked, story: Story, partition: int | None) -> report.Told:
+    table = replay(
+        asked.source,
+        Manifest((story.entry,)),
+        modes=asked.modes,
+        failures=asked.failures,
+        at=asked.at,
+        recorded_as=asked.recorded_as,
+        progress=asked.about,
+        root="/",
+        partition=partition,
+        oracle=asked.oracle,
+    )
+    hangs_on = carriers(asked.timeline, story.entry, partition, oracle=asked.oracle)
+    return report.Told(story, hangs_on, table, _losses(asked, story.entry, table, partition))
+
+
+def _losses(asked: _Asked, entry: Entry, table: Replay, partition: int | None) -> dict[str, Losses]:
     """Return what the worst states of the cells lack of a file, each state once."""
     found = {}
     for cell in table.cells:
@@ -136,22 +179,21 @@ def _losses(
         state = cell.worst.state
         if outcome is None or outcome.condition is Condition.WHOLE or str(state) in found:
             continue
-        lost = losses(timeline, entry, state, partition)
+        lost = losses(asked.timeline, entry, state, partition, asked.oracle)
         if lost is not None:
             found[str(state)] = lost
     return found
 
 
-def _chosen(
-    timeline: Timeline, wanted: Manifest, paths: list[str], *, from_manifest: bool
-) -> Manifest:
+def _chosen(asked: _Asked, wanted: Manifest, paths: list[str], *, from_manifest: bool) -> Manifest:
     """Return the entries of the files that are asked for."""
     known = {entry.path: entry for entry in wanted.entries}
     if not from_manifest:
-        disk = timeline.at(timeline.source.events)
+        disk = asked.timeline.at(asked.source.events)
         for folder in dict.fromkeys(posixpath.dirname(path) or "/" for path in paths):
             try:
-                known |= {entry.path: entry for entry in oracle.scan(disk, folder).entries}
+                there = asked.oracle.scan(disk, folder, partition=None)
+                known |= {entry.path: entry for entry in there.entries}
             except FilesystemError as error:
                 raise UsageError(
                     f"what {folder} held in the end cannot be read ({error}); say what should be "
@@ -167,8 +209,10 @@ def _chosen(
     return Manifest(tuple(known[path] for path in dict.fromkeys(paths)))
 
 
-def _overview(source: RecordedSource, told: tuple[Story, ...], *, json: bool) -> None:
-    possible = projectable(recorded_under(source.table))
+def _overview(
+    source: RecordedSource, told: tuple[Story, ...], recorded_as: CacheMode | None, *, json: bool
+) -> None:
+    possible = projectable(recorded_under(source.table, recorded_as))
     levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in possible]
     if json:
         print_json(report.overview_json(told, source))

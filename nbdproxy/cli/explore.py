@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_64_hexdigest
 
-from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Root
+from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, RecordedAs, Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.crash.bench import Job
@@ -122,10 +122,7 @@ def explore(
             help="Share verdicts between states that differ only where the check did not read."
         ),
     ] = True,
-    recorded_as: Annotated[
-        CacheMode | None,
-        typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),
-    ] = None,
+    recorded_as: RecordedAs = None,
     root: Root = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,

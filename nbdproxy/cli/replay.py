@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from nbdproxy.checker.both import BothOracles
-from nbdproxy.cli.choices import At, Base, Covers, FailureText, ModeText, Root, parse_list
+from nbdproxy.cli.choices import (
+    At,
+    Base,
+    Covers,
+    FailureText,
+    ModeText,
+    RecordedAs,
+    Root,
+    parse_list,
+)
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
     OracleChoice,
@@ -37,10 +46,7 @@ def replay(
     failure: FailureText = None,
     at: At = None,
     root: Root = None,
-    recorded_as: Annotated[
-        CacheMode | None,
-        typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),
-    ] = None,
+    recorded_as: RecordedAs = None,
     covers: Covers = Coverage.RECEIVED,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,

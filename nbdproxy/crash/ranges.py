@@ -3,33 +3,26 @@
 The state is compared with one of the same cut that keeps more and has the file whole: whatever the
 file hangs on there, and the state lacks, was lost. What it hangs on is what the oracle read to find
 it whole: its data, its inode, extents and directories, the journal's transactions, and the tables
-of a qcow2 file. Only the ext family is followed so closely.
-
-Of the journal those transactions are told that carry something of the file, and those before them
-that are lost as well, as a later one does not count without the earlier.
+of a qcow2 file. Only the ext family is followed so closely. Of other filesystems data is told by
+its content, and of all else those requests without which the file is not whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nbdproxy.crash.blame import Blame, blame
-from nbdproxy.crash.naming import Choice, StateId
+from nbdproxy.crash.naming import Choice, Part, StateId
 from nbdproxy.crash.paint import NOTHING
 from nbdproxy.crash.timeline import CrashDisk, Timeline
-from nbdproxy.errors import FilesystemError
+from nbdproxy.crash.whose import names_of
 from nbdproxy.extents import Extent, ExtentSet
-from nbdproxy.oracles import check
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.ext4 import journal
-from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.owners import OwnerKind
-from nbdproxy.oracles.filesystems import open_filesystem
-from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.owners import Owner, OwnerMap
-from nbdproxy.oracles.partitions import Slice
+from nbdproxy.oracles.oracle import Follower, Oracle
+from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import Level
 
 
@@ -52,13 +45,15 @@ class Range:
     """Bytes [start, end) of the file: lost with their data, or `None` if that is there.
 
     `is_whole` tells whether the state shows them as they should be; if not, and their data is
-    there, it is the way to it that was lost.
+    there, it is the way to it that was lost. It `is_apart` unless it is nowhere on the disk as it
+    is: packed into metadata, or compressed.
     """
 
     start: int
     end: int
     data: Piece | None
     is_whole: bool = False
+    is_apart: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +71,38 @@ class Losses:
 
 
 def losses(
-    timeline: Timeline, entry: Entry, state: StateId, partition: int | None
+    timeline: Timeline,
+    entry: Entry,
+    state: StateId,
+    partition: int | None,
+    oracle: Oracle = QUICK,
 ) -> Losses | None:
     """Return what a state lacks of a file; None if no state of its cut has it whole."""
-    reference = _reference(timeline, entry, state, partition)
-    if reference is None:
+    follower = oracle.follow(Manifest((entry,)), earlier={}, partition=partition)
+    reference = _reference(timeline, follower, state)
+    if reference is None or follower.reads is None:
         return None
+    reads = list(follower.reads)
     here, there = timeline.open(state), timeline.open(reference)
-    follower = IncrementalCheck(Manifest((entry,)), partition=partition)
-    follower.check(there, None)
-    owners = OwnerMap(there, partition=partition)
-    logged = _Log(there, entry, owners, partition)
+    shown, should = (oracle.content(d, entry, partition=partition) for d in (here, there))
+    if should is None:
+        return None
+    names = names_of(there, entry, partition, oracle)
     data: list[tuple[int, Piece]] = []
     way: dict[tuple[int, str], Piece] = {}
+    apart = ExtentSet()
+    if names.is_exact:
+        apart.add(0, len(should))
     size = timeline.source.size
-    for extent in follower.reads:
-        for start, end, row in _lacking(here, there, extent.offset, min(extent.end, size)):
-            for owner in owners.of(Extent(start, end - start)):
-                what = logged.words(owner) if owner.kind is OwnerKind.JOURNAL else _words(owner)
+    for extent in reads:
+        stop = min(extent.end, size)
+        for owner in names.of(Extent(extent.offset, stop - extent.offset)):
+            if owner.kind is OwnerKind.FILE_DATA and entry.path in owner.paths:
+                offset = owner.offset or 0
+                apart.add(offset, offset + owner.extent.length)
+        for start, end, row in _lacking(here, there, extent.offset, stop):
+            for owner in names.of(Extent(start, end - start)):
+                what = names.words(owner)
                 if what is None:
                     continue
                 piece = _piece(timeline, row, owner.extent, what, state)
@@ -101,30 +110,59 @@ def losses(
                     data.append((owner.offset or 0, piece))
                 else:
                     way.setdefault((row, what), piece)
-    shown, should = (_content(disk, entry, partition) for disk in (here, there))
-    assert should is not None
     ranges = tuple(
         one
         if one.data or shown is None
         else replace(one, is_whole=shown[one.start : one.end] == should[one.start : one.end])
-        for one in _ranges(len(should), data)
+        for one in _ranges(len(should), data, apart)
     )
     is_found = shown is not None and len(shown) == len(should)
     needs_way = not is_found or not all(one.data or one.is_whole for one in ranges)
-    return Losses(reference, ranges, tuple(way.values()) if needs_way else ())
+    lost = list(way.values()) if needs_way else []
+    if not names.is_exact:
+        lost = _needed(lost, lambda some: _is_whole(timeline, follower, state, data, some))
+    return Losses(reference, ranges, tuple(lost))
 
 
-def _reference(
-    timeline: Timeline, entry: Entry, state: StateId, partition: int | None
-) -> StateId | None:
-    """Return the state of the least level that has the file whole."""
+def _reference(timeline: Timeline, follower: Follower, state: StateId) -> StateId | None:
+    """Return the state of the least level that has the file whole; it is the last one judged."""
     levels = list(Level)
     for level in levels[levels.index(state.level) + 1 :]:
         fuller = StateId(state.position, level, Choice.MUST, state.options)
-        found = check.check(timeline.open(fuller), Manifest((entry,)), partition=partition)
-        if found.verdict is Verdict.PASS:
+        if follower.check(timeline.open(fuller), None).verdict is Verdict.PASS:
             return fuller
     return None
+
+
+def _is_whole(
+    timeline: Timeline,
+    follower: Follower,
+    state: StateId,
+    data: Sequence[tuple[int, Piece]],
+    way: Sequence[Piece],
+) -> bool:
+    """Tell whether a state with some requests put back has the file whole."""
+    seqs = {piece.seq for _, piece in data} | {piece.seq for piece in way}
+    parts = tuple(Part(seq) for seq in sorted(seqs))
+    more = StateId(state.position, state.level, Choice.ONLY, state.options, parts)
+    return follower.check(timeline.open(more), None).verdict is Verdict.PASS
+
+
+def _needed(pieces: list[Piece], suffice: Callable[[Sequence[Piece]], bool]) -> list[Piece]:
+    """Return those that suffice, and none of which can be left out; all, if all do not suffice."""
+    if not suffice(pieces):
+        return pieces
+    size = len(pieces)
+    while size:
+        for at in range(0, len(pieces), size):
+            fewer = pieces[:at] + pieces[at + size :]
+            if suffice(fewer):
+                pieces = fewer
+                break
+        else:
+            size //= 2
+        size = min(size, len(pieces))
+    return pieces
 
 
 def _lacking(
@@ -149,93 +187,27 @@ def _piece(timeline: Timeline, row: int, extent: Extent, what: str, state: State
     return Piece(extent, what, seq, timeline.source.time_of(seq), why)
 
 
-def _words(owner: Owner) -> str:
-    return replace(owner, paths=owner.paths[:1], offset=None).words()
-
-
-def _ranges(length: int, data: list[tuple[int, Piece]]) -> Iterator[Range]:
+def _ranges(length: int, data: list[tuple[int, Piece]], apart: ExtentSet) -> Iterator[Range]:
     """Yield the whole file: what was lost, and what lies between."""
     at = 0
-    covered = ExtentSet()
-    for offset, piece in sorted(data, key=lambda one: one[0]):
-        start, end = max(at, offset), min(length, offset + piece.extent.length)
-        if start >= end:
-            continue
+    for offset, piece in [*sorted(data, key=lambda one: one[0]), (length, None)]:
+        start, end = max(at, offset), length
+        if piece is not None:
+            end = min(length, offset + piece.extent.length)
         if at < start:
-            yield Range(at, start, None)
-        yield Range(start, end, piece)
-        covered.add(start, end)
-        at = end
-    if at < length:
-        yield Range(at, length, None)
+            yield from _between(at, min(start, length), apart)
+        if piece is not None and start < end:
+            yield Range(start, end, piece)
+        at = max(at, end)
 
 
-def _content(disk: CrashDisk, entry: Entry, partition: int | None) -> bytes | None:
-    """Return what a state shows of a file; None if it cannot be read."""
-    try:
-        filesystem = open_filesystem(check.only(check.candidates(disk, partition)).device)
-        node = filesystem.lookup(check.absolute(entry.path), follow_last=entry.target is None)
-        if node is None:
-            return None
-        if node.is_symlink:
-            return filesystem.symlink_target(node)
-        return b"".join(filesystem.chunks(node)) if node.is_regular else None
-    except FilesystemError:
-        return None
-
-
-class _Log:
-    """Which bytes of the disk are which transaction's, as far as a file needs it."""
-
-    def __init__(
-        self, disk: CrashDisk, entry: Entry, owners: OwnerMap, partition: int | None
-    ) -> None:
-        self._words: dict[int, str] = {}
-        self._block = 1
-        try:
-            part = check.only(check.candidates(disk, partition))
-            filesystem = Filesystem(part.device)
-            found = journal.log_map(filesystem)
-        except FilesystemError:
-            return
-        self._block = size = filesystem.superblock.block_size
-        if found:
-            first = filesystem.runs(filesystem.inode(filesystem.superblock.journal_inode))[0]
-            for extent in part.on_disk(first.physical * size, size):
-                self._words[extent.offset] = "journal superblock"
-        carried: dict[int, list[str]] = {}
-        for block in found.values():
-            if block.target is not None:
-                words = _carried(part, owners, block.target * size, size, entry)
-                carried.setdefault(block.transaction, []).extend(words)
-        needed = [number for number, words in carried.items() if words]
-        for number, block in found.items():
-            if not needed or block.transaction > max(needed):
-                continue
-            what = ", ".join(dict.fromkeys(carried.get(block.transaction, ())))
-            for extent in part.on_disk(number * size, size):
-                self._words[extent.offset] = f"journal, transaction {block.transaction}" + (
-                    f": {what}" if what else ""
-                )
-
-    def words(self, owner: Owner) -> str | None:
-        """Return what a piece of the journal is; None if the file does not need it."""
-        at = owner.extent.offset
-        while at < owner.extent.end:
-            found = self._words.get(at - at % self._block)
-            if found is not None:
-                return found
-            at += self._block
-        return None
-
-
-def _carried(part: Slice, owners: OwnerMap, at: int, size: int, entry: Entry) -> Iterator[str]:
-    """Yield what of a file a block of its filesystem holds."""
-    for extent in part.on_disk(at, size):
-        for owner in owners.of(extent):
-            if entry.path in owner.paths:
-                yield f"{owner.kind} of {entry.path}"
-            elif owner.kind is OwnerKind.DIRECTORY and any(
-                entry.path.startswith(path.rstrip("/") + "/") for path in owner.paths
-            ):
-                yield f"directory {owner.path}"
+def _between(start: int, end: int, apart: ExtentSet) -> Iterator[Range]:
+    """Yield ranges that lost no data of their own."""
+    packed = [(gap.offset, gap.end) for gap in apart.missing(start, end)]
+    for low, high in packed:
+        if start < low:
+            yield Range(start, low, None)
+        yield Range(low, high, None, is_apart=False)
+        start = high
+    if start < end:
+        yield Range(start, end, None)

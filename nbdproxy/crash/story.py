@@ -21,13 +21,15 @@ from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.paint import NOTHING
 from nbdproxy.crash.replay import earlier_digests
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.whose import names_of
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.owners import Owner, OwnerMap
+from nbdproxy.oracles.oracle import Oracle
+from nbdproxy.oracles.owners import Owner
+from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
 from nbdproxy.recording.index import NEVER
 from nbdproxy.requests import Command
@@ -103,26 +105,28 @@ def stories(
     partition: int | None,
     *,
     options: Options = DEFAULTS,
-    progress: Callable[[Level, int, int], None] = lambda _level, _done, _total: None,
+    progress: Callable[[StateId, int, int], None] = lambda _state, _done, _total: None,
+    oracle: Oracle = QUICK,
 ) -> tuple[Story, ...]:
     """Return the story of each file of a manifest with absolute paths.
 
-    `progress` gets the level, and how many of how many instants were looked at. Where the
+    `progress` gets the state looked at next, and how many of a level's instants were. Where the
     filesystem cannot be read, its files are unreadable; raises FilesystemError if that is so at the
     end of all that was sent.
     """
-    earlier = earlier_digests(timeline, manifest, partition)
+    earlier = earlier_digests(timeline, manifest, partition, oracle)
     found: dict[str, dict[Level, list[Change]]] = {
         entry.path: {level: [] for level in LEVELS} for entry in manifest.entries
     }
     for level in LEVELS:
-        check = IncrementalCheck(manifest, earlier=earlier, partition=partition)
+        follower = oracle.follow(manifest, earlier=earlier, partition=partition)
         last = None
         steps = list(_steps(timeline, level, options))
         for number, (position, changed) in enumerate(steps):
-            disk = timeline.open(StateId(position, level, Choice.MUST, options))
-            findings = check.check(disk, changed)
-            progress(level, number, len(steps))
+            state = StateId(position, level, Choice.MUST, options)
+            progress(state, number, len(steps))
+            disk = timeline.open(state)
+            findings = follower.check(disk, changed)
             if findings is last and findings.conditions:
                 continue
             last = findings
@@ -168,25 +172,31 @@ def _steps(
 
 
 def carriers(
-    timeline: Timeline, entry: Entry, partition: int | None, options: Options = DEFAULTS
+    timeline: Timeline,
+    entry: Entry,
+    partition: int | None,
+    *,
+    options: Options = DEFAULTS,
+    oracle: Oracle = QUICK,
 ) -> tuple[Carrier, ...]:
     """Return the requests that a file hangs on in the end, in the order received.
 
     Those are the ones that show in the file's content and in what leads to it: its inode, its
-    extents, its directories. What all files of the disk hang on is left out, and the journal; none
-    is returned if the file itself is nowhere.
+    extents, its directories (only its content, where the filesystem is not of the ext family). What
+    all files of the disk hang on is left out, and the journal; none is returned if the file itself
+    is nowhere.
     """
     end = timeline.source.events
     disk = timeline.at(end)
-    check = IncrementalCheck(Manifest((entry,)), partition=partition)
-    check.check(disk, None)
-    owners = OwnerMap(disk, partition=partition)
+    follower = oracle.follow(Manifest((entry,)), earlier={}, partition=partition)
+    follower.check(disk, None)
+    names = names_of(disk, entry, partition, oracle)
     found: dict[int, list[Owner]] = {}
-    for extent in check.reads:
+    for extent in follower.reads or ():
         stop = min(extent.end, timeline.source.size)
         for start, high, row in disk.segments(extent.offset, stop):
             if row != NOTHING:
-                own = [o for o in owners.of(Extent(start, high - start)) if _leads_to(o, entry)]
+                own = [o for o in names.of(Extent(start, high - start)) if _leads_to(o, entry)]
                 found.setdefault(row, []).extend(own)
     if not any(entry.path in owner.paths for some in found.values() for owner in some):
         return ()

@@ -13,7 +13,10 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Entry, Manifest
+
+CONTENT_MAX = 64 << 20
+"""So many bytes of a file a guest hands out at once."""
 
 Digests = Mapping[str, Collection[str]]
 """Of each path the SHA-256 digests that the file had earlier."""
@@ -45,6 +48,15 @@ class Oracle(Protocol):
 
     def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
         """Describe all files below a directory."""
+        ...
+
+    def content(
+        self, device: ReadableDevice, entry: Entry, *, partition: int | None
+    ) -> bytes | None:
+        """Return what a file holds, or where a symbolic link points; None if none is there.
+
+        None also if it cannot be read. A guest hands out no more than CONTENT_MAX.
+        """
         ...
 
     def examine(

@@ -12,7 +12,7 @@ from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of, open_filesystem
 from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.incremental import IncrementalCheck
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.oracle import Digests
 from nbdproxy.oracles.partitions import Slice
 
@@ -35,6 +35,21 @@ class QuickOracle:
     def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
         """Describe all files below a directory."""
         return check.scan(device, under, partition=partition)
+
+    def content(
+        self, device: ReadableDevice, entry: Entry, *, partition: int | None
+    ) -> bytes | None:
+        """Return what a file holds, or where a symbolic link points; None if none is there."""
+        try:
+            filesystem = open_filesystem(check.only(check.candidates(device, partition)).device)
+            node = filesystem.lookup(check.absolute(entry.path), follow_last=entry.target is None)
+            if node is None:
+                return None
+            if node.is_symlink:
+                return filesystem.symlink_target(node)
+            return b"".join(filesystem.chunks(node)) if node.is_regular else None
+        except FilesystemError:
+            return None
 
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True

@@ -126,9 +126,10 @@ def check_projection(recorded: frozenset[CacheMode], modes: Iterable[CacheMode])
     wrong = [mode.value for mode in modes if mode not in possible]
     if wrong:
         raise ProjectionError(
-            f"this recording was taken under writethrough or directsync, where the guest sends no "
-            f"flushes, and tells nothing about {', '.join(wrong)}: record again with cache=none or "
-            f"cache=writeback, or ask with --mode writethrough,directsync"
+            f"this recording seems to be taken under writethrough or directsync, where the guest "
+            f"sends no flushes, and tells nothing about {', '.join(wrong)}: record again with "
+            f"cache=none, ask with --mode writethrough,directsync, or say --recorded-as none if "
+            f"QEMU had that"
         )
 
 

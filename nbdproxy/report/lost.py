@@ -53,11 +53,14 @@ def _data(losses: Losses) -> Iterator[str]:
         if one.data is not None:
             yield f"{bytes_}: {_who(one.data)}"
         elif not one.is_whole:
-            yield f"{bytes_}: the data is there, and what leads to it is not:"
+            if one.is_apart:
+                yield f"{bytes_}: the data is there, and what leads to it is not:"
+            else:
+                yield f"{bytes_}: packed into metadata or compressed, of which is lacking:"
 
 
-def _key(one: Range) -> tuple[int | None, bool]:
-    return None if one.data is None else one.data.seq, one.is_whole
+def _key(one: Range) -> tuple[int | None, bool, bool]:
+    return None if one.data is None else one.data.seq, one.is_whole, one.is_apart
 
 
 def _who(piece: Piece) -> str:

@@ -60,6 +60,13 @@ class SectorFiles:
 
     reads = None
 
+    def content(
+        self, device: ReadableDevice, entry: Entry, *, partition: int | None
+    ) -> bytes | None:
+        assert not partition
+        found = self._files(device).get(entry.path)
+        return None if found is None else bytes([int(found)])
+
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
     ) -> Examination:
