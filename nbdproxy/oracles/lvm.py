@@ -186,9 +186,9 @@ def _value(tokens: list[Any], at: int) -> tuple[Any, int]:
 def _volumes(text: dict[str, Any], own: str, size: int) -> Iterator[Volume]:
     (group,) = (name for name, value in text.items() if isinstance(value, dict))
     about = text[group]
-    extent = about["extent_size"] * SECTOR
+    extent = _whole(about["extent_size"]) * SECTOR
     starts = {
-        name: pv["pe_start"] * SECTOR
+        name: _whole(pv["pe_start"]) * SECTOR
         for name, pv in about["physical_volumes"].items()
         if pv["id"].replace("-", "") == own
     }
@@ -199,9 +199,8 @@ def _volumes(text: dict[str, Any], own: str, size: int) -> Iterator[Volume]:
             if segment["type"] != "striped" or segment["stripe_count"] != 1:
                 break
             where, first = segment["stripes"]
-            piece = Extent(
-                starts.get(where, size) + first * extent, segment["extent_count"] * extent
-            )
+            start = starts.get(where, size) + _whole(first) * extent
+            piece = Extent(start, _whole(segment["extent_count"]) * extent)
             if (
                 where not in starts
                 or piece.end > size
@@ -211,3 +210,10 @@ def _volumes(text: dict[str, Any], own: str, size: int) -> Iterator[Volume]:
             pieces.append(piece)
         else:
             yield Volume(f"{group}/{name}", tuple(pieces))
+
+
+def _whole(value: object) -> int:
+    """Return a whole number; what else stands there would be multiplied, too."""
+    if not isinstance(value, int):
+        raise TypeError
+    return value

@@ -12,7 +12,6 @@ Not covered: packages without integrity (git, folders), workspaces, install scri
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import io
 import json
@@ -20,6 +19,7 @@ import os
 import posixpath
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,22 @@ def from_lock(lock: Path, tarballs: Tarballs, *, under: str = "", modes: bool = 
 
     Raises ManifestError if the lockfile cannot be read, or a tarball is missing or another.
     """
+    try:
+        entries = _entries(lock, tarballs, modes=modes)
+    except (AttributeError, TypeError, RecursionError):
+        raise ManifestError(
+            f"{lock} is not as npm writes it; make it anew with: npm install --package-lock-only"
+        ) from None
+    front = under.rstrip("/") + "/" if under else ""
+    return Manifest(
+        tuple(
+            Entry(front + path, e.sha256, e.size, e.mode, e.target)
+            for path, e in sorted(entries.items())
+        )
+    )
+
+
+def _entries(lock: Path, tarballs: Tarballs, *, modes: bool) -> dict[str, Entry]:
     packages = _packages(lock)
     entries = {}
     for path in (lock.with_name("package.json"), lock):
@@ -108,13 +124,7 @@ def from_lock(lock: Path, tarballs: Tarballs, *, under: str = "", modes: bool = 
         for link, program in programs.items():
             target = posixpath.relpath(program, posixpath.dirname(link))
             entries.setdefault(link, link_entry(link, target))
-    front = under.rstrip("/") + "/" if under else ""
-    return Manifest(
-        tuple(
-            Entry(front + path, e.sha256, e.size, e.mode, e.target)
-            for path, e in sorted(entries.items())
-        )
-    )
+    return entries
 
 
 def _packages(lock: Path) -> Mapping[str, Any]:
@@ -160,7 +170,7 @@ def _strongest(integrity: str | None, name: str) -> tuple[str, str]:
         if algorithm in known:
             try:
                 wanted = base64.b64decode(known[algorithm].partition("?")[0], validate=True)
-            except binascii.Error:
+            except ValueError:
                 break
             return algorithm, wanted.hex()
     raise ManifestError(
@@ -206,5 +216,5 @@ def _unpacked(
                 if modes:
                     mode = 0o755 if full in programs else (member.mode | 0o666) & 0o777 & ~0o022
                 yield Entry(full, digest([content]), len(content), mode)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ManifestError(f"the tarball of {name} cannot be read: {error}") from error

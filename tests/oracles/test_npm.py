@@ -147,6 +147,28 @@ def test_what_is_no_lockfile(tmp_path: Path, project: Project) -> None:
         project.entries()
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"integrity": 5}, {"integrity": "sha512-é"}, {"os": 3, "optional": True}, {"bin": [1]},
+     {"bin": {"x": 1}}],
+)  # fmt: skip
+def test_what_npm_would_not_write(project: Project, more: dict[str, Any]) -> None:
+    project.add("node_modules/a", tarball({"index.js": b""}), **more)
+    with pytest.raises(ManifestError):
+        project.entries()
+    project.packages["node_modules/a"] = 5  # type: ignore[assignment]
+    with pytest.raises(ManifestError, match="not as npm writes it"):
+        project.entries()
+
+
+def test_a_tarball_with_a_broken_stream(project: Project) -> None:
+    data = bytearray(tarball({"index.js": b"x" * 4096}))
+    data[30] ^= 0xFF
+    project.add("node_modules/a", bytes(data))
+    with pytest.raises(ManifestError, match="cannot be read"):
+        project.entries()
+
+
 def test_npm_s_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.delenv("npm_config_cache", raising=False)
