@@ -63,10 +63,10 @@ def check(
     """Tell of one crash state whether it mounts, what the journal changes, and what fsck finds.
 
     And, with --files, in which condition each file is. The state is named as for open: --at alone
-    is the disk with all that had been sent by then, with --mode and --failure it is the worst state
-    that these allow. Without a kernel (--oracle quick) nothing is mounted: the journal is replayed
-    in memory, and e2fsck runs on a copy. Exit code 0 if all is well, 1 if not, 2 if that cannot
-    be told.
+    is the disk with all that had been sent by then (by default at the end), with --mode and
+    --failure it is the worst state that these allow. Without a kernel (--oracle quick) nothing is
+    mounted: the journal is replayed in memory, and e2fsck runs on a copy. Exit code 0 if all is
+    well, 1 if not, 2 if that cannot be told.
 
     Examples:
 
@@ -125,7 +125,7 @@ def _disk(
     with RecordedSource(where, image=base) as source:
         timeline = Timeline(source)
         try:
-            chosen = choose(timeline, *named)
+            chosen = choose(timeline, *(named if any(named) else (None, "end", None, None)))
             yield f"state {chosen} of {where}", timeline.open(chosen), timeline
         finally:
             timeline.close()

@@ -12,7 +12,7 @@ import typer
 
 from nbdproxy.checker.both import BothOracles
 from nbdproxy.checker.oracle import KernelOracle
-from nbdproxy.cli.console import err
+from nbdproxy.cli.console import err, plural
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.quick import QuickOracle
 
@@ -67,7 +67,8 @@ def tell_differences(oracle: Oracle) -> None:
             markup=False,
         )
     err.print(
-        f"both oracles judged {oracle.compared:,} states: {len(oracle.differences):,} differences",
+        f"both oracles judged {plural(oracle.compared, 'state')}: "
+        f"{plural(len(oracle.differences), 'difference')}",
         markup=False,
     )
 

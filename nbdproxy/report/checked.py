@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination, Fsck
+from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.owners import Owner
 from nbdproxy.report.paths import printable
 from nbdproxy.sizes import size_text
@@ -119,6 +120,8 @@ def _journal(told: Checked) -> str:
         paths |= dict.fromkeys(owner.paths)
         kinds[owner.kind.value] = length + owner.extent.length, paths
     total = sum(extent.length for extent in told.examination.replayed)
+    if set(kinds) == {OwnerKind.UNKNOWN.value}:
+        return f"the mount changes {size_text(total)}, its log's own blocks among them"
     parts = [f"{kind} {size_text(n)}{_named(list(paths))}" for kind, (n, paths) in kinds.items()]
     return f"replay changes {size_text(total)}: {', '.join(parts)}"
 
