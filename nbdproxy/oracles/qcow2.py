@@ -6,7 +6,8 @@ format" (docs/interop/qcow2.txt).
 
 Read are versions 2 and 3 with any cluster size, zero clusters, and clusters compressed with zlib.
 Refused are backing files, encryption, external data, extended L2 entries and zstd. Refcounts are
-not looked at: QEMU does not need them to read. What leads out of the file is an error, as for QEMU.
+not looked at: QEMU does not need them to read. What lies behind the file's end reads as zeroes, as
+for QEMU: that is what a guest gets of a file that lost its length.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _DEFLATE_WINDOW = -12
 
 
 class Qcow2Error(FilesystemError):
-    """A qcow2 file that cannot be read here, or whose tables lead nowhere."""
+    """A qcow2 file that cannot be read here, or whose tables are broken."""
 
 
 class Structure(StrEnum):
@@ -109,7 +110,7 @@ class Qcow2Device:
         return bytes(buffer)
 
     def pread_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset`; raises Qcow2Error where a table leads out of the file."""
+        """Fill `buffer` from `offset`; raises Qcow2Error where a table is broken."""
         for run in self.runs(offset, offset + len(buffer)):
             part = buffer[run.start - offset : run.end - offset]
             if run.host is None:
@@ -117,8 +118,10 @@ class Qcow2Device:
             elif run.packed:
                 part[:] = self._unpacked(run)
             else:
-                self._check(run.host, len(part), "data cluster")
-                self._base.pread_into(run.host, part)
+                there = self._there(run.host, len(part))
+                if there:
+                    self._base.pread_into(run.host, part[:there])
+                part[there:] = bytes(len(part) - there)
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield, ascending and disjoint, what may hold anything but zeroes."""
@@ -128,8 +131,8 @@ class Qcow2Device:
             if run.packed:
                 yield Extent(run.start, run.end - run.start)
                 continue
-            self._check(run.host, run.end - run.start, "data cluster")
-            for extent in self._base.data_extents(run.host, run.end - run.start):
+            there = self._there(run.host, run.end - run.start)
+            for extent in self._base.data_extents(run.host, there) if there else ():
                 yield Extent(run.start + extent.offset - run.host, extent.length)
 
     def runs(self, start: int, end: int) -> Iterator[Run]:
@@ -152,7 +155,9 @@ class Qcow2Device:
         """Yield where in the file a piece of the guest's disk is, as far as it is anywhere."""
         for run in self.runs(offset, offset + length):
             if run.host is not None:
-                yield Extent(run.host, run.packed or run.end - run.start)
+                there = self._there(run.host, run.packed or run.end - run.start)
+                if there:
+                    yield Extent(run.host, there)
 
     def structures(self) -> Iterator[tuple[Structure, Extent]]:
         """Yield what of the file are its own structures, in whole clusters."""
@@ -164,7 +169,7 @@ class Qcow2Device:
                 yield Structure.L2, Extent(entry & _OFFSET, self.cluster)
         at, length = self._refcounts
         yield Structure.REFCOUNTS, Extent(at, length)
-        raw = self._base.pread(at, max(0, min(length, self._base.size - at)))
+        raw = self._base.pread(at, there) if (there := self._there(at, length)) else b""
         for (block,) in struct.iter_unpack(">Q", raw[: len(raw) // 8 * 8]):
             if block:
                 yield Structure.REFCOUNTS, Extent(block & _OFFSET, self.cluster)
@@ -188,7 +193,9 @@ class Qcow2Device:
             at = entry & (1 << split) - 1
             length = ((entry >> split & (1 << self._bits - 8) - 1) + 1) * 512 - at % 512
             return Run(start, end, at, place, length)
-        if not entry & _OFFSET or (self._has_zero and entry & _ZERO):
+        if (entry & _OFFSET) % self.cluster or (entry & _ZERO and not self._has_zero):
+            raise Qcow2Error("an entry of the qcow2 file's L2 table is impossible")
+        if not entry & _OFFSET or entry & _ZERO:
             return Run(start, end, None, place)
         return Run(start, end, (entry & _OFFSET) + start % self.cluster, place)
 
@@ -202,23 +209,26 @@ class Qcow2Device:
     def _unpacked(self, run: Run) -> bytes:
         """Return what a piece of a compressed cluster holds."""
         assert run.host is not None
-        data = self._base.pread(run.host, min(run.packed, max(0, self._base.size - run.host)))
+        there = self._there(run.host, run.packed)
+        data = self._base.pread(run.host, there) if there else b""
         try:
             whole = zlib.decompressobj(_DEFLATE_WINDOW).decompress(data, self.cluster)
         except zlib.error:
-            raise Qcow2Error("a compressed cluster of the qcow2 file is broken") from None
+            whole = b""
+        if len(whole) < self.cluster:
+            raise Qcow2Error("a compressed cluster of the qcow2 file is broken")
         at = run.start % self.cluster
-        return whole.ljust(self.cluster, b"\0")[at : at + run.end - run.start]
+        return whole[at : at + run.end - run.start]
 
     def _read(self, at: int, length: int, what: str) -> bytes:
-        self._check(at, length, what)
-        return self._base.pread(at, length)
-
-    def _check(self, at: int, length: int, what: str) -> None:
-        if at + length > self._base.size:
-            raise Qcow2Error(f"the qcow2 file's {what} would be behind the file's end")
-        if what != "data cluster" and at % self.cluster:
+        if at % self.cluster:
             raise Qcow2Error(f"the qcow2 file's {what} is at an impossible place")
+        there = self._there(at, length)
+        return (self._base.pread(at, there) if there else b"").ljust(length, b"\0")
+
+    def _there(self, at: int, length: int) -> int:
+        """Return how much of a piece of the file is before its end."""
+        return max(0, min(length, self._base.size - at))
 
 
 def _follows(one: Run, other: Run) -> bool:
