@@ -81,13 +81,18 @@ class BothOracles:
         self.compared += 1
         for path, condition in kernel.conditions.items():
             said = quick.conditions[path]
-            cannot_tell = quick.reason is not None and said is Condition.UNREADABLE
-            if said is not condition and not cannot_tell:
+            if said is not condition and not (_doubts(quick, path) or _doubts(kernel, path)):
                 self.differences.append(Difference(self.state, path, said, condition))
 
     def close(self) -> None:
         """End the guest."""
         self._kernel.close()
+
+
+def _doubts(findings: Findings, path: str) -> bool:
+    """Tell whether an oracle may only have been unable to read a file."""
+    is_unreadable = findings.conditions[path] is Condition.UNREADABLE
+    return findings.reason is not None and not findings.refused and is_unreadable
 
 
 class _Both:

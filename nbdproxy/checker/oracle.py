@@ -4,84 +4,48 @@ The part of the disk that holds the filesystem is found here (`oracles.partition
 what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted
 read-only, which replays its journal or log into an overlay that is then forgotten.
 
-A state that the kernel does not mount has lost all its files. Whatever goes wrong with the guest
-itself leaves a state *unknown*, and the next one gets a new guest. NTFS is mounted by ntfs-3g,
+A state that the kernel does not mount has lost all its files, if that is the disk's own fault (see
+`drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one gets a new guest. NTFS is mounted by ntfs-3g,
 which replays no log: a state whose log Windows would replay is unknown. Not thread-safe.
 """
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
+from nbdproxy.checker.drivers import (
+    RefusedByKernelError,
+    driver_of,
+    elsewhere,
+    has_ciphers,
+    refusal,
+)
 from nbdproxy.checker.guest import ANSWER_LIMIT_S, CheckerGuest, GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
 from nbdproxy.lab.build import Lab, build_lab
 from nbdproxy.lab.cache import silent
-from nbdproxy.lab.kernel import FILESYSTEM_MODULES, MOUNT_PROGRAMS
+from nbdproxy.lab.kernel import FILESYSTEM_MODULES
 from nbdproxy.lab.tools import PACKAGE_OF
 from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
-from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
+from nbdproxy.oracles.filesystems import kind_of
 from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
 FSCK_LINES = 12
+_BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
+"""What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
 READ_RATE = 4 << 20
 """Bytes a second that a guest reads and digests at least."""
-
-
-class Driver(NamedTuple):
-    """How the guest handles a kind.
-
-    fsck         the checker and its options, none if the lab has none
-    probe        what tells first, by its status, whether a mount for writing would be right
-    refusals     which statuses of a probe or mount mean a broken filesystem; None for all
-    keeps_modes  whether permissions are kept, and not made up by the driver
-    """
-
-    name: str
-    options: str
-    fsck: tuple[str, ...] = ()
-    probe: tuple[str, ...] = ()
-    refusals: frozenset[int] | None = None
-    keeps_modes: bool = True
-
-    @property
-    def program(self) -> str | None:
-        """What mounts it instead of the kernel."""
-        return MOUNT_PROGRAMS.get(self.name)
-
-
-_NOT_NTFS, _CORRUPT = 12, 13  # ntfs-3g.probe(8)
-
-DRIVERS = {
-    FilesystemKind.EXT: Driver("ext4", "ro", ("e2fsck", "-fn")),
-    FilesystemKind.XFS: Driver("xfs", "ro,nouuid", ("xfs_repair", "-n")),
-    FilesystemKind.BTRFS: Driver("btrfs", "ro", ("btrfs", "check", "--readonly")),
-    FilesystemKind.FAT: Driver("vfat", "ro,utf8", ("fsck.fat", "-n"), keeps_modes=False),
-    FilesystemKind.EXFAT: Driver("exfat", "ro,iocharset=utf8", keeps_modes=False),
-    FilesystemKind.NTFS: Driver(
-        "ntfs",
-        "ro",
-        ("ntfsresize", "--info", "--force", "--no-progress-bar"),
-        probe=("ntfs-3g.probe", "--readwrite"),  # a mount for reading does not look at the log
-        refusals=frozenset({_NOT_NTFS, _CORRUPT}),
-        keeps_modes=False,
-    ),
-}
-
-
-class RefusedByKernelError(FilesystemError):
-    """The kernel does not mount the filesystem."""
 
 
 class KernelOracle:
@@ -157,14 +121,17 @@ class KernelOracle:
     def place(self, device: ReadableDevice, partition: int | None) -> Slice:
         """Return the part of a disk that is to be mounted; FilesystemError if there is none."""
         place = quick.only(quick.candidates(device, partition))
-        if kind_of(place.device) is None:
+        kind = kind_of(place.device)
+        if kind is None:
             raise FilesystemError("no filesystem found: it begins with none that is known")
+        if (part := elsewhere(place.device, kind)) is not None:
+            raise FilesystemError(f"{part} on another device, which is not part of the recording")
         return place
 
     @contextmanager
     def mounted(self, place: Slice) -> Iterator[CheckerGuest]:
         """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone."""
-        driver = _driver(place)
+        driver = driver_of(place.device)
         try:
             guest = self._booted(place.length)
             for program in (driver.program, *driver.probe[:1]):
@@ -180,7 +147,7 @@ class KernelOracle:
                 probe=driver.probe,
             )
             if done["code"]:
-                raise _refused(driver, done)
+                raise refusal(driver, done["code"], done["log"], done["said"])
             yield guest
             if not guest.ask("umount")["ok"]:
                 raise GuestError("the checker guest could not unmount the state")
@@ -220,7 +187,7 @@ class KernelOracle:
         return sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
 
     def _fsck(self, guest: CheckerGuest, place: Slice) -> Fsck | str:
-        program = _driver(place).fsck
+        program = driver_of(place.device).fsck
         if not program:
             return "the lab has no checker for it"
         try:
@@ -286,17 +253,23 @@ class KernelFollower:
             return Findings(Verdict.FAIL, lost, str(error), refused=True)
         except FilesystemError as error:
             return Findings(Verdict.UNKNOWN, reason=str(error))
-        return self._findings(found, keeps_modes=_driver(place).keeps_modes)
+        return self._findings(found, place)
 
-    def _findings(self, found: Sequence[Any], *, keeps_modes: bool) -> Findings:
-        outcomes = {
-            entry.path: Outcome(
-                _condition(entry, one, self._earlier.get(entry.path, ()), keeps_modes=keeps_modes)
-            )
-            for entry, one in zip(self._manifest.entries, found, strict=True)
-        }
+    def _findings(self, found: Sequence[Any], place: Slice) -> Findings:
+        keeps_modes = driver_of(place.device).keeps_modes
+        hides = has_ciphers(place.device)
+        outcomes: dict[str, Outcome] = {}
+        for entry, one in zip(self._manifest.entries, found, strict=True):
+            doubt = _doubt(one, hides=hides)
+            if doubt is not None:
+                outcomes[entry.path] = Outcome(Condition.UNREADABLE, f"{entry.path}: {doubt}")
+                continue
+            earlier = self._earlier.get(entry.path, ())
+            condition = _condition(entry, one, earlier, keeps_modes=keeps_modes)
+            outcomes[entry.path] = Outcome(condition)
         verdict = quick.merge({outcome.verdict for outcome in outcomes.values()})
-        return Findings(verdict, {path: one.condition for path, one in outcomes.items()})
+        reason = next((one.doubt for one in outcomes.values() if one.doubt), None)
+        return Findings(verdict, {path: one.condition for path, one in outcomes.items()}, reason)
 
 
 def _patience(place: Slice) -> float:
@@ -304,17 +277,17 @@ def _patience(place: Slice) -> float:
     return ANSWER_LIMIT_S + place.length / READ_RATE
 
 
-def _driver(place: Slice) -> Driver:
-    return DRIVERS[FilesystemKind(kind_of(place.device) or "")]
-
-
-def _refused(driver: Driver, done: Mapping[str, Any]) -> FilesystemError:
-    """Return what a failed mount means, with the last words about it."""
-    words = _last_words(done["log"], done["said"])
-    who = driver.program or "the kernel"
-    if driver.refusals is not None and done["code"] not in driver.refusals:
-        return FilesystemError(f"{who} cannot tell what a mount would show: {words}")
-    return RefusedByKernelError(f"{who} refuses to mount it: {words}")
+def _doubt(found: Any, *, hides: bool) -> str | None:
+    """Say why the agent's word on a file tells nothing, if so; `hides` if folders have ciphers."""
+    if found == 1:
+        return None
+    if found["kind"] == "error" and found["code"] not in _BROKEN:
+        return f"the kernel cannot read it ({found['code']})"
+    if found["kind"] == "file" and "sha256" not in found:
+        return "sparse and larger than its disk"
+    if found["kind"] == "none" and hides:
+        return "perhaps in an encrypted folder, for which the guest has no key"
+    return None
 
 
 def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes: bool) -> Condition:
@@ -332,9 +305,9 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
     result = conclude(
-        *(entry, found["size"], found.get("sha256", ""), set(earlier)),
-        all_zero=found.get("allZero", False),
-        zero_block=found.get("zeroBlock", False),
+        *(entry, found["size"], found["sha256"], set(earlier)),
+        all_zero=found["allZero"],
+        zero_block=found["zeroBlock"],
     )
     is_other = keeps_modes and entry.mode not in {None, found["mode"]}
     return Condition.DAMAGED if result is Condition.WHOLE and is_other else result
@@ -360,9 +333,3 @@ def _sent(path: bytes) -> str:
 
 def _shown(text: str) -> str:
     return quick.shown(text.encode("latin-1"))
-
-
-def _last_words(log: str, said: str) -> str:
-    """Return the kernel's last two lines, without their times, or else what mount said."""
-    lines = [line.partition("] ")[2] or line for line in (log or said).splitlines()]
-    return "; ".join([line.strip() for line in lines if line.strip()][-2:])

@@ -107,7 +107,7 @@ def check(
         return Findings(
             Verdict.UNKNOWN,
             reason=f"the oracle failed on this state ({type(error).__name__}: {error}); "
-            f"check it in a lab guest",
+            f"ask with --oracle kernel",
         )
 
 

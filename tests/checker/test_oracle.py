@@ -21,6 +21,7 @@ from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
+from nbdproxy.oracles.filesystems import kind_of
 from nbdproxy.oracles.manifest import Entry, Manifest, digest, link_entry
 from nbdproxy.oracles.quick import QUICK
 from tests.support import conditions
@@ -169,6 +170,71 @@ def test_fat_in_a_partition(kernel: KernelOracle, tmp_path: Path) -> None:
     disk = FileDisk(tmp_path / "image", read_only=True)
     found = kernel.follow(one_file(b"x"), earlier={}, partition=1).check(disk, None)
     assert found == Findings(Verdict.FAIL, {"/a": Condition.MISSING})
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> OverlayDisk:
+    """An ext4 without checksums that holds /a, and a /sparse of a terabyte."""
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/a").write_bytes(b"content")
+    (tmp_path / "root/sparse").touch()
+    image = tmp_path / "image"
+    format_disk(image, SIZE, options=["-O", "^metadata_csum", "-d", str(tmp_path / "root")])
+    words = ["debugfs", "-w", "-R", f"sif /sparse size {1 << 40}", str(image)]
+    subprocess.run(words, check=True, capture_output=True)
+    return opened(image)
+
+
+def judged(kernel: KernelOracle, disk: OverlayDisk, *entries: Entry) -> Findings:
+    return kernel.follow(Manifest(entries), earlier={}, partition=None).check(disk, None)
+
+
+SUPERBLOCK = 1024
+INCOMPAT = SUPERBLOCK + 0x60
+
+
+def test_features_that_the_lab_s_kernel_lacks_are_unknown(
+    kernel: KernelOracle, plain: OverlayDisk
+) -> None:
+    plain.pwrite(INCOMPAT + 3, b"\x40")
+    found = judged(kernel, plain, *one_file(b"content").entries)
+    assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
+    assert "does not know all of the filesystem" in str(found.reason)
+
+
+def test_a_journal_on_another_device_is_unknown(kernel: KernelOracle, plain: OverlayDisk) -> None:
+    plain.pwrite(SUPERBLOCK + 0xE0, bytes([0, 0, 0, 0, 1, 8, 0, 0]))
+    found = judged(kernel, plain, *one_file(b"content").entries)
+    assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
+    assert "its journal on another device" in str(found.reason)
+
+
+@pytest.mark.parametrize(("at", "value"), [(48, bytes(8)), (16, b"\1"), (0x10088, b"\2")])
+def test_a_filesystem_on_several_devices_is_unknown(
+    kernel: KernelOracle, image: Path, at: int, value: bytes
+) -> None:
+    """A log, a realtime part (XFS), or a second device (Btrfs)."""
+    disk = opened(image)
+    disk.pwrite(at, value)
+    kind = "btrfs" if at > SUPERBLOCK else "xfs"
+    is_its_own = kind_of(disk) == kind
+    found = judged(kernel, disk, *one_file(b"content", "/a/b").entries)
+    assert (found.verdict is Verdict.UNKNOWN) is is_its_own
+    assert ("another device" in str(found.reason)) is is_its_own
+
+
+def test_what_a_kernel_cannot_read_for_another_reason_is_unknown(
+    kernel: KernelOracle, plain: OverlayDisk
+) -> None:
+    """A file longer than its disk, and folders that may be encrypted."""
+    whole, missing = (one_file(b"content", path).entries[0] for path in ("/a", "/b"))
+    found = judged(kernel, plain, whole, replace(whole, path="/sparse", size=1 << 40))
+    assert found.verdict is Verdict.UNKNOWN and "/sparse: " in str(found.reason)
+    assert found.conditions["/a"] is Condition.WHOLE
+    assert judged(kernel, plain, whole, missing).verdict is Verdict.FAIL
+    plain.pwrite(INCOMPAT + 2, bytes([plain.pread(INCOMPAT + 2, 1)[0] | 1]))
+    found = judged(kernel, plain, whole, missing)
+    assert found.verdict is Verdict.UNKNOWN and "no key" in str(found.reason)
 
 
 @pytest.fixture

@@ -278,7 +278,7 @@ def test_a_superblock_no_kernel_mounts_is_refused(
 ) -> None:
     disk = load(make_image("-t", "ext4"))
     disk.pwrite(1024 + offset, value)
-    with pytest.raises(RefusedError, match="lab guest"):
+    with pytest.raises(RefusedError, match="--oracle kernel"):
         open_filesystem(disk)
 
 

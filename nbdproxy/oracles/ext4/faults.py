@@ -28,5 +28,5 @@ def refusal(what: str) -> RefusedError:
     """Return the error for a filesystem that a kernel would most likely not mount, and why."""
     return RefusedError(
         f"the kernel would probably refuse to mount this filesystem ({what}); "
-        f"check the state in a lab guest"
+        f"ask with --oracle kernel"
     )

@@ -139,7 +139,7 @@ def replay(filesystem: Filesystem, sums: Sums | None = None) -> dict[int, bytes]
         raise refusal("it asks for recovery and has no journal")
     if not sb.journal_inode:
         raise RefusedError(
-            "the filesystem's journal is on another device; check the state in a lab guest"
+            "the filesystem has its journal on another device, which is not part of the recording"
         )
     log = _open(filesystem)
     if not log.start:
@@ -353,6 +353,5 @@ def _check_fast_commits(log: Log, end: int) -> None:
     kind, _, _, sequence = struct.unpack_from("<HHII", log.read(first))
     if kind == FAST_COMMIT_HEAD and sequence == end:
         raise RefusedError(
-            "the journal holds fast commits, which only a kernel replays; "
-            "check the state in a lab guest"
+            "the journal holds fast commits, which only a kernel replays; ask with --oracle kernel"
         )

@@ -221,12 +221,12 @@ def _check_features(incompat: int, ro_compat: int) -> None:
     if incompat & ~KNOWN_INCOMPAT:
         raise RefusedError(
             f"the filesystem has features this reader does not know "
-            f"(incompat {incompat & ~KNOWN_INCOMPAT:#x}); check the state in a lab guest"
+            f"(incompat {incompat & ~KNOWN_INCOMPAT:#x}); ask with --oracle kernel"
         )
     if ro_compat & ~KNOWN_RO_COMPAT:
         raise RefusedError(
             f"the filesystem has features this reader does not know "
-            f"(ro_compat {ro_compat & ~KNOWN_RO_COMPAT:#x}); check the state in a lab guest"
+            f"(ro_compat {ro_compat & ~KNOWN_RO_COMPAT:#x}); ask with --oracle kernel"
         )
 
 
