@@ -5,8 +5,9 @@ what the guest gets as its disk, so a partition table is not read by the kernel.
 read-only, which replays its journal or log into an overlay that is then forgotten.
 
 A state that the kernel does not mount has lost all its files, if that is the disk's own fault (see
-`drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one gets a new guest. NTFS is mounted by ntfs-3g,
-which replays no log: a state whose log Windows would replay is unknown. Not thread-safe.
+`drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one
+gets a new guest. NTFS is mounted by ntfs-3g, which replays no log: a state whose log Windows would
+replay is unknown. Not thread-safe.
 """
 
 from __future__ import annotations
