@@ -58,9 +58,11 @@ class BothOracles:
         """Return the partition that a manifest describes, and the manifest with its paths."""
         return self._kernel.locate(device, manifest)
 
-    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+    def scan(
+        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+    ) -> Manifest:
         """Describe all files below a directory."""
-        return self._kernel.scan(device, under, partition=partition)
+        return self._kernel.scan(device, under, partition=partition, modes=modes)
 
     def content(
         self, device: ReadableDevice, entry: Entry, *, partition: int | None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from nbdproxy.checker.drivers import (
@@ -72,12 +73,18 @@ class KernelOracle:
             lambda part: [entry.path for entry in self._walk(part, "/", digests=False)],
         )
 
-    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+    def scan(
+        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+    ) -> Manifest:
         """Describe all files below a directory.
 
         Raises FilesystemError at the first file that cannot be read.
         """
-        return Manifest(tuple(self._walk(self.place(device, partition), under, digests=True)))
+        place = self.place(device, partition)
+        entries = self._walk(place, under, digests=True)
+        if not (modes and driver_of(place.device).keeps_modes):
+            entries = [replace(entry, mode=None) for entry in entries]
+        return Manifest(tuple(entries))
 
     def content(
         self, device: ReadableDevice, entry: Entry, *, partition: int | None
@@ -185,7 +192,10 @@ class KernelOracle:
         if found["errors"] and digests:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
-        return sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
+        entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
+        if digests and (endless := [entry for entry in entries if not entry.sha256]):
+            raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
+        return entries
 
     def _fsck(self, guest: CheckerGuest, place: Slice) -> Fsck | str:
         program = driver_of(place.device).fsck
@@ -319,7 +329,7 @@ def _entry(found: Any) -> Entry:
     path = _shown(found["path"])
     if "target" in found:
         return link_entry(path, _shown(found["target"]))
-    return Entry(path, found.get("sha256", ""), found["size"])
+    return Entry(path, found.get("sha256", ""), found["size"], found["mode"])
 
 
 def _asked(entry: Entry) -> dict[str, object]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
@@ -17,9 +19,9 @@ from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError, ManifestError, UsageError
-from nbdproxy.oracles import check, npm
 from nbdproxy.oracles import manifest as manifests
-from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles import npm
+from nbdproxy.oracles.manifest import Entry
 from nbdproxy.persistence.model import Level
 
 
@@ -78,30 +80,21 @@ def manifest(
         found = npm.from_lock(Path(where), source, under=under or "", modes=modes)
     elif npm_cache is not None or tarballs is not None:
         raise UsageError("--npm-cache and --tarballs are for a package-lock.json; drop them")
+    elif Path(where).is_dir() and not is_recording(Path(where)):
+        found = manifests.from_directory(Path(where), under, modes=modes)
     else:
-        found = _list(where, under, base, _Way(oracle, modes))
+        with (
+            _disk(where, base) as disk,
+            err.status("reading") as status,
+            opened(oracle, status.update) as asked,
+        ):
+            found = asked.scan(disk, under or "/", partition=None, modes=modes)
     if not found.entries:
         raise ManifestError(f"there are no files in {where}; check the path and --under")
     if json:
         print_json([_to_json(entry) for entry in found.entries])
         return
     sys.stdout.buffer.write(manifests.dump(found).encode(errors="surrogateescape"))
-
-
-class _Way(NamedTuple):
-    """How a disk is listed."""
-
-    oracle: OracleName
-    modes: bool
-
-    def scan(self, disk: ReadableDevice, under: str | None) -> Manifest:
-        """List what is on it."""
-        if self.oracle is OracleName.QUICK:
-            return check.scan(disk, under or "/", modes=self.modes)
-        if self.modes:
-            raise UsageError("--modes are read by the quick oracle only; drop it or --oracle")
-        with err.status("reading") as status, opened(self.oracle, status.update) as asked:
-            return asked.scan(disk, under or "/", partition=None)
 
 
 def _to_json(entry: Entry) -> dict[str, object]:
@@ -113,20 +106,21 @@ def _to_json(entry: Entry) -> dict[str, object]:
     return found
 
 
-def _list(where: str, under: str | None, base: Path | None, way: _Way) -> Manifest:
+@contextmanager
+def _disk(where: str, base: Path | None) -> Iterator[ReadableDevice]:
+    """Yield the disk of an image, or of a recording at a cut."""
     path = Path(where)
-    if is_recording(path):
-        return _of_recording(path, "end", under, base, way)
-    if path.is_dir():
-        return manifests.from_directory(path, under, modes=way.modes)
     run, at, cut = where.rpartition("@")
-    if at and not path.exists():
-        return _of_recording(Path(run), cut, under, base, way)
-    disk = _open_image(path)
-    try:
-        return way.scan(disk, under)
-    finally:
-        disk.close()
+    if is_recording(path):
+        run, cut = where, "end"
+    elif not at or path.exists():
+        with closing(_open_image(path)) as image:
+            yield image
+        return
+    with RecordedSource(Path(run), image=base) as source:
+        state = StateId(resolve(source, cut).position, Level.RECEIVED, Choice.ALL)
+        with closing(open_state(source, state)) as disk:
+            yield disk
 
 
 def _open_image(path: Path) -> FileDisk:
@@ -137,14 +131,3 @@ def _open_image(path: Path) -> FileDisk:
             # Padding it, as for a disk, would change the user's file.
             raise ManifestError(f"{path} is neither a folder nor a disk image") from None
         raise error from None
-
-
-def _of_recording(run: Path, cut: str, under: str | None, base: Path | None, way: _Way) -> Manifest:
-    source = RecordedSource(run, image=base)
-    state = StateId(resolve(source, cut).position, Level.RECEIVED, Choice.ALL)
-    disk = open_state(source, state)
-    try:
-        return way.scan(disk, under)
-    finally:
-        disk.close()
-        source.close()

@@ -46,8 +46,10 @@ class Oracle(Protocol):
         """Return the partition that a manifest describes, and the manifest with its paths."""
         ...
 
-    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
-        """Describe all files below a directory."""
+    def scan(
+        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+    ) -> Manifest:
+        """Describe all files below a directory, with `modes` if wanted and kept there."""
         ...
 
     def content(

@@ -32,9 +32,11 @@ class QuickOracle:
         """Return the partition that a manifest describes, and the manifest with its paths."""
         return check.locate(device, manifest)
 
-    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
+    def scan(
+        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+    ) -> Manifest:
         """Describe all files below a directory."""
-        return check.scan(device, under, partition=partition)
+        return check.scan(device, under, partition=partition, modes=modes)
 
     def content(
         self, device: ReadableDevice, entry: Entry, *, partition: int | None

@@ -174,8 +174,10 @@ def test_fat_in_a_partition(kernel: KernelOracle, tmp_path: Path) -> None:
 
 @pytest.fixture
 def plain(tmp_path: Path) -> OverlayDisk:
-    """An ext4 without checksums that holds /a, and a /sparse of a terabyte."""
-    (tmp_path / "root").mkdir()
+    """An ext4 without checksums that holds /a, /folder/program, and a /sparse of a terabyte."""
+    (tmp_path / "root/folder").mkdir(parents=True)
+    (tmp_path / "root/folder/program").touch(0o755)
+    (tmp_path / "root/folder/link").symlink_to("program")
     (tmp_path / "root/a").write_bytes(b"content")
     (tmp_path / "root/sparse").touch()
     image = tmp_path / "image"
@@ -187,6 +189,17 @@ def plain(tmp_path: Path) -> OverlayDisk:
 
 def judged(kernel: KernelOracle, disk: OverlayDisk, *entries: Entry) -> Findings:
     return kernel.follow(Manifest(entries), earlier={}, partition=None).check(disk, None)
+
+
+def test_both_list_the_same(kernel: KernelOracle, plain: OverlayDisk) -> None:
+    for modes in (False, True):
+        listed, same = (
+            oracle.scan(plain, "/folder", partition=None, modes=modes) for oracle in (kernel, QUICK)
+        )
+        assert listed == same
+        assert [entry.mode for entry in listed.entries] == [None, 0o755 if modes else None]
+    with pytest.raises(FilesystemError, match="/sparse is sparse and larger than its disk"):
+        kernel.scan(plain, "/", partition=None)
 
 
 SUPERBLOCK = 1024

@@ -109,8 +109,10 @@ class SectorFiles:
             raise ManifestError("the manifest matches nothing")
         return 2, manifest
 
-    def scan(self, device: ReadableDevice, under: str, *, partition: int | None) -> Manifest:
-        assert (under, partition) == ("/", 2)
+    def scan(
+        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+    ) -> Manifest:
+        assert (under, partition, modes) == ("/", 2, False)
         return Manifest(tuple(Entry(p, found, 512) for p, found in self._files(device).items()))
 
     def _files(self, device: ReadableDevice) -> dict[str, str]:
