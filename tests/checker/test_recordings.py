@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.lab.build import build_lab
-
 pytestmark = pytest.mark.lab
 
+FILES = 50
 NBDPROXY = [sys.executable, "-m", "nbdproxy"]
 
 
@@ -23,33 +23,36 @@ def run(*words: str | Path, status: int = 0) -> subprocess.CompletedProcess[str]
     return done
 
 
-def record(folder: Path, fs: str, words: str) -> Path:
-    """Record a guest that unpacks the small project on a filesystem."""
+def record(folder: Path, fs: str, words: str) -> tuple[Path, Path]:
+    """Record a guest that writes files on a filesystem; return recording and manifest."""
     image, recording, qmp = folder / "disk.img", folder / "run", folder / "qmp"
     run("lab", "format", image, "--fs", fs, "--size", "320M")
-    command = f'{" ".join(NBDPROXY)} lab run tar-small "$uri" --fs {fs} --qmp {qmp} {words}'
+    script = f"'for i in $(seq {FILES}); do echo $i > f$i; done'"
+    guest = f'{" ".join(NBDPROXY)} lab run - "$uri" --script {script}'
+    command = f"{guest} --fs {fs} --qmp {qmp} {words}"
     run("serve", image, "--record", recording, "--qmp", qmp, "--run", command)
-    return recording
+    manifest = folder / "manifest"
+    digests = (hashlib.sha256(f"{n}\n".encode()).hexdigest() for n in range(1, FILES + 1))
+    manifest.write_text("".join(f"{one}  /f{n}\n" for n, one in enumerate(digests, start=1)))
+    return recording, manifest
 
 
 @pytest.mark.parametrize(("fs", "end"), [("xfs", "sync"), ("ntfs", "umount")])
 def test_what_the_quick_oracle_does_not_read(tmp_path: Path, fs: str, end: str) -> None:
     """Under ntfs-3g `sync` sends what was written, and no flush; unmounting does."""
-    recording = record(tmp_path, fs, f"--end {end}")
-    manifest = build_lab().manifests["small"]
+    recording, manifest = record(tmp_path, fs, f"--end {end}")
     words = ("replay", recording, "--files", manifest, "--failure", "host-power-loss", "--json")
     asked = (*words, "--mode", "none,unsafe", "--oracle", "kernel")
     none, unsafe = json.loads(run(*asked, status=1).stdout)["cells"]
     assert none["verdict"] == "pass"
-    assert unsafe["worst"]["causes"] == {"flushed-then-lost": none["worst"]["conditions"]["whole"]}
+    assert unsafe["worst"]["causes"] == {"flushed-then-lost": FILES}
     assert "--oracle kernel" in run(*words, status=2).stderr
 
 
 def test_both_agree_on_every_file_of_every_state(tmp_path: Path) -> None:
     """With files that are whole, zeroed and missing."""
     mount = "--mount nodelalloc,data=writeback,commit=1 --end wait:3,sync"
-    recording = record(tmp_path, "ext4", mount)
-    manifest = build_lab().manifests["small"]
+    recording, manifest = record(tmp_path, "ext4", mount)
     words = ("replay", recording, "--files", manifest, "--root", "/", "--at", "riskiest")
     cells = ("--mode", "none,unsafe", "--failure", "host-power-loss")
     done = run(*words, *cells, "--oracle", "both", "--json", status=1)
