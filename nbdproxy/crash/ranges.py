@@ -91,15 +91,13 @@ def losses(
     data: list[tuple[int, Piece]] = []
     way: dict[tuple[int, str], Piece] = {}
     apart = ExtentSet()
-    if names.is_exact:
-        apart.add(0, len(should))
     size = timeline.source.size
     for extent in reads:
         stop = min(extent.end, size)
-        for owner in names.of(Extent(extent.offset, stop - extent.offset)):
-            if owner.kind is OwnerKind.FILE_DATA and entry.path in owner.paths:
-                offset = owner.offset or 0
-                apart.add(offset, offset + owner.extent.length)
+        read = Extent(extent.offset, stop - extent.offset)
+        for owner in () if names.is_exact else names.of(read):
+            if owner.kind is OwnerKind.FILE_DATA:
+                apart.add(owner.offset or 0, (owner.offset or 0) + owner.extent.length)
         for start, end, row in _lacking(here, there, extent.offset, stop):
             for owner in names.of(Extent(start, end - start)):
                 what = names.words(owner)
@@ -114,7 +112,7 @@ def losses(
         one
         if one.data or shown is None
         else replace(one, is_whole=shown[one.start : one.end] == should[one.start : one.end])
-        for one in _ranges(len(should), data, apart)
+        for one in _ranges(len(should), data, None if names.is_exact else apart)
     )
     is_found = shown is not None and len(shown) == len(should)
     needs_way = not is_found or not all(one.data or one.is_whole for one in ranges)
@@ -187,8 +185,8 @@ def _piece(timeline: Timeline, row: int, extent: Extent, what: str, state: State
     return Piece(extent, what, seq, timeline.source.time_of(seq), why)
 
 
-def _ranges(length: int, data: list[tuple[int, Piece]], apart: ExtentSet) -> Iterator[Range]:
-    """Yield the whole file: what was lost, and what lies between."""
+def _ranges(length: int, data: list[tuple[int, Piece]], apart: ExtentSet | None) -> Iterator[Range]:
+    """Yield the whole file: what was lost, and what lies between; `apart` None is everything."""
     at = 0
     for offset, piece in [*sorted(data, key=lambda one: one[0]), (length, None)]:
         start, end = max(at, offset), length
@@ -201,13 +199,12 @@ def _ranges(length: int, data: list[tuple[int, Piece]], apart: ExtentSet) -> Ite
         at = max(at, end)
 
 
-def _between(start: int, end: int, apart: ExtentSet) -> Iterator[Range]:
+def _between(start: int, end: int, apart: ExtentSet | None) -> Iterator[Range]:
     """Yield ranges that lost no data of their own."""
-    packed = [(gap.offset, gap.end) for gap in apart.missing(start, end)]
-    for low, high in packed:
-        if start < low:
-            yield Range(start, low, None)
-        yield Range(low, high, None, is_apart=False)
-        start = high
+    for gap in list(apart.missing(start, end)) if apart is not None else ():
+        if start < gap.offset:
+            yield Range(start, gap.offset, None)
+        yield Range(gap.offset, gap.end, None, is_apart=False)
+        start = gap.end
     if start < end:
         yield Range(start, end, None)
