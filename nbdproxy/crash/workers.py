@@ -143,22 +143,33 @@ def _begin(job: Job) -> None:
     global _bench  # noqa: PLW0603 - a worker process has one job
     # Ctrl-C is for the parent, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
-    _bench = open_bench(job)
-    Finalize(None, _bench.close, exitpriority=10)
     signal.signal(signal.SIGTERM, _end)
+    _end_with_parent()
+    bench = open_bench(job)
+    Finalize(None, bench.close, exitpriority=10)
+    _bench = bench
+    if _ended:
+        _end_now()
 
 
 def _end(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a signal handler
-    """End the command that runs, then this process; at once, if nobody asks for more."""
+    """End the command that runs, then this process; at once, if nobody asks for more.
+
+    What is being opened is opened first: what is begun by halves cannot be closed. Only the first
+    signal counts: another, as when each thread of the parent dies, would raise in the midst of
+    ending the command. And what is raised may be lost: numpy drops it in a comparison.
+    """
     global _ended  # noqa: PLW0603 - there is one process to end
+    if _ended:
+        return
     _ended = True
     signal.signal(signal.SIGALRM, _end_now)
     signal.alarm(_GRACE_S)
-    raise SystemExit(128 + number)
+    if _bench is not None:
+        raise SystemExit(128 + number)
 
 
-def _end_now(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a signal handler
+def _end_now(*_: object) -> None:
     if _bench is not None:
         _bench.close()
     os._exit(128 + signal.SIGTERM)
@@ -169,7 +180,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if parent is not None and os.getppid() != parent.pid:
-        os._exit(128 + signal.SIGTERM)
+        _end_now()
 
 
 def _judge(unit: Unit) -> list[Judged]:

@@ -78,6 +78,7 @@ class _CommandJudge:
         self._stack = ExitStack()
         self._server = self._stack.enter_context(StateServer(timeline))
         self._wants_image = plan.names("image")
+        self._begun = ExitStack()  # what the state at hand needs: its image and its command
 
     def judge(
         self,
@@ -103,10 +104,10 @@ class _CommandJudge:
         return judgement, reads if tells else None
 
     def _run_on_image(self, state: StateId, environment: dict[str, str]) -> Judgement:
-        with ExitStack() as stack:
+        with self._begun:
             try:
                 with _undisturbed():
-                    folder = stack.enter_context(
+                    folder = self._begun.enter_context(
                         tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch_folder())
                     )
                 image = Path(folder) / "image"
@@ -118,7 +119,7 @@ class _CommandJudge:
 
     def _run(self, environment: dict[str, str]) -> Judgement:
         with tempfile.TemporaryFile() as output:
-            with ExitStack() as stack:
+            with self._begun:
                 with _undisturbed():
                     process = subprocess.Popen(
                         ["/bin/sh", "-c", self._plan.command],
@@ -129,7 +130,7 @@ class _CommandJudge:
                         start_new_session=True,
                     )
                     # Its children as well: they would go on reading a state that is gone.
-                    stack.callback(_kill, process)
+                    self._begun.callback(_kill, process)
                 try:
                     code = process.wait(self._plan.time_limit_s)
                 except subprocess.TimeoutExpired:
@@ -138,6 +139,7 @@ class _CommandJudge:
             return _judgement(code, _last_line(output.fileno()))
 
     def close(self) -> None:
+        self._begun.close()
         self._stack.close()
 
 

@@ -53,4 +53,4 @@ def test_nothing_is_left(recorded: Run, tmp_path: Path, number: signal.Signals) 
     assert process.wait(30) == (-9 if number == signal.SIGKILL else 130)
     until(lambda: not processes_with(str(scratch)), "all processes are gone")
     if number != signal.SIGKILL:
-        assert not list(scratch.iterdir())
+        assert not list(scratch.rglob("*"))
