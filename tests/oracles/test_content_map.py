@@ -56,7 +56,9 @@ def test_data_is_found_wherever_it_lies(
         assert owner.paths == (PATH,)
         assert owner.offset is not None
         shown = disk.pread(owner.extent.offset, owner.extent.length)
-        assert bytes(content[owner.offset :][: len(shown)]) == shown[: max(0, length - owner.offset)]
+        assert (
+            bytes(content[owner.offset :][: len(shown)]) == shown[: max(0, length - owner.offset)]
+        )
         for byte in range(owner.extent.length):
             told[owner.extent.offset + byte] = owner.offset + byte
     for place, one in places.items():
