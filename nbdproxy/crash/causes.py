@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from enum import Enum
+from typing import NamedTuple
 
 from nbdproxy.persistence.model import Level
 
@@ -34,6 +35,8 @@ class Cause(Enum):
     """Its data was sent into a qcow2 file, and the table that leads to it was still in QEMU."""
     NEVER_SENT = "never-sent"
     """No request ever carried it: it was still in the guest."""
+    CANNOT_BE_TOLD = "cannot-be-told"
+    """What keeps more could not be judged, or something was written that nothing leads to."""
 
 
 _LAYERS = {
@@ -44,30 +47,41 @@ _LAYERS = {
 }
 
 
+class Kept(NamedTuple):
+    """The files that are whole in a state that keeps more, and those of which it is not known."""
+
+    whole: frozenset[str]
+    doubtful: frozenset[str]
+
+
 def find_causes(
     broken: frozenset[str],
     level: Level,
     promised: Level,
-    whole_in: Callable[[Level], frozenset[str]],
+    kept_in: Callable[[Level], Kept],
     earlier: Callable[[frozenset[str]], frozenset[str]],
 ) -> Iterator[tuple[str, Cause]]:
     """Yield each file of `broken` with its cause.
 
     `level` is what the state at hand keeps; only layers above it can tell anything. `promised` is
     what the cache mode promises to keep: what is whole in that was lost against the promise.
-    `whole_in` gives the files that are whole when all of a layer is kept, and `earlier` those of
+    `kept_in` gives what became of the files when all of a layer is kept, and `earlier` those of
     some files that were whole at an earlier instant; both are asked only while files are left.
+    A file that is doubtful in one layer may have been whole there, so no later one is blamed.
     """
     levels = list(Level)
     left = set(broken)
     for layer in levels[levels.index(level) + 1 :]:
         if not left:
             return
-        saved = left & whole_in(layer)
-        left -= saved
-        kept = levels.index(layer) <= levels.index(promised)
+        kept = kept_in(layer)
+        saved, doubtful = left & kept.whole, left & kept.doubtful
+        left -= saved | doubtful
+        is_promised = levels.index(layer) <= levels.index(promised)
         for path in sorted(saved):
-            yield path, Cause.FLUSHED_THEN_LOST if kept else _LAYERS[layer]
+            yield path, Cause.FLUSHED_THEN_LOST if is_promised else _LAYERS[layer]
+        for path in sorted(doubtful):
+            yield path, Cause.CANNOT_BE_TOLD
     changed = earlier(frozenset(left)) if left else frozenset()
     for path in sorted(left):
         yield path, Cause.CHANGED_BY_GUEST if path in changed else Cause.NEVER_SENT

@@ -23,12 +23,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nbdproxy.crash.causes import Cause, find_causes
+from nbdproxy.crash.causes import Cause, Kept, find_causes
 from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.crash.unmapped import unmapped
+from nbdproxy.crash.unmapped import Unmapped
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.blank import certain
@@ -184,7 +184,7 @@ class _Judge:
     options: Options
     follower: Follower
     progress: Callable[[StateId], None]
-    behind: dict[int, frozenset[str]] = field(default_factory=dict)
+    behind: dict[int, Unmapped] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)
     outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
     _last: Mask | None = None
@@ -211,7 +211,7 @@ class _Judge:
                 broken,
                 level,
                 promise,
-                lambda layer: self._whole(state, layer),
+                lambda layer: self._kept(state, layer),
                 lambda paths: self._whole_earlier(state, paths),
             )
         )
@@ -221,21 +221,28 @@ class _Judge:
         return Outcome(state, findings.verdict, findings.reason, files)
 
     def _unmapped(self, state: StateId, causes: Mapping[str, Cause]) -> dict[str, Cause]:
-        """Return the files that QEMU, and not the guest, had not sent all of."""
-        unsent = [path for path, cause in causes.items() if cause is Cause.NEVER_SENT]
+        """Return the files that perhaps QEMU, and not the guest, had not sent all of."""
+        unsent = {path for path, cause in causes.items() if cause is Cause.NEVER_SENT}
         if not unsent:
             return {}
         if state.position not in self.behind:
-            paths = [entry.path for entry in self.manifest.entries]
-            lost = unmapped(self.timeline, state.position, paths, self.partition)
-            self.behind[state.position] = lost
-        lost = self.behind[state.position]
-        return {path: Cause.MAPPING_NEVER_SENT for path in unsent if path in lost}
+            self.behind[state.position] = Unmapped(self.timeline, state.position, self.partition)
+        known = self.behind[state.position]
+        return {e.path: known.cause(e) for e in self.manifest.entries if e.path in unsent}
 
-    def _whole(self, state: StateId, layer: Level) -> frozenset[str]:
+    def _kept(self, state: StateId, layer: Level) -> Kept:
         fuller = StateId(state.position, layer, Choice.MUST, self.options)
-        conditions = self._findings(fuller).conditions
-        return frozenset(p for p, found in conditions.items() if found is Condition.WHOLE)
+        findings = self._findings(fuller)
+        found: dict[Condition, set[str]] = {Condition.WHOLE: set(), Condition.UNREADABLE: set()}
+        for path, condition in findings.conditions.items():
+            if condition in found:
+                found[condition].add(path)
+        doubtful: set[str] = set()
+        if findings.reason is not None and not findings.refused:
+            doubtful = found[Condition.UNREADABLE]
+            if not findings.conditions:
+                doubtful = {entry.path for entry in self.manifest.entries}
+        return Kept(frozenset(found[Condition.WHOLE]), frozenset(doubtful))
 
     def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> frozenset[str]:
         """Return those of `paths` that were whole, all sent, after some flush before the cut."""

@@ -32,6 +32,8 @@ _ADVICE = {
     "application fsync the file and its directory, or sync before the power goes.",
     Cause.MAPPING_NEVER_SENT: "Its data was written, and the qcow2 table that leads to it was in "
     "QEMU's memory. An fsync would have made QEMU write the table; a raw image has none.",
+    Cause.CANNOT_BE_TOLD: "Who lost it cannot be told: a state that keeps more cannot be judged "
+    "here (--oracle kernel may), or something was written that nothing in the qcow2 file leads to.",
     Cause.CHANGED_BY_GUEST: "It had been whole, and the guest changed or removed it: nothing was "
     "lost.",
     Cause.SENT_UNANSWERED: "It was on its way. Nobody had promised anything yet; an fsync that "

@@ -72,8 +72,7 @@ def footnotes(result: Replay) -> list[str]:
     if result.below_qcow2:
         notes.append(
             "recorded below qcow2: the table tells what the qcow2 file held; tables that QEMU had "
-            "in its memory outlive a reset of the guest, and it writes them when it ends in order; "
-            "on filesystems other than ext such a table's files count as never-sent"
+            "in its memory outlive a reset of the guest, and it writes them when it ends in order"
         )
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)

@@ -15,6 +15,8 @@ _BLAME = {
     "no cache mode could have saved them",
     Cause.MAPPING_NEVER_SENT: "had been written, and the qcow2 table that leads to them was still "
     "in QEMU's memory (no flush had come): it dies with QEMU, and they read as zeroes",
+    Cause.CANNOT_BE_TOLD: "were lost by someone who cannot be told: what would show it cannot be "
+    "judged here",
     Cause.CHANGED_BY_GUEST: "were changed or removed by the guest itself: nobody lost them",
     Cause.SENT_UNANSWERED: "were still on their way to the disk, and nobody had promised anything",
     Cause.UNFLUSHED: "had been written and not flushed: a volatile write cache may lose them",

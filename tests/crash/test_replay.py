@@ -235,6 +235,40 @@ def test_nobody_is_blamed_for_what_the_oracle_cannot_read(make_source: MakeSourc
     assert causes(found) == {"/d": "sent-unanswered", "/e": "never-sent"}
 
 
+class LaterUnknown(SectorFiles):
+    """Cannot judge a disk once `/b` is on it, or `/b` alone."""
+
+    def __init__(self, *, wholly: bool) -> None:
+        self.wholly = wholly
+
+    def judge(
+        self, device: ReadableDevice, manifest: Manifest, earlier: Mapping[str, Collection[str]]
+    ) -> Findings:
+        found = super().judge(device, manifest, earlier)
+        if found.conditions["/b"] is Condition.MISSING:
+            return found
+        conditions = {} if self.wholly else {**found.conditions, "/b": Condition.UNREADABLE}
+        return Findings(Verdict.UNKNOWN, conditions, "too new")
+
+
+@pytest.mark.parametrize(
+    ("wholly", "expected"),
+    [
+        (True, {"/b": "cannot-be-told", "/c": "cannot-be-told", "/d": "cannot-be-told"}),
+        (False, {"/b": "cannot-be-told", "/c": "unflushed", "/d": "sent-unanswered"}),
+    ],
+)
+def test_nobody_is_blamed_while_what_keeps_more_is_unknown(
+    make_source: MakeSource, wholly: bool, expected: dict[str, str]
+) -> None:
+    """Flushed is `/a` alone; what keeps `/b` as well cannot be judged."""
+    source, manifest = every_fate(make_source)
+    result = replay(source, manifest, oracle=LaterUnknown(wholly=wholly), root="/", partition=2)
+    never = "cannot-be-told" if wholly else "never-sent"
+    found = causes(cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS))
+    assert found == expected | {"/e": never}
+
+
 def quit_in_order(make_source: MakeSource, *, error: int = 0) -> MemorySource:
     log: Log = [write(0), Completed(0), FLUSH, Completed(2), FLUSH, Completed(4, error)]
     notes = [(0, NoteKind.CONNECT, 1, ""), (6, NoteKind.DISC, 1, "")]
