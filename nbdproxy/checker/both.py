@@ -48,7 +48,7 @@ class BothOracles:
 
     def follow(self, manifest: Manifest, *, earlier: Digests, partition: int | None) -> Follower:
         """Return what judges the files of a manifest with absolute paths."""
-        return _Both(
+        return Pair(
             self,
             QUICK.follow(manifest, earlier=earlier, partition=partition),
             self._kernel.follow(manifest, earlier=earlier, partition=partition),
@@ -97,7 +97,7 @@ def _doubts(findings: Findings, path: str) -> bool:
     return findings.reason is not None and not findings.refused and is_unreadable
 
 
-class _Both:
+class Pair:
     """Judges each state twice."""
 
     def __init__(self, both: BothOracles, quick: Follower, kernel: Follower) -> None:
@@ -122,5 +122,9 @@ class _Both:
             one = self._both.differences[known]
             reason = f"the kernel finds {one.path} {one.kernel}, the quick oracle {one.quick}"
             return Findings(Verdict.UNKNOWN, kernel.conditions, reason)
-        cannot_tell = kernel.verdict is Verdict.UNKNOWN and not kernel.conditions
-        return quick if cannot_tell else kernel
+        if kernel.verdict is not Verdict.UNKNOWN or kernel.conditions:
+            return kernel
+        if quick.verdict is not Verdict.PASS:
+            return quick
+        reason = f"the kernel could not tell, the quick oracle alone says whole: {kernel.reason}"
+        return Findings(Verdict.UNKNOWN, quick.conditions, reason)

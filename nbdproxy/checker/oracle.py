@@ -38,12 +38,12 @@ from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import kind_of
+from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
-FSCK_LINES = 12
 _BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
 """What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
 READ_RATE = 4 << 20
@@ -209,8 +209,7 @@ class KernelOracle:
         except GuestError as error:
             self.close()
             return str(error)
-        lines = [line for line in done["said"].splitlines() if line.strip()]
-        return Fsck(done["code"] == 0, "\n".join(lines[-FSCK_LINES:]))
+        return concluded(program[0], done["code"], done["said"])
 
     def _require(self, program: str) -> None:
         """Raise FilesystemError if the guest does not have a program."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -87,6 +89,8 @@ app.add_typer(lab.app, name="lab")
 
 def main() -> None:
     """Run the command line; exit codes: 0 fine, 1 loss or failure found, 2 unusable input."""
+    # What was begun is ended, files and guests, as with Ctrl-C; a command may have its own way.
+    signal.signal(signal.SIGTERM, _end)
     try:
         app()
     except NbdproxyError as error:
@@ -95,3 +99,11 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
         sys.stderr.close()
         sys.exit(0)
+    except Exception:  # 1 would say that a loss was found
+        traceback.print_exc()
+        err.print("nbdproxy: this is a fault of nbdproxy; please report it with these lines")
+        sys.exit(2)
+
+
+def _end(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a signal handler
+    raise SystemExit(128 + number)

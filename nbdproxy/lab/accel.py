@@ -49,9 +49,12 @@ def base_command(
 @contextmanager
 def running(command: Sequence[str], time_limit_s: float) -> Iterator[subprocess.Popen[bytes]]:
     """Run QEMU, its output on a pipe; it is gone when the block is left, however it is left."""
-    # `timeout` ends QEMU even if this process is killed; the spare second leaves us to be first.
+    # With the thread that started it, however that ends, `timeout` is killed, and QEMU with it; the
+    # spare second leaves us to be first.
+    bound = [str(tools.require(["setpriv"])["setpriv"]), "--pdeathsig", "KILL"]
+    limit = ["timeout", "--foreground", "--signal=KILL", f"{time_limit_s + 1:.0f}"]
     process = subprocess.Popen(
-        ["timeout", "--foreground", "--signal=KILL", f"{time_limit_s + 1:.0f}", *command],
+        [*bound, *limit, *bound, *command],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -40,6 +40,7 @@ PACKAGE_OF = {
     "ntfs-3g.probe": "ntfs-3g",
     "ntfsresize": "ntfs-3g",
     "qemu-system-x86_64": "qemu-system-x86",
+    "setpriv": "util-linux",
     "sfdisk": "fdisk",
     "sqlite3": "sqlite3",
     "xfs_repair": "xfsprogs",

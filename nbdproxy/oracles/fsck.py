@@ -22,7 +22,8 @@ FOLDERS = "/usr/sbin:/sbin"
 LIMIT_S = 300.0
 LINES = 12
 _NOT_RUN = "e2fsck is not installed; run: sudo apt-get install e2fsprogs"
-_OPERATIONAL = 8  # from this exit code on e2fsck says that it failed itself
+OPERATIONAL = 8
+"""From this exit code on a checker says that it failed itself (fsck(8))."""
 
 
 def e2fsck(device: ReadableDevice) -> Fsck | str:
@@ -30,19 +31,28 @@ def e2fsck(device: ReadableDevice) -> Fsck | str:
     program = shutil.which("e2fsck", path=f"{os.environ.get('PATH', os.defpath)}:{FOLDERS}")
     if program is None:
         return _NOT_RUN
-    with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch_folder()) as folder:
-        image = Path(folder) / "image"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch_folder()) as folder:
+            image = Path(folder) / "image"
             write_sparse(device, image)
             code, said = _run([program, "-y", "-E", "journal_only", str(image)])
-            if code < _OPERATIONAL:
+            if 0 <= code < OPERATIONAL:
                 code, said = _run([program, "-fn", str(image)])
-        except OSError as error:
-            return f"e2fsck was not run: {error.strerror or error}"
-        except subprocess.TimeoutExpired:
-            return f"e2fsck was not done after {LIMIT_S:g} s"
-    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("e2fsck ")]
-    return Fsck(code == 0, "\n".join(lines[-LINES:]).replace(str(image), "the disk"))
+    except OSError as error:
+        return f"e2fsck was not run: {error.strerror or error}"
+    except subprocess.TimeoutExpired:
+        return f"e2fsck was not done after {LIMIT_S:g} s"
+    return concluded("e2fsck", code, said.replace(str(image), "the disk"))
+
+
+def concluded(program: str, code: int, said: str) -> Fsck | str:
+    """Return what a checker found, or that it failed itself, from its exit code and its words."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith(f"{program} ")][-LINES:]
+    if 0 <= code < OPERATIONAL:
+        return Fsck(code == 0, "\n".join(lines))
+    ended = f"exit code {code}" if code > 0 else "it was killed, or could not be started"
+    return f"{program} failed ({ended}): {lines[-1] if lines else 'it said nothing'}"
 
 
 def _run(argv: list[str]) -> tuple[int, str]:

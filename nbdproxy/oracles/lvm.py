@@ -103,14 +103,19 @@ def _of_label(device: ReadableDevice, raw: bytes, at: int) -> Iterator[Volume]:
     own = raw[at : at + 32].decode("ascii", "replace")
     areas = list(_areas(raw, at + 40))
     split = areas.index((0, 0)) if (0, 0) in areas else len(areas)
+    best, newest = -1, []
     for offset, size in areas[split + 1 :]:
         text = _text(device, offset, size)
-        if text is not None:
-            try:
-                yield from _volumes(_parse(text), own, device.size)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-                return  # not what LVM writes
-            return
+        if text is None:
+            continue
+        try:
+            parsed = _parse(text)
+            number, found = _sequence(parsed), list(_volumes(parsed, own, device.size))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return  # not what LVM writes
+        if number > best:  # a commit that was cut off is in one area, and not yet in the other
+            best, newest = number, found
+    yield from newest
 
 
 def _areas(raw: bytes, at: int) -> Iterator[tuple[int, int]]:
@@ -177,10 +182,18 @@ def _value(tokens: list[Any], at: int) -> tuple[Any, int]:
     found = []
     at += 1
     while tokens[at][2] != "]":
-        if tokens[at][2] != ",":
+        if tokens[at][2] not in {None, ","}:
+            raise ValueError  # LVM has no lists in lists
+        if tokens[at][2] is None:
             found.append(_value(tokens, at)[0])
         at += 1
     return found, at + 1
+
+
+def _sequence(text: dict[str, Any]) -> int:
+    """Return which of a group's commits this is."""
+    (group,) = (value for value in text.values() if isinstance(value, dict))
+    return _whole(group["seqno"])
 
 
 def _volumes(text: dict[str, Any], own: str, size: int) -> Iterator[Volume]:
@@ -193,7 +206,10 @@ def _volumes(text: dict[str, Any], own: str, size: int) -> Iterator[Volume]:
         if pv["id"].replace("-", "") == own
     }
     for name, volume in about.get("logical_volumes", {}).items():
+        if "VISIBLE" not in volume["status"]:
+            continue  # a part of another volume
         pieces: list[Extent] = []
+        length = 0
         for number in range(1, volume["segment_count"] + 1):
             segment = volume[f"segment{number}"]
             if segment["type"] != "striped" or segment["stripe_count"] != 1:
@@ -204,10 +220,11 @@ def _volumes(text: dict[str, Any], own: str, size: int) -> Iterator[Volume]:
             if (
                 where not in starts
                 or piece.end > size
-                or segment["start_extent"] * extent != sum(p.length for p in pieces)
+                or segment["start_extent"] * extent != length
             ):
                 break
             pieces.append(piece)
+            length += piece.length
         else:
             yield Volume(f"{group}/{name}", tuple(pieces))
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from nbdproxy.errors import ManifestError
 
 LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
-SIZE = re.compile(r"# size (\d+)")
+SIZE = re.compile(r"# size (\d{1,19})")
 MODE = re.compile(r"# mode ([0-7]{1,4})")
 LINK = re.compile(r"# symlink (\[.*\])")
 PERMISSIONS = 0o7777
@@ -94,10 +94,10 @@ def parse(text: str, source: str) -> Manifest:
             told = _NOTHING_TOLD
         if entry is not None:
             known = entries.setdefault(entry.path, entry)
-            if known.sha256 != entry.sha256:
+            if known != entry:
                 raise ManifestError(
-                    f"{where}: {entry.path!r} already stands above with another digest; "
-                    f"keep the line of the version you expect"
+                    f"{where}: {entry.path!r} already stands above with another digest, size, "
+                    f"mode or target; keep the line of the version you expect"
                 )
     if not entries:
         raise ManifestError(
@@ -209,8 +209,10 @@ def _link(comment: str, where: str) -> Entry | None:
         return None
     try:
         path, target = json.loads(found[1])
+        if not isinstance(path, str) or not isinstance(target, str):
+            raise TypeError
         return link_entry(path, target)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise ManifestError(
             f'{where}: a symbolic link is written as `# symlink ["PATH", "TARGET"]`; mend the line'
         ) from None

@@ -3,7 +3,7 @@
 Every tarball is checked against the lockfile's integrity before it is read. What npm does on the
 way is done here too: the first folder of a tarball is dropped, links in it are ignored, a
 `.gitignore` becomes `.npmignore`, a program's first line ends in a newline alone, and programs are
-linked in `.bin`. Optional packages for other platforms are left out.
+linked in `.bin`. Optional packages for other platforms are left out, with all that only they need.
 
 Not covered: packages without integrity (git, folders), workspaces, install scripts, and
 `node_modules/.package-lock.json`, which npm writes last.
@@ -12,10 +12,13 @@ Not covered: packages without integrity (git, folders), workspaces, install scri
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
+import platform
 import posixpath
 import re
 import tarfile
@@ -30,6 +33,11 @@ from nbdproxy.oracles.manifest import Entry, Manifest, digest, link_entry
 ALGORITHMS = ("sha512", "sha384", "sha256", "sha1")
 """Of several digests the first of these counts."""
 
+UNPACKED_MAX = 4 << 30
+"""Bytes of a package's files; no package of npm's registry has as many."""
+
+_CHUNK = 1 << 20
+_NEEDS = ("dependencies", "devDependencies", "optionalDependencies", "peerDependencies")
 _CPUS = {"x86_64": "x64", "aarch64": "arm64", "i686": "ia32", "armv7l": "arm"}
 _SHEBANG = re.compile(rb"^(#![^\n]+)\r\n")
 
@@ -92,7 +100,7 @@ def from_lock(lock: Path, tarballs: Tarballs, *, under: str = "", modes: bool = 
     """
     try:
         entries = _entries(lock, tarballs, modes=modes)
-    except (AttributeError, TypeError, RecursionError):
+    except (AttributeError, KeyError, TypeError, RecursionError):
         raise ManifestError(
             f"{lock} is not as npm writes it; make it anew with: npm install --package-lock-only"
         ) from None
@@ -107,6 +115,7 @@ def from_lock(lock: Path, tarballs: Tarballs, *, under: str = "", modes: bool = 
 
 def _entries(lock: Path, tarballs: Tarballs, *, modes: bool) -> dict[str, Entry]:
     packages = _packages(lock)
+    wanted = _reached(packages)
     entries = {}
     for path in (lock.with_name("package.json"), lock):
         if path.is_file():
@@ -115,6 +124,8 @@ def _entries(lock: Path, tarballs: Tarballs, *, modes: bool) -> dict[str, Entry]
     for place, package in packages.items():
         if not place or not _is_installed(place, package):
             continue
+        if (package.get("optional") or package.get("devOptional")) and place not in wanted:
+            continue  # only packages need it that are not for this platform
         name = package.get("name") or place.rpartition("node_modules/")[2]
         label = f"{name}@{package.get('version', '')}"
         data = tarballs.find(label, *_strongest(package.get("integrity"), label))
@@ -147,12 +158,43 @@ def _is_installed(place: str, package: Mapping[str, Any]) -> bool:
     """Tell whether npm unpacks a tarball for this entry, on this platform."""
     if package.get("link") or package.get("inBundle") or "node_modules/" not in place:
         return False
-    if not package.get("optional"):
-        return True
+    return not package.get("optional") or _is_for_this_platform(package)
+
+
+def _is_for_this_platform(package: Mapping[str, Any]) -> bool:
     machine = os.uname().machine
-    return _admits(package.get("os"), "linux") and _admits(
-        package.get("cpu"), _CPUS.get(machine, machine)
+    return (
+        _admits(package.get("os"), "linux")
+        and _admits(package.get("cpu"), _CPUS.get(machine, machine))
+        and _admits(package.get("libc"), "glibc" if platform.libc_ver()[0] == "glibc" else "musl")
     )
+
+
+def _reached(packages: Mapping[str, Any]) -> set[str]:
+    """Return the places that the project needs, by way of packages for this platform."""
+    found, todo = {""}, [""]
+    while todo:
+        place = todo.pop()
+        package = packages.get(place, {})
+        if package.get("optional") and not _is_for_this_platform(package):
+            continue
+        names = [name for kind in _NEEDS for name in package.get(kind) or {}]
+        places = [package["resolved"]] if package.get("link") else []
+        places += [at for name in names if (at := _resolved(packages, place, name)) is not None]
+        todo += [at for at in places if at not in found]
+        found.update(places)
+    return found
+
+
+def _resolved(packages: Mapping[str, Any], place: str, name: str) -> str | None:
+    """Return where a package finds another: below itself, or below a folder above it."""
+    while True:
+        at = f"{place}/node_modules/{name}".removeprefix("/")
+        if at in packages:
+            return at
+        if not place:
+            return None
+        place = place.rpartition("node_modules/")[0].rstrip("/")
 
 
 def _admits(listed: Sequence[str] | None, own: str) -> bool:
@@ -195,11 +237,19 @@ def _unpacked(
     data: bytes, place: str, name: str, programs: set[str], *, modes: bool
 ) -> Iterator[Entry]:
     ignored = set()
+    unpacked = 0
     try:
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             for member in archive:
                 if not member.isfile():
                     continue
+                unpacked += member.size
+                if unpacked > UNPACKED_MAX or member.issparse():
+                    raise ManifestError(
+                        f"the tarball of {name} is none that npm would take: it has sparse files, "
+                        f"or more than {UNPACKED_MAX >> 30} GiB; list what it leaves with "
+                        f"`nbdproxy manifest DIR`"
+                    )
                 path = member.name.removeprefix("./").partition("/")[2]
                 if posixpath.basename(path) == ".npmignore":
                     ignored.add(path)
@@ -209,12 +259,17 @@ def _unpacked(
                         continue
                 stream = archive.extractfile(member)
                 assert stream is not None
-                content, full = stream.read(), posixpath.normpath(posixpath.join(place, path))
+                full = posixpath.normpath(posixpath.join(place, path))
+                if not full.startswith(f"{place}/"):
+                    raise ManifestError(f"the tarball of {name} has a file outside of its folder")
+                first = stream.read(_CHUNK)
                 if full in programs:
-                    content = _SHEBANG.sub(rb"\1\n", content)
+                    first = _SHEBANG.sub(rb"\1\n", first)
+                rest = iter(functools.partial(stream.read, _CHUNK), b"")
                 mode = None
                 if modes:
                     mode = 0o755 if full in programs else (member.mode | 0o666) & 0o777 & ~0o022
-                yield Entry(full, digest([content]), len(content), mode)
+                size = member.size - min(member.size, _CHUNK) + len(first)
+                yield Entry(full, digest(itertools.chain([first], rest)), size, mode)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ManifestError(f"the tarball of {name} cannot be read: {error}") from error

@@ -33,6 +33,8 @@ _REFUSED = {
     _COMPRESSION: "it is compressed with zstd",
     _EXTENDED_L2: "it has extended L2 entries",
 }
+_KNOWN = 0x1F
+_LENGTH_3_MIN, _REFCOUNT_ORDER_MAX = 104, 6
 _OFFSET = 0x00FFFFFFFFFFFE00
 _COMPRESSED = 1 << 62
 _ZERO = 1
@@ -87,9 +89,14 @@ class Qcow2Device:
         for bit, why in _REFUSED.items():
             if incompatible & bit and (bit != _COMPRESSION or raw[_COMPRESSION_AT]):
                 raise Qcow2Error(f"the qcow2 file is not read here: {why}")
+        if incompatible & ~_KNOWN:
+            raise Qcow2Error("the qcow2 file is not read here: it has features that are not known")
         if backing or crypt:
             why = "it has a backing file" if backing else "it is encrypted"
             raise Qcow2Error(f"the qcow2 file is not read here: {why}")
+        order, length = _HEADER_3.unpack_from(raw, _V3_AT)[3:] if version == 3 else (4, 104)
+        if order > _REFCOUNT_ORDER_MAX or length < _LENGTH_3_MIN or rest[0] % (1 << bits):
+            raise Qcow2Error("the qcow2 header is broken")
         self.size = size
         self.cluster = 1 << bits
         self._bits = bits
@@ -101,6 +108,9 @@ class Qcow2Device:
         if l1_size < needed or l1_size * 8 > _L1_MAX:
             raise Qcow2Error("the qcow2 header is broken: its L1 table has an impossible size")
         self._l1 = struct.unpack(f">{needed}Q", self._read(l1_at, needed * 8, "L1 table"))
+        tables = [entry & _OFFSET for entry in self._l1 if entry & _OFFSET]
+        if len(set(tables)) < len(tables):
+            raise Qcow2Error("the qcow2 file's L1 table leads to one L2 table twice")
         self._l2: dict[int, tuple[int, ...]] = {}
 
     def pread(self, offset: int, length: int) -> bytes:

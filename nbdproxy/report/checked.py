@@ -57,6 +57,8 @@ def lines(told: Checked, *, list_files: bool) -> Iterator[str]:
     counts = Counter(conditions.values())
     said = ", ".join(f"{n:,} {condition.value}" for condition, n in counts.most_common())
     yield f"  files    {said or f'cannot be told: {told.findings.reason}'}"
+    if said and told.findings.reason:
+        yield f"           {told.findings.reason}"
     if list_files:
         for path, condition in conditions.items():
             if condition is not Condition.WHOLE:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.checker.both import BothOracles
 from nbdproxy.checker.guest import GuestError
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.file import FileDisk
@@ -357,16 +356,3 @@ def test_a_guest_that_dies_is_unknown_and_the_next_state_gets_another(
     assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
     assert found.reason is not None and "guest is gone" in found.reason
     assert follower.check(disk, None).conditions == shown.expected
-
-
-def test_where_the_two_differ_is_noted_and_what_one_cannot_tell_is_not() -> None:
-    both = BothOracles()
-    both.state = "s1"
-    whole, lost = Condition.WHOLE, Condition.MISSING
-    quick = Findings(
-        Verdict.UNKNOWN, {"/a": lost, "/b": Condition.UNREADABLE, "/c": whole}, "/b: encrypted"
-    )
-    both.note(quick, Findings(Verdict.PASS, {"/a": whole, "/b": whole, "/c": whole}))
-    both.note(Findings(Verdict.UNKNOWN, reason="?"), quick)
-    assert both.differences == [("s1", "/a", lost, whole)]
-    assert both.compared == 1

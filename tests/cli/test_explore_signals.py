@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.processes import processes_with
 from tests.support.recorded_runs import Run, make
 from tests.support.serving import until
 
@@ -17,19 +18,6 @@ from tests.support.serving import until
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make(tmp_path_factory.mktemp("recorded"))
-
-
-def processes_with(text: str) -> set[int]:
-    """The processes whose command line or environment has a text."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            said = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        if text.encode() in said:
-            found.add(int(folder.name))
-    return found - {os.getpid()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,74 @@ def test_metadata_that_is_broken_has_no_volumes(image: Path, at: int) -> None:
     assert volumes(disk) == []
     disk.pwrite(where, before)
     assert len(volumes(disk)) == 2
+
+
+AREA, HEADER = 4096, 512
+"""Where lvm2 puts the metadata area of a disk, and how long its header is."""
+
+
+def crc(data: bytes) -> int:
+    """LVM's CRC."""
+    return zlib.crc32(data, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
+
+
+def with_text(
+    disk: OverlayDisk, change: Callable[[bytes], bytes], *, into: int = AREA
+) -> OverlayDisk:
+    """Put the committed text, changed and as long as before, into an area, checksums right."""
+    header = bytearray(disk.pread(AREA, HEADER))
+    at, length = (int.from_bytes(header[n : n + 8], "little") for n in (40, 48))
+    text = change(disk.pread(AREA + at, length))
+    assert len(text) == length
+    disk.pwrite(into + at, text)
+    header[24:32] = into.to_bytes(8, "little")
+    header[56:60] = crc(text).to_bytes(4, "little")
+    header[:4] = crc(bytes(header[4:])).to_bytes(4, "little")
+    disk.pwrite(into, bytes(header))
+    return disk
+
+
+def test_parts_of_other_volumes_are_none(image: Path) -> None:
+    disk = OverlayDisk(FileDisk(image, read_only=True))
+    with_text(disk, lambda text: text.replace(b'"VISIBLE"', b'"PRIVATE"', 1))
+    assert [volume.name for volume in volumes(disk)] == ["vg0/second"]
+
+
+@pytest.mark.parametrize("hostile", [b"[" * 2000, b"[1" * 1000])
+def test_lists_in_lists_end_at_once(image: Path, hostile: bytes) -> None:
+    disk = OverlayDisk(FileDisk(image, read_only=True))
+    assert (
+        volumes(
+            with_text(
+                disk, lambda text: b"a=" + hostile[: len(text) - 2].ljust(len(text) - 2, b" ")
+            )
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("is_newer_first", [True, False])
+def test_the_newest_of_two_areas_counts(image: Path, is_newer_first: bool) -> None:
+    """A commit that was cut off between the two."""
+    disk = OverlayDisk(FileDisk(image, read_only=True))
+    second = 60 * MIB
+    area = next(at for at in range(512, 1024, 8) if disk.pread(at, 8) == AREA.to_bytes(8, "little"))
+    label = bytearray(disk.pread(512, 512))
+    size = int.from_bytes(disk.pread(area + 8, 8), "little")
+    label[area - 512 + 16 : area - 512 + 32] = second.to_bytes(8, "little") + size.to_bytes(
+        8, "little"
+    )
+    label[16:20] = crc(bytes(label[20:])).to_bytes(4, "little")
+    disk.pwrite(512, bytes(label))
+
+    def older(text: bytes) -> bytes:
+        at = text.index(b"seqno = ") + 8
+        number = int(text[at:].split()[0])
+        return text.replace(b"seqno = %d" % number, b"seqno = %d" % (number - 1), 1)
+
+    def newer(text: bytes) -> bytes:
+        return text.replace(b"first {", b"third {", 1)
+
+    with_text(disk, older if is_newer_first else newer, into=second)
+    with_text(disk, newer if is_newer_first else older)
+    assert [volume.name for volume in volumes(disk)] == ["vg0/second", "vg0/third"]

@@ -86,6 +86,7 @@ def test_files_programs_and_their_links(project: Project) -> None:
 
 def test_what_is_not_unpacked(project: Project) -> None:
     data = tarball({"index.js": b"1"})
+    project.packages[""] = {"optionalDependencies": {"here": "1", "other-os": "1", "other-cpu": ""}}
     project.add("node_modules/here", data, optional=True, os=["!win32"], cpu=[])
     project.add("node_modules/other-os", data, optional=True, os=["darwin"])
     project.add("node_modules/other-cpu", data, optional=True, cpu=["!x64", "!arm64"])
@@ -175,3 +176,34 @@ def test_npm_s_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache() == Path("/home/me/.npm")
     monkeypatch.setenv("npm_config_cache", "/cache")
     assert default_cache() == Path("/cache")
+
+
+def test_what_only_packages_for_other_platforms_need(project: Project) -> None:
+    """As sharp: one package for each platform and C library, some with needs of their own."""
+    data = tarball({"index.js": b"1"})
+    project.packages[""] = {"dependencies": {"image": "1"}}
+    parts = {"image-gnu": "1", "image-musl": "1", "image-wasm": "1"}
+    project.add("node_modules/image", data, optionalDependencies=parts)
+    needs = {"dependencies": {"runtime": "1", "shared": "1"}}
+    project.add("node_modules/image-gnu", data, optional=True, os=["linux"], libc=["glibc"],
+                dependencies={"shared": "1"})  # fmt: skip
+    project.add("node_modules/image-musl", data, optional=True, os=["linux"], libc=["musl"])
+    project.add("node_modules/image-wasm", data, optional=True, cpu=["wasm32"], **needs)
+    project.add("node_modules/image-wasm/node_modules/runtime", data, optional=True)
+    project.add("node_modules/runtime", data, optional=True)
+    project.add("node_modules/shared", data, optional=True)
+    assert {path.split("/")[1] for path in project.entries()} == {"image", "image-gnu", "shared"}
+
+
+def test_tarballs_that_nobody_should_unpack(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.add("node_modules/a", tarball({"x/../../../../etc/passwd": b"1"}))
+    with pytest.raises(ManifestError, match="outside"):
+        project.entries()
+    project.packages.clear()
+    project.add("node_modules/a", tarball({"one": bytes(3 << 20), "two": b"2"}))
+    assert project.entries()["node_modules/a/one"].sha256 == digest([bytes(3 << 20)])
+    monkeypatch.setattr("nbdproxy.oracles.npm.UNPACKED_MAX", 3 << 20)
+    with pytest.raises(ManifestError, match="none that npm would take"):
+        project.entries()

@@ -140,6 +140,36 @@ def test_what_is_not_read_here_is_refused(run: Run, tmp_path: Path) -> None:
         Qcow2Device(disk).pread(0, 1)
 
 
+@pytest.mark.parametrize(
+    ("at", "form", "value"), [(72, ">Q", 1 << 9), (96, ">I", 7), (100, ">I", 96), (48, ">Q", 512)]
+)
+def test_a_header_that_qemu_refuses(
+    run: Run, tmp_path: Path, at: int, form: str, value: int
+) -> None:
+    """An unknown feature, the refcounts' order, the header's length, the refcount table's place."""
+    image = tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1M")
+    with image.open("r+b") as file:
+        file.seek(at)
+        file.write(struct.pack(form, value))
+    words = ["qemu-img", "convert", "-O", "raw", str(image), str(tmp_path / "raw")]
+    assert subprocess.run(words, capture_output=True, check=False).returncode
+    with pytest.raises(Qcow2Error):
+        Qcow2Device(load(image))
+
+
+def test_one_table_for_the_whole_disk_is_refused(run: Run, tmp_path: Path) -> None:
+    """Hostile: petabytes of data in a small file."""
+    image = tmp_path / "image"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "2G")
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 64K", image)
+    disk = load(image)
+    l1 = int.from_bytes(disk.pread(40, 8), "big")
+    disk.pwrite(l1 + 8, disk.pread(l1, 8))
+    with pytest.raises(Qcow2Error, match="twice"):
+        Qcow2Device(disk)
+
+
 def test_files_are_found_inside(run: Run, make_image: Make, tmp_path: Path) -> None:
     """In both ways of judging, and on another state of the file, where an L2 entry is gone."""
     root = tmp_path / "root"

@@ -1,0 +1,65 @@
+"""What is made of two oracles' words, and of a checker's exit code; without a guest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from nbdproxy.checker.both import BothOracles, Pair
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.examine import Fsck
+from nbdproxy.oracles.fsck import concluded
+
+SIZE = 4096
+
+
+def test_where_the_two_differ_is_noted_and_what_one_cannot_tell_is_not() -> None:
+    both = BothOracles()
+    both.state = "s1"
+    whole, lost = Condition.WHOLE, Condition.MISSING
+    quick = Findings(
+        Verdict.UNKNOWN, {"/a": lost, "/b": Condition.UNREADABLE, "/c": whole}, "/b: encrypted"
+    )
+    both.note(quick, Findings(Verdict.PASS, {"/a": whole, "/b": whole, "/c": whole}))
+    both.note(Findings(Verdict.UNKNOWN, reason="?"), quick)
+    assert both.differences == [("s1", "/a", lost, whole)]
+    assert both.compared == 1
+
+
+class Says:
+    """A follower that says the same of every state."""
+
+    reads = None
+
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
+
+    def check(
+        self,
+        device: ReadableDevice,  # noqa: ARG002
+        changed: Iterable[Extent] | None,  # noqa: ARG002
+    ) -> Findings:
+        return self.findings
+
+
+def test_what_the_quick_oracle_alone_calls_whole_does_not_pass() -> None:
+    whole = {"/a": Condition.WHOLE}
+    silent = Says(Findings(Verdict.UNKNOWN, reason="the guest is gone"))
+    found = Pair(BothOracles(), Says(Findings(Verdict.PASS, whole)), silent)
+    said = found.check(MemoryDisk(SIZE), None)
+    assert (said.verdict, said.conditions) == (Verdict.UNKNOWN, whole)
+    assert said.reason is not None and "the guest is gone" in said.reason
+    lost = Findings(Verdict.FAIL, {"/a": Condition.MISSING})
+    assert Pair(BothOracles(), Says(lost), silent).check(MemoryDisk(SIZE), None) == lost
+
+
+@pytest.mark.parametrize("code", [-1, 8, 16])
+def test_a_checker_that_failed_itself_found_nothing(code: int) -> None:
+    said = concluded("e2fsck", code, "e2fsck 1.47\nNot enough memory\n")
+    assert isinstance(said, str) and said.endswith("Not enough memory")
+    assert concluded("e2fsck", 4, "e2fsck 1.47\na wrong count\n") == Fsck(False, "a wrong count")
