@@ -54,9 +54,11 @@ class BothOracles:
             self._kernel.follow(manifest, earlier=earlier, partition=partition),
         )
 
-    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+    def locate(
+        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
+    ) -> tuple[int, Manifest]:
         """Return the partition that a manifest describes, and the manifest with its paths."""
-        return self._kernel.locate(device, manifest)
+        return self._kernel.locate(device, manifest, partition=partition)
 
     def scan(
         self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False

@@ -65,10 +65,12 @@ class KernelOracle:
         """Return what judges the files of a manifest with absolute paths."""
         return KernelFollower(self, manifest, earlier, partition)
 
-    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+    def locate(
+        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
+    ) -> tuple[int, Manifest]:
         """Return the partition that a manifest describes, and the manifest with its paths."""
         return quick.best_place(
-            quick.candidates(device, None),
+            quick.candidates(device, partition),
             manifest,
             lambda part: [entry.path for entry in self._walk(part, "/", digests=False)],
         )

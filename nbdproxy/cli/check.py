@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nbdproxy.checker.both import BothOracles
-from nbdproxy.cli.choices import Base, Root
+from nbdproxy.cli.choices import Base, Partition, Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
     OracleChoice,
@@ -25,10 +25,10 @@ from nbdproxy.crash.replay import below, earlier_digests
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
-from nbdproxy.errors import UsageError
+from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.blank import certain
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.check import Verdict, candidates
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.owners import owners
@@ -49,9 +49,7 @@ def check(
         typer.Option(metavar="MANIFEST", help="Also tell the condition of these files."),
     ] = None,
     root: Root = None,
-    partition: Annotated[
-        int | None, typer.Option(metavar="N", help="Which partition; 0 is the whole disk.")
-    ] = None,
+    partition: Partition = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     fsck: Annotated[bool, typer.Option(help="Run the filesystem's own checker.")] = True,
@@ -86,10 +84,11 @@ def check(
     ):
         if isinstance(judge, BothOracles):
             judge.state = name
+        if wanted is not None:
+            partition, wanted = _placed(judge, disk, wanted, root, partition)
         examination = judge.examine(disk, partition=partition, fsck=fsck)
         findings = None
         if wanted is not None:
-            partition, wanted = _placed(judge, disk, wanted, root, partition)
             earlier: Digests = {}
             if timeline is not None:
                 earlier = earlier_digests(timeline, wanted, partition, judge)
@@ -138,9 +137,19 @@ def _placed(
     root: str | None,
     partition: int | None,
 ) -> tuple[int | None, Manifest]:
-    """Return the partition and the manifest with absolute paths."""
+    """Return the partition, if it is known, and the manifest with absolute paths."""
     if root is not None:
         return partition, below(root, wanted)
-    if all(entry.path.startswith("/") for entry in wanted.entries):
-        return partition, wanted
-    return judge.locate(disk, wanted)
+    is_absolute = all(entry.path.startswith("/") for entry in wanted.entries)
+    if partition is not None:
+        if is_absolute:
+            return partition, wanted
+        return judge.locate(disk, wanted, partition=partition)
+    if not is_absolute:
+        return judge.locate(disk, wanted)
+    try:
+        if len(candidates(disk, None)) > 1:
+            return judge.locate(disk, wanted)[0], wanted
+    except (FilesystemError, ManifestError):
+        pass  # what is wrong is said of the filesystem, below
+    return None, wanted

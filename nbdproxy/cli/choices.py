@@ -56,6 +56,15 @@ Base = Annotated[
     typer.Option(metavar="IMAGE", help="The image as it was, if it moved or was copied."),
 ]
 
+Partition = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Which partition; 0 is the whole disk.",
+        show_default="the one that has the files",
+    ),
+]
+
 
 def parse_list(text: str | None, choices: type[E], option: str) -> list[E] | None:
     """Return the members of `choices` that "a,b" names; None stays None."""

@@ -12,7 +12,16 @@ from typing import Annotated
 import typer
 
 from nbdproxy.checker.both import BothOracles
-from nbdproxy.cli.choices import At, Base, FailureText, ModeText, RecordedAs, Root, parse_list
+from nbdproxy.cli.choices import (
+    At,
+    Base,
+    FailureText,
+    ModeText,
+    Partition,
+    RecordedAs,
+    Root,
+    parse_list,
+)
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
 from nbdproxy.crash.cuts import resolve
@@ -60,6 +69,7 @@ def explain(
     mode: ModeText = None,
     failure: FailureText = Failure.HOST_POWER_LOSS.value,
     root: Root = None,
+    partition: Partition = None,
     recorded_as: RecordedAs = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
@@ -105,7 +115,7 @@ def explain(
                     judge.state = str(state)
 
             asked = _Asked(source, timeline, judge, at, modes, failures, recorded_as, about)
-            partition, wanted = _wanted(asked, paths or [], files, root)
+            partition, wanted = _wanted(asked, paths or [], files, (root, partition))
             told = stories(
                 timeline,
                 wanted,
@@ -140,17 +150,24 @@ class _Asked:
 
 
 def _wanted(
-    asked: _Asked, paths: Sequence[str], files: Path | None, root: str | None
+    asked: _Asked, paths: Sequence[str], files: Path | None, where: tuple[str | None, int | None]
 ) -> tuple[int | None, Manifest]:
     """Return what to tell of, and the partition that it is on, if that is known."""
-    partition, wanted = None, Manifest(())
+    (root, partition), wanted = where, Manifest(())
     cut = resolve(asked.source, asked.at or "before-exit")
     if files is not None:
         listed = manifest.load(files)
-        partition, wanted = place(asked.timeline, listed, cut, root=root, oracle=asked.oracle)
+        partition, wanted = place(
+            *(asked.timeline, listed, cut),
+            root=root,
+            partition=partition,
+            oracle=asked.oracle,
+        )
     if paths:
         absolute = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
-        wanted = _chosen(asked, wanted, absolute, from_manifest=files is not None)
+        if files is None:
+            wanted = _at_the_end(asked, absolute, partition)
+        wanted = _chosen(wanted, absolute, from_manifest=files is not None)
     return partition, wanted
 
 
@@ -185,20 +202,24 @@ def _losses(asked: _Asked, entry: Entry, table: Replay, partition: int | None) -
     return found
 
 
-def _chosen(asked: _Asked, wanted: Manifest, paths: list[str], *, from_manifest: bool) -> Manifest:
+def _at_the_end(asked: _Asked, paths: list[str], partition: int | None) -> Manifest:
+    """Return what is in the folders of some files when all has been sent."""
+    disk = asked.timeline.at(asked.source.events)
+    found: list[Entry] = []
+    for folder in dict.fromkeys(posixpath.dirname(path) or "/" for path in paths):
+        try:
+            found += asked.oracle.scan(disk, folder, partition=partition).entries
+        except FilesystemError as error:
+            raise UsageError(
+                f"what {folder} held in the end cannot be read ({error}); say what should be "
+                f"there with --files MANIFEST"
+            ) from None
+    return Manifest(tuple(found))
+
+
+def _chosen(wanted: Manifest, paths: list[str], *, from_manifest: bool) -> Manifest:
     """Return the entries of the files that are asked for."""
     known = {entry.path: entry for entry in wanted.entries}
-    if not from_manifest:
-        disk = asked.timeline.at(asked.source.events)
-        for folder in dict.fromkeys(posixpath.dirname(path) or "/" for path in paths):
-            try:
-                there = asked.oracle.scan(disk, folder, partition=None)
-                known |= {entry.path: entry for entry in there.entries}
-            except FilesystemError as error:
-                raise UsageError(
-                    f"what {folder} held in the end cannot be read ({error}); say what should be "
-                    f"there with --files MANIFEST"
-                ) from None
     lost = [path for path in paths if path not in known]
     if lost:
         where = "the manifest" if from_manifest else "what was sent to the disk by the end"

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_64_hexdigest
 
-from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, RecordedAs, Root
+from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.crash.bench import Job
@@ -124,6 +124,7 @@ def explore(
     ] = True,
     recorded_as: RecordedAs = None,
     root: Root = None,
+    partition: Partition = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -165,7 +166,8 @@ def explore(
         asked = at or (every.value if every else _usual_cut(failure))
         level = _level(source, mode, failure, None if every else asked)
         judge = make_judge(
-            *(timeline, files, check, None if every else asked, root, time_limit, oracle)
+            *(timeline, files, check, None if every else asked, (root, partition)),
+            *(time_limit, oracle),
         )
         fields = Fields(timeline, level, options)
         budget = states if states is not None else None if exhaustive else Wish().budget
@@ -188,7 +190,7 @@ def explore(
         except KeyboardInterrupt:
             _tell_ended(db)
             raise typer.Exit(130) from None
-        again = _again(files, check, root, base, time_limit, oracle)
+        again = _again(files, check, (root, partition), base, time_limit, oracle)
         needs = option_of_base(base)
         report = explored.Report(about, plan, tally, verdicts, again, needs, source.missing)
         if json:
@@ -240,17 +242,23 @@ def option_of_base(base: Path | None) -> str:
     return f" --base {shlex.quote(str(base))}" if base is not None else ""
 
 
+Where = tuple[str | None, int | None]
+"""The directory that a manifest's paths begin at, and the partition; None is to be found."""
+
+
 def _again(
     files: Path | None,
     check: str | None,
-    root: str | None,
+    where: Where,
     base: Path | None,
     limit_s: float,
     oracle: OracleName,
 ) -> str:
     """Return the options with which another command asks the same."""
     words = ["--files", str(files)] if check is None else ["--check", check]
+    root, partition = where
     words += ["--root", root] if root is not None else []
+    words += ["--partition", str(partition)] if partition is not None else []
     words += ["--base", str(base)] if base is not None else []
     words += ["--time-limit", f"{limit_s:g}"] if limit_s != TIME_LIMIT_S else []
     words += ["--oracle", oracle.value] if oracle is not OracleName.QUICK else []
@@ -276,7 +284,7 @@ def make_judge(
     files: Path | None,
     check: str | None,
     at: str | None,
-    root: str | None,
+    where: Where,
     time_limit_s: float,
     oracle: OracleName = OracleName.QUICK,
 ) -> JudgePlan:
@@ -292,7 +300,10 @@ def make_judge(
     cut = resolve(timeline.source, at or "before-exit")
     wanted = manifest.load(files)
     with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
-        partition, wanted = place(timeline, wanted, cut, root=root, oracle=asked)
+        root, partition = where
+        partition, wanted = place(
+            *(timeline, wanted, cut), root=root, partition=partition, oracle=asked
+        )
         earlier = earlier_digests(timeline, wanted, partition, asked)
     return ManifestPlan(wanted, partition, earlier, MAKERS[oracle])
 

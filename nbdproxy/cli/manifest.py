@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.cli.choices import Partition
 from nbdproxy.cli.console import err, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.crash.cuts import resolve
@@ -48,6 +49,7 @@ def manifest(
         Path | None,
         typer.Option(metavar="DIR", help="For a lockfile: the packages' tarballs, by any name."),
     ] = None,
+    partition: Partition = None,
     base: Annotated[
         Path | None,
         typer.Option(metavar="IMAGE", help="For RUN@CUT: the image as it was."),
@@ -88,7 +90,7 @@ def manifest(
             err.status("reading") as status,
             opened(oracle, status.update) as asked,
         ):
-            found = asked.scan(disk, under or "/", partition=None, modes=modes)
+            found = asked.scan(disk, under or "/", partition=partition, modes=modes)
     if not found.entries:
         raise ManifestError(f"there are no files in {where}; check the path and --under")
     if json:

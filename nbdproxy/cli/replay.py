@@ -14,6 +14,7 @@ from nbdproxy.cli.choices import (
     Covers,
     FailureText,
     ModeText,
+    Partition,
     RecordedAs,
     Root,
     parse_list,
@@ -46,6 +47,7 @@ def replay(
     failure: FailureText = None,
     at: At = None,
     root: Root = None,
+    partition: Partition = None,
     recorded_as: RecordedAs = None,
     covers: Covers = Coverage.RECEIVED,
     base: Base = None,
@@ -99,6 +101,7 @@ def replay(
             options=Options(coverage=covers),
             recorded_as=recorded_as,
             root=root,
+            partition=partition,
             progress=about_to_judge,
             oracle=judge,
         )

@@ -319,12 +319,12 @@ def place(
     if root is not None:
         return partition, below(root, manifest)
     try:
-        return oracle.locate(timeline.at(timeline.source.events), manifest)
+        return oracle.locate(timeline.at(timeline.source.events), manifest, partition=partition)
     except (ManifestError, FilesystemError) as at_the_end:
         if cut.position == timeline.source.events:
             raise
         try:
-            return oracle.locate(timeline.at(cut.position), manifest)
+            return oracle.locate(timeline.at(cut.position), manifest, partition=partition)
         except (ManifestError, FilesystemError):
             raise at_the_end from None
 

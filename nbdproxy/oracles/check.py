@@ -146,15 +146,16 @@ def paths(device: ReadableDevice, *, partition: int | None = None) -> list[str]:
     return _paths(open_filesystem(only(candidates(device, partition)).device))
 
 
-def locate(device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+def locate(
+    device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
+) -> tuple[int, Manifest]:
     """Find the partition that a manifest describes and resolve the manifest against it.
 
     Meant for a good state: what is found there then serves to check all others. Raises
     FilesystemError if nothing can be read, ManifestError if the manifest matches nowhere.
     """
-    return best_place(
-        candidates(device, None), manifest, lambda part: _paths(open_filesystem(part.device))
-    )
+    parts = candidates(device, partition)
+    return best_place(parts, manifest, lambda part: _paths(open_filesystem(part.device)))
 
 
 def best_place(
@@ -180,7 +181,8 @@ def best_place(
     if len(best) > 1:
         numbers = ", ".join(str(number) for number, _ in best)
         raise FilesystemError(
-            f"the manifest matches the partitions {numbers} equally well; name one of them"
+            f"the manifest matches the partitions {numbers} equally well; name one of them "
+            f"with --partition"
         )
     return best[0]
 
@@ -274,7 +276,8 @@ def only(found: list[Slice]) -> Slice:
     """Return the one of them; raises FilesystemError if there are several."""
     if len(found) > 1:
         raise FilesystemError(
-            f"several partitions hold a filesystem: {_listed(found)}; name one of them"
+            f"several partitions hold a filesystem: {_listed(found)}; "
+            f"name one of them with --partition"
         )
     return found[0]
 
@@ -295,7 +298,8 @@ def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -
         raise closed  # the files may be there
     if counts.count(best) > 1:
         raise FilesystemError(
-            f"the files could be on any of several partitions: {_listed(found)}; name one of them"
+            f"the files could be on any of several partitions: {_listed(found)}; "
+            f"name one of them with --partition"
         )
     return filesystems[counts.index(best)]
 

@@ -42,7 +42,9 @@ class Oracle(Protocol):
         """Return what judges the files of a manifest with absolute paths."""
         ...
 
-    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+    def locate(
+        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
+    ) -> tuple[int, Manifest]:
         """Return the partition that a manifest describes, and the manifest with its paths."""
         ...
 

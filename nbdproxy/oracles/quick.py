@@ -28,9 +28,11 @@ class QuickOracle:
         """Return what judges the files of a manifest with absolute paths."""
         return IncrementalCheck(manifest, earlier=earlier, partition=partition)
 
-    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+    def locate(
+        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
+    ) -> tuple[int, Manifest]:
         """Return the partition that a manifest describes, and the manifest with its paths."""
-        return check.locate(device, manifest)
+        return check.locate(device, manifest, partition=partition)
 
     def scan(
         self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False

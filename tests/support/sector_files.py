@@ -104,7 +104,10 @@ class SectorFiles:
             verdict=Verdict.PASS if whole else Verdict.FAIL, conditions=conditions, reason=None
         )
 
-    def locate(self, device: ReadableDevice, manifest: Manifest) -> tuple[int, Manifest]:
+    def locate(
+        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
+    ) -> tuple[int, Manifest]:
+        assert partition is None
         if not {entry.path for entry in manifest.entries} & self._files(device).keys():
             raise ManifestError("the manifest matches nothing")
         return 2, manifest
