@@ -130,8 +130,9 @@ def test_what_was_told_is_there_in_the_worst_state_at_its_mark(
     state_image = tmp_path / "state.img"
     for number in range(1, count + 1, 7):
         position = resolve(source, f"mark:committed-{number}").position
-        # Judged as if one more had been promised, each state tells that it is not simply the last.
-        for promised, code in ((number, SOUND), (number + 5, LOST)):
+        # Judged as if all had been promised, an early state tells that it is not simply the last. By
+        # how many commits a mark comes late depends on how busy the machine is.
+        for promised, code in ((number, SOUND), (count + 2 * (number > count // 2), LOST)):
             state = StateId(position, Level.FLUSHED, Choice.MUST)
             write_image(open_state(source, state), state_image)
             found = sqlite_image.judge(state_image, committed=promised, may_lose=may_lose)

@@ -70,7 +70,7 @@ def visits_of(stages: Stages, stage: Stage) -> Iterator[Visit]:
 
 
 @given(logs(), options, contents, st.integers(0, 99), few)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_all_stages_visit_what_the_rules_allow(
     log: list[Received | Completed], chosen: Options, content: list[int], seed: int, few: int
 ) -> None:
@@ -95,7 +95,7 @@ def test_all_stages_visit_what_the_rules_allow(
 
 
 @given(logs(), options, contents)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_exhaustive_equals_brute_force(
     log: list[Received | Completed], chosen: Options, content: list[int]
 ) -> None:
@@ -118,7 +118,7 @@ def test_exhaustive_equals_brute_force(
 
 
 @given(logs(), options, contents, few)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_a_change_is_what_differs_from_an_end(
     log: list[Received | Completed], chosen: Options, content: list[int], few: int
 ) -> None:

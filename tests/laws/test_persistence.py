@@ -19,7 +19,7 @@ from tests.support.logs import SECTOR, SECTORS, logs, options
 
 
 @given(logs(), options)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_the_model_equals_the_reference(log: list[Received | Completed], chosen: Options) -> None:
     table = reference.table_of(log)
     since = model.durable_from(table, chosen)
@@ -76,7 +76,7 @@ def memory_source(log: list[Received | Completed]) -> MemorySource:
 
 
 @given(logs(), options)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_both_ends_are_states_that_the_rules_allow(
     log: list[Received | Completed], chosen: Options
 ) -> None:

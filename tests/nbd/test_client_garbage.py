@@ -116,7 +116,7 @@ def fresh(style: ReplyStyle, flying: bool) -> ClientConnection:
 
 
 @given(streams(), st.integers(1, 50))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_garbage_gives_events_or_a_breach_however_it_is_fed(
     case: tuple[ReplyStyle, bool, bytes], step: int
 ) -> None:

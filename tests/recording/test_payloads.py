@@ -26,13 +26,13 @@ def test_it_names_the_event_that_a_position_is_in(lengths: list[int], gap: int) 
     # More rows than one step of the index, and a long run without any payload.
     lengths = [*lengths, *[0] * 2500, *lengths, 3, *[0] * 1500]
     index, positions = index_of(lengths, gap)
+    expected = {
+        at + byte: (row, 100 + row)
+        for row, (at, length) in enumerate(zip(positions, lengths, strict=True))
+        for byte in range(length)
+    }
     for position in range(max(positions) + 6):
-        expected: list[tuple[int, int] | None] = [
-            (row, 100 + row)
-            for row, (at, length) in enumerate(zip(positions, lengths, strict=True))
-            if at >= 0 and at <= position < at + length
-        ]
-        assert [index.unverified(position)] == (expected or [None])
+        assert index.unverified(position) == expected.get(position)
 
 
 def test_what_was_verified_is_not_named_again() -> None:
