@@ -130,8 +130,8 @@ def test_what_was_told_is_there_in_the_worst_state_at_its_mark(
     state_image = tmp_path / "state.img"
     for number in range(1, count + 1, 7):
         position = resolve(source, f"mark:committed-{number}").position
-        # Judged as if all had been promised, an early state tells that it is not simply the last. By
-        # how many commits a mark comes late depends on how busy the machine is.
+        # Judged as if all had been promised, an early state tells that it is not simply the last.
+        # By how many commits a mark comes late depends on how busy the machine is.
         for promised, code in ((number, SOUND), (count + 2 * (number > count // 2), LOST)):
             state = StateId(position, Level.FLUSHED, Choice.MUST)
             write_image(open_state(source, state), state_image)
