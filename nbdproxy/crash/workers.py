@@ -26,7 +26,8 @@ from nbdproxy.oracles.check import Verdict
 DEATHS_MAX = 2
 """So many workers may die of a unit before it is taken apart, or its one state given up."""
 
-_GRACE_S = 2
+_GRACE_S = 2.0
+_IDLE_S = 0.5
 _PR_SET_PDEATHSIG = 1
 
 _AHEAD = 3
@@ -136,6 +137,7 @@ class PoolRunner:
 
 
 _bench: Bench | None = None
+_judging = False
 _ended = False
 
 
@@ -143,36 +145,49 @@ def _begin(job: Job) -> None:
     global _bench  # noqa: PLW0603 - a worker process has one job
     # Ctrl-C is for the parent, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, _end_now)
     signal.signal(signal.SIGTERM, _end)
     _end_with_parent()
     bench = open_bench(job)
-    Finalize(None, bench.close, exitpriority=10)
+    Finalize(None, _close, exitpriority=10)
     _bench = bench
     if _ended:
         _end_now()
 
 
 def _end(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a signal handler
-    """End the command that runs, then this process; at once, if nobody asks for more.
+    """End the command that runs, then this process.
 
-    What is being opened is opened first: what is begun by halves cannot be closed. Only the first
-    signal counts: another, as when each thread of the parent dies, would raise in the midst of
-    ending the command. And what is raised may be lost: numpy drops it in a comparison.
+    Only the first signal counts: another, as when each thread of the parent dies, would raise in
+    the midst of ending the command. And what is raised may be lost: numpy drops it in a comparison.
+    What is being opened is opened first: what is begun by halves cannot be closed. Between two
+    units nothing is raised: a message between the processes would be read or written by halves, and
+    another worker would take its rest for one of its own. The parent says there is no more to do;
+    if it does not, it is dead.
     """
     global _ended  # noqa: PLW0603 - there is one process to end
     if _ended:
         return
     _ended = True
-    signal.signal(signal.SIGALRM, _end_now)
-    signal.alarm(_GRACE_S)
-    if _bench is not None:
+    _end_after(_GRACE_S if _judging or _bench is None else _IDLE_S)
+    if _judging:
         raise SystemExit(128 + number)
 
 
+def _end_after(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
 def _end_now(*_: object) -> None:
+    _close()
+    os._exit(128 + signal.SIGTERM)
+
+
+def _close() -> None:
+    if _ended:
+        _end_after(_GRACE_S)
     if _bench is not None:
         _bench.close()
-    os._exit(128 + signal.SIGTERM)
 
 
 def _end_with_parent() -> None:
@@ -184,10 +199,17 @@ def _end_with_parent() -> None:
 
 
 def _judge(unit: Unit) -> list[Judged]:
+    global _judging  # noqa: PLW0603 - there is one unit at a time
     assert _bench is not None
-    if _ended:  # the pool goes on as if nothing had happened
-        raise SystemExit(128 + signal.SIGTERM)
-    return _bench.judge(unit)
+    try:
+        _judging = True
+        if _ended:  # the pool goes on as if nothing had happened
+            raise SystemExit(128 + signal.SIGTERM)
+        return _bench.judge(unit)
+    finally:
+        _judging = False
+        if _ended:
+            _end_after(_IDLE_S)
 
 
 def make_runner(job: Job, workers: int | None) -> Runner:
