@@ -1,35 +1,71 @@
-"""The command `nbdproxy`: collects the commands, and turns our errors into one sentence."""
+"""The command `nbdproxy`: collects the commands, and turns our errors into one sentence.
+
+A command's module is imported when the command is asked for: all of them take over a second.
+"""
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import traceback
-from typing import Annotated
+from collections import UserDict
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nbdproxy import __version__
-from nbdproxy.cli import ctl, lab, policy
-from nbdproxy.cli.audit import audit
-from nbdproxy.cli.check import check
 from nbdproxy.cli.console import err
-from nbdproxy.cli.convert import convert
-from nbdproxy.cli.explain import explain
-from nbdproxy.cli.explore import explore
-from nbdproxy.cli.info import info
-from nbdproxy.cli.log import log
-from nbdproxy.cli.manifest import manifest
-from nbdproxy.cli.minimize import minimize
-from nbdproxy.cli.open import open_
-from nbdproxy.cli.pack import pack, unpack
-from nbdproxy.cli.replay import replay
-from nbdproxy.cli.serve import serve
-from nbdproxy.cli.timeline import timeline
 from nbdproxy.errors import NbdproxyError
+
+COMMANDS = {
+    "serve": "serve:serve",
+    "info": "info:info",
+    "log": "log:log",
+    "replay": "replay:replay",
+    "explain": "explain:explain",
+    "audit": "audit:audit",
+    "check": "check:check",
+    "manifest": "manifest:manifest",
+    "explore": "explore:explore",
+    "minimize": "minimize:minimize",
+    "open": "open:open_",
+    "timeline": "timeline:timeline",
+    "convert": "convert:convert",
+    "pack": "pack:pack",
+    "unpack": "pack:unpack",
+    "policy": "policy:app",
+    "ctl": "ctl:app",
+    "lab": "lab:app",
+}
+"""In the order of the help: the module in this package, and its function or group of commands."""
+
+
+class _Imported(UserDict[str, Any]):
+    """The commands by their names; one that is asked for is imported."""
+
+    def __getitem__(self, name: str) -> Any:
+        module, _, attribute = super().__getitem__(name).partition(":")
+        found = getattr(importlib.import_module(f"nbdproxy.cli.{module}"), attribute)
+        if not isinstance(found, typer.Typer):
+            alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+            alone.command(name)(found)
+            found = alone
+        command = typer.main.get_command(found)
+        command.name = name
+        return command
+
+
+class _Commands(TyperGroup):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Imported(COMMANDS)
+
 
 app = typer.Typer(
     name="nbdproxy",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -65,26 +101,6 @@ def nbdproxy(
 
       nbdproxy replay run1 --files files
     """
-
-
-app.command()(serve)
-app.command()(info)
-app.command()(log)
-app.command()(replay)
-app.command()(explain)
-app.command()(audit)
-app.command()(check)
-app.command()(manifest)
-app.command()(explore)
-app.command()(minimize)
-app.command(name="open")(open_)
-app.command()(timeline)
-app.command()(convert)
-app.command()(pack)
-app.command()(unpack)
-app.add_typer(policy.app, name="policy")
-app.add_typer(ctl.app, name="ctl")
-app.add_typer(lab.app, name="lab")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from nbdproxy.cli.console import err, out, plural, print_json
 from nbdproxy.errors import UsageError
 from nbdproxy.sizes import size_text
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 Export = Annotated[
     str | None,

@@ -22,7 +22,7 @@ from nbdproxy.oracles.manifest import dump
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.sizes import parse_size
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 _RENAMES = {"rename-new": renames.new_manifest, "rename-old": renames.old_manifest}

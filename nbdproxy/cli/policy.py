@@ -13,7 +13,7 @@ from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
 from nbdproxy.server.rehearsal import Rehearsal, explain, rehearse
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

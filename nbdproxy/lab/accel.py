@@ -25,7 +25,9 @@ TCG = "tcg"
 
 PROBE_LIMIT_S = 8.0  # a guest under KVM is through in about one second
 
-_KERNEL_LINE = "console=ttyS0 panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on"
+_KERNEL_LINE = (
+    "console=ttyS0 panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on cryptomgr.notests"
+)
 # Under KVM, QEMU 7.2 aborts on some nested hosts when it passes all of the host's features on.
 _CPU = {TCG: "max,la57=off", KVM: "qemu64"}
 _MEMORY_PROBE_MIB = 256

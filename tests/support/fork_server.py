@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _HELPER = """
-import json, os, sys
-import nbdproxy.cli.app, nbdproxy.cli.serve
+import json, os, pkgutil, sys
+import nbdproxy.cli.app
+for module in pkgutil.iter_modules(nbdproxy.cli.__path__, "nbdproxy.cli."):
+    __import__(module.name)
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:
