@@ -95,7 +95,8 @@ class Bench:
             return Judged(str(state), known[1], known[0], time.perf_counter() - began)
         near = change.reference
         if near not in self._judges:
-            self._judges[near] = self._plan.open(self.timeline)
+            others = list(self._judges.values())
+            self._judges[near] = others[0].beside() if others else self._plan.open(self.timeline)
         judgement, reads = self._judges[near].judge(state, self._changed(field, change))
         self._last[near] = state.position, change
         if reads is not None:

@@ -47,8 +47,12 @@ class Judge(Protocol):
         """
         ...
 
+    def beside(self) -> Judge:
+        """Return another, for other states of the timeline, that shares what is costly to have."""
+        ...
+
     def close(self) -> None:
-        """Release what the judge holds."""
+        """Release what the judge holds, and those beside it; closing twice is harmless."""
         ...
 
 
@@ -78,7 +82,7 @@ class ManifestPlan:
 
     def open(self, timeline: Timeline) -> Judge:
         """Return the judge, for the states of a timeline."""
-        return _ManifestJudge(self, timeline)
+        return _ManifestJudge(self, timeline, self.oracle())
 
     def context(self, timeline: Timeline, state: StateId) -> str:  # noqa: ARG002
         """Return nothing: the disk is all that counts."""
@@ -86,10 +90,10 @@ class ManifestPlan:
 
 
 class _ManifestJudge:
-    def __init__(self, plan: ManifestPlan, timeline: Timeline) -> None:
+    def __init__(self, plan: ManifestPlan, timeline: Timeline, oracle: Oracle) -> None:
         self._plan = plan
         self._timeline = timeline
-        self._oracle = plan.oracle()
+        self._oracle = oracle
         self._check = self._oracle.follow(
             plan.manifest, earlier=plan.earlier, partition=plan.partition
         )
@@ -108,6 +112,9 @@ class _ManifestJudge:
         judgement = self._last[1]
         # That a disk is blank is not seen in what the oracle read.
         return judgement, self._check.reads if found.conditions else None
+
+    def beside(self) -> Judge:
+        return _ManifestJudge(self._plan, self._timeline, self._oracle)
 
     def close(self) -> None:
         self._oracle.close()

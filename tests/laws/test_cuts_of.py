@@ -204,7 +204,7 @@ contents = st.lists(st.integers(0, 9), min_size=30, max_size=30)
 
 @pytest.mark.parametrize("sector", [512, 4096])
 @given(ragged_logs(), options, contents)
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_inside_sectors_only_what_the_rules_allow(
     sector: int, log: list[Received | Completed], chosen: Options, content: list[int]
 ) -> None:

@@ -70,7 +70,7 @@ def visits_of(stages: Stages, stage: Stage) -> Iterator[Visit]:
 
 
 @given(logs(), options, contents, st.integers(0, 99), few)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_all_stages_visit_what_the_rules_allow(
     log: list[Received | Completed], chosen: Options, content: list[int], seed: int, few: int
 ) -> None:

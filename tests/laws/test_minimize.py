@@ -71,6 +71,9 @@ class _MadeUp:
         failed = self._plan.fails(disk.pread(0, disk.size))
         return Judgement(Verdict.FAIL if failed else Verdict.PASS), reads
 
+    def beside(self) -> Judge:
+        return _MadeUp(self._plan, self._timeline)
+
     def close(self) -> None:
         pass
 

@@ -44,9 +44,11 @@ class AdaptivePlan:
     silent: int = 0
     """One state of so many is judged without saying what was read; 0 is none."""
     calls: list[str] = field(default_factory=list)
+    opened: list[Timeline] = field(default_factory=list)
 
     def open(self, timeline: Timeline) -> Judge:
         """Return the judge, for the states of a timeline."""
+        self.opened.append(timeline)
         return _Adaptive(self, timeline)
 
     def context(self, timeline: Timeline, state: StateId) -> str:  # noqa: ARG002
@@ -86,6 +88,9 @@ class _Adaptive:
         silent = self._plan.silent and len(self._plan.calls) % self._plan.silent == 0
         return judgement, None if silent else reads
 
+    def beside(self) -> Judge:
+        return _Adaptive(self._plan, self._timeline)
+
     def close(self) -> None:
         self._last = None
 
@@ -107,6 +112,7 @@ def compare(timeline: Timeline, units: Sequence[Unit], job: Job) -> None:
     plan = job.judge
     assert isinstance(plan, AdaptivePlan)
     plan.calls.clear()
+    plan.opened.clear()
     bench = Bench(timeline.source, job)
     said: dict[str, Judgement] = {}
     for unit in units:
@@ -123,6 +129,7 @@ def compare(timeline: Timeline, units: Sequence[Unit], job: Job) -> None:
                 assert judged.state not in plan.calls
             said[judged.state] = judged.judgement
     assert job.share or len(plan.calls) == len(said)
+    assert len(plan.opened) == 1  # such as a guest, which is booted once
     bench.close()
 
 

@@ -116,7 +116,7 @@ def fresh(style: ReplyStyle, flying: bool) -> ClientConnection:
 
 
 @given(streams(), st.integers(1, 50))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_garbage_gives_events_or_a_breach_however_it_is_fed(
     case: tuple[ReplyStyle, bool, bytes], step: int
 ) -> None:
@@ -176,7 +176,7 @@ headers = st.tuples(u16, u16, st.integers(0, 8), u64 | st.just(512))
 
 
 @given(st.sampled_from([STRUCTURED, EXTENDED]), headers, u64)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_no_header_makes_anybody_wait_for_more_than_was_asked(
     style: ReplyStyle, fields: tuple[int, int, int, int], length: int
 ) -> None:

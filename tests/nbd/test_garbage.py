@@ -124,7 +124,7 @@ def parts_of(draw: st.DrawFn) -> tuple[tuple[bytes, ...], Server]:
 
 
 @given(parts_of(), st.integers(1, 50))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_garbage_parses_or_is_a_breach_however_it_is_fed(
     case: tuple[tuple[bytes, ...], Server], step: int
 ) -> None:

@@ -196,7 +196,7 @@ tops = st.fixed_dictionaries(
 
 
 @given(tops)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_whatever_the_tables_hold_only_policy_errors_come(top: Table) -> None:
     try:
         build_tables(top)
@@ -206,7 +206,7 @@ def test_whatever_the_tables_hold_only_policy_errors_come(top: Table) -> None:
 
 
 @given(st.integers(0, 2**32), st.sampled_from(sorted(RULE_KEYS)), values)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 def test_whatever_a_key_of_a_good_rule_is_only_policy_errors_come(
     seed: int, key: str, value: object
 ) -> None:

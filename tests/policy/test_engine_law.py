@@ -39,8 +39,8 @@ AT_ONCE = 25
 
 dices = st.randoms(use_true_random=False)
 seeds = st.integers(0, 2**32)
-slow = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-quick = settings(max_examples=200, deadline=None)
+slow = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=100, deadline=None)
 few = settings(max_examples=60, deadline=None)
 
 
