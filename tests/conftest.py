@@ -1,0 +1,6 @@
+"""What holds for all tests."""
+
+import signal
+
+# Who starts tests in the background of a script has Ctrl-C ignored, and so has all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
