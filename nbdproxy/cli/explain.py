@@ -20,6 +20,7 @@ from nbdproxy.cli.choices import (
     Partition,
     RecordedAs,
     Root,
+    Where,
     parse_list,
 )
 from nbdproxy.cli.console import err, out, print_json
@@ -150,7 +151,7 @@ class _Asked:
 
 
 def _wanted(
-    asked: _Asked, paths: Sequence[str], files: Path | None, where: tuple[str | None, int | None]
+    asked: _Asked, paths: Sequence[str], files: Path | None, where: Where
 ) -> tuple[int | None, Manifest]:
     """Return what to tell of, and the partition that it is on, if that is known."""
     (root, partition), wanted = where, Manifest(())

@@ -13,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_64_hexdigest
 
-from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root
+from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root, Where
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.crash.bench import Job
@@ -240,10 +240,6 @@ def _level(source: RecordedSource, mode: CacheMode, failure: Failure, at: str | 
 def option_of_base(base: Path | None) -> str:
     """Return the option that names the image to another command, behind a space; or nothing."""
     return f" --base {shlex.quote(str(base))}" if base is not None else ""
-
-
-Where = tuple[str | None, int | None]
-"""The directory that a manifest's paths begin at, and the partition; None is to be found."""
 
 
 def _again(

@@ -27,7 +27,9 @@ DEATHS_MAX = 2
 """So many workers may die of a unit before it is taken apart, or its one state given up."""
 
 _GRACE_S = 2.0
+"""So long a worker that is told to end may take for it."""
 _IDLE_S = 0.5
+"""So long it waits for the parent's word, if it is at no state."""
 _PR_SET_PDEATHSIG = 1
 
 _AHEAD = 3
