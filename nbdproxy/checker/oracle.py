@@ -21,7 +21,6 @@ from typing import Any
 from nbdproxy.checker.drivers import (
     RefusedByKernelError,
     driver_of,
-    elsewhere,
     has_ciphers,
     refusal,
 )
@@ -37,7 +36,7 @@ from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
-from nbdproxy.oracles.filesystems import kind_of
+from nbdproxy.oracles.filesystems import elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.lab import guest
 from nbdproxy.lab.build import build_lab
 from nbdproxy.lab.workloads import End, Ending, Workload
+from nbdproxy.oracles import lvm
 from nbdproxy.oracles.check import Verdict, check
 from nbdproxy.oracles.locate import locate
-from nbdproxy.oracles.lvm import LinearDevice, volumes
+from nbdproxy.oracles.lvm import LinearDevice, Volume
 from nbdproxy.oracles.manifest import Entry, Manifest, digest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.partitions import VOLUMES, slices
@@ -49,6 +51,13 @@ def in_guest(script: str, image: Path) -> None:
     """Run a script in a guest that has the image as /dev/vdb and does not mount it itself."""
     workload = Workload("lvm", "LVM", script, mount_options="-", needs_mount=False)
     guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), time_limit_s=90)
+
+
+def volumes(disk: ReadableDevice) -> list[Volume]:
+    """The volumes of the physical volume that the whole disk is."""
+    found = lvm.physical(disk)
+    assert found is not None
+    return lvm.volumes([found])
 
 
 @pytest.fixture(scope="module")
