@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from xxhash import xxh3_64_hexdigest
 
 from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root
@@ -342,6 +349,7 @@ def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     shown = err.is_terminal
