@@ -78,8 +78,3 @@ def set_up_logging(*, verbose: bool) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-
-
-def plural(count: int, word: str) -> str:
-    """Return "1 write" or "1,234 writes"."""
-    return f"{count:,} {word}{'' if count == 1 else 'es' if word.endswith('sh') else 's'}"

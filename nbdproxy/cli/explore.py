@@ -31,6 +31,7 @@ from nbdproxy.crash.judging import JudgePlan, ManifestPlan
 from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import earlier_digests, level_at, place
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import About, Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
@@ -44,7 +45,6 @@ from nbdproxy.persistence.modes import (
     Failure,
     check_projection,
     guarantee,
-    recorded_under,
 )
 from nbdproxy.report import explored
 from nbdproxy.server.commands import CommandPlan
@@ -167,9 +167,9 @@ def explore(
         source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
-        check_projection(recorded_under(source.table, recorded_as), [mode])
         timeline = Timeline(source)
         stack.callback(timeline.close)
+        check_projection(taken_under(timeline, recorded_as), [mode])
         options = _options(source, sector, covers, fsyncgate=fsyncgate, losses=loss or [])
         asked = at or (every.value if every else _usual_cut(failure))
         level = _level(source, mode, failure, None if every else asked)
