@@ -8,6 +8,7 @@ from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.source import Source
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.persistence.modes import CacheMode
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}
 
@@ -77,9 +78,13 @@ def footnotes(result: Replay) -> list[str]:
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)
         notes.append(
-            f"left out: {left}; this recording was taken with the guest's write cache off and has "
-            "none of the guest's flushes; record again with cache=none or writeback to judge them"
+            f"left out: {left}; {result.why}; if you know QEMU's cache mode then, --recorded-as "
+            f"says it"
+            if len(result.recorded_under) == len(CacheMode)
+            else f"left out: {left}; {result.why}"
         )
+    if result.remark:
+        notes.append(result.remark)
     reasons = {end.reason for c in result.cells for end in (c.worst, c.best) if end.reason}
     return notes + sorted(reasons)
 
