@@ -10,16 +10,20 @@ from __future__ import annotations
 import struct
 from enum import IntEnum
 from functools import lru_cache
+from operator import itemgetter
 
 MASK = 0xFFFFFFFF
 END_OF_DIRECTORY = 0xFFFFFFFE
 KEPT_MAX = 1 << 17
 _MD4_START = struct.pack("<4I", 0x67452301, 0xEFCDAB89, 0x98BADCFE, 0x10325476)
-# For each of the three rounds: what is added, the order of the words, and the rotations.
-_MD4_ROUNDS = (
-    (0, (0, 1, 2, 3, 4, 5, 6, 7), (3, 7, 11, 19)),
-    (0x5A827999, (1, 3, 5, 7, 0, 2, 4, 6), (3, 5, 9, 13)),
-    (0x6ED9EBA1, (3, 7, 2, 6, 1, 5, 0, 4), (3, 9, 11, 15)),
+# In each of the three rounds: what is added, the order of the words, and the rotations.
+_SECOND, _THIRD = 0x5A827999, 0x6ED9EBA1
+_SECOND_ORDER = itemgetter(1, 3, 5, 7, 0, 2, 4, 6)
+_THIRD_ORDER = itemgetter(3, 7, 2, 6, 1, 5, 0, 4)
+_FIRST_TURNS, _SECOND_TURNS, _THIRD_TURNS = (
+    (3, 7, 11, 19) * 2,
+    (3, 5, 9, 13) * 2,
+    (3, 9, 11, 15) * 2,
 )
 _TEA_DELTA, _TEA_ROUNDS = 0x9E3779B9, 16
 _LEGACY_START, _LEGACY_FACTOR, _LEGACY_FOLD = (0x12A3FE2D, 0x37ABE8F9), 7152373, 0x7FFFFFFF
@@ -73,17 +77,15 @@ def _half_md4(name: bytes, seed: bytes, *, is_unsigned: bool) -> int:
     for at in range(0, len(name), 32):
         words = _words(name[at:], 8, is_unsigned=is_unsigned)
         a, b, c, d = state
-        for number, (added, order, turns) in enumerate(_MD4_ROUNDS):
-            for step in range(8):
-                if number == 0:
-                    mixed = d ^ (b & (c ^ d))
-                elif number == 1:
-                    mixed = (b & c) + ((b ^ c) & d)
-                else:
-                    mixed = b ^ c ^ d
-                value = (a + mixed + words[order[step]] + added) & MASK
-                turn = turns[step & 3]
-                a, b, c, d = d, (value << turn | value >> (32 - turn)) & MASK, b, c
+        for word, turn in zip(words, _FIRST_TURNS, strict=True):
+            value = (a + (d ^ (b & (c ^ d))) + word) & MASK
+            a, b, c, d = d, (value << turn | value >> (32 - turn)) & MASK, b, c
+        for word, turn in zip(_SECOND_ORDER(words), _SECOND_TURNS, strict=True):
+            value = (a + (b & c) + ((b ^ c) & d) + word + _SECOND) & MASK
+            a, b, c, d = d, (value << turn | value >> (32 - turn)) & MASK, b, c
+        for word, turn in zip(_THIRD_ORDER(words), _THIRD_TURNS, strict=True):
+            value = (a + (b ^ c ^ d) + word + _THIRD) & MASK
+            a, b, c, d = d, (value << turn | value >> (32 - turn)) & MASK, b, c
         w, x, y, z = state
         state = (w + a) & MASK, (x + b) & MASK, (y + c) & MASK, (z + d) & MASK
     return int(state[1])

@@ -42,8 +42,9 @@ class _BadIndexError(Exception):
 
 
 class Node(NamedTuple):
-    """A block of an index, from where its entries begin: hashes and blocks by turns."""
+    """A block of an index; `words` are its entries, hashes and blocks by turns."""
 
+    raw: bytes
     limit: int
     used: int
     words: tuple[int, ...]
@@ -109,7 +110,7 @@ class Folder:
         self._parsed = parsed
         self._is_folded = bool(node.flags & InodeFlag.CASEFOLD and sb.incompat & Incompat.CASEFOLD)
         self._places: dict[int, int | None] = {}
-        self._nodes: dict[int, tuple[bytes, Node]] = {}
+        self._nodes: dict[int, Node] = {}
         self._linear: Linear | None = None
 
     def find(self, name: bytes) -> int | None:
@@ -214,7 +215,11 @@ class Folder:
 
     def _keep(self, physical: int, raw: bytes) -> Kept:
         known = self._parsed.get(physical)
-        if known is None or known.raw != raw or known.seed != self._node.seed:
+        if (
+            known is None
+            or (known.raw is not raw and known.raw != raw)
+            or known.seed != self._node.seed
+        ):
             leaf = directory.search(self._sb, raw, is_folded=self._is_folded)
             verified = not self._sb.has_checksums or directory.checksum_is_right(self._node, raw)
             if len(self._parsed) >= KEPT_MAX:
@@ -290,16 +295,19 @@ class Folder:
 
     def _entries(self, block: int, raw: bytes, start: int, limit: int | None) -> Node:
         known = self._nodes.get(block)
-        if known is None or known[0] != raw:
+        if known is None or known.raw is not raw:
             limit_said, used = struct.unpack_from("<HH", raw, start)
             words = struct.unpack_from(f"<{(len(raw) - start) // 8 * 2}I", raw, start)
-            known = self._nodes[block] = raw, Node(limit_said, used, words)
-        if limit is not None and known[1].limit != limit:
+            known = self._nodes[block] = Node(raw, limit_said, used, words)
+        if limit is not None and known.limit != limit:
             raise _BadIndexError
-        return known[1]
+        return known
 
     def _index_block(self, logical: int) -> bytes:
         raw = self._read(logical)
+        known = self._nodes.get(logical)
+        if known is not None and known.raw is raw:
+            return raw  # it was looked at
         length = ENTRY.unpack_from(raw)[1]
         if logical and directory.record_length(length, len(raw)) != len(raw):
             raise self._corrupt("its index leads to a block that is not of it")
