@@ -289,13 +289,14 @@ def _volumes(commit: _Commit, there: Mapping[str, Physical]) -> Iterator[Volume]
     shows, merged = _snapshots(listed)
     for name, volume in sorted(listed.items()):
         types = {_type(segment) for segment in _segments(volume)}
-        if "VISIBLE" not in volume["status"] or types & _SHOW_NOTHING or name in merged:
+        is_seen = name in shows or "VISIBLE" in volume["status"]
+        if not is_seen or types & _SHOW_NOTHING or name in merged:
             continue  # a part of another volume
         pieces: tuple[Extent, ...] = ()
         obstacle = shows.get(name) or _obstacle(about, volume, types)
         if obstacle is None:
-            found = _pieces(about, volume, members)
-            pieces, obstacle = (found, None) if found else ((), "on other disks in part")
+            pieces = _pieces(about, volume, members)
+            obstacle = None if pieces else "an LVM volume that is not all on this disk"
         ident = group_id + _plain(volume["id"])
         yield Volume(commit.group, name, ident, pieces, obstacle)
 
@@ -318,7 +319,7 @@ def _snapshots(listed: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
 
 def _obstacle(about: Mapping[str, Any], volume: Mapping[str, Any], types: set[str]) -> str | None:
     if types != {_LINEAR}:
-        return "of LVM's type " + " and ".join(sorted(types - {_LINEAR}))
+        return "an LVM volume of the type " + " and ".join(sorted(types - {_LINEAR}))
     if "EXPORTED" in about["status"]:
         return "in an LVM group that is exported"
     if odd := set(volume["status"]) - _PLAIN_STATUS:
