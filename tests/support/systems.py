@@ -1,4 +1,4 @@
-"""Disks with several filesystems, laid out as a guest's: made by sfdisk and mke2fs, without root."""
+"""Disks with several filesystems, as a guest has them: made by sfdisk and mke2fs."""
 
 from __future__ import annotations
 
