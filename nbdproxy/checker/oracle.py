@@ -1,8 +1,9 @@
 """`KernelOracle`: what a real Linux kernel says of crash states, in a disposable guest.
 
 The part of the disk that holds the filesystem is found here (`oracles.partitions`); it alone is
-what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted
-read-only, which replays its journal or log into an overlay that is then forgotten.
+what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted for
+writing, as its own machine would after a reboot; what that writes goes into an overlay that is then
+forgotten.
 
 A state that the kernel does not mount has lost all its files, if that is the disk's own fault (see
 `drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one
@@ -19,13 +20,16 @@ from dataclasses import replace
 from typing import Any
 
 from nbdproxy.checker.drivers import (
+    NO_TIMES,
+    READ_ONLY,
     RefusedByKernelError,
     driver_of,
     elsewhere,
     has_ciphers,
     refusal,
+    replays_for_writing_only,
 )
-from nbdproxy.checker.guest import ANSWER_LIMIT_S, CheckerGuest, GuestError
+from nbdproxy.checker.guest import ANSWER_LIMIT_S, DISK_SIZE, CheckerGuest, GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
@@ -105,20 +109,27 @@ class KernelOracle:
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
     ) -> Examination:
-        """Tell whether it mounts, what the mount changed, and what fsck says afterwards.
+        """Tell whether it mounts, what the replay of its log changes, and what fsck says then.
 
-        What changed includes what the mount itself writes, such as a log's own blocks.
+        What changed includes what the kernel writes about the replay itself: blocks of the log, a
+        superblock. Where it replays only when it mounts for writing, it is all that such a mount
+        writes.
         """
         try:
             place = self.place(device, partition)
             with self.mounted(place) as guest:
                 pass
+            changed = guest.changed()
+            said = self._fsck(guest, place) if fsck else "it was not asked for"
+            if not replays_for_writing_only(place.device):
+                with self.mounted(place, replay_only=True) as guest:
+                    pass
+                changed = guest.changed()
         except RefusedByKernelError as error:
             return Examination(False, str(error), (), "it does not mount")
         except (FilesystemError, GuestError) as error:
             return Examination(None, str(error), (), "it was not mounted")
-        moved = [part for e in guest.changed() for part in place.on_disk(e.offset, e.length)]
-        said = self._fsck(guest, place) if fsck else "it was not asked for"
+        moved = [part for e in changed for part in place.on_disk(e.offset, e.length)]
         return Examination(True, None, tuple(moved), said)
 
     def close(self) -> None:
@@ -139,29 +150,43 @@ class KernelOracle:
         return place
 
     @contextmanager
-    def mounted(self, place: Slice) -> Iterator[CheckerGuest]:
-        """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone."""
+    def mounted(self, place: Slice, *, replay_only: bool = False) -> Iterator[CheckerGuest]:
+        """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone.
+
+        With `replay_only` nothing is written but what the log's replay writes.
+        """
         driver = driver_of(place.device)
+        guest = self._booted()
+        for program in (driver.program, *driver.probe[:1]):
+            if program is not None:
+                self._require(program)
+        if place.length > DISK_SIZE:
+            raise FilesystemError(f"it is longer than the checker guest's disk, {DISK_SIZE} bytes")
         try:
-            guest = self._booted(place.length)
-            for program in (driver.program, *driver.probe[:1]):
-                if program is not None:
-                    self._require(program)
             guest.show(place.device)
             done = guest.ask(
                 "mount",
                 fs=driver.name,
+                flags=NO_TIMES | (READ_ONLY if replay_only else 0),
                 options=driver.options,
+                length=place.length,
                 load=driver.name in FILESYSTEM_MODULES,
                 program=driver.program,
                 probe=driver.probe,
+                limit_s=_patience(place),
             )
             if done["code"]:
-                raise refusal(driver, done["code"], done["log"], done["said"])
+                raise refusal(driver, done["code"], done["said"].splitlines() or guest.said)
+        except FilesystemError:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        try:
             yield guest
-            if not guest.ask("umount")["ok"]:
+            if not guest.ask("umount", limit_s=_patience(place))["ok"]:
                 raise GuestError("the checker guest could not unmount the state")
-        except GuestError:
+        except BaseException:  # something may still be mounted
             self.close()
             raise
 
@@ -172,16 +197,15 @@ class KernelOracle:
                 return number
         number = len(self._known)
         entries = [_asked(entry) for entry in manifest.entries]
-        guest.ask("manifest", number=number, entries=entries)
+        guest.ask("manifest", manifest=number, entries=entries)
         self._known[number] = manifest
         return number
 
-    def _booted(self, size: int) -> CheckerGuest:
-        if self._guest is None or self._guest.size != size:
-            self.close()
+    def _booted(self) -> CheckerGuest:
+        if self._guest is None:
             self._lab = self._lab or build_lab(progress=self._progress)
             self._progress("checker: booting a guest")
-            self._guest = CheckerGuest(self._lab, size)
+            self._guest = CheckerGuest(self._lab)
         return self._guest
 
     def _walk(self, place: Slice, under: str, *, digests: bool) -> list[Entry]:
@@ -205,7 +229,8 @@ class KernelOracle:
             return "the lab has no checker for it"
         try:
             self._require(program[0])
-            done = guest.ask("fsck", argv=[f"/tools/bin/{program[0]}", *program[1:]])
+            argv = [f"/tools/bin/{program[0]}", *program[1:]]
+            done = guest.ask("fsck", argv=argv, limit_s=_patience(place))
         except FilesystemError as error:
             return str(error)
         except GuestError as error:
