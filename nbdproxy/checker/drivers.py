@@ -33,6 +33,7 @@ class Driver(NamedTuple):
     fsck         the checker and its options, none if the lab has none
     probe        what tells first, by its status, whether a mount for writing would be right
     refusals     which statuses of a probe or mount program mean a broken filesystem
+    top_level    the option that shows all of a filesystem, if a plain mount may show a part of it
     keeps_modes  whether permissions are kept, and not made up by the driver
     """
 
@@ -42,6 +43,7 @@ class Driver(NamedTuple):
     fsck: tuple[str, ...] = ()
     probe: tuple[str, ...] = ()
     refusals: frozenset[int] = frozenset()
+    top_level: str = ""
     keeps_modes: bool = True
 
     @property
@@ -84,7 +86,11 @@ DRIVERS = {
     ),
     FilesystemKind.XFS: Driver("xfs", "nouuid,nodiscard", _XFS_BROKEN, ("xfs_repair", "-n")),
     FilesystemKind.BTRFS: Driver(
-        "btrfs", "nodiscard,skip_balance", _BTRFS_BROKEN, ("btrfs", "check", "--readonly")
+        "btrfs",
+        "nodiscard,skip_balance",
+        _BTRFS_BROKEN,
+        ("btrfs", "check", "--readonly"),
+        top_level="subvolid=5",
     ),
     FilesystemKind.FAT: Driver(
         "vfat", "utf8,errors=continue", _FAT_BROKEN, ("fsck.fat", "-n"), keeps_modes=False

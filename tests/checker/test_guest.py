@@ -20,6 +20,7 @@ from nbdproxy.lab.disk import format_disk
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.mounts import ONLY
 from tests.support.states import files, opened
 
 CONTENT = bytes(range(1, 251)) * 80
@@ -123,7 +124,7 @@ MANIFEST: Manifest = files(a=CONTENT)
 
 
 def judged(kernel: KernelOracle, disk: OverlayDisk) -> Findings:
-    return kernel.follow(MANIFEST, earlier={}, partition=None).check(disk, None)
+    return kernel.follow(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
 
 
 class FailingDisk(OverlayDisk):
