@@ -86,9 +86,9 @@ function subvolumes() {
   return { first: ask('get-default'), all: ask('list'), snapshots: ask('list', '-s') };
 }
 
-// A daemon that died says nothing of the files.
+// A daemon that died says nothing of the files, and neither does a fault of this program.
 function mustBeServed(error) {
-  if (error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
+  if (!error.code || error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
 }
 
 const failed = (code) => Object.assign(new Error(), { code });
@@ -188,7 +188,7 @@ function describe(place, entry, limit) {
     return stat.size > limit ? found : { ...found, ...look(path, stat.size) };
   } catch (error) {
     mustBeServed(error);
-    return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code || String(error) };
+    return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code };
   }
 }
 
@@ -260,6 +260,7 @@ function walk({ under, place, digests, limit }) {
     const top = isAbove ? '' : resolve(place, under);
     if (fs.lstatSync(host(place, top)).isDirectory()) visit(top);
   } catch (error) {
+    mustBeServed(error);
     if (!ABSENT.has(error.code)) errors.push([under, error.code]);
   }
   return { files, errors };

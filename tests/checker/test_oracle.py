@@ -289,11 +289,12 @@ def test_ntfs_that_is_not_mounted_has_lost_all_files(
 
 
 def test_a_daemon_that_dies_says_nothing_of_files(kernel: KernelOracle, ntfs: OverlayDisk) -> None:
-    place = kernel.place(ntfs, None)
-    with pytest.raises(GuestError, match="ENOTCONN"), kernel.mounted(place) as guest:
+    part = kernel.place(ntfs, None)
+    with pytest.raises(GuestError, match="ENOTCONN"), kernel.mounted(part) as guest:
         number = kernel.number_of(one_file(CLUSTERS), guest)
         guest.ask("fsck", argv=["killall", "-9", "ntfs-3g"])
-        guest.ask("judge", manifest=number, limit=SIZE)
+        place = {"point": "", "root": "", "covered": []}
+        guest.ask("judge", manifest=number, place=place, limit=SIZE)
 
 
 def position(disk: OverlayDisk, wanted: bytes) -> int:
