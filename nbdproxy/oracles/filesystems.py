@@ -16,6 +16,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.mounted import open_filesystem as open_ext
+from nbdproxy.oracles.mounts import ONLY, Mount
 
 BOOT_SECTOR = 512
 _SECTOR_SIZES = {512, 1024, 2048, 4096}
@@ -141,7 +142,7 @@ class Mounted(Protocol[N]):
     device: ReadableDevice
 
     def lookup(self, path: bytes, *, follow_last: bool = True) -> N | None:
-        """Return what an absolute path leads to; None if nothing."""
+        """Return what a guest's absolute path leads to; None if nothing."""
         ...
 
     def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, N]]:
@@ -157,13 +158,13 @@ class Mounted(Protocol[N]):
         ...
 
 
-def open_filesystem(device: ReadableDevice) -> Mounted[Any]:
-    """Return the filesystem that a mount of `device` would show.
+def open_filesystem(device: ReadableDevice, mount: Mount = ONLY) -> Mounted[Any]:
+    """Return the filesystem that a mount of `device` would show, at its place.
 
     Raises KernelOnlyError for a filesystem that is not read here, other FilesystemErrors where
     there is none or it cannot be judged.
     """
     kind = kind_of(device)
     if kind is None or kind is FilesystemKind.EXT:
-        return open_ext(device)
+        return open_ext(device, mount)
     raise KernelOnlyError(f"{NAMES[kind]} is not read here; ask with --oracle kernel")
