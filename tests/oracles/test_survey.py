@@ -110,6 +110,17 @@ def test_nothing_hides_in_swap_and_in_what_reads_zeroes(
     assert survey(load(path)) == Survey((), ())
 
 
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 1500, 5000, MIB])
+def test_what_is_too_small_for_signatures_is_looked_at_all_the_same(size: int) -> None:
+    assert survey(MemoryDisk(size)) == Survey((), ())
+    if size:
+        disk = MemoryDisk(size)
+        disk.pwrite(0, b"?")
+        assert [str(hidden) for hidden in survey(disk).hidden] == [
+            "whole disk is something unknown"
+        ]
+
+
 PARTS = """label: gpt
 start=2048, size=16384, type=C12A7328-F81F-11D2-BA4B-00A0C93EC93B, name="EFI System"
 start=18432, size=16384, uuid=0B5DFD6E-B7B7-4C94-B1B9-9F1A6CBF1C52
