@@ -131,7 +131,7 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
             for device in disks.devices:
                 check.candidates(device, None)  # says what it looked for
         raise FilesystemError(f"nothing can be read: {disks.unread()}")
-    if len(disks.parts) == 1 and not given.spots:
+    if len(disks.parts) == 1 and not disks.hidden and not given.spots:
         only = disks.parts[0]
         plan = Plan({"/": (only.disk, Mount(partition=only.number))})
         if where.root is not None:

@@ -83,7 +83,7 @@ class Disks:
 
     def _enter(self, disk: int, part: Part) -> None:
         number = part.slice.number
-        device, mount = self.devices[disk], Mount(partition=number)
+        device, mount = self.devices[disk], Mount(partition=number, root="/")
         name = self.named(disk, part.slice.name)
         roots: tuple[str, ...] = ("/",)
         specs = _specs(disk, part.slice.name, part.specs)
