@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -126,12 +125,8 @@ _PASSING = {
     *(errno.EACCES, errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
 }
 """What comes of the guest, and need not come again in another one."""
-_XFS_SUPERBLOCK = struct.Struct(">16xQ24xQ")  # blocks of its realtime device; where the log is
-_BTRFS_DEVICES_AT = 0x10088
-_EXT_JOURNAL = struct.Struct("<II")  # its inode, its device
 _EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
-_EXT_JOURNAL_AT = superblock.OFFSET + 0xE0
 
 
 class RefusedByKernelError(FilesystemError):
@@ -141,21 +136,6 @@ class RefusedByKernelError(FilesystemError):
 def driver_of(device: ReadableDevice) -> Driver:
     """Return how to handle the filesystem that begins where a device does; there is one."""
     return DRIVERS[FilesystemKind(kind_of(device) or "")]
-
-
-def elsewhere(device: ReadableDevice, kind: FilesystemKind) -> str | None:
-    """Say what of a filesystem is not on this device, by its superblock; None if nothing is."""
-    if kind is FilesystemKind.XFS:
-        realtime, log = _XFS_SUPERBLOCK.unpack(device.pread(0, _XFS_SUPERBLOCK.size))
-        return "it has its log" if not log else "it has a part" if realtime else None
-    if kind is FilesystemKind.BTRFS:
-        devices = int.from_bytes(device.pread(_BTRFS_DEVICES_AT, 8), "little")
-        return "it has a part" if devices > 1 else None
-    if kind is FilesystemKind.EXT:
-        raw = device.pread(_EXT_JOURNAL_AT, _EXT_JOURNAL.size)
-        inode, number = _EXT_JOURNAL.unpack(raw)
-        return "it has its journal" if number and not inode else None
-    return None
 
 
 def has_ciphers(device: ReadableDevice) -> bool:

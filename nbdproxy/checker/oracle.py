@@ -26,7 +26,6 @@ from nbdproxy.checker.drivers import (
     READ_ONLY,
     RefusedByKernelError,
     driver_of,
-    elsewhere,
     has_ciphers,
     refusal,
     replays_for_writing_only,
@@ -43,7 +42,7 @@ from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
-from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
+from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount

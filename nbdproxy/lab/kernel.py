@@ -42,6 +42,9 @@ CLIENT_MODULES = ("virtio_net", "nbd")
 LOG_MODULES = ("dm_log_writes",)
 """What a guest loads only when its kernel is to log all writes itself: see `dm_log`."""
 
+VOLUME_MODULES = ("dm_snapshot", "dm_thin_pool")
+"""What a guest loads only when it has LVM's snapshots and thin volumes."""
+
 CONSOLE_MODULES = ("virtio_console",)
 """What a guest loads only when it is to be talked to: a port for that."""
 
@@ -50,6 +53,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **FILESYSTEM_MODULES,
     "nbd": CLIENT_MODULES,
     "log-writes": LOG_MODULES,
+    "volumes": VOLUME_MODULES,
     "console": CONSOLE_MODULES,
 }
 
