@@ -133,17 +133,17 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
         raise FilesystemError(f"nothing can be read: {disks.unread()}")
     if len(disks.parts) == 1 and not given.spots:
         only = disks.parts[0]
-        plan = Plan({"/": (only.disk, Mount(partition=only.number))})
+        plan = Plan({"/": only.mount("/")})
         if where.root is not None:
             return plan, manifest
-        return plan, manifests.resolve(manifest, disks.paths(only))
+        return plan, manifests.resolve(manifest, plan.known(disks))
     if all(entry.path.startswith("/") for entry in manifest.entries):
         plan = guesses.by_files(disks, given, manifest)
         if plan.spots:
             return plan, manifest
     if where.root is not None:
         raise FilesystemError(disks.several())
-    singles = [Plan({"/": (p.disk, Mount(partition=p.number))}) for p in disks.parts]
+    singles = [Plan({"/": part.mount("/")}) for part in disks.parts]
     found = _most(disks, singles, manifest, where)
     if found is None:
         raise _matches_nothing(disks)

@@ -49,7 +49,8 @@ class Store:
 
     def mount(self, point: str, root: str = "") -> tuple[int, Mount]:
         """Return a mount of it, and its disk."""
-        return self.disk, Mount(point, self.number, root or self.roots[0])
+        plain = self.roots[0] if len(self.roots) > 1 else ""
+        return self.disk, Mount(point, self.number, root or plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Disks:
 
     def _enter(self, disk: int, part: Part) -> None:
         number = part.slice.number
-        device, mount = self.devices[disk], Mount(partition=number)
+        device, mount = self.devices[disk], Mount(partition=number, root="/")
         name = self.named(disk, part.slice.name)
         roots: tuple[str, ...] = ("/",)
         specs = _specs(disk, part.slice.name, part.specs)
