@@ -45,7 +45,7 @@ from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
@@ -74,7 +74,7 @@ class KernelOracle:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         return KernelFollower(self, manifest, earlier, mount)
 
-    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point.
 
         Of Btrfs the default subvolume, the top level, other subvolumes and the topmost snapshots,
@@ -133,7 +133,7 @@ class KernelOracle:
         return None if found is None else base64.b64decode(found)
 
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell whether it mounts, what the replay of its log changes, and what fsck says then.
 
@@ -165,7 +165,7 @@ class KernelOracle:
             self._guest = None
         self._known = {}
 
-    def place(self, device: ReadableDevice, partition: int | None) -> Slice:
+    def place(self, device: ReadableDevice, partition: PartitionName) -> Slice:
         """Return the part of a disk that is to be mounted; FilesystemError if there is none."""
         place = quick.only(quick.candidates(device, partition))
         kind = kind_of(place.device)
