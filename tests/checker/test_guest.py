@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -116,8 +117,13 @@ def test_time_without_a_processor_does_not_count() -> None:
 def test_what_wants_a_processor_and_has_none_is_starved() -> None:
     busy = ["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]
     with ExitStack() as stack:
-        pair = [stack.enter_context(accel.running(busy, 60)) for _ in range(2)]
-        sleeper = stack.enter_context(accel.running(["sleep", "60"], 60))
+        pair, sleeper = (
+            [subprocess.Popen(busy) for _ in range(2)],
+            subprocess.Popen(["sleep", "60"]),
+        )
+        for process in (*pair, sleeper):
+            stack.callback(process.wait)
+            stack.callback(process.kill)
         until(lambda: sum(map(accel.starved_s, pair)) > 0.4, "they wait for each other")
         assert accel.starved_s(sleeper) < 0.4
     assert accel.starved_s(sleeper) == 0
