@@ -16,7 +16,7 @@ from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import Digests, Follower
 from nbdproxy.oracles.quick import QUICK
 
@@ -55,7 +55,7 @@ class BothOracles:
             self._kernel.follow(manifest, earlier=earlier, mount=mount),
         )
 
-    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point."""
         return self._kernel.roots(device, partition)
 
@@ -74,7 +74,7 @@ class BothOracles:
         return self._kernel.content(device, entry, mount=mount)
 
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell of the filesystem as a whole."""
         return self._kernel.examine(device, partition=partition, fsck=fsck)

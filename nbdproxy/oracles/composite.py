@@ -74,8 +74,8 @@ class TreeFollower:
             }
             reasons += [one.reason] if one.reason is not None else []
         for reason, count in Counter(self._unknown.values()).items():
-            files = "a file" if count == 1 else f"{count:,} files"
-            reasons.append(f"of {files} it cannot be told: {reason}")
+            files = "1 file" if count == 1 else f"{count:,} files"
+            reasons.append(f"{files} cannot be told: {reason}")
         verdicts = {one.verdict for one in found}
         verdicts |= {Verdict.UNKNOWN} if self._unknown else set()
         in_order = {e.path: conditions[e.path] for e in self._manifest.entries}

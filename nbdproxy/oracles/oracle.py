@@ -15,7 +15,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 
 CONTENT_MAX = 64 << 20
 """So many bytes of a file a guest hands out at once."""
@@ -48,7 +48,7 @@ class Oracle(Protocol):
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         ...
 
-    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point.
 
         The one that a mount without options shows comes first. Of Btrfs those are the subvolumes,
@@ -74,7 +74,7 @@ class Oracle(Protocol):
         ...
 
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell of a filesystem as a whole; without `fsck` that is not run."""
         ...
