@@ -51,6 +51,16 @@ function load(group) {
   return run('sh', '-c', `for m in $(cat /modules/${group}.order); do insmod /modules/$m.ko; done`);
 }
 
+// What attach.pl answers to a command: an errno.
+const attachIn = fs.openSync('/attach.in', 'w'), attachOut = fs.openSync('/attach.out', 'r');
+
+function attach(...words) {
+  fs.writeSync(attachIn, words.join('\t') + '\n');
+  const count = fs.readSync(attachOut, buffer, 0, CHUNK, null);
+  if (count === 0) throw new Error('attach.pl ended');
+  return Number(buffer.latin1Slice(0, count));
+}
+
 const loaded = new Set();
 let daemon = null; // the program that serves what is mounted, if the kernel does not
 
@@ -62,10 +72,9 @@ function mount({ fs: kind, flags, options, length, load: wanted, program, probe 
   }
   folders = new Set();
   daemon = null;
-  const words = program ? [] : [kind, String(flags), options];
-  const attached = run('/tools/bin/perl', '/attach.pl', String(length), ...words);
-  if (attached.code !== 0) throw new Error(attached.said.trim());
-  if (!program) return { code: Number(attached.said), said: '' };
+  const code = attach('attach', length);
+  if (code !== 0) throw new Error(`${DISK} cannot be made anew (errno ${code})`);
+  if (!program) return { code: attach('mount', kind, flags, options), said: '' };
   const [first, ...rest] = probe;
   let done = first ? run('/tools/bin/' + first, ...rest, DISK) : { code: 0 };
   if (done.code === 0) done = run('/tools/bin/' + program, '-o', options, DISK, ROOT);
@@ -75,9 +84,9 @@ function mount({ fs: kind, flags, options, length, load: wanted, program, probe 
 
 // Unmounts, and waits until whatever served it has let go of the disk: a cache of it would stay.
 function umount() {
-  const ok = run('umount', ROOT).code === 0;
-  while (ok && daemon && run('pidof', daemon).code === 0) spawnSync('sleep', ['0.01']);
-  return { ok };
+  const code = attach('umount');
+  while (code === 0 && daemon && run('pidof', daemon).code === 0) spawnSync('sleep', ['0.01']);
+  return { code };
 }
 
 // What btrfs-progs say of the default subvolume of a Btrfs, of all, and of the snapshots.

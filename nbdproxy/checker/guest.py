@@ -49,6 +49,8 @@ done
 mount -t ext4 -o ro /dev/vda /tools
 load console
 echo 1 > /proc/sys/kernel/panic_on_oops
+mkfifo /attach.in /attach.out
+/tools/bin/perl /attach.pl < /attach.in > /attach.out &
 /tools/bin/node /agent.js
 """
 

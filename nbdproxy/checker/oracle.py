@@ -14,6 +14,7 @@ replay is unknown. Not thread-safe.
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -214,8 +215,8 @@ class KernelOracle:
             raise
         try:
             yield guest
-            if not guest.ask("umount", limit_s=_patience(place))["ok"]:
-                raise GuestError("the checker guest could not unmount the state")
+            if code := guest.ask("umount", limit_s=_patience(place))["code"]:
+                raise GuestError(f"the checker guest cannot unmount the state: {os.strerror(code)}")
         except BaseException:  # something may still be mounted
             self.close()
             raise
