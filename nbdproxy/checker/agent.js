@@ -237,6 +237,67 @@ function walk({ under, place, digests, limit }) {
   return { files, errors };
 }
 
+// What stands at a path of a place, no link followed; a code if it cannot be told.
+function seen(place, below) {
+  try {
+    const stat = fs.lstatSync(host(place, below), { bigint: true });
+    const found = { path: place.point + below, mode: Number(stat.mode), size: String(stat.size) };
+    const key = [String(stat.dev), String(stat.ino)];
+    const target = stat.isSymbolicLink()
+      ? text(fs.readlinkSync(host(place, below), { encoding: 'buffer' })) : null;
+    return { ...found, mtime: String(stat.mtimeNs), key, target };
+  } catch (error) {
+    mustBeServed(error);
+    return { path: place.point + below, code: error.code || String(error) };
+  }
+}
+
+function find({ path, place }) {
+  try {
+    const top = names(path).length === names(place.point).length;
+    return seen(place, top ? '' : resolveName(place, path));
+  } catch (error) {
+    mustBeServed(error);
+    return { path, code: error.code || String(error) };
+  }
+}
+
+// What is in a folder, in no order; `code` if names may be missing.
+function list({ path, place }) {
+  const folder = path.slice(place.point.length).replace(/\/$/, '');
+  try {
+    const raw = fs.readdirSync(host(place, folder), { encoding: 'buffer' });
+    const below = raw.map((name) => folder + '/' + text(name));
+    const mine = below.filter((one) => !place.covered.includes(place.point + one));
+    return { found: mine.map((one) => seen(place, one)), code: null };
+  } catch (error) {
+    mustBeServed(error);
+    return { found: [], code: error.code || String(error) };
+  }
+}
+
+// Some bytes of a file, in base64; '' if they are zeroes.
+function piece({ path, place, offset, length }) {
+  try {
+    const file = fs.openSync(host(place, path.slice(place.point.length)), 'r');
+    try {
+      let got = 0;
+      while (got < length) {
+        const count = fs.readSync(file, buffer, got, length - got, offset + got);
+        if (count === 0) break;
+        got += count;
+      }
+      const data = buffer.subarray(0, got);
+      return { got, data: data.every((byte) => byte === 0) ? '' : data.toString('base64') };
+    } finally {
+      fs.closeSync(file);
+    }
+  } catch (error) {
+    mustBeServed(error);
+    return { code: error.code || String(error) };
+  }
+}
+
 const COMMANDS = {
   hello: () => ({ ok: true }),
   mount,
@@ -248,6 +309,9 @@ const COMMANDS = {
   judge,
   walk,
   read,
+  find,
+  list,
+  piece,
   fsck: ({ argv }) => run(...argv, DISK),
 };
 

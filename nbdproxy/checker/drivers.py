@@ -12,6 +12,7 @@ from typing import NamedTuple
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.lab.kernel import MOUNT_PROGRAMS
+from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 
@@ -64,7 +65,7 @@ _UNSUPPORTED = re.compile(
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
 
 
-class RefusedByKernelError(FilesystemError):
+class RefusedByKernelError(NotMountedError):
     """The kernel does not mount the filesystem."""
 
 

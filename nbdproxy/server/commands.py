@@ -7,6 +7,8 @@ The command is run by a shell, with these variables:
     fs        the filesystem alone as one, without the rest of the disk, and
     part      the number of the partition that it is on, 0 if there is none: made only if the
               command names them; the files may be changed
+    dir       a folder with all files of the state, made only if the command names it; what cannot
+              be read, as a kernel could not read it either, is not in it
     mark      the name of the last mark before the cut, empty if there is none
     position  the cut, and
     state     the state's id: only if the command line names them
@@ -23,20 +25,26 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from nbdproxy.crash.judging import Judge, Judgement
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.scratch import scratch_folder
+from nbdproxy.disks.traced import TracedDisk
 from nbdproxy.disks.working import WorkingImage
-from nbdproxy.errors import FilesystemError
-from nbdproxy.extents import Extent
+from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict, candidates, only
+from nbdproxy.oracles.extract import extract
+from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.partitions import Slice
+from nbdproxy.oracles.quick import QuickOracle
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.states import StateServer
 
@@ -51,7 +59,13 @@ class CommandPlan:
 
     command: str
     time_limit_s: float
-    partition: int | None = None
+    tree: Tree = field(default_factory=Tree)
+    oracle: Callable[[], Oracle] = QuickOracle
+
+    @property
+    def partition(self) -> int | None:
+        """The partition that `fs` and `part` are of: of several the one that is the root."""
+        return self.tree.mounts[0].partition
 
     def open(self, timeline: Timeline) -> Judge:
         """Return the judge, for the states of a timeline."""
@@ -70,6 +84,11 @@ class CommandPlan:
     def names_part(self) -> bool:
         """Whether the command asks for one filesystem of the disk."""
         return self.names("fs") or self.names("part")
+
+    @property
+    def names_files(self) -> bool:
+        """Whether the command needs to know where on the disk the files are."""
+        return self.names_part or self.names("dir")
 
     def names(self, variable: str) -> bool:
         """Tell whether the command uses a variable."""
@@ -93,6 +112,9 @@ class _CommandJudge:
         self._files: dict[str, WorkingImage] = {}
         self._part: tuple[int, int] | None = None  # where on the disk `fs` was last
         self._are_current = False
+        self._oracle: Oracle | None = None
+        self._read = ExtentSet()  # what `dir` was made from,
+        self._refused: str | None = None  # and why a kernel would not mount it
         self._begun = ExitStack()  # what the state at hand needs: its files and its command
 
     def judge(
@@ -112,10 +134,14 @@ class _CommandJudge:
                 return Judgement(Verdict.UNKNOWN, _unwritable(error)), None
             except FilesystemError as error:
                 return Judgement(Verdict.UNKNOWN, str(error)), None
+            if self._refused is not None:
+                return Judgement(Verdict.FAIL, self._refused), None
             self._server.shelf.watch(name)
             judgement = self._run({**environment, **made})
             reads = self._server.shelf.reads(name)
-        if made:
+        for extent in self._read:
+            reads.add(extent.offset, extent.end)
+        if made.keys() - {"dir"}:
             # A whole copy is read, so nothing can be said about what the command looked at.
             return judgement, None
         judgement = replace(judgement, looked=bool(reads))
@@ -127,7 +153,7 @@ class _CommandJudge:
         """Make what the command names of a state, and return the variables for it."""
         # Whatever ends this early leaves files that are of no state.
         changed = list(changed) if changed is not None and self._are_current else None
-        self._are_current = False
+        self._are_current, self._read, self._refused = False, ExtentSet(), None
         disk = self._timeline.open(state)
         made: dict[str, str] = {}
         if self._plan.names("image"):
@@ -137,8 +163,32 @@ class _CommandJudge:
             made["part"] = str(part.number)
             if self._plan.names("fs"):
                 made["fs"] = self._file("fs", part.device, self._within(part, changed))
+        if self._plan.names("dir"):
+            made["dir"] = self._folder(disk)
         self._are_current = True
         return made
+
+    def _folder(self, disk: ReadableDevice) -> str:
+        """Extract all files; raises FilesystemError where it cannot be told what they are."""
+        if self._oracle is None:
+            self._oracle = self._plan.oracle()
+            self._stack.callback(self._oracle.close)
+        with _undisturbed():
+            folder = self._begun.enter_context(
+                tempfile.TemporaryDirectory(
+                    prefix="nbdproxy-", dir=scratch_folder(), ignore_cleanup_errors=True
+                )
+            )
+        traced = TracedDisk(disk)
+        try:
+            found = extract(self._oracle, traced, self._plan.tree, ["/"], Path(folder))
+        except UsageError as error:
+            raise FilesystemError(str(error)) from None
+        if found.doubtful:
+            path, why = found.doubtful[0]
+            raise FilesystemError(f"{path}: {why}")
+        self._read, self._refused = traced.reads, found.refused
+        return folder
 
     def _file(self, name: str, disk: ReadableDevice, changed: Iterable[Extent] | None) -> str:
         if name not in self._files:

@@ -42,6 +42,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert list(folder.iterdir()) == []
 
 
+def note_seed(seed: int) -> None:
+    """Have it shown if the test fails."""
+    sys.stderr.write(f"seed {seed}\n")
+
+
 def write(path: Path, dice: random.Random) -> None:
     with path.open("r+b") as file:
         for _ in range(dice.randint(1, 4)):
@@ -146,7 +151,7 @@ def assert_is(path: Path, content: bytes) -> None:
 
 def test_it_equals_the_disk_whatever_was_done_to_it() -> None:
     seed = random.randrange(10**6)
-    print(f"seed {seed}")
+    note_seed(seed)
     dice = random.Random(seed)
     content = bytearray(SIZE)
     with closing(WorkingImage()) as image:
@@ -218,7 +223,7 @@ def test_a_check_that_scribbles_sees_each_state_as_it_is(tmp_path: Path) -> None
     esac
     """
     case = random_case(tmp_path, seed := random.randrange(10**6), check)
-    print(f"seed {seed}")
+    note_seed(seed)
     with RecordedSource(case.run) as source, closing(Timeline(source)) as timeline:
         fields = Fields(timeline, Level.FLUSHED, Options())
         cuts = [source.events // 2, source.events - 9, source.events]
