@@ -20,7 +20,8 @@ from nbdproxy.oracles.mounts import Mount, Tree, tree_of
 from nbdproxy.oracles.quick import QUICK, QuickOracle
 from tests.support.serving import tool
 
-TIME_NS = 1_234_567_890_987_654_321
+TIME_NS = 1_234_567_890 * 10**9
+FRACTION_NS = 987_654_321
 BIG = 9 << 20
 
 
@@ -53,9 +54,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> bytes:
         out.truncate(16 << 20)
     features = "^metadata_csum,^dir_index,inline_data"
     tool("mke2fs", "-q", "-F", "-t", "ext4", "-I", "256", "-O", features, "-d", tree, made)
-    size = f"set_inode_field app/sparse size {BIG}"  # mke2fs leaves out a hole at the end
-    for command in ("mknod app/fifo p", "mknod app/null c 1 3", "mknod app/disk b 8 0", size):
-        tool("debugfs", "-w", "-R", command, made)
+    script = folder / "script"
+    script.write_text(
+        f"cd app\nmknod fifo p\nmknod null c 1 3\nmknod disk b 8 0\n"
+        f"set_inode_field sparse size {BIG}\n"  # mke2fs leaves out a hole at the end
+        f"set_inode_field secret mtime_extra {FRACTION_NS << 2}\n"
+    )
+    tool("debugfs", "-w", "-f", script, made)
     return made.read_bytes().replace(b"..Xout", b"../out")
 
 
@@ -80,10 +85,10 @@ def test_everything_is_as_it_is_there(image: bytes, tmp_path: Path) -> None:
     assert (app / "long").readlink() == Path("/" + "far/" * 40 + "away")
     for path in (app, app / "plain", app / "up", app / "sub", app / "sub" / "second"):
         assert path.lstat().st_mtime_ns == TIME_NS, path
+    assert (app / "secret").stat().st_mtime_ns == TIME_NS + FRACTION_NS
     modes = {"plain": 0o751, "secret": 0o400, "empty": 0o644, "sub": 0o700}
     assert {name: stat.S_IMODE((app / name).lstat().st_mode) for name in modes} == modes
-    whats = {path: why for path, why in found.skipped}
-    assert whats == {
+    assert dict(found.skipped) == {
         "/app/fifo": "it is a FIFO",
         "/app/null": "it is a device node",
         "/app/disk": "it is a device node",
@@ -113,8 +118,10 @@ def test_what_is_asked_for_is_taken_and_nothing_else(image: bytes, tmp_path: Pat
 
 def test_a_broken_file_is_lost_and_no_part_of_it_is_left(image: bytes, tmp_path: Path) -> None:
     """Its extent tree has a bad magic number, which a kernel answers with an error."""
-    node = next(n for p, n in QUICK_walk(image) if p == b"/app/sparse")
-    at = image.index(node.raw[:0x60])
+    with QUICK.browse(MemoryDisk(image), mount=Mount()) as view:
+        node = view.find(b"/app/sparse")
+    assert node is not None
+    at = image.index(node.node.raw[:0x60])
     broken = image[: at + 0x28] + b"\0\0" + image[at + 0x2A :]
     found = taken(broken, tmp_path / "out", "/app")
     [(path, why)] = found.lost
@@ -122,11 +129,6 @@ def test_a_broken_file_is_lost_and_no_part_of_it_is_left(image: bytes, tmp_path:
     assert "extent tree" in why
     assert not (tmp_path / "out" / "app" / "sparse").exists()
     assert (tmp_path / "out" / "app" / "plain").exists()
-
-
-def QUICK_walk(image: bytes) -> Iterator[tuple[bytes, object]]:
-    with QUICK.browse(MemoryDisk(image), mount=Mount()) as view:
-        yield from view._filesystem.walk()
 
 
 def test_several_filesystems_are_one_tree(image: bytes, tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ class Hostile:
     def target(self, link: Found) -> bytes:
         return b"/outside" if link.path.endswith(b"twice") else b""
 
-    def pieces(self, file: Found) -> Iterator[tuple[int, bytes]]:
+    def pieces(self, _: Found) -> Iterator[tuple[int, bytes]]:
         yield 0, b"x"
 
 
@@ -189,7 +191,12 @@ class HostileOracle(QuickOracle):
         self.view = view
 
     @contextmanager
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[Hostile]:  # type: ignore[override]
+    def browse(  # type: ignore[override]
+        self,
+        device: ReadableDevice,  # noqa: ARG002
+        *,
+        mount: Mount,  # noqa: ARG002
+    ) -> Iterator[Hostile]:
         yield self.view
 
 
