@@ -1,16 +1,17 @@
-// The checker guest's end: mounts what is on /dev/vdb and tells what is there.
+// The checker guest's end: mounts what is at the start of /dev/vdb and tells what is there.
 //
-// Takes a JSON object a line from a virtio port and answers each with one. Names are bytes; they
-// travel as latin-1, a character a byte. Paths are those of the guest whose disk this is: a place
-// says at which point of its tree the filesystem shows, with which of its directories (root), and
-// which points below are covered by other filesystems. Links are followed by hand in that tree;
-// what leads out of the filesystem fails with EXDEV.
+// Takes a JSON object a line from a virtio port and answers each with one that has the same number,
+// and what the kernel has said since the answer before. Names are bytes; they travel as latin-1, a
+// character a byte. Paths are those of the guest whose disk this is: a place says at which point of
+// its tree the filesystem shows, with which of its directories (root), and which points below are
+// covered by other filesystems. Links are followed by hand in that tree; what leads out of the
+// filesystem fails with EXDEV.
 'use strict';
 const fs = require('fs');
 const crypto = require('crypto');
 const { spawnSync } = require('child_process');
 
-const DISK = '/dev/vdb';
+const DISK = '/dev/vdb1'; // as long as the state: see attach.pl
 const ROOT = '/mnt';
 const LINKS_MAX = 40;
 const BLOCK = 4096;
@@ -29,6 +30,23 @@ function run(program, ...words) {
   return { code: done.status === null ? -1 : done.status, said: (done.stdout || '') + (done.stderr || '') };
 }
 
+// What the kernel has said since it was asked last: a read gives one record, and the text of it
+// stands behind the first semicolon.
+const kmsg = fs.openSync('/dev/kmsg', fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+
+function kernelSaid() {
+  for (const said = []; ; ) {
+    try {
+      const count = fs.readSync(kmsg, buffer, 0, CHUNK, null);
+      const record = buffer.latin1Slice(0, count).split('\n', 1)[0];
+      said.push(record.slice(record.indexOf(';') + 1));
+    } catch (error) {
+      if (error.code === 'EAGAIN') return said;
+      if (error.code !== 'EPIPE') throw error; // some was overwritten before it was read
+    }
+  }
+}
+
 function load(group) {
   return run('sh', '-c', `for m in $(cat /modules/${group}.order); do insmod /modules/$m.ko; done`);
 }
@@ -36,19 +54,23 @@ function load(group) {
 const loaded = new Set();
 let daemon = null; // the program that serves what is mounted, if the kernel does not
 
-function mount({ fs: kind, options, load: wanted, program, probe }) {
+// Tells the errno of mount(2), 0 if it is mounted; of a program the status and what it said.
+function mount({ fs: kind, flags, options, length, load: wanted, program, probe }) {
   if (wanted && !loaded.has(kind)) {
     load(kind);
     loaded.add(kind);
   }
   folders = new Set();
-  run('dmesg', '-c');
-  const command = program ? ['/tools/bin/' + program] : ['mount', '-t', kind];
-  const [first, ...words] = probe;
-  let done = first ? run('/tools/bin/' + first, ...words, DISK) : { code: 0 };
-  if (done.code === 0) done = run(...command, '-o', options, DISK, ROOT);
-  daemon = done.code === 0 ? program : null;
-  return { ...done, log: done.code === 0 || program ? '' : run('dmesg', '-c').said };
+  daemon = null;
+  const words = program ? [] : [kind, String(flags), options];
+  const attached = run('/tools/bin/perl', '/attach.pl', String(length), ...words);
+  if (attached.code !== 0) throw new Error(attached.said.trim());
+  if (!program) return { code: Number(attached.said), said: '' };
+  const [first, ...rest] = probe;
+  let done = first ? run('/tools/bin/' + first, ...rest, DISK) : { code: 0 };
+  if (done.code === 0) done = run('/tools/bin/' + program, '-o', options, DISK, ROOT);
+  if (done.code === 0) daemon = program;
+  return done;
 }
 
 // Unmounts, and waits until whatever served it has let go of the disk: a cache of it would stay.
@@ -58,9 +80,15 @@ function umount() {
   return { ok };
 }
 
-// A daemon that died says nothing of the files.
+// What btrfs-progs say of the default subvolume of a Btrfs, of all, and of the snapshots.
+function subvolumes() {
+  const ask = (...words) => run('/tools/bin/btrfs', 'subvolume', ...words, ROOT);
+  return { first: ask('get-default'), all: ask('list'), snapshots: ask('list', '-s') };
+}
+
+// A daemon that died says nothing of the files, and neither does a fault of this program.
 function mustBeServed(error) {
-  if (error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
+  if (!error.code || error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
 }
 
 const failed = (code) => Object.assign(new Error(), { code });
@@ -160,7 +188,7 @@ function describe(place, entry, limit) {
     return stat.size > limit ? found : { ...found, ...look(path, stat.size) };
   } catch (error) {
     mustBeServed(error);
-    return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code || String(error) };
+    return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code };
   }
 }
 
@@ -232,6 +260,7 @@ function walk({ under, place, digests, limit }) {
     const top = isAbove ? '' : resolve(place, under);
     if (fs.lstatSync(host(place, top)).isDirectory()) visit(top);
   } catch (error) {
+    mustBeServed(error);
     if (!ABSENT.has(error.code)) errors.push([under, error.code]);
   }
   return { files, errors };
@@ -310,8 +339,8 @@ const COMMANDS = {
   hello: () => ({ ok: true }),
   mount,
   umount,
-  manifest: ({ number, entries }) => {
-    manifests.set(number, entries);
+  manifest: ({ manifest, entries }) => {
+    manifests.set(manifest, entries);
     return { ok: true };
   },
   judge,
@@ -321,6 +350,7 @@ const COMMANDS = {
   list,
   piece,
   fsck: ({ argv }) => run(...argv, DISK),
+  subvolumes,
 };
 
 function findPort(name) {
@@ -355,14 +385,15 @@ function main() {
     for (let end; (end = rest.indexOf(10)) >= 0; rest = rest.subarray(end + 1)) {
       const line = Buffer.concat([...pending, rest.subarray(0, end)]).toString();
       pending = [];
-      let answer;
+      const answer = {};
       try {
         const command = JSON.parse(line);
-        answer = COMMANDS[command.do](command);
+        answer.number = command.number;
+        answer.found = COMMANDS[command.do](command);
       } catch (error) {
-        answer = { failed: String(error) };
+        answer.failed = String(error);
       }
-      send(port, answer);
+      send(port, { ...answer, log: kernelSaid() });
     }
     if (rest.length) pending.push(rest);
   }

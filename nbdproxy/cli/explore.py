@@ -14,7 +14,17 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from xxhash import xxh3_64_hexdigest
 
-from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root
+from nbdproxy.cli.choices import (
+    At,
+    Base,
+    Covers,
+    Fsyncgate,
+    Mounts,
+    Partition,
+    RecordedAs,
+    Root,
+    where_of,
+)
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.crash.bench import Job
@@ -130,6 +140,7 @@ def explore(
     recorded_as: RecordedAs = None,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -169,11 +180,12 @@ def explore(
         check_projection(recorded_under(source.table, recorded_as), [mode])
         timeline = Timeline(source)
         stack.callback(timeline.close)
+        where = where_of(root, partition, mount)
         options = _options(source, sector, covers, fsyncgate=fsyncgate, losses=loss or [])
         asked = at or (every.value if every else _usual_cut(failure))
         level = _level(source, mode, failure, None if every else asked)
         judge = make_judge(
-            *(timeline, files, check, None if every else asked, Where(root, partition)),
+            *(timeline, files, check, None if every else asked, where),
             *(time_limit, oracle),
         )
         fields = Fields(timeline, level, options)
@@ -197,7 +209,7 @@ def explore(
         except KeyboardInterrupt:
             _tell_ended(db)
             raise typer.Exit(130) from None
-        again = _again(files, check, Where(root, partition), base, time_limit, oracle)
+        again = _again(files, check, where, base, time_limit, oracle)
         needs = option_of_base(base)
         report = explored.Report(about, plan, tally, verdicts, again, needs, source.missing)
         if json:
@@ -261,6 +273,7 @@ def _again(
     words = ["--files", str(files)] if check is None else ["--check", check]
     words += ["--root", where.root] if where.root is not None else []
     words += ["--partition", str(where.partition)] if where.partition is not None else []
+    words += [word for told in where.mounts for word in ("--mount", str(told))]
     words += ["--base", str(base)] if base is not None else []
     words += ["--time-limit", f"{limit_s:g}"] if limit_s != TIME_LIMIT_S else []
     words += ["--oracle", oracle.value] if oracle is not OracleName.QUICK else []

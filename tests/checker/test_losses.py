@@ -34,13 +34,6 @@ i=0; while [ $i -lt 4375 ]; do printf "line %10d\\n" $i; i=$((i+1)); done > d/b;
 head -c 300 d/b > d/small; sync"""
 
 
-@pytest.fixture(scope="module")
-def kernel() -> Iterator[KernelOracle]:
-    oracle = KernelOracle()
-    yield oracle
-    oracle.close()
-
-
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
 def timeline(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

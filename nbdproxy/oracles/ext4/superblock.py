@@ -108,6 +108,11 @@ def has_magic(device: ReadableDevice) -> bool:
     return device.size >= OFFSET + LENGTH and device.pread(OFFSET + 0x38, 2) == MAGIC
 
 
+def is_journal(device: ReadableDevice) -> bool:
+    """Tell whether what has a superblock is no filesystem, but the journal of another one."""
+    return bool(int.from_bytes(device.pread(OFFSET + 0x60, 4), "little") & Incompat.JOURNAL_DEV)
+
+
 def parse(device: ReadableDevice) -> Superblock:
     """Read and validate the primary superblock.
 
