@@ -275,6 +275,75 @@ function walk({ under, place, digests, limit }) {
   return { files, errors };
 }
 
+// What stands at a path of a place, no link followed; a code if it cannot be told.
+function seen(place, below) {
+  try {
+    const stat = fs.lstatSync(host(place, below), { bigint: true });
+    const found = { path: place.point + below, mode: Number(stat.mode), size: String(stat.size) };
+    const key = [String(stat.dev), String(stat.ino)];
+    const target = stat.isSymbolicLink()
+      ? text(fs.readlinkSync(host(place, below), { encoding: 'buffer' })) : null;
+    return { ...found, mtime: String(stat.mtimeNs), key, target };
+  } catch (error) {
+    mustBeServed(error);
+    return { path: place.point + below, code: error.code || String(error) };
+  }
+}
+
+function find({ path, place }) {
+  try {
+    const top = names(path).length === names(place.point).length;
+    return seen(place, top ? '' : resolveName(place, path));
+  } catch (error) {
+    mustBeServed(error);
+    return { path, code: error.code || String(error) };
+  }
+}
+
+// What is in a folder, in no order; `code` if names may be missing.
+function list({ path, place }) {
+  const folder = path.slice(place.point.length).replace(/\/$/, '');
+  try {
+    const raw = fs.readdirSync(host(place, folder), { encoding: 'buffer' });
+    const below = raw.map((name) => folder + '/' + text(name));
+    const mine = below.filter((one) => !place.covered.includes(place.point + one));
+    return { found: mine.map((one) => seen(place, one)), code: null };
+  } catch (error) {
+    mustBeServed(error);
+    return { found: [], code: error.code || String(error) };
+  }
+}
+
+// Whether the first bytes of the buffer are all zero.
+function isZero(length) {
+  for (let b = 0; b < length; b += BLOCK) {
+    const end = Math.min(b + BLOCK, length);
+    if (buffer.compare(ZEROES, 0, end - b, b, end) !== 0) return false;
+  }
+  return true;
+}
+
+// Some bytes of a file, in base64; '' if they are zeroes.
+function piece({ path, place, offset, length }) {
+  try {
+    const file = fs.openSync(host(place, path.slice(place.point.length)), 'r');
+    try {
+      let got = 0;
+      while (got < length) {
+        const count = fs.readSync(file, buffer, got, length - got, offset + got);
+        if (count === 0) break;
+        got += count;
+      }
+      return { got, data: isZero(got) ? '' : buffer.toString('base64', 0, got) };
+    } finally {
+      fs.closeSync(file);
+    }
+  } catch (error) {
+    mustBeServed(error);
+    return { code: error.code || String(error) };
+  }
+}
+
 const COMMANDS = {
   hello: () => ({ ok: true }),
   mount,
@@ -286,6 +355,9 @@ const COMMANDS = {
   judge,
   walk,
   read,
+  find,
+  list,
+  piece,
   fsck: ({ argv }) => run(...argv, DISK),
   subvolumes,
 };

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from nbdproxy.checker.browse import BROKEN, ShownByGuest
 from nbdproxy.checker.drivers import (
     NO_TIMES,
     READ_ONLY,
@@ -50,8 +51,6 @@ from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
-_BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
-"""What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
 _ELSEWHERE = "EXDEV"
 """What the agent answers where a path leads out of its mount."""
 _SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
@@ -131,6 +130,20 @@ class KernelOracle:
         except (FilesystemError, GuestError):
             return None
         return None if found is None else base64.b64decode(found)
+
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownByGuest]:
+        """Open a mount to go through its files."""
+        place = self.place(device, mount.partition)
+        try:
+            with self.mounted(place) as guest:
+                try:
+                    yield ShownByGuest(guest, place, _where(mount))
+                except BaseException:
+                    self.close()  # it would stay mounted
+                    raise
+        except GuestError as error:
+            raise FilesystemError(str(error)) from None
 
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
@@ -374,7 +387,7 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
         return None
     if found["kind"] == "error" and found["code"] == _ELSEWHERE:
         return "a link leads to another filesystem"
-    if found["kind"] == "error" and found["code"] not in _BROKEN:
+    if found["kind"] == "error" and found["code"] not in BROKEN:
         return f"the kernel cannot read it ({found['code']})"
     if found["kind"] == "file" and "sha256" not in found:
         return "sparse and larger than its disk"

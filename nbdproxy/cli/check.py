@@ -83,7 +83,7 @@ def check(
     """
     wanted = None if files is None else manifest.load(files)
     with (
-        _disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
+        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
         err.status("looking at the filesystem") as status,
         opened(oracle, status.update) as judge,
     ):
@@ -112,7 +112,7 @@ def check(
 
 
 @contextmanager
-def _disk(
+def state_disk(
     where: Path,
     named: tuple[str | None, str | None, CacheMode | None, Failure | None],
     base: Path | None,

@@ -6,6 +6,7 @@ import shlex
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,10 +46,11 @@ from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import About, Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
-from nbdproxy.errors import UsageError
+from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.check import Verdict, candidates, only
 from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import (
     CacheMode,
@@ -69,8 +71,10 @@ Check = Annotated[
         "--check",
         metavar="COMMAND",
         help="Pass if this shell command exits with 0, fail with 1, all else is unknown. It looks "
-        "at $uri, the state over NBD, or at $image, a raw file made if the command line names it; "
-        "$mark is the last mark before the cut.",
+        "at $uri, the state over NBD, or at what is made if the command line names it: $image, a "
+        "raw file of the disk; $fs, a raw file of the filesystem alone; $dir, a folder with all "
+        "its files (--oracle says who reads them). $part is the partition's number, $mark the "
+        "last mark before the cut.",
     ),
 ]
 TIME_LIMIT_S = 60.0
@@ -159,12 +163,14 @@ def explore(
 
       nbdproxy explore run1 --files npm.sha256 --states 2000
 
-      nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | my-check -'
+      nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | ./my-check -'
+
+      nbdproxy explore run1 --every flush --check './my-check "$dir/app"'
 
       nbdproxy explore run1 --every write --db run1.db \
-          --check 'e2fsck -y -E journal_only "$image"; e2fsck -fn "$image" || exit 1'
+          --check 'e2fsck -y -E journal_only "$fs"; e2fsck -fn "$fs" || exit $(($? == 4 ? 1 : 2))'
 
-      nbdproxy explore run1 --at mark:ready --exhaustive --check ./check
+      nbdproxy explore run1 --at mark:ready --exhaustive --check ./my-check
     """
     if resume and db is None:
         raise UsageError(
@@ -198,7 +204,7 @@ def explore(
             **_what_is_explored(source, job, mode, failure),
             "at": asked,
             **_what_is_wished(wish),
-            "judge": check or f"files {explored.digest_of(judge)}{_by(oracle)}",
+            "judge": f"{check or f'files {explored.digest_of(judge)}'}{_by(oracle)}",
         }
         runner = _runner(job, workers, dask)
         stack.callback(runner.close)
@@ -310,15 +316,37 @@ def make_judge(
     if files is None:
         if check is None or not check.strip():
             raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
-        if oracle is not OracleName.QUICK:
-            raise UsageError("--oracle reads --files; a --check COMMAND looks for itself: drop one")
-        return CommandPlan(check, time_limit_s)
+        plan = CommandPlan(check, time_limit_s, _tree(where.partition), MAKERS[oracle])
+        if oracle is not OracleName.QUICK and not plan.names("dir"):
+            raise UsageError("--oracle reads --files, or what is in $dir: name either, or drop it")
+        if plan.names_files and where.partition is None:
+            plan = replace(plan, tree=_tree(_partition_with_files(timeline, at)))
+        return plan
     cut = resolve(timeline.source, at or "before-exit")
     wanted = manifest.load(files)
     with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
         tree, wanted = place(timeline, wanted, cut, where, asked)
         earlier = earlier_digests(timeline, wanted, tree, asked)
     return ManifestPlan(wanted, tree, earlier, MAKERS[oracle])
+
+
+def _tree(partition: int | None) -> Tree:
+    return Tree((Mount(partition=partition),))
+
+
+def _partition_with_files(timeline: Timeline, at: str | None) -> int:
+    """Return the one partition with a filesystem, where the most is there, or else at the cut.
+
+    Raises FilesystemError if there is none, or several.
+    """
+    try:
+        return only(candidates(timeline.at(timeline.source.events), None)).number
+    except FilesystemError as at_the_end:
+        try:
+            position = resolve(timeline.source, at or "before-exit").position
+            return only(candidates(timeline.at(position), None)).number
+        except FilesystemError:
+            raise at_the_end from None
 
 
 def _by(oracle: OracleName) -> str:
