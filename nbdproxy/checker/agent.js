@@ -91,9 +91,12 @@ function resolve(path, links) {
   return here;
 }
 
-// The digest of a file and what zeroes are in it, block by block.
-function look(place, size) {
-  const hash = crypto.createHash('sha256');
+// The digests of a file and what zeroes are in it, block by block.
+function look(place, size, algorithm) {
+  const hashes = {}; // earlier versions are known by their SHA-256, whatever a manifest has
+  for (const name of new Set(['sha256', algorithm])) {
+    hashes[name] = crypto.createHash(name === 'blake2b' ? 'blake2b512' : name);
+  }
   const file = fs.openSync(bytes(ROOT + place), 'r');
   let allZero = true, zeroBlock = false, at = 0;
   try {
@@ -106,7 +109,7 @@ function look(place, size) {
         got += count;
       }
       if (got === 0) break;
-      hash.update(buffer.subarray(0, got));
+      for (const hash of Object.values(hashes)) hash.update(buffer.subarray(0, got));
       for (let b = 0; b < got; b += BLOCK) {
         const end = Math.min(b + BLOCK, got);
         if (buffer.compare(ZEROES, 0, end - b, b, end) === 0) zeroBlock = true;
@@ -117,7 +120,9 @@ function look(place, size) {
   } finally {
     fs.closeSync(file);
   }
-  return { size, sha256: hash.digest('hex'), allZero, zeroBlock };
+  const digests = {};
+  for (const name in hashes) digests[name] = hashes[name].digest('hex');
+  return { size, digests, allZero, zeroBlock };
 }
 
 function describe(entry, limit) {
@@ -137,7 +142,7 @@ function describe(entry, limit) {
     if (!stat.isFile()) return { kind: 'other' };
     const found = { kind: 'file', size: stat.size, mode: stat.mode & 0o7777 };
     // What is sparse and larger than its disk would take for ever.
-    return stat.size > limit ? found : { ...found, ...look(place, stat.size) };
+    return stat.size > limit ? found : { ...found, ...look(place, stat.size, entry.algorithm) };
   } catch (error) {
     mustBeServed(error);
     return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code || String(error) };
@@ -151,7 +156,7 @@ function judge({ manifest, limit }) {
   return {
     files: manifests.get(manifest).map((entry) => {
       const found = describe(entry, limit);
-      const whole = found.kind === 'file' && found.sha256 === entry.sha256;
+      const whole = found.digests && found.digests[entry.algorithm] === entry.digest;
       return whole && entry.mode === null ? 1 : found;
     }),
   };
@@ -201,7 +206,7 @@ function walk({ under, digests, limit }) {
         } else if (entry.isFile()) {
           const stat = fs.lstatSync(bytes(ROOT + path));
           const found = { path, size: stat.size, mode: stat.mode & 0o7777 };
-          files.push(digests && stat.size <= limit ? { ...found, ...look(path, stat.size) } : found);
+          files.push(digests && stat.size <= limit ? { ...found, ...look(path, stat.size, 'sha256') } : found);
         }
       } catch (error) {
         mustBeServed(error);

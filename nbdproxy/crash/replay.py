@@ -345,11 +345,11 @@ def below(root: str, manifest: Manifest) -> Manifest:
 def earlier_digests(
     timeline: Timeline, manifest: Manifest, partition: int | None, oracle: Oracle = QUICK
 ) -> Digests:
-    """Return the digests that the manifest's paths had before the recording, if any."""
+    """Return the SHA-256 digests that the manifest's paths had before the recording, if any."""
     wanted = {entry.path for entry in manifest.entries}
     try:
         folder = posixpath.commonpath([posixpath.dirname(path) for path in wanted])
         before = oracle.scan(timeline.base(), folder, partition=partition)
     except FilesystemError:
         return {}
-    return {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
+    return {entry.path: (entry.digest,) for entry in before.entries if entry.path in wanted}
