@@ -1,8 +1,10 @@
 // The checker guest's end: mounts what is on /dev/vdb and tells what is there.
 //
 // Takes a JSON object a line from a virtio port and answers each with one. Names are bytes; they
-// travel as latin-1, a character a byte. Links are followed by hand, as an absolute one begins at
-// the mounted filesystem's root and not at the guest's.
+// travel as latin-1, a character a byte. Paths are those of the guest whose disk this is: a place
+// says at which point of its tree the filesystem shows, with which of its directories (root), and
+// which points below are covered by other filesystems. Links are followed by hand in that tree;
+// what leads out of the filesystem fails with EXDEV.
 'use strict';
 const fs = require('fs');
 const crypto = require('crypto');
@@ -20,7 +22,7 @@ const bytes = (text) => Buffer.from(text, 'latin1');
 const text = (raw) => Buffer.from(raw).toString('latin1');
 const ABSENT = new Set(['ENOENT', 'ENOTDIR', 'ELOOP', 'ENAMETOOLONG']);
 
-let folders = new Map(); // what each way to a folder leads to, in this mount
+let folders = new Set(); // ways that lead to a folder without links, in this mount
 
 function run(program, ...words) {
   const done = spawnSync(program, words, { encoding: 'latin1', stdio: ['ignore', 'pipe', 'pipe'] });
@@ -39,7 +41,7 @@ function mount({ fs: kind, options, load: wanted, program, probe }) {
     load(kind);
     loaded.add(kind);
   }
-  folders = new Map();
+  folders = new Set();
   run('dmesg', '-c');
   const command = program ? ['/tools/bin/' + program] : ['mount', '-t', kind];
   const [first, ...words] = probe;
@@ -61,43 +63,66 @@ function mustBeServed(error) {
   if (error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
 }
 
-// Where a path leads below ROOT, every link followed; throws as the kernel does.
-function resolve(path, links) {
-  const parts = path.split('/').filter((part) => part !== '' && part !== '.');
-  let here = '';
-  for (let i = 0; i < parts.length; i++) {
-    if (parts[i] === '..') {
-      here = here.slice(0, here.lastIndexOf('/'));
+const failed = (code) => Object.assign(new Error(), { code });
+const names = (path) => path.split('/').filter((part) => part !== '' && part !== '.');
+
+// Where something of a place, by its path from the mount point, is in this system.
+const host = (place, path) => bytes(ROOT + place.root + path);
+
+// The names of a guest's absolute path that are left below the mount point.
+function below(place, path) {
+  const parts = names(path);
+  for (const name of names(place.point)) if (parts.shift() !== name) throw failed('EXDEV');
+  return parts;
+}
+
+// Where a guest's absolute path leads, from the mount point; throws as the kernel does.
+function resolve(place, path) {
+  let parts = below(place, path), here = '', left = LINKS_MAX;
+  while (parts.length) {
+    const part = parts.shift();
+    if (part === '..') {
+      if (here === '' && place.point !== '') throw failed('EXDEV');
+      here = here.slice(0, Math.max(here.lastIndexOf('/'), 0));
       continue;
     }
-    const next = here + '/' + parts[i];
-    const known = folders.get(next);
-    if (known !== undefined) {
-      here = known;
-      continue;
-    }
-    const stat = fs.lstatSync(bytes(ROOT + next));
-    if (!stat.isSymbolicLink()) {
-      if (stat.isDirectory()) folders.set(next, next);
-      else if (i < parts.length - 1) throw Object.assign(new Error(), { code: 'ENOTDIR' });
+    const next = here + '/' + part;
+    if (place.covered.includes(place.point + next)) throw failed('EXDEV');
+    if (folders.has(place.root + next)) {
       here = next;
       continue;
     }
-    if (links.left-- === 0) throw Object.assign(new Error(), { code: 'ELOOP' });
-    const target = text(fs.readlinkSync(bytes(ROOT + next), { encoding: 'buffer' }));
-    const rest = parts.slice(i + 1).join('/');
-    return resolve((target.startsWith('/') ? '' : here + '/') + target + '/' + rest, links);
+    const stat = fs.lstatSync(host(place, next));
+    if (!stat.isSymbolicLink()) {
+      if (stat.isDirectory()) folders.add(place.root + next);
+      else if (parts.length) throw failed('ENOTDIR');
+      here = next;
+      continue;
+    }
+    if (left-- === 0) throw failed('ELOOP');
+    const target = text(fs.readlinkSync(host(place, next), { encoding: 'buffer' }));
+    parts = (target.startsWith('/') ? below(place, target) : names(target)).concat(parts);
+    if (target.startsWith('/')) here = '';
   }
   return here;
 }
 
+// The same for a name that is not followed itself.
+function resolveName(place, path) {
+  const cut = path.lastIndexOf('/');
+  const folder = resolve(place, path.slice(0, cut));
+  const found = folder + path.slice(cut);
+  if (place.covered.includes(place.point + found)) throw failed('EXDEV');
+  return found;
+}
+
 // The digests of a file and what zeroes are in it, block by block.
-function look(place, size, algorithm) {
+function look(path, size, algorithm) {
   const hashes = {}; // earlier versions are known by their SHA-256, whatever a manifest has
   for (const name of new Set(['sha256', algorithm])) {
     hashes[name] = crypto.createHash(name === 'blake2b' ? 'blake2b512' : name);
   }
-  const file = fs.openSync(bytes(ROOT + place), 'r');
+  const file = fs.openSync(path, 'r');
   let allZero = true, zeroBlock = false, at = 0;
   try {
     while (at < size) {
@@ -125,24 +150,19 @@ function look(place, size, algorithm) {
   return { size, digests, allZero, zeroBlock };
 }
 
-function describe(entry, limit) {
-  const isLink = entry.link;
+function describe(place, entry, limit) {
   try {
-    const cut = entry.path.lastIndexOf('/');
-    const folder = resolve(entry.path.slice(0, cut), { left: LINKS_MAX });
-    const name = entry.path.slice(cut + 1);
-    if (isLink) {
-      const stat = fs.lstatSync(bytes(ROOT + folder + '/' + name));
-      if (!stat.isSymbolicLink()) return { kind: 'other' };
-      const target = fs.readlinkSync(bytes(ROOT + folder + '/' + name), { encoding: 'buffer' });
-      return { kind: 'link', target: text(target) };
+    if (entry.link) {
+      const path = host(place, resolveName(place, entry.path));
+      if (!fs.lstatSync(path).isSymbolicLink()) return { kind: 'other' };
+      return { kind: 'link', target: text(fs.readlinkSync(path, { encoding: 'buffer' })) };
     }
-    const place = resolve(entry.path, { left: LINKS_MAX });
-    const stat = fs.lstatSync(bytes(ROOT + place));
+    const path = host(place, resolve(place, entry.path));
+    const stat = fs.lstatSync(path);
     if (!stat.isFile()) return { kind: 'other' };
     const found = { kind: 'file', size: stat.size, mode: stat.mode & 0o7777 };
     // What is sparse and larger than its disk would take for ever.
-    return stat.size > limit ? found : { ...found, ...look(place, stat.size, entry.algorithm) };
+    return stat.size > limit ? found : { ...found, ...look(path, stat.size, entry.algorithm) };
   } catch (error) {
     mustBeServed(error);
     return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code || String(error) };
@@ -152,10 +172,10 @@ function describe(entry, limit) {
 const manifests = new Map();
 
 // Tells of each file of a manifest; those that are as expected are only counted off.
-function judge({ manifest, limit }) {
+function judge({ manifest, place, limit }) {
   return {
     files: manifests.get(manifest).map((entry) => {
-      const found = describe(entry, limit);
+      const found = describe(place, entry, limit);
       const whole = found.digests && found.digests[entry.algorithm] === entry.digest;
       return whole && entry.mode === null ? 1 : found;
     }),
@@ -163,50 +183,48 @@ function judge({ manifest, limit }) {
 }
 
 // What a file holds, or where a link points, in base64; null if there is none, or it is too long.
-function read({ path, link, limit }) {
+function read({ path, place, link, limit }) {
   try {
-    const cut = path.lastIndexOf('/');
-    const folder = resolve(path.slice(0, cut), { left: LINKS_MAX });
-    const place = link ? folder + path.slice(cut) : resolve(path, { left: LINKS_MAX });
-    const stat = fs.lstatSync(bytes(ROOT + place));
+    const found = host(place, link ? resolveName(place, path) : resolve(place, path));
+    const stat = fs.lstatSync(found);
     if (link && stat.isSymbolicLink()) {
-      const target = fs.readlinkSync(bytes(ROOT + place), { encoding: 'buffer' });
-      return { data: target.toString('base64') };
+      return { data: fs.readlinkSync(found, { encoding: 'buffer' }).toString('base64') };
     }
     if (!stat.isFile() || stat.size > limit) return { data: null };
-    return { data: fs.readFileSync(bytes(ROOT + place)).toString('base64') };
+    return { data: fs.readFileSync(found).toString('base64') };
   } catch (error) {
     mustBeServed(error);
     return { data: null };
   }
 }
 
-// Every regular file and link below a folder, in no order.
-function walk({ under, digests, limit }) {
+// Every regular file and link of a place below a folder, in no order.
+function walk({ under, place, digests, limit }) {
   const files = [], errors = [];
-  const visit = (place) => {
-    let names;
+  const visit = (folder) => {
+    let entries;
     try {
-      names = fs.readdirSync(bytes(ROOT + place), { encoding: 'buffer', withFileTypes: true });
+      entries = fs.readdirSync(host(place, folder), { encoding: 'buffer', withFileTypes: true });
     } catch (error) {
       mustBeServed(error);
-      errors.push([place, error.code]);
+      errors.push([place.point + folder, error.code]);
       return;
     }
-    for (const entry of names) {
-      const path = place + '/' + text(entry.name);
+    for (const entry of entries) {
+      const below = folder + '/' + text(entry.name), path = place.point + below;
+      if (place.covered.includes(path)) continue;
       if (entry.isDirectory()) {
-        visit(path);
+        visit(below);
         continue;
       }
       try {
+        const at = host(place, below);
         if (entry.isSymbolicLink()) {
-          const target = fs.readlinkSync(bytes(ROOT + path), { encoding: 'buffer' });
-          files.push({ path, target: text(target) });
+          files.push({ path, target: text(fs.readlinkSync(at, { encoding: 'buffer' })) });
         } else if (entry.isFile()) {
-          const stat = fs.lstatSync(bytes(ROOT + path));
+          const stat = fs.lstatSync(at);
           const found = { path, size: stat.size, mode: stat.mode & 0o7777 };
-          files.push(digests && stat.size <= limit ? { ...found, ...look(path, stat.size, 'sha256') } : found);
+          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size, 'sha256') } : found);
         }
       } catch (error) {
         mustBeServed(error);
@@ -215,8 +233,9 @@ function walk({ under, digests, limit }) {
     }
   };
   try {
-    const top = resolve(under, { left: LINKS_MAX });
-    if (fs.lstatSync(bytes(ROOT + top)).isDirectory()) visit(top);
+    const isAbove = (place.point + '/').startsWith(under === '/' ? '/' : under + '/');
+    const top = isAbove ? '' : resolve(place, under);
+    if (fs.lstatSync(host(place, top)).isDirectory()) visit(top);
   } catch (error) {
     if (!ABSENT.has(error.code)) errors.push([under, error.code]);
   }

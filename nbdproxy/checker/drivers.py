@@ -7,7 +7,6 @@ broken. Features that this kernel does not have, and parts on other devices, are
 from __future__ import annotations
 
 import re
-import struct
 from typing import NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
@@ -62,11 +61,7 @@ _UNSUPPORTED = re.compile(
     r"unsupported|unknown .*(?:feature|filesystem type)|not supported|by this kernel",
     re.IGNORECASE,
 )
-_XFS_SUPERBLOCK = struct.Struct(">16xQ24xQ")  # blocks of its realtime device; where the log is
-_BTRFS_DEVICES_AT = 0x10088
-_EXT_JOURNAL = struct.Struct("<II")  # its inode, its device
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
-_EXT_JOURNAL_AT = superblock.OFFSET + 0xE0
 
 
 class RefusedByKernelError(FilesystemError):
@@ -76,21 +71,6 @@ class RefusedByKernelError(FilesystemError):
 def driver_of(device: ReadableDevice) -> Driver:
     """Return how to handle the filesystem that begins where a device does; there is one."""
     return DRIVERS[FilesystemKind(kind_of(device) or "")]
-
-
-def elsewhere(device: ReadableDevice, kind: FilesystemKind) -> str | None:
-    """Say what of a filesystem is not on this device, by its superblock; None if nothing is."""
-    if kind is FilesystemKind.XFS:
-        realtime, log = _XFS_SUPERBLOCK.unpack(device.pread(0, _XFS_SUPERBLOCK.size))
-        return "it has its log" if not log else "it has a part" if realtime else None
-    if kind is FilesystemKind.BTRFS:
-        devices = int.from_bytes(device.pread(_BTRFS_DEVICES_AT, 8), "little")
-        return "it has a part" if devices > 1 else None
-    if kind is FilesystemKind.EXT:
-        raw = device.pread(_EXT_JOURNAL_AT, _EXT_JOURNAL.size)
-        inode, number = _EXT_JOURNAL.unpack(raw)
-        return "it has its journal" if number and not inode else None
-    return None
 
 
 def has_ciphers(device: ReadableDevice) -> bool:

@@ -31,7 +31,6 @@ from nbdproxy.server.threaded import ThreadedServer
 
 BOOT_LIMIT_S = 120.0
 ANSWER_LIMIT_S = 120.0
-LIFE_LIMIT_S = 24 * 3600.0
 MEMORY_MIB = 1024
 _PORT = "checker"
 _AGENT = Path(__file__).with_name("agent.js")
@@ -70,7 +69,7 @@ class CheckerGuest:
             initrd = stack.enter_context(initramfs.extended(lab.kit.initrd, entries))
             accelerator = accel.probe(lab.cache, lab.kit)
             base = accel.base_command(lab.kit.kernel, initrd, accelerator, memory_mib=MEMORY_MIB)
-            self._qemu = stack.enter_context(accel.running([*base, *command], LIFE_LIMIT_S))
+            self._qemu = stack.enter_context(accel.running([*base, *command]))
             self._socket = stack.enter_context(self._connect(folder / "port"))
             self.ask("hello", limit_s=BOOT_LIMIT_S)
             self._stack = stack.pop_all()

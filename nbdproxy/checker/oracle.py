@@ -21,7 +21,6 @@ from typing import Any
 from nbdproxy.checker.drivers import (
     RefusedByKernelError,
     driver_of,
-    elsewhere,
     has_ciphers,
     refusal,
 )
@@ -37,15 +36,18 @@ from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
-from nbdproxy.oracles.filesystems import kind_of
+from nbdproxy.oracles.filesystems import elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
 _BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
 """What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
+_ELSEWHERE = "EXDEV"
+"""What the agent answers where a path leads out of its mount."""
 READ_RATE = 4 << 20
 """Bytes a second that a guest reads and digests at least."""
 
@@ -59,45 +61,49 @@ class KernelOracle:
         self._guest: CheckerGuest | None = None
         self._known: dict[int, Manifest] = {}
 
-    def follow(
-        self, manifest: Manifest, *, earlier: Digests, partition: int | None
-    ) -> KernelFollower:
-        """Return what judges the files of a manifest with absolute paths."""
-        return KernelFollower(self, manifest, earlier, partition)
+    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> KernelFollower:
+        """Return what judges the files of a manifest, absolute paths that a mount has."""
+        return KernelFollower(self, manifest, earlier, mount)
 
-    def locate(
-        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
-    ) -> tuple[int, Manifest]:
-        """Return the partition that a manifest describes, and the manifest with its paths."""
-        return quick.best_place(
-            quick.candidates(device, partition),
-            manifest,
-            lambda part: [entry.path for entry in self._walk(part, "/", digests=False)],
-        )
+    def roots(
+        self,
+        device: ReadableDevice,  # noqa: ARG002
+        partition: int | None,  # noqa: ARG002
+    ) -> tuple[str, ...]:
+        """Return the top of the filesystem."""
+        return ("/",)
+
+    def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
+        """Return the paths of a mount's files and links."""
+        place = self.place(device, mount.partition)
+        return [entry.path for entry in self._walk(place, mount, "/", digests=False)]
 
     def scan(
-        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
     ) -> Manifest:
-        """Describe all files below a directory.
+        """Describe a mount's files below a directory.
 
         Raises FilesystemError at the first file that cannot be read.
         """
-        place = self.place(device, partition)
-        entries = self._walk(place, under, digests=True)
+        place = self.place(device, mount.partition)
+        entries = self._walk(place, mount, under, digests=True)
         if not (modes and driver_of(place.device).keeps_modes):
             entries = [replace(entry, mode=None) for entry in entries]
         return Manifest(tuple(entries))
 
-    def content(
-        self, device: ReadableDevice, entry: Entry, *, partition: int | None
-    ) -> bytes | None:
+    def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         try:
-            place = self.place(device, partition)
+            place = self.place(device, mount.partition)
             with self.mounted(place) as guest:
-                what = {key: _asked(entry)[key] for key in ("path", "link")}
-                patience = _patience(place)
-                found = guest.ask("read", **what, limit=CONTENT_MAX, limit_s=patience)["data"]
+                found = guest.ask(
+                    "read",
+                    path=_sent(quick.absolute(entry.path)),
+                    place=_where(mount),
+                    link=entry.target is not None,
+                    limit=CONTENT_MAX,
+                    limit_s=_patience(place),
+                )["data"]
         except (FilesystemError, GuestError):
             return None
         return None if found is None else base64.b64decode(found)
@@ -184,12 +190,15 @@ class KernelOracle:
             self._guest = CheckerGuest(self._lab, size)
         return self._guest
 
-    def _walk(self, place: Slice, under: str, *, digests: bool) -> list[Entry]:
+    def _walk(self, place: Slice, mount: Mount, under: str, *, digests: bool) -> list[Entry]:
         with self.mounted(place) as guest:
-            top = _sent(quick.absolute(under)).rstrip("/") or "/"
-            patience = _patience(place)
             found = guest.ask(
-                "walk", under=top, digests=digests, limit=place.length, limit_s=patience
+                "walk",
+                under=_sent(quick.absolute(under)).rstrip("/") or "/",
+                place=_where(mount),
+                digests=digests,
+                limit=place.length,
+                limit_s=_patience(place),
             )
         if found["errors"] and digests:
             path, code = found["errors"][0]
@@ -226,12 +235,12 @@ class KernelFollower:
     """Judges the same files in one state after the other."""
 
     def __init__(
-        self, oracle: KernelOracle, manifest: Manifest, earlier: Digests, partition: int | None
+        self, oracle: KernelOracle, manifest: Manifest, earlier: Digests, mount: Mount
     ) -> None:
         self._oracle = oracle
         self._manifest = manifest
         self._earlier = earlier
-        self._partition = partition
+        self._mount = mount
         self._last: Findings | None = None
         self.reads: Reads | None = None
 
@@ -253,13 +262,16 @@ class KernelFollower:
 
     def _look(self, device: ReadableDevice) -> Findings:
         try:
-            place = self._oracle.place(device, self._partition)
+            place = self._oracle.place(device, self._mount.partition)
             with self._oracle.mounted(place) as guest:
                 number = self._oracle.number_of(self._manifest, guest)
-                asked = guest.ask(
-                    "judge", manifest=number, limit=place.length, limit_s=_patience(place)
-                )
-                found = asked["files"]
+                found = guest.ask(
+                    "judge",
+                    manifest=number,
+                    place=_where(self._mount),
+                    limit=place.length,
+                    limit_s=_patience(place),
+                )["files"]
         except RefusedByKernelError as error:
             lost = {entry.path: Condition.UNREADABLE for entry in self._manifest.entries}
             return Findings(Verdict.FAIL, lost, str(error), refused=True)
@@ -274,7 +286,7 @@ class KernelFollower:
         for entry, one in zip(self._manifest.entries, found, strict=True):
             doubt = _doubt(one, hides=hides)
             if doubt is not None:
-                outcomes[entry.path] = Outcome(Condition.UNREADABLE, f"{entry.path}: {doubt}")
+                outcomes[entry.path] = Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {doubt}")
                 continue
             earlier = self._earlier.get(entry.path, ())
             condition = _condition(entry, one, earlier, keeps_modes=keeps_modes)
@@ -293,6 +305,8 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
     """Say why the agent's word on a file tells nothing, if so; `hides` if folders have ciphers."""
     if found == 1:
         return None
+    if found["kind"] == "error" and found["code"] == _ELSEWHERE:
+        return "a link leads to another filesystem"
     if found["kind"] == "error" and found["code"] not in _BROKEN:
         return f"the kernel cannot read it ({found['code']})"
     if found["kind"] == "file" and "digests" not in found:
@@ -337,6 +351,16 @@ def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
     asked = {"path": path, "link": is_link, "mode": entry.mode}
     return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
+
+
+def _where(mount: Mount) -> dict[str, object]:
+    """Write a mount as the agent wants it: without a slash at the end."""
+
+    def sent(path: str) -> str:
+        return _sent(quick.absolute(path)).rstrip("/")
+
+    covered = [sent(point) for point in mount.covered]
+    return {"point": sent(mount.point), "root": sent(mount.root), "covered": covered}
 
 
 def _sent(path: bytes) -> str:

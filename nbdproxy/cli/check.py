@@ -21,15 +21,17 @@ from nbdproxy.cli.oracles import (
 )
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
 from nbdproxy.crash.recorded import RecordedSource, is_recording
-from nbdproxy.crash.replay import below, earlier_digests
+from nbdproxy.crash.replay import earlier_digests
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Verdict, candidates
+from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.locate import Where, locate
 from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.owners import owners
 from nbdproxy.persistence.modes import CacheMode, Failure
@@ -84,17 +86,17 @@ def check(
     ):
         if isinstance(judge, BothOracles):
             judge.state = name
+        tree = Tree((Mount(partition=partition),))
         if wanted is not None:
-            partition, wanted = _placed(judge, disk, wanted, root, partition)
-        examination = judge.examine(disk, partition=partition, fsck=fsck)
+            tree, wanted = _placed(judge, disk, wanted, Where(root, partition))
+        examination = judge.examine(disk, partition=tree.mounts[0].partition, fsck=fsck)
         findings = None
         if wanted is not None:
             earlier: Digests = {}
             if timeline is not None:
-                earlier = earlier_digests(timeline, wanted, partition, judge)
-            follower = judge.follow(wanted, earlier=earlier, partition=partition)
-            findings = certain(follower.check(disk, None), disk, wanted)
-        owned = tuple(owners(disk, examination.replayed, partition=partition))
+                earlier = earlier_digests(timeline, wanted, tree, judge)
+            findings = TreeFollower(judge, wanted, earlier, tree).check(disk, None)
+        owned = tuple(owners(disk, examination.replayed, tree))
     tell_differences(judge)
     told = checked.Checked(name, examination, owned, findings)
     if json:
@@ -131,25 +133,18 @@ def _disk(
 
 
 def _placed(
-    judge: Oracle,
-    disk: ReadableDevice,
-    wanted: Manifest,
-    root: str | None,
-    partition: int | None,
-) -> tuple[int | None, Manifest]:
-    """Return the partition, if it is known, and the manifest with absolute paths."""
-    if root is not None:
-        return partition, below(root, wanted)
+    judge: Oracle, disk: ReadableDevice, wanted: Manifest, where: Where
+) -> tuple[Tree, Manifest]:
+    """Return the tree, and the manifest with absolute paths."""
+    tree = Tree((Mount(partition=where.partition),))
     is_absolute = all(entry.path.startswith("/") for entry in wanted.entries)
-    if partition is not None:
-        if is_absolute:
-            return partition, wanted
-        return judge.locate(disk, wanted, partition=partition)
-    if not is_absolute:
-        return judge.locate(disk, wanted)
+    if where.root is not None or not is_absolute:
+        return locate(judge, disk, wanted, where)
+    if where.partition is not None:
+        return tree, wanted
     try:
         if len(candidates(disk, None)) > 1:
-            return judge.locate(disk, wanted)[0], wanted
+            return locate(judge, disk, wanted)[0], wanted
     except (FilesystemError, ManifestError):
         pass  # what is wrong is said of the filesystem, below
-    return None, wanted
+    return tree, wanted

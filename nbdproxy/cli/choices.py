@@ -65,9 +65,6 @@ Partition = Annotated[
     ),
 ]
 
-Where = tuple[str | None, int | None]
-"""--root and --partition: the directory that relative paths begin at, and what it is on."""
-
 
 def parse_list(text: str | None, choices: type[E], option: str) -> list[E] | None:
     """Return the members of `choices` that "a,b" names; None stays None."""

@@ -20,7 +20,6 @@ from nbdproxy.cli.choices import (
     Partition,
     RecordedAs,
     Root,
-    Where,
     parse_list,
 )
 from nbdproxy.cli.console import err, out, print_json
@@ -36,8 +35,11 @@ from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import Where
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import (
@@ -116,15 +118,9 @@ def explain(
                     judge.state = str(state)
 
             asked = _Asked(source, timeline, judge, at, modes, failures, recorded_as, about)
-            partition, wanted = _wanted(asked, paths or [], files, (root, partition))
-            told = stories(
-                timeline,
-                wanted,
-                partition,
-                progress=about,
-                oracle=judge,
-            )
-            found = [_told(asked, story, partition) for story in told if paths]
+            tree, wanted = _wanted(asked, paths or [], files, Where(root, partition))
+            told = stories(timeline, wanted, tree, progress=about, oracle=judge)
+            found = [_told(asked, story, tree) for story in told if paths]
             taken = taken_under(timeline, recorded_as)
         tell_differences(judge)
         if not paths:
@@ -153,27 +149,22 @@ class _Asked:
 
 def _wanted(
     asked: _Asked, paths: Sequence[str], files: Path | None, where: Where
-) -> tuple[int | None, Manifest]:
-    """Return what to tell of, and the partition that it is on, if that is known."""
-    (root, partition), wanted = where, Manifest(())
+) -> tuple[Tree, Manifest]:
+    """Return what to tell of, and the tree that it is in."""
+    tree, wanted = Tree((Mount(partition=where.partition),)), Manifest(())
     cut = resolve(asked.source, asked.at or "before-exit")
     if files is not None:
         listed = manifest.load(files)
-        partition, wanted = place(
-            *(asked.timeline, listed, cut),
-            root=root,
-            partition=partition,
-            oracle=asked.oracle,
-        )
+        tree, wanted = place(asked.timeline, listed, cut, where, asked.oracle)
     if paths:
         absolute = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
         if files is None:
-            wanted = _at_the_end(asked, absolute, partition)
+            wanted = _at_the_end(asked, absolute, tree)
         wanted = _chosen(wanted, absolute, from_manifest=files is not None)
-    return partition, wanted
+    return tree, wanted
 
 
-def _told(asked: _Asked, story: Story, partition: int | None) -> report.Told:
+def _told(asked: _Asked, story: Story, tree: Tree) -> report.Told:
     table = replay(
         asked.source,
         Manifest((story.entry,)),
@@ -182,15 +173,14 @@ def _told(asked: _Asked, story: Story, partition: int | None) -> report.Told:
         at=asked.at,
         recorded_as=asked.recorded_as,
         progress=asked.about,
-        root="/",
-        partition=partition,
+        tree=tree,
         oracle=asked.oracle,
     )
-    hangs_on = carriers(asked.timeline, story.entry, partition, oracle=asked.oracle)
-    return report.Told(story, hangs_on, table, _losses(asked, story.entry, table, partition))
+    hangs_on = carriers(asked.timeline, story.entry, tree, oracle=asked.oracle)
+    return report.Told(story, hangs_on, table, _losses(asked, story.entry, table))
 
 
-def _losses(asked: _Asked, entry: Entry, table: Replay, partition: int | None) -> dict[str, Losses]:
+def _losses(asked: _Asked, entry: Entry, table: Replay) -> dict[str, Losses]:
     """Return what the worst states of the cells lack of a file, each state once."""
     found = {}
     for cell in table.cells:
@@ -198,19 +188,19 @@ def _losses(asked: _Asked, entry: Entry, table: Replay, partition: int | None) -
         state = cell.worst.state
         if outcome is None or outcome.condition is Condition.WHOLE or str(state) in found:
             continue
-        lost = losses(asked.timeline, entry, state, partition, asked.oracle)
+        lost = losses(asked.timeline, entry, state, table.tree, asked.oracle)
         if lost is not None:
             found[str(state)] = lost
     return found
 
 
-def _at_the_end(asked: _Asked, paths: list[str], partition: int | None) -> Manifest:
+def _at_the_end(asked: _Asked, paths: list[str], tree: Tree) -> Manifest:
     """Return what is in the folders of some files when all has been sent."""
     disk = asked.timeline.at(asked.source.events)
     found: list[Entry] = []
     for folder in dict.fromkeys(posixpath.dirname(path) or "/" for path in paths):
         try:
-            found += asked.oracle.scan(disk, folder, partition=partition).entries
+            found += scan(asked.oracle, disk, folder, tree).entries
         except FilesystemError as error:
             raise UsageError(
                 f"what {folder} held in the end cannot be read ({error}); say what should be "

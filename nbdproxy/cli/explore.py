@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from xxhash import xxh3_64_hexdigest
 
-from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root, Where
+from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.crash.bench import Job
@@ -31,6 +38,7 @@ from nbdproxy.crash.workers import Runner, make_runner
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.locate import Where
 from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import (
     CacheMode,
@@ -166,7 +174,7 @@ def explore(
         asked = at or (every.value if every else _usual_cut(failure))
         level = _level(source, mode, failure, None if every else asked)
         judge = make_judge(
-            *(timeline, files, check, None if every else asked, (root, partition)),
+            *(timeline, files, check, None if every else asked, Where(root, partition)),
             *(time_limit, oracle),
         )
         fields = Fields(timeline, level, options)
@@ -190,7 +198,7 @@ def explore(
         except KeyboardInterrupt:
             _tell_ended(db)
             raise typer.Exit(130) from None
-        again = _again(files, check, (root, partition), base, time_limit, oracle)
+        again = _again(files, check, Where(root, partition), base, time_limit, oracle)
         needs = option_of_base(base)
         report = explored.Report(about, plan, tally, verdicts, again, needs, source.missing)
         if json:
@@ -252,9 +260,8 @@ def _again(
 ) -> str:
     """Return the options with which another command asks the same."""
     words = ["--files", str(files)] if check is None else ["--check", check]
-    root, partition = where
-    words += ["--root", root] if root is not None else []
-    words += ["--partition", str(partition)] if partition is not None else []
+    words += ["--root", where.root] if where.root is not None else []
+    words += ["--partition", str(where.partition)] if where.partition is not None else []
     words += ["--base", str(base)] if base is not None else []
     words += ["--time-limit", f"{limit_s:g}"] if limit_s != TIME_LIMIT_S else []
     words += ["--oracle", oracle.value] if oracle is not OracleName.QUICK else []
@@ -296,12 +303,9 @@ def make_judge(
     cut = resolve(timeline.source, at or "before-exit")
     wanted = manifest.load(files)
     with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
-        root, partition = where
-        partition, wanted = place(
-            *(timeline, wanted, cut), root=root, partition=partition, oracle=asked
-        )
-        earlier = earlier_digests(timeline, wanted, partition, asked)
-    return ManifestPlan(wanted, partition, earlier, MAKERS[oracle])
+        tree, wanted = place(timeline, wanted, cut, where, asked)
+        earlier = earlier_digests(timeline, wanted, tree, asked)
+    return ManifestPlan(wanted, tree, earlier, MAKERS[oracle])
 
 
 def _by(oracle: OracleName) -> str:
@@ -345,6 +349,7 @@ def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     shown = err.is_terminal

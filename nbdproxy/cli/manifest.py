@@ -23,6 +23,7 @@ from nbdproxy.errors import ImageError, ManifestError, UsageError
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import npm
 from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level
 
 
@@ -90,7 +91,7 @@ def manifest(
             err.status("reading") as status,
             opened(oracle, status.update) as asked,
         ):
-            found = asked.scan(disk, under or "/", partition=partition, modes=modes)
+            found = asked.scan(disk, under or "/", mount=Mount(partition=partition), modes=modes)
     if not found.entries:
         raise ManifestError(f"there are no files in {where}; check the path and --under")
     if json:

@@ -16,6 +16,7 @@ from nbdproxy.crash.minimize import minimize as minimize_state
 from nbdproxy.crash.naming import parse_state_id
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.oracles.locate import Where
 from nbdproxy.report import minimized
 
 
@@ -48,7 +49,7 @@ def minimize(
         timeline = Timeline(source)
         timeline.open(chosen)
         at = f"seq:{chosen.position - 1}" if chosen.position else "end"
-        judge = make_judge(timeline, files, check, at, (root, partition), time_limit, oracle)
+        judge = make_judge(timeline, files, check, at, Where(root, partition), time_limit, oracle)
         job = Job(run.absolute(), base, chosen.level, chosen.options, judge)
         bench = Bench(source, job)
         try:

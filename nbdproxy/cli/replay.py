@@ -32,6 +32,7 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import replay as replay_recording
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.locate import Where
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report import table, words
@@ -100,8 +101,7 @@ def replay(
             at=at,
             options=Options(coverage=covers),
             recorded_as=recorded_as,
-            root=root,
-            partition=partition,
+            where=Where(root, partition),
             progress=about_to_judge,
             oracle=judge,
         )

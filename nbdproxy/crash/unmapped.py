@@ -27,6 +27,7 @@ from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
 from nbdproxy.oracles.ext4.mounted import open_filesystem
 from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.qcow2 import Qcow2Device, is_qcow2
 from nbdproxy.oracles.watched import WatchedDevice
@@ -41,7 +42,7 @@ _TRIED_MAX = 64 << 20
 class Unmapped:
     """Tells for one cut of a recording who had what no request had carried: the guest, or QEMU."""
 
-    def __init__(self, timeline: Timeline, position: int, partition: int | None) -> None:
+    def __init__(self, timeline: Timeline, position: int, mount: Mount) -> None:
         self._filesystem: Filesystem | None = None
         self._orphans: list[int] = []
         disk = timeline.at(position)
@@ -53,9 +54,9 @@ class Unmapped:
             if not self._orphans:
                 return
             self._guest = WatchedDevice(self._file)
-            self._part: Slice = check.only(check.candidates(self._guest, partition))
+            self._part: Slice = check.only(check.candidates(self._guest, mount.partition))
             self._guest.take()
-            self._filesystem = open_filesystem(self._part.device)
+            self._filesystem = open_filesystem(self._part.device, mount)
         except FilesystemError:
             return
         self._places: dict[int, int] = {}

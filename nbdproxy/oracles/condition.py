@@ -5,6 +5,8 @@ another. Labels are made from what is there, as the expected content is not know
 
 - *partly-zeroed* is a file of the right length that differs and has an aligned block of zeroes.
   If its true content has such a block too, then the damage may lie elsewhere.
+- *unreadable* is a file of a filesystem that is damaged there; *cannot-be-told* one of which nobody
+  knows: what could tell cannot be read here, and that is no fault of the disk's.
 - Without the expected size, *short* is never said, and a file of zeroes counts as *zeroed*
   whatever its length.
 """
@@ -38,6 +40,7 @@ class Condition(StrEnum):
     STALE = "stale"
     DAMAGED = "damaged"
     UNREADABLE = "unreadable"
+    CANNOT_BE_TOLD = "cannot-be-told"
 
 
 def classify(

@@ -18,6 +18,7 @@ from nbdproxy.crash.story import carriers, stories
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import ONLY, Tree
 from nbdproxy.persistence.model import Level
 
 pytestmark = pytest.mark.lab
@@ -72,15 +73,15 @@ def test_just_what_is_lacking_makes_the_file_whole(
     told = set()
     for file in (entry("b", CONTENT), entry("small", CONTENT[:300])):
         wanted = Manifest((file,))
-        follower = kernel.follow(wanted, earlier={}, partition=None)
-        [story] = stories(timeline, wanted, None, oracle=kernel)
+        follower = kernel.follow(wanted, earlier={}, mount=ONLY)
+        [story] = stories(timeline, wanted, Tree(), oracle=kernel)
         flushed, sent = (story.courses[level] for level in (Level.FLUSHED, Level.RECEIVED))
         assert sent.since is not None and flushed.since is not None
         assert flushed.since > sent.since
         unflushed = StateId(flushed.since - 1, Level.FLUSHED, Choice.MUST)
         for state in (unflushed, StateId(timeline.source.events, Level.NOTHING, Choice.MUST)):
             assert follower.check(timeline.open(state), None).verdict is Verdict.FAIL
-            found = losses(timeline, file, state, None, kernel)
+            found = losses(timeline, file, state, Tree(), kernel)
             assert found is not None
             whole = timeline.open(restored(state, found))
             assert follower.check(whole, None).verdict is Verdict.PASS, str(state)
@@ -98,7 +99,7 @@ def test_just_what_is_lacking_makes_the_file_whole(
 def test_what_carried_the_data(timeline: Timeline, kernel: KernelOracle) -> None:
     """Every byte of the file, and what the requests hold there is the file's."""
     covered = 0
-    for carrier in carriers(timeline, entry("b", CONTENT), None, oracle=kernel):
+    for carrier in carriers(timeline, entry("b", CONTENT), Tree(), oracle=kernel):
         for owner in carrier.owners:
             disk = timeline.at(timeline.source.events)
             data = disk.pread(owner.extent.offset, owner.extent.length)
@@ -112,7 +113,7 @@ def test_a_state_that_is_the_same_where_it_was_read_is_not_mounted_again(
     timeline: Timeline, kernel: KernelOracle
 ) -> None:
     wanted = Manifest((entry("b", CONTENT),))
-    follower = kernel.follow(wanted, earlier={}, partition=None)
+    follower = kernel.follow(wanted, earlier={}, mount=ONLY)
     disk = timeline.at(timeline.source.events)
     first = follower.check(disk, None)
     assert first.verdict is Verdict.PASS

@@ -10,15 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.lab import guest
 from nbdproxy.lab.build import build_lab
 from nbdproxy.lab.workloads import End, Ending, Workload
-from nbdproxy.oracles.check import Verdict, check, locate
-from nbdproxy.oracles.lvm import LinearDevice, volumes
+from nbdproxy.oracles import lvm
+from nbdproxy.oracles.check import Verdict, check
+from nbdproxy.oracles.locate import locate
+from nbdproxy.oracles.lvm import LinearDevice, Volume
 from nbdproxy.oracles.manifest import Entry, Manifest, digest
+from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.partitions import VOLUMES, slices
+from nbdproxy.oracles.quick import QUICK
 
 pytestmark = pytest.mark.lab
 
@@ -46,6 +51,13 @@ def in_guest(script: str, image: Path) -> None:
     """Run a script in a guest that has the image as /dev/vdb and does not mount it itself."""
     workload = Workload("lvm", "LVM", script, mount_options="-", needs_mount=False)
     guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), time_limit_s=90)
+
+
+def volumes(disk: ReadableDevice) -> list[Volume]:
+    """The volumes of the physical volume that the whole disk is."""
+    found = lvm.physical(disk)
+    assert found is not None
+    return lvm.volumes([found])
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +97,9 @@ def test_what_the_kernel_wrote_is_read(image: Path) -> None:
     content = (b"some content\n" * (24 * MIB // 13 + 1))[: 24 * MIB]
     wanted = Manifest((Entry("/a", digest([content]), len(content)),))
     assert check(disk, wanted).verdict is Verdict.PASS
-    assert locate(disk, wanted) == (VOLUMES, wanted)
-    assert check(disk, wanted, partition=VOLUMES).verdict is Verdict.PASS
+    mount = Mount(partition=VOLUMES)
+    assert locate(QUICK, disk, wanted) == (Tree((mount,)), wanted)
+    assert check(disk, wanted, mount=mount).verdict is Verdict.PASS
 
 
 def test_a_volume_is_its_pieces_one_behind_the_other(image: Path) -> None:

@@ -16,6 +16,7 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Cell, replay
 from nbdproxy.lab import disk, renames
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import Where
 from nbdproxy.oracles.manifest import Manifest, dump, parse
 from nbdproxy.persistence.modes import CacheMode, Failure
 from tests.support.forked import ForkedServer
@@ -46,7 +47,7 @@ def judged(source: RecordedSource, manifest: Manifest, at: str | None = None) ->
         modes=[CacheMode.NONE],
         failures=[Failure.HOST_POWER_LOSS],
         at=at,
-        root="/",
+        where=Where(root="/"),
     )
     return result.cells[0]
 

@@ -25,6 +25,7 @@ from nbdproxy.crash.verdicts import Verdicts
 from nbdproxy.crash.workers import Runner
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.server.commands import CommandPlan
 from tests.support import ext4
@@ -121,4 +122,4 @@ def ext4_case(folder: Path) -> Case:
         Entry(f"/{name}", hashlib.sha256(content).hexdigest(), len(content))
         for name, content in contents.items()
     )
-    return Case(folder / "run", ManifestPlan(Manifest(entries), None, {}), states=200)
+    return Case(folder / "run", ManifestPlan(Manifest(entries), Tree(), {}), states=200)

@@ -1,5 +1,8 @@
 """`Filesystem`: names, inodes and content of an ext2, ext3 or ext4 filesystem, read-only.
 
+Paths are the guest's, as its mount shows them (`nbdproxy.oracles.mounts`), the top of the
+filesystem by default.
+
 It shows the disk as it is; `mounted.open_filesystem` replays the journal first. The orphan list
 needs no handling: orphans without links have no name, and those with links already carry the size
 they are to be truncated to.
@@ -14,6 +17,7 @@ from nbdproxy.oracles.ext4 import directory, inode, mapping, superblock
 from nbdproxy.oracles.ext4.directory import Directory
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
+from nbdproxy.oracles.mounts import ONLY, Mount
 
 ROOT = 2
 CHUNK = 1 << 20
@@ -26,8 +30,8 @@ _ZEROES = bytes(CHUNK)
 class Filesystem:
     """A filesystem as it stands on `device`; the journal is none of its business."""
 
-    def __init__(self, device: ReadableDevice) -> None:
-        """Read superblock and group descriptors.
+    def __init__(self, device: ReadableDevice, mount: Mount = ONLY) -> None:
+        """Read superblock and group descriptors; `mount` says where it shows.
 
         Raises NoFilesystemError, or RefusedError for what a kernel would not mount.
         """
@@ -37,6 +41,9 @@ class Filesystem:
         self._blocks: dict[int, bytes] = {}
         self._inodes: dict[int, Inode] = {}
         self._directories: dict[int, Directory] = {}
+        self._point = _names(mount.point)
+        self._root = _names(mount.root)
+        self._covered = {tuple(_names(point)) for point in mount.covered}
 
     def block(self, number: int) -> bytes:
         """Return one block of metadata; blocks are kept for the next call."""
@@ -116,37 +123,46 @@ class Filesystem:
         return number
 
     def lookup(self, path: bytes, *, follow_last: bool = True) -> Inode | None:
-        """Return what an absolute path leads to, symbolic links followed; None if nothing.
+        """Return what a guest's absolute path leads to, links followed; None if nothing.
 
         Unless `follow_last`, a link that the path itself names is returned and not followed.
         Raises CorruptError if a part of the way cannot be read, UnsupportedError if it is
-        encrypted.
+        encrypted, or leads into another filesystem.
         """
-        todo = path.split(b"/")[::-1]
-        way = [self.inode(ROOT)]
+        top = self._top()
+        if top is None:
+            return None
+        todo = self._below_point(path)
+        way, names = [top], list(self._point)
         links = 0
         while todo:
             name = todo.pop()
             if name in {b"", b"."}:
                 continue
             if name == b"..":
-                way = way[:-1] or way
+                way, names = way[:-1] or way, self._up(names)
                 continue
             if not way[-1].is_directory:
                 return None
+            if (*names, name) in self._covered:
+                raise _elsewhere([*names, name])
             number = self.child(way[-1], name)
             if number is None:
                 return None
             node = self.inode(number)
             if not node.is_symlink or (not todo and not follow_last):
                 way.append(node)
+                names.append(name)
                 continue
             links += 1
             if links > LINKS_MAX:
                 return None
             target = self.symlink_target(node)
-            way = way[:1] if target.startswith(b"/") else way
-            todo += target.split(b"/")[::-1]
+            if target.startswith(b"/"):
+                way, names = [top], list(self._point)
+                todo += self._below_point(target)
+            else:
+                todo += target.split(b"/")[::-1]
         return way[-1]
 
     def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, Inode]]:
@@ -155,7 +171,11 @@ class Filesystem:
         Hard links appear under each of their names; symbolic links are not followed, but on the way
         to `under`. Raises CorruptError, with the path, at what cannot be read.
         """
-        top = self.lookup(under)
+        wanted = _split(under)
+        if self._point[: len(wanted)] == wanted:
+            top, under = self._top(), b"".join(b"/" + name for name in self._point)
+        else:
+            top = self.lookup(under)
         if top is None:
             return
         prefix = under.rstrip(b"/")
@@ -171,6 +191,8 @@ class Filesystem:
             below = []
             for name, number in sorted(names.names.items()):
                 full = path + b"/" + name
+                if self._covered and tuple(_split(full)) in self._covered:
+                    continue
                 child = self._named(full, number)
                 if child.is_regular or child.is_symlink:
                     yield full, child
@@ -191,6 +213,34 @@ class Filesystem:
         if node.size > self.superblock.block_size:
             raise CorruptError(f"inode {node.number}, a symbolic link, is too long")
         return b"".join(self.chunks(node))
+
+    def _top(self) -> Inode | None:
+        """Return the directory that shows at the mount point; None if it is not there."""
+        node = self.inode(ROOT)
+        for name in self._root:
+            number = self.child(node, name) if node.is_directory else None
+            if number is None:
+                return None
+            node = self.inode(number)
+            if node.is_symlink:
+                raise UnsupportedError(f"{_shown(name)}, which is mounted, is a symbolic link")
+        return node
+
+    def _up(self, names: list[bytes]) -> list[bytes]:
+        """Return the names of the directory above, as the guest sees it."""
+        if names and names == self._point:
+            raise _elsewhere(names[:-1])
+        return names[:-1]
+
+    def _below_point(self, path: bytes) -> list[bytes]:
+        """Return the names of an absolute path below the mount point, the last one first."""
+        names = path.split(b"/")
+        for wanted in self._point:
+            while names and names[0] in {b"", b"."}:
+                del names[0]
+            if not names or names.pop(0) != wanted:
+                raise _elsewhere(_split(path))
+        return names[::-1]
 
     def _read_inode(self, number: int) -> Inode:
         sb = self.superblock
@@ -242,6 +292,18 @@ def _zeroes(length: int) -> Iterator[bytes]:
         step = min(length, CHUNK)
         yield _ZEROES[:step] if step < CHUNK else _ZEROES
         length -= step
+
+
+def _split(path: bytes) -> list[bytes]:
+    return [name for name in path.split(b"/") if name]
+
+
+def _names(path: str) -> list[bytes]:
+    return _split(path.encode("utf-8", "surrogateescape"))
+
+
+def _elsewhere(names: list[bytes]) -> UnsupportedError:
+    return UnsupportedError(f"a link leads to another filesystem, /{_shown(b'/'.join(names))}")
 
 
 def _shown(path: bytes) -> str:

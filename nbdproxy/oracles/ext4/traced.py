@@ -18,6 +18,7 @@ from nbdproxy.oracles.ext4.directory import Directory
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
+from nbdproxy.oracles.mounts import ONLY, Mount
 from nbdproxy.oracles.watched import Range, WatchedDevice
 
 
@@ -82,8 +83,8 @@ class Way:
 class TracedFilesystem(Filesystem):
     """A filesystem on a device whose blocks may change between calls of `refresh`."""
 
-    def __init__(self, device: WatchedDevice) -> None:
-        super().__init__(device)
+    def __init__(self, device: WatchedDevice, mount: Mount = ONLY) -> None:
+        super().__init__(device, mount)
         self.index = Index()
         self._watched = device
         self._way = Way()
