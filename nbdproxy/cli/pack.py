@@ -73,8 +73,14 @@ def pack(
             err.print(f"note: {source.missing}", markup=False)
         extras = {}
         if files is not None:
-            manifest.load(files)
+            listed = manifest.load(files)
             extras[packed.FILES] = files
+            if manifest.is_dpkg(files):  # it has another name in there, which tells less
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+                extras[packed.FILES] = Path(folder, packed.FILES)
+                extras[packed.FILES].write_bytes(
+                    manifest.dump(listed).encode(errors="surrogateescape")
+                )
         own = run / packed.VERDICTS
         if db is not None or own.exists():
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))

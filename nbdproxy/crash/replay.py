@@ -327,7 +327,7 @@ def place(
 def earlier_digests(
     timeline: Timeline, manifest: Manifest, tree: Tree, oracle: Oracle = QUICK
 ) -> Digests:
-    """Return the digests that the manifest's paths had before the recording, if any."""
+    """Return the SHA-256 digests that the manifest's paths had before the recording, if any."""
     found: dict[str, tuple[str, ...]] = {}
     for mount, part in split(manifest, tree)[0].items():
         wanted = {entry.path for entry in part.entries}
@@ -336,5 +336,5 @@ def earlier_digests(
             before = oracle.scan(timeline.base(), folder, mount=mount)
         except FilesystemError:
             continue
-        found |= {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
+        found |= {entry.path: (entry.digest,) for entry in before.entries if entry.path in wanted}
     return found

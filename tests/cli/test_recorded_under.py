@@ -41,7 +41,9 @@ def test_where_the_server_below_has_no_fua_it_cannot_be_told(tmp_path: Path) -> 
         synced_writes(server)
         assert server.stop() == 0
     assert len(info(run)["recorded_under"]) == 5
-    assert "cache mode  cannot be told: it has a flush for each write" in nbdproxy("info", run).stdout
+    assert (
+        "cache mode  cannot be told: it has a flush for each write" in nbdproxy("info", run).stdout
+    )
 
 
 def test_qemus_own_writethrough_is_seen_by_its_fua(tmp_path: Path) -> None:
