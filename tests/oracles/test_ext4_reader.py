@@ -36,6 +36,8 @@ KINDS = [
     "-t ext4 -b 1024 -O metadata_csum_seed,^64bit",
     "-t ext4 -b 1024 -g 1024 -O meta_bg,^resize_inode",
     "-t ext4 -b 4096 -O bigalloc",
+    "-t ext4 -b 1024 -O bigalloc",
+    "-t ext4 -b 1024 -O bigalloc,meta_bg,^resize_inode",
     "-t ext4 -b 1024 -O sparse_super2",
     "-t ext4 -b 65536 -O ^has_journal",
     "-t ext3 -b 1024",
