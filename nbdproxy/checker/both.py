@@ -19,6 +19,7 @@ from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import Digests, Follower
 from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.watched import Reads
 
 
 class Difference(NamedTuple):
@@ -103,10 +104,12 @@ class Pair:
         self._kernel = kernel
 
     @property
-    def reads(self) -> Iterable[Extent] | None:
+    def reads(self) -> Reads | None:
         """What either read; None if one cannot tell."""
         quick, kernel = self._quick.reads, self._kernel.reads
-        return None if quick is None or kernel is None else [*quick, *kernel]
+        if quick is None or kernel is None:
+            return None
+        return Reads((*quick.ranges(), *kernel.ranges()))
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file on `device`."""

@@ -16,6 +16,7 @@ from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
+from nbdproxy.oracles.watched import Reads
 
 CONTENT_MAX = 64 << 20
 """So many bytes of a file a guest hands out at once."""
@@ -32,7 +33,7 @@ class Follower(Protocol):
         ...
 
     @property
-    def reads(self) -> Iterable[Extent] | None:
+    def reads(self) -> Reads | None:
         """What of the disk the last findings depend on; None if that cannot be told."""
         ...
 

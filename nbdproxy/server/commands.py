@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nbdproxy.crash.judging import Judge, Judgement
+from nbdproxy.crash.judging import Judge, Judgement, ReadSet
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.copying import write_sparse
@@ -84,7 +84,7 @@ class _CommandJudge:
         self,
         state: StateId,
         changed: Iterable[Extent] | None,  # noqa: ARG002
-    ) -> tuple[Judgement, Iterable[Extent] | None]:
+    ) -> tuple[Judgement, ReadSet | None]:
         name = str(state)
         environment = {
             **os.environ,
