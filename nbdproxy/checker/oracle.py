@@ -46,7 +46,7 @@ from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
@@ -73,7 +73,7 @@ class KernelOracle:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         return KernelFollower(self, manifest, earlier, mount)
 
-    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point.
 
         Of Btrfs the default subvolume, the top level, the other subvolumes and then the snapshots,
@@ -136,17 +136,13 @@ class KernelOracle:
         """Open a mount to go through its files."""
         place = self.place(device, mount.partition)
         try:
-            with self.mounted(place) as guest:
-                try:
-                    yield ShownByGuest(guest, place, _where(mount))
-                except BaseException:
-                    self.close()  # it would stay mounted
-                    raise
+            with self.mounted(place, root=mount.root) as guest:
+                yield ShownByGuest(guest, place, _where(mount))
         except GuestError as error:
             raise FilesystemError(str(error)) from None
 
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell whether it mounts, what the replay of its log changes, and what fsck says then.
 
@@ -178,7 +174,7 @@ class KernelOracle:
             self._guest = None
         self._known = {}
 
-    def place(self, device: ReadableDevice, partition: int | None) -> Slice:
+    def place(self, device: ReadableDevice, partition: PartitionName) -> Slice:
         """Return the part of a disk that is to be mounted; FilesystemError if there is none."""
         place = quick.only(quick.candidates(device, partition))
         kind = kind_of(place.device)

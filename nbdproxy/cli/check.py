@@ -14,6 +14,7 @@ from nbdproxy.checker.both import BothOracles
 from nbdproxy.cli.choices import Base, Mounts, Partition, Root, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
+    EXIT,
     OracleChoice,
     OracleName,
     differences_json,
@@ -28,18 +29,16 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict, candidates
+from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.composite import TreeFollower, split
 from nbdproxy.oracles.locate import Where, below, locate, survey_tree
 from nbdproxy.oracles.manifest import Manifest
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.owners import owners
 from nbdproxy.oracles.partitions import slices
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report import checked
-
-_EXIT = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.UNKNOWN: 2}
 
 
 def check(
@@ -108,7 +107,7 @@ def check(
     else:
         for line in checked.lines(told, list_files=list_files):
             out.print(line, markup=False)
-    raise typer.Exit(_EXIT[told.verdict])
+    raise typer.Exit(EXIT[told.verdict])
 
 
 @contextmanager
@@ -167,25 +166,25 @@ def _placed(
 
 def _asked(
     disk: ReadableDevice, tree: Tree, wanted: Manifest | None, where: Where
-) -> list[int | None]:
+) -> list[PartitionName]:
     """Return the partitions to look at: those that have the files, or all with a filesystem."""
     if wanted is not None and (parts := split(wanted, tree)[0]):
         return list(dict.fromkeys(mount.partition for mount in parts))
     if where.partition is not None:
         return [where.partition]
     try:
-        found = [part.number for part in candidates(disk, None)]
+        found = [part.key for part in candidates(disk, None)]
     except FilesystemError:
         return [None]
     return [*found] if len(found) > 1 else [None]
 
 
 def _examined(
-    judge: Oracle, disk: ReadableDevice, tree: Tree, partition: int | None, *, fsck: bool
+    judge: Oracle, disk: ReadableDevice, tree: Tree, partition: PartitionName, *, fsck: bool
 ) -> checked.Filesystem:
     """Tell of one filesystem of the disk."""
     points = [mount.point for mount in tree.mounts if mount.partition == partition]
-    names = (part.name for part in slices(disk) if part.number == partition)
+    names = (part.name for part in slices(disk) if partition in {part.number, part.key})
     name = next(names, f"partition {partition}")
     found = judge.examine(disk, partition=partition, fsck=fsck)
     return checked.Filesystem(

@@ -25,7 +25,7 @@ from nbdproxy.cli.choices import (
     where_of,
 )
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
+from nbdproxy.cli.oracles import EXIT, OracleChoice, OracleName, opened, tell_differences
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.ranges import Losses, losses
@@ -36,7 +36,7 @@ from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.check import Outcome, merge
 from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, survey_tree
@@ -86,7 +86,8 @@ def explain(
     And which requests carried it, which flush covered each of them, what a failure at the cut
     leaves of it under each cache mode, who lost it, and what would have helped. With --files and no
     FILE it tells how many of all files were safe when. Exit code 1 if a file is not whole at the
-    cut in some cell, or, without FILE, in the end under the weakest mode that keeps promises.
+    cut in some cell, or, without FILE, in the end under the weakest mode that keeps promises; 2 if
+    no file is lost and one cannot be told.
 
     Examples:
 
@@ -129,8 +130,8 @@ def explain(
         if not paths:
             _overview(source, told, taken, json=json)
         _print(source, found, json=json)
-    fine = all(cell.worst.verdict is Verdict.PASS for one in found for cell in one.replay.cells)
-    raise typer.Exit(0 if fine else 1)
+    verdicts = {cell.worst.verdict for one in found for cell in one.replay.cells}
+    raise typer.Exit(EXIT[merge(verdicts)])
 
 
 @dataclass(slots=True)
@@ -235,8 +236,8 @@ def _overview(source: RecordedSource, told: tuple[Story, ...], taken: Taken, *, 
         for line in report.overview_lines(told, source, taken):
             out.print(line, markup=False)
     asked = Level.FLUSHED if Level.FLUSHED in levels else Level.COMPLETED
-    safe = all(story.courses[asked].since is not None for story in told)
-    raise typer.Exit(0 if safe else 1)
+    verdict = merge({Outcome(story.courses[asked].changes[-1].condition).verdict for story in told})
+    raise typer.Exit(EXIT[verdict])
 
 
 def _print(source: RecordedSource, found: list[report.Told], *, json: bool) -> None:

@@ -99,7 +99,7 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
             return guess
     for guess in found:
         if not plan.from_fstab:
-            why = f"it may be on {guess.store.name}, at {guess.point}; say so with --mount"
+            why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
             plan.doubtful |= dict.fromkeys(guess.files, why)
     return None
 
@@ -112,8 +112,8 @@ def _doubt(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> None:
         for guess in _shown(disks, store, there):
             taken = _taken(plan, guess.point, there)
             if taken and guess.point != "/" and guess.files.issuperset(taken):
-                why = f"it is on {store.name} as well, which may be mounted at {guess.point}"
-                plan.doubtful |= dict.fromkeys(taken, f"{why}; say so with --mount")
+                why = f"also on {store.name}, which may be mounted at {guess.point}"
+                plan.doubtful |= dict.fromkeys(taken, f"{why}; say which with --mount")
 
 
 def _shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[_Guess]:
@@ -135,7 +135,7 @@ def _unused(disks: Disks, plan: Plan) -> Iterator[Store]:
         used = {
             mount.root
             for disk, mount in plan.spots.values()
-            if (disk, mount.partition) == (store.disk, store.number)
+            if (disk, mount.partition) == (store.disk, store.part)
         }
         if not used:
             yield store

@@ -24,6 +24,7 @@ from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, by_fstab, told
+from nbdproxy.oracles.quick import QUICK
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,15 @@ def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE)
         return plans[0].trees(disks)[0]
     if given.spots:
         return given.trees(disks)[0]
-    return Tree((Mount(partition=check.only(check.candidates(device, None)).number),))
+    return Tree((Mount(partition=check.only(check.candidates(device, None)).key),))
+
+
+def tree_by_fstab(device: ReadableDevice) -> Tree | None:
+    """Return the tree of a disk, to name what is on it; None if it is not clear."""
+    try:
+        return survey_tree(QUICK, device)
+    except FilesystemError:
+        return None
 
 
 def below(root: str, manifest: Manifest) -> Manifest:
@@ -131,19 +140,15 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
             for device in disks.devices:
                 check.candidates(device, None)  # says what it looked for
         raise FilesystemError(f"nothing can be read: {disks.unread()}")
-    if len(disks.parts) == 1 and not given.spots:
-        only = disks.parts[0]
-        plan = Plan({"/": (only.disk, Mount(partition=only.number))})
-        if where.root is not None:
-            return plan, manifest
-        return plan, manifests.resolve(manifest, disks.paths(only))
+    singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
+    if len(singles) == 1 and not given.spots:
+        return singles[0], _resolved(singles[0], disks, manifest, where)
     if all(entry.path.startswith("/") for entry in manifest.entries):
         plan = guesses.by_files(disks, given, manifest)
         if plan.spots:
             return plan, manifest
     if where.root is not None:
         raise FilesystemError(disks.several())
-    singles = [Plan({"/": (p.disk, Mount(partition=p.number))}) for p in disks.parts]
     found = _most(disks, singles, manifest, where)
     if found is None:
         raise _matches_nothing(disks)
@@ -167,7 +172,8 @@ def _most(
         return None
     most = max(count for count, _, _ in scored)
     best = [(plan, resolved) for count, plan, resolved in scored if count == most]
-    if len(best) > 1:
+    # Of one filesystem's subvolumes, without an fstab, the default one counts, or the first.
+    if len(best) > 1 and (best[0][0].from_fstab or len({plan.top for plan, _ in best}) > 1):
         raise FilesystemError(
             f"the manifest matches equally well {' and '.join(p.words(disks) for p, _ in best)}; "
             f"name one of them with --partition, or say what is mounted where with --mount"
@@ -186,10 +192,10 @@ def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
         if entry.path in known or posixpath.dirname(entry.path) in sure:
             continue
         if plan.from_fstab and (entry.path + "/").startswith(IN_MEMORY):
-            doubtful[entry.path] = "it is in a directory that is kept in memory"
+            doubtful[entry.path] = "what is there is kept in memory, and on no disk"
         elif loose:
             seen = ", ".join(map(str, loose))
-            doubtful[entry.path] = f"it may lie in what cannot be read: {seen}"
+            doubtful[entry.path] = f"perhaps in what cannot be read here: {seen}"
     return [replace(tree, doubtful=doubtful) for tree in trees]
 
 

@@ -39,6 +39,11 @@ class Slice:
     partition: Partition | None = None
     volume: Volume | None = None
 
+    @property
+    def key(self) -> int | str:
+        """What names it in all states of a disk: its number, or the name of a volume."""
+        return self.number if self.volume is None else self.volume.name
+
     def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield where on the disk a range of the part is, as far as it is anywhere."""
         return _below(self.device, offset, length)

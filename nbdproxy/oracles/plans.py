@@ -17,7 +17,7 @@ from nbdproxy.oracles import fstab
 from nbdproxy.oracles.filesystems import KernelOnlyError
 from nbdproxy.oracles.fstab import Line
 from nbdproxy.oracles.manifest import Entry
-from nbdproxy.oracles.mounts import Mount, Tree, above, is_below, tree_of
+from nbdproxy.oracles.mounts import Mount, PartitionName, Tree, above, is_below, tree_of
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.survey import Part, survey
 
@@ -42,14 +42,17 @@ class Store:
     """A filesystem of one of the disks; `roots` are its directories that a mount may show."""
 
     disk: int
-    number: int
+    part: int | str
     name: str
     specs: frozenset[str]
     roots: tuple[str, ...]
 
     def mount(self, point: str, root: str = "") -> tuple[int, Mount]:
-        """Return a mount of it, and its disk."""
-        return self.disk, Mount(point, self.number, root or self.roots[0])
+        """Return a mount of it, and its disk; of Btrfs the default subvolume, if none is named."""
+        root = root or self.roots[0]
+        return self.disk, Mount(
+            point, self.part, root if len(self.roots) > 1 or root != "/" else ""
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class Disks:
         self.parts: list[Store] = []
         self.closed: list[Store] = []
         self.hidden: list[Unread] = []
-        self._paths: dict[tuple[int, int], frozenset[str]] = {}
+        self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
         for disk, device in enumerate(devices):
             found = survey(device)
             for hidden in found.hidden:
@@ -82,20 +85,20 @@ class Disks:
                 self._enter(disk, part)
 
     def _enter(self, disk: int, part: Part) -> None:
-        number = part.slice.number
-        device, mount = self.devices[disk], Mount(partition=number)
+        key = part.slice.key
+        device, mount = self.devices[disk], Mount(partition=key, root="/")
         name = self.named(disk, part.slice.name)
         roots: tuple[str, ...] = ("/",)
         specs = _specs(disk, part.slice.name, part.specs)
         try:
-            self._paths[disk, number] = frozenset(self._oracle.paths(device, mount=mount))
-            roots = self._oracle.roots(device, number)
+            self._paths[disk, key] = frozenset(self._oracle.paths(device, mount=mount))
+            roots = self._oracle.roots(device, key)
         except FilesystemError as error:
             why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
             self.hidden.append(Unread(f"{name}: {why}", specs))
-            self.closed.append(Store(disk, number, name, specs, roots))
+            self.closed.append(Store(disk, key, name, specs, roots))
             return
-        self.parts.append(Store(disk, number, name, specs, roots))
+        self.parts.append(Store(disk, key, name, specs, roots))
 
     def named(self, disk: int, name: str) -> str:
         """Return what a part is called: with its disk, if there are several."""
@@ -103,7 +106,7 @@ class Disks:
 
     def paths(self, store: Store) -> frozenset[str]:
         """Return the paths of a filesystem's files and links, from its own top."""
-        return self._paths[store.disk, store.number]
+        return self._paths[store.disk, store.part]
 
     def below(self, store: Store, root: str) -> frozenset[str]:
         """Return the paths that a mount of one of its directories shows, from there."""
@@ -114,7 +117,7 @@ class Disks:
 
     def content(self, store: Store, root: str, entry: Entry) -> bytes | None:
         """Return what a file holds, by its path in a directory of a filesystem."""
-        mount = Mount("/", store.number, root)
+        mount = Mount("/", store.part, root)
         return self._oracle.content(self.devices[store.disk], entry, mount=mount)
 
     def called(self, name: str) -> list[Store]:
@@ -158,6 +161,12 @@ class Plan:
     names: frozenset[str] = frozenset()
     from_fstab: bool = False
 
+    @property
+    def top(self) -> tuple[int, PartitionName]:
+        """The disk and the part of it that has the top of the tree; that must be known."""
+        disk, mount = self.spots["/"]
+        return disk, mount.partition
+
     def trees(self, disks: Disks) -> list[Tree]:
         """Return each disk's part of the guest's tree."""
         found = []
@@ -177,7 +186,7 @@ class Plan:
     def known(self, disks: Disks) -> frozenset[str]:
         """Return the guest's paths of all files that are there."""
         found: set[str] = set()
-        stores = {(store.disk, store.number): store for store in disks.parts}
+        stores = {(store.disk, store.part): store for store in disks.parts}
         for disk, tree in enumerate(self.trees(disks)):
             for mount in tree.mounts:
                 store = stores.get((disk, mount.partition or 0))
@@ -192,7 +201,7 @@ class Plan:
 
     def words(self, disks: Disks) -> str:
         """Say what is mounted where."""
-        stores = {(s.disk, s.number): s.name for s in (*disks.parts, *disks.closed)}
+        stores = {(s.disk, s.part): s.name for s in (*disks.parts, *disks.closed)}
         return ", ".join(
             f"{stores.get((disk, mount.partition or 0), f'partition {mount.partition}')} at {point}"
             for point, (disk, mount) in sorted(self.spots.items())
@@ -205,7 +214,7 @@ def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
     every = [*disks.parts, *disks.closed]
     for one in mounts:
         if one.what.isdecimal():
-            found = [store for store in every if store.number == int(one.what)]
+            found = [store for store in every if one.what == str(store.part)]
         else:
             is_name = one.what.startswith("/") or "=" in one.what
             found = disks.called(one.what if is_name else f"/dev/{one.what}")
@@ -220,10 +229,13 @@ def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
 def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
     """Return a plan for each system on the disks that has an fstab, no two the same.
 
-    What was told before counts more. `wanted` are paths that show whether a filesystem that fstab
-    names and does not mount by itself was mounted.
+    An fstab that says of another filesystem or subvolume that it is the top is a copy, in a
+    snapshot or a backup: it counts only if there is none that says it of its own. What was told
+    before counts more. `wanted` are paths that show whether a filesystem that fstab names and does
+    not mount by itself was mounted.
     """
-    found: list[Plan] = []
+    own: list[Plan] = []
+    copies: list[Plan] = []
     for store in disks.parts:
         for root in store.roots:
             if fstab.PATH not in disks.below(store, root):
@@ -235,9 +247,10 @@ def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
             if raw is None:
                 continue
             plan = _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
+            found = own if plan.spots["/"] == store.mount("/", root) else copies
             if plan not in found:
                 found.append(plan)
-    return found
+    return own or copies
 
 
 class _Reading:
@@ -249,7 +262,7 @@ class _Reading:
         self._ciphers = fstab.ciphers(secret)
         top = next((line for line in self._lines if line.point == "/"), None)
         own = fstab.numbered(top.spec) if top is not None else None
-        self._disk = own[0] if own is not None and own[1] == store.number else None
+        self._disk = own[0] if own is not None and own[1] == store.part else None
         self._store, self._root = store, root
 
     def plan(self, given: Plan, wanted: AbstractSet[str]) -> Plan:

@@ -17,7 +17,7 @@ from nbdproxy.oracles.filesystems import FilesystemKind, kind_of, open_filesyste
 from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import Digests
 from nbdproxy.oracles.partitions import Slice
 
@@ -34,7 +34,7 @@ class QuickOracle:
     def roots(
         self,
         device: ReadableDevice,  # noqa: ARG002
-        partition: int | None,  # noqa: ARG002
+        partition: PartitionName,  # noqa: ARG002
     ) -> tuple[str, ...]:
         """Return the top: what is read here has no subvolumes."""
         return ("/",)
@@ -68,7 +68,7 @@ class QuickOracle:
         yield ShownExt(device, mount)
 
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell whether it mounts, what the journal changes, and what fsck says of a copy.
 

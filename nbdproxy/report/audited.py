@@ -11,6 +11,7 @@ from nbdproxy.crash.audit import BEFORE, FAULTS, UNKNOWN, ZEROES, Audit, Fate, F
 from nbdproxy.crash.blame import Safety, blame
 from nbdproxy.crash.cells import NONE
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.owners import OwnerMap
 from nbdproxy.persistence.model import Options
 from nbdproxy.recording.notes import NoteKind
@@ -75,7 +76,8 @@ def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
     faults = [finding for finding in audit.findings if finding.fate in FAULTS]
     found: Counter[str] = Counter()
     if faults:
-        owners = OwnerMap(timeline.at(timeline.source.events))
+        disk = timeline.at(timeline.source.events)
+        owners = OwnerMap(disk, tree_by_fstab(disk))
         for finding in faults[:LOOKED_UP]:
             for owner in owners.of(finding.extent):
                 found[" of ".join([str(owner.kind), *map(printable, owner.paths[:1])])] += 1

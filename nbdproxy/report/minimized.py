@@ -11,6 +11,8 @@ from nbdproxy.crash.naming import Choice
 from nbdproxy.crash.paint import NOTHING
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.locate import tree_by_fstab
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.owners import Owner, OwnerMap
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import command_name
@@ -46,15 +48,18 @@ class Told:
     missing: tuple[Missing, ...]
 
 
-def tell(timeline: Timeline, minimum: Minimum) -> Told:
-    """Find out about each missing piece; the owners are those of the disk that lacks nothing."""
+def tell(timeline: Timeline, minimum: Minimum, tree: Tree | None = None) -> Told:
+    """Find out about each missing piece; the owners are those of the disk that lacks nothing.
+
+    `tree` says where in the guest they show, if that is known; else its fstab is looked for.
+    """
     state = minimum.state
     full = replace(state, choice=Choice.ALL, parts=(), seed=0, number=0, pins=())
-    owners = OwnerMap(timeline.open(full)) if minimum.lost else None
-    missing = []
-    for lost in minimum.lost:
-        assert owners is not None
-        missing.append(_missing(timeline, minimum, lost, owners))
+    if not minimum.lost:
+        return Told(minimum, ())
+    disk = timeline.open(full)
+    owners = OwnerMap(disk, tree or tree_by_fstab(disk))
+    missing = (_missing(timeline, minimum, lost, owners) for lost in minimum.lost)
     return Told(minimum, tuple(missing))
 
 

@@ -11,6 +11,7 @@ from nbdproxy.crash.replay import Cell, Replay
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure, Taken, guarantee
 from nbdproxy.report import lost
@@ -64,7 +65,7 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     """Yield a story for people, about one screen."""
     story = told.story
     size = f", {story.entry.size:,} bytes" if story.entry.size is not None else ""
-    yield f"{printable(story.entry.path)}{size}"
+    yield f"{printable(story.entry.path)}{size}{_place(told)}"
     yield ""
     if (created := story.courses[Level.RECEIVED].created) is not None:
         yield f"  created   {_at(created, source)}"
@@ -75,6 +76,15 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     yield from _protection(story, source, told.replay)
     yield ""
     yield from _verdict(told, source)
+
+
+def _place(told: Told) -> str:
+    """Say which filesystem the file is on, if there are several."""
+    tree = told.replay.tree
+    mount = tree.of(told.story.entry.path)
+    if isinstance(mount, str):
+        return f"; {mount}"
+    return f", on {mount.words}" if len(tree.mounts) > 1 else ""
 
 
 def _course(course: Course, source: Source) -> str:
@@ -253,9 +263,11 @@ def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]
 def to_json(told: Told, source: Source) -> dict[str, object]:
     """Return a story as `nbdproxy explain --json` prints it."""
     story = told.story
+    mount = told.replay.tree.of(story.entry.path)
     return {
         "path": printable(story.entry.path),
         "size": story.entry.size,
+        "partition": mount.partition if isinstance(mount, Mount) else None,
         "created": _instant(story.courses[Level.RECEIVED].created, source),
         "levels": {
             _CALLED[level]: {

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.source import Source
+from nbdproxy.crash.together import Together
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import WEAK
@@ -60,8 +61,9 @@ def lost_files(result: Replay) -> list[str]:
     ]
 
 
-def footnotes(result: Replay) -> list[str]:
+def footnotes(together: Together) -> list[str]:
     """Return what has to be said about the table, one line each."""
+    result = together.table
     total = len(result.manifest.entries)
     notes = [
         f"{total:,} files. Each cell: the worst state that the model allows, who lost the files, "
@@ -78,6 +80,13 @@ def footnotes(result: Replay) -> list[str]:
         f"nothing where somebody may have forged a file"
         for algorithm, count in weak.items()
     ]
+    mounts = [
+        mount.words if len(together.each) == 1 else f"{mount.words} of disk {number}"
+        for number, one in enumerate(together.each, start=1)
+        for mount in one.tree.mounts
+    ]
+    if len(mounts) > 1:
+        notes.append(f"the files are on {', '.join(mounts)}")
     cuts = {cell.cut.text: cell.cut for cell in result.cells}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
     if result.below_qcow2:

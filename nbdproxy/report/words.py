@@ -44,7 +44,8 @@ def never_seen(result: Replay) -> bool:
     """Tell whether even the fullest states have none of the files."""
     missing = {Condition.MISSING}
     return all(
-        cell.best.conditions.keys() == missing and Cause.CHANGED_BY_GUEST not in cell.best.causes
+        cell.best.conditions.keys() - {Condition.CANNOT_BE_TOLD} == missing
+        and Cause.CHANGED_BY_GUEST not in cell.best.causes
         for cell in result.cells
     )
 
@@ -58,12 +59,18 @@ def _fault(cell: Cell) -> str:
             f"Whose fault: nobody's; all {total:,} files are whole under cache={cell.mode.value}."
         )
     causes = cell.worst.causes.most_common()
+    unknown = cell.worst.conditions[Condition.CANNOT_BE_TOLD]
     if not causes:
-        return f"Whose fault: {total - whole:,} of {total:,} files cannot be read."
+        return (
+            f"Whose fault: as far as can be told nobody's; what became of {unknown:,} of "
+            f"{total:,} files cannot be told."
+        )
     main, lost = causes[0]
     text = f"Whose fault: {lost:,} of {total:,} files {_BLAME[main]}"
     for cause, count in causes[1:]:
         text += f"; {count:,} more {_BLAME[cause]}"
+    if unknown:
+        text += f"; what became of {unknown:,} more cannot be told"
     return text + "."
 
 

@@ -30,7 +30,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nbdproxy.crash.judging import Judge, Judgement
+from nbdproxy.crash.judging import Judge, Judgement, ReadSet
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
@@ -41,7 +41,7 @@ from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict, candidates, only
 from nbdproxy.oracles.extract import extract
-from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.mounts import PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.quick import QuickOracle
@@ -63,7 +63,7 @@ class CommandPlan:
     oracle: Callable[[], Oracle] = QuickOracle
 
     @property
-    def partition(self) -> int | None:
+    def partition(self) -> PartitionName:
         """The partition that `fs` and `part` are of: of several the one that is the root."""
         return self.tree.mounts[0].partition
 
@@ -119,7 +119,7 @@ class _CommandJudge:
 
     def judge(
         self, state: StateId, changed: Iterable[Extent] | None
-    ) -> tuple[Judgement, Iterable[Extent] | None]:
+    ) -> tuple[Judgement, ReadSet | None]:
         name = str(state)
         environment = {
             **os.environ,

@@ -12,7 +12,7 @@ from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, locate_all
-from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.mounts import PartitionName, Tree
 from nbdproxy.oracles.plans import Told
 from nbdproxy.oracles.quick import QUICK
 from tests.support.systems import LUKS, Part, disk, ident, manifest
@@ -53,7 +53,7 @@ def judged(
     return tree, TreeFollower(QUICK, found, {}, tree).check(device, None)
 
 
-def placed(tree: Tree) -> dict[str, int | None]:
+def placed(tree: Tree) -> dict[str, PartitionName]:
     """What is mounted where."""
     return {mount.point: mount.partition for mount in tree.mounts}
 
@@ -109,7 +109,7 @@ def test_what_a_mount_hides_is_not_taken_for_what_is_mounted(made: Make) -> None
     _, found = judged(made(empty, root(None, below)), {**ROOT, **below})
     assert found.conditions["/boot/vmlinuz"] is Condition.CANNOT_BE_TOLD
     assert found.verdict is Verdict.UNKNOWN
-    assert found.reason is not None and "partition 1 as well" in found.reason
+    assert found.reason is not None and "also on partition 1" in found.reason
 
 
 NESTED = "LABEL=root / ext4\nLABEL=boot /boot ext4\nLABEL=var /var ext4\nLABEL=lib /var/lib ext4\n"

@@ -18,7 +18,7 @@ from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 
 ABSENT = 0xFE
 MAGIC = 0xEF
@@ -64,7 +64,7 @@ class SectorFiles:
 
     reads = None
 
-    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         assert partition == 2 and device.size
         return ("/",)
 
@@ -81,7 +81,7 @@ class SectorFiles:
         raise NotImplementedError("nobody goes through sectors as files")
 
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         assert not partition
         checker = "there is none" if fsck else "it was not asked for"
