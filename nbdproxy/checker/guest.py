@@ -119,8 +119,8 @@ class AgentPort:
             try:
                 data = self._socket.recv(1 << 20)
             except TimeoutError:
-                took = time.monotonic() - began
-                limit_s -= max(0.0, took - (self._starved() - starved))
+                lost = max(0.0, self._starved() - starved)  # less, if a thread has ended
+                limit_s -= max(0.0, time.monotonic() - began - lost)
                 continue
             if not data:
                 raise ConnectionError("it ended")

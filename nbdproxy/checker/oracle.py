@@ -54,8 +54,8 @@ from nbdproxy.oracles.watched import Reads, WatchedDevice
 _ELSEWHERE = "EXDEV"
 """What the agent answers where a path leads out of its mount."""
 _SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
-ROOTS_MAX = 64
-"""Subvolumes of a Btrfs that are offered as a root; a year of hourly snapshots has thousands."""
+ROOTS_MAX, SNAPSHOTS_MAX = 64, 8
+"""So many subvolumes of a Btrfs, and so many snapshots, are offered as a root."""
 READ_RATE = 4 << 20
 """Bytes a second that a guest reads and digests at least."""
 
@@ -76,29 +76,29 @@ class KernelOracle:
     def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point.
 
-        Of Btrfs the default subvolume, the top level, the other subvolumes and then the snapshots,
-        each by its path from the top level; no more than `ROOTS_MAX`, and that some were left out
-        is told as progress. Raises FilesystemError if it does not mount.
+        Of Btrfs the default subvolume, the top level, other subvolumes and the topmost snapshots,
+        each by its path from the top level; that some were left out is told as progress. Raises
+        FilesystemError if it does not mount.
         """
         place = self.place(device, partition)
         if kind_of(place.device) is not FilesystemKind.BTRFS:
             return ("/",)
-        self._booted()
-        self._require("btrfs")
-        with self.mounted(place, root="/") as guest:
-            said = guest.ask("subvolumes", limit_s=_patience(place))
-        for done in said.values():
-            if done["code"]:
-                raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
-        found = subvolumes({which: done["said"] for which, done in said.items()})
-        if len(found) > ROOTS_MAX:
-            left = len(found) - ROOTS_MAX
-            self._progress(f"checker: {left} of {len(found)} Btrfs subvolumes are not looked at")
-        return tuple(found[:ROOTS_MAX])
+        roots, left_out = self._subvolumes(place)
+        if left_out:
+            count = len(roots) + len(left_out)
+            self._progress(f"checker: {len(left_out)} of {count} subvolumes are not looked at")
+        return tuple(roots)
 
     def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
-        """Return the paths of a mount's files and links."""
+        """Return the paths of a mount's files and links.
+
+        Of the top level of a Btrfs without those in subvolumes that `roots` leaves out.
+        """
         place = self.place(device, mount.partition)
+        if mount.root == "/" and kind_of(place.device) is FilesystemKind.BTRFS:
+            _, left_out = self._subvolumes(place)
+            points = [seen for path in left_out if (seen := mount.outside(path)) is not None]
+            mount = replace(mount, covered=(*mount.covered, *points))
         return [entry.path for entry in self._walk(place, mount, "/", digests=False)]
 
     def scan(
@@ -248,6 +248,17 @@ class KernelOracle:
             self._guest = CheckerGuest(self._lab)
         return self._guest
 
+    def _subvolumes(self, place: Slice) -> tuple[list[str], list[str]]:
+        """Return the subvolumes of a Btrfs that may be a root, and those that are left out."""
+        self._booted()
+        self._require("btrfs")
+        with self.mounted(place, root="/") as guest:
+            said = guest.ask("subvolumes", limit_s=_patience(place))
+        for done in said.values():
+            if done["code"]:
+                raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
+        return chosen({which: done["said"] for which, done in said.items()})
+
     def _walk(self, place: Slice, mount: Mount, under: str, *, digests: bool) -> list[Entry]:
         with self.mounted(place, root=mount.root) as guest:
             found = guest.ask(
@@ -355,15 +366,20 @@ class KernelFollower:
         return Findings(verdict, {path: one.condition for path, one in outcomes.items()}, reason)
 
 
-def subvolumes(said: Mapping[str, str]) -> list[str]:
-    """Return the paths of all subvolumes from what btrfs-progs list (btrfs-subvolume(8)).
+def chosen(said: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return which subvolumes may be a root, and which are left out, as btrfs-progs list them.
 
-    The default one comes first, then the top level, and snapshots last.
+    The default one comes first, then the top level, and of the snapshots those with the shortest
+    paths last: a snapshot that a system was restored from may be the root, and of those that are
+    kept there may be thousands. See btrfs-subvolume(8).
     """
     [first] = _listed(said["first"]) or ["/"]  # "ID 5 (FS_TREE)" has no path
-    snapshots = set(_listed(said["snapshots"]))
-    others = sorted(_listed(said["all"]), key=lambda path: (path in snapshots, path))
-    return list(dict.fromkeys([first, "/", *others]))
+    kept = set(_listed(said["snapshots"])) - {first}
+    others = [path for path in sorted(_listed(said["all"])) if path not in kept]
+    snapshots = sorted(kept, key=lambda path: (path.count("/"), path))
+    every = list(dict.fromkeys([first, "/", *others]))
+    roots = [*every[:ROOTS_MAX], *snapshots[:SNAPSHOTS_MAX]]
+    return roots, [*every[ROOTS_MAX:], *snapshots[SNAPSHOTS_MAX:]]
 
 
 def _listed(said: str) -> list[str]:

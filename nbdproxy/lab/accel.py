@@ -143,17 +143,21 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def starved_s(process: subprocess.Popen[bytes]) -> float:
-    """Return for how many seconds so far QEMU wanted a processor and had none.
+    """Return for how many seconds so far a process wanted a processor and had none.
 
-    Of its threads it is the one that waited most, by `/proc/PID/schedstat`; 0 if that is not told.
+    Of its threads, and those of its children, it is the one that waited most, by
+    `/proc/PID/schedstat`; 0 if that is not told.
     """
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")  # `timeout` has one: QEMU
     try:
-        tasks = Path(f"/proc/{int(children.read_text())}/task").iterdir()
-        waits = [int((task / "schedstat").read_text().split()[1]) for task in tasks]
-    except (OSError, ValueError):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        waits = [
+            int((task / "schedstat").read_text().split()[1])
+            for pid in (process.pid, *children)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+    except (OSError, ValueError, IndexError):
         return 0.0
-    return max(waits) / 1e9
+    return max(waits, default=0) / 1e9
 
 
 def probe(cache: Path, kit: Kit) -> str:
