@@ -11,7 +11,6 @@ to shut down. See `before_exit` for what is concluded then.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,13 +106,7 @@ def riskiest(source: Source) -> Cut:
 
 
 def _is_shutdown(note: Note) -> bool:
-    if note.kind is not NoteKind.QMP:
-        return False
-    try:
-        event = json.loads(note.text)
-    except ValueError:
-        return False
-    return isinstance(event, dict) and event.get("event") == "SHUTDOWN"
+    return note.kind is NoteKind.QMP and note.fields.get("event") == "SHUTDOWN"
 
 
 def _after_event(source: Source, text: str, value: str) -> Cut:

@@ -14,6 +14,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles.owners import Owner, OwnerMap
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import command_name
+from nbdproxy.report.paths import printable
 
 OWNERS_MAX = 8
 """So many owners of one missing piece are listed."""
@@ -114,7 +115,7 @@ def _lines(missing: Missing) -> Iterator[str]:
         part = "all of it" if all_of_it else f"{missing.sectors:,} of its sectors"
         yield f"    missing: {part}, {where}"
     for owner in missing.owners[:OWNERS_MAX]:
-        yield f"    there:   {owner.words()}"
+        yield f"    there:   {printable(owner.words())}"
     if len(missing.owners) > OWNERS_MAX:
         yield f"             and {len(missing.owners) - OWNERS_MAX:,} more"
     if missing.blame is not None:

@@ -254,7 +254,7 @@ def to_json(told: Told, source: Source) -> dict[str, object]:
     """Return a story as `nbdproxy explain --json` prints it."""
     story = told.story
     return {
-        "path": printable(story.entry.path),
+        "path": story.entry.path,
         "size": story.entry.size,
         "created": _instant(story.courses[Level.RECEIVED].created, source),
         "levels": {
