@@ -84,7 +84,12 @@ def before_exit(source: Source) -> Cut:
     flushed = table.is_flush[rows] & (table.error[rows] == 0) & (table.completed[rows] < discs[-1])
     if len(rows) < 2 or not flushed.all():
         return Cut(text, source.events, "no two flushes stand before DISC: nothing was set aside")
-    return Cut(text, int(table.seq[rows[0]]), "2 flushes before DISC set aside as QEMU's own")
+    return Cut(
+        text,
+        int(table.seq[rows[0]]),
+        "2 flushes before DISC set aside as QEMU's own; if this was another client, ask with "
+        "--at end",
+    )
 
 
 def riskiest(source: Source) -> Cut:

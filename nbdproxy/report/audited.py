@@ -15,7 +15,7 @@ from nbdproxy.persistence.model import Options
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
 from nbdproxy.report.paths import printable
-from nbdproxy.sizes import size_text
+from nbdproxy.sizes import plural, size_text
 
 SHOWN = 5
 """So many faults are listed; --json lists a thousand places of every fate but as-sent."""
@@ -72,8 +72,8 @@ class Report:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was recorded that could be compared."""
-        return not self.timeline.table.is_modifying.any()
+        """Whether nothing was recorded that could be compared: no request, or only trims."""
+        return not any(size for fate, size in self.audit.sizes.items() if fate is not Fate.TRIMMED)
 
 
 def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
@@ -106,7 +106,7 @@ def lines(report: Report) -> Iterator[str]:
         yield from _told(report, finding)
     if len(faults) > SHOWN:
         yield ""
-        yield f"  and {len(faults) - SHOWN:,} more places; --json lists {LISTED:,}"
+        yield f"  and {plural(len(faults) - SHOWN, 'more place')}; --json lists {LISTED:,}"
     if report.owners:
         yield ""
         yield "what lives there: " + "; ".join(
@@ -170,13 +170,13 @@ _HELD = {
 
 def _verdict(report: Report) -> Iterator[str]:
     """Say who is convicted and who is cleared."""
+    sizes = report.audit.sizes
     if report.is_empty:
-        what = "nothing was recorded"
-        if len(report.timeline.table):
-            what = "only flushes were recorded, and nothing was written"
+        what = "nothing that was written is in the recording"
+        if sizes[Fate.TRIMMED]:
+            what = "there are only trims, and what they leave is up to the store"
         yield f"It cannot be told whether a promise was broken: {what}."
         return
-    sizes = report.audit.sizes
     below = f"below nbdproxy, in {report.recording.meta.image}"
     if report.faults and not report.ended:
         yield (

@@ -15,6 +15,7 @@ from nbdproxy.oracles.owners import Owner, OwnerMap
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import command_name
 from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural
 
 OWNERS_MAX = 8
 """So many owners of one missing piece are listed."""
@@ -101,7 +102,7 @@ def lines(told: Told, run: str, base: str) -> Iterator[str]:
         yield from _lines(missing)
     yield ""
     opened = f"nbdproxy open {run} --state {minimum.state}{base}"
-    yield f"after {minimum.checks:,} checks; look at it: {opened}"
+    yield f"after {plural(minimum.checks, 'check')}; look at it: {opened}"
 
 
 def _lines(missing: Missing) -> Iterator[str]:

@@ -66,8 +66,8 @@ def footnotes(result: Replay) -> list[str]:
     """Return what has to be said about the table, one line each."""
     total = len(result.manifest.entries)
     notes = [
-        f"{total:,} files. Each cell: the worst state that the model allows, who lost the files, "
-        "and the best state where it differs."
+        f"{plural(total, 'file')}. Each cell: the worst state that the model allows, who lost the "
+        "files, and the best state where it differs."
     ]
     empty = sum(entry.size == 0 for entry in result.manifest.entries)
     if empty > 10 and empty * 5 > total:

@@ -128,7 +128,7 @@ def test_a_recording_without_a_write_tells_nothing(tmp_path: Path, flushes: int)
     assert audit(tmp_path / "run", image, code=2)["broken"] is None
     said = nbdproxy("audit", tmp_path / "run", image, code=2).stdout
     assert "cannot be told whether a promise was broken" in said
-    assert ("nothing was recorded" in said) == (not flushes)
+    assert "nothing that was written is in the recording" in said
     assert "No promise was broken" not in said
 
 
