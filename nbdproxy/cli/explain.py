@@ -17,10 +17,12 @@ from nbdproxy.cli.choices import (
     Base,
     FailureText,
     ModeText,
+    Mounts,
     Partition,
     RecordedAs,
     Root,
     parse_list,
+    where_of,
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
@@ -37,9 +39,9 @@ from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.locate import Where, survey_tree
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import (
@@ -73,6 +75,7 @@ def explain(
     failure: FailureText = Failure.HOST_POWER_LOSS.value,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     recorded_as: RecordedAs = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
@@ -118,7 +121,7 @@ def explain(
                     judge.state = str(state)
 
             asked = _Asked(source, timeline, judge, at, modes, failures, recorded_as, about)
-            tree, wanted = _wanted(asked, paths or [], files, Where(root, partition))
+            tree, wanted = _wanted(asked, paths or [], files, where_of(root, partition, mount))
             told = stories(timeline, wanted, tree, progress=about, oracle=judge)
             found = [_told(asked, story, tree) for story in told if paths]
             taken = taken_under(timeline, recorded_as)
@@ -151,11 +154,13 @@ def _wanted(
     asked: _Asked, paths: Sequence[str], files: Path | None, where: Where
 ) -> tuple[Tree, Manifest]:
     """Return what to tell of, and the tree that it is in."""
-    tree, wanted = Tree((Mount(partition=where.partition),)), Manifest(())
     cut = resolve(asked.source, asked.at or "before-exit")
     if files is not None:
         listed = manifest.load(files)
         tree, wanted = place(asked.timeline, listed, cut, where, asked.oracle)
+    else:
+        end = asked.timeline.at(asked.source.events)
+        tree, wanted = survey_tree(asked.oracle, end, where), Manifest(())
     if paths:
         absolute = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
         if files is None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Partition
+from nbdproxy.cli.choices import Mounts, Partition, where_of
 from nbdproxy.cli.console import err, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.crash.cuts import resolve
@@ -22,8 +22,9 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError, ManifestError, UsageError
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import npm
+from nbdproxy.oracles.composite import scan
+from nbdproxy.oracles.locate import survey_tree
 from nbdproxy.oracles.manifest import Entry
-from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level
 
 
@@ -51,6 +52,7 @@ def manifest(
         typer.Option(metavar="DIR", help="For a lockfile: the packages' tarballs, by any name."),
     ] = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Annotated[
         Path | None,
         typer.Option(metavar="IMAGE", help="For RUN@CUT: the image as it was."),
@@ -91,7 +93,8 @@ def manifest(
             err.status("reading") as status,
             opened(oracle, status.update) as asked,
         ):
-            found = asked.scan(disk, under or "/", mount=Mount(partition=partition), modes=modes)
+            tree = survey_tree(asked, disk, where_of(None, partition, mount))
+            found = scan(asked, disk, under or "/", tree, modes=modes)
     if not found.entries:
         raise ManifestError(f"there are no files in {where}; check the path and --under")
     if json:

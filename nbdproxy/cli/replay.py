@@ -14,10 +14,12 @@ from nbdproxy.cli.choices import (
     Covers,
     FailureText,
     ModeText,
+    Mounts,
     Partition,
     RecordedAs,
     Root,
     parse_list,
+    where_of,
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
@@ -32,7 +34,6 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import replay as replay_recording
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.locate import Where
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report import table, words
@@ -49,6 +50,7 @@ def replay(
     at: At = None,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     recorded_as: RecordedAs = None,
     covers: Covers = Coverage.RECEIVED,
     base: Base = None,
@@ -101,7 +103,7 @@ def replay(
             at=at,
             options=Options(coverage=covers),
             recorded_as=recorded_as,
-            where=Where(root, partition),
+            where=where_of(root, partition, mount),
             progress=about_to_judge,
             oracle=judge,
         )

@@ -142,6 +142,20 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def starved_s(process: subprocess.Popen[bytes]) -> float:
+    """Return for how many seconds so far QEMU wanted a processor and had none.
+
+    Of its threads it is the one that waited most, by `/proc/PID/schedstat`; 0 if that is not told.
+    """
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")  # `timeout` has one: QEMU
+    try:
+        tasks = Path(f"/proc/{int(children.read_text())}/task").iterdir()
+        waits = [int((task / "schedstat").read_text().split()[1]) for task in tasks]
+    except (OSError, ValueError):
+        return 0.0
+    return max(waits) / 1e9
+
+
 def probe(cache: Path, kit: Kit) -> str:
     """Return `kvm` if a guest really runs under it here, else `tcg`; tried once per boot."""
     if not os.access(_DEVICE, os.R_OK | os.W_OK):

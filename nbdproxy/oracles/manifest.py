@@ -26,7 +26,6 @@ import json
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,10 +194,7 @@ def resolve(manifest: Manifest, paths: Collection[str]) -> Manifest:
 
     Raises ManifestError if nothing matches anywhere, or if two places match equally well.
     """
-    known = paths if isinstance(paths, (set, frozenset)) else set(paths)
-    votes: Counter[tuple[str, str]] = Counter()
-    for old, new in _proposals(manifest, known):
-        votes[old, new] = sum(_moved(e.path, old, new) in known for e in manifest.entries)
+    votes = {change: len(found) for change, found in changes(manifest, paths).items()}
     if not votes:
         raise ManifestError(
             "the manifest matches nothing on this filesystem: "
@@ -218,6 +214,15 @@ def resolve(manifest: Manifest, paths: Collection[str]) -> Manifest:
     ((old, new),) = best
     entries = (replace(e, path=_moved(e.path, old, new)) for e in manifest.entries)
     return Manifest(tuple(entries))
+
+
+def changes(manifest: Manifest, paths: Collection[str]) -> dict[tuple[str, str], list[str]]:
+    """Return the changes of a leading directory under which entries exist, and which those are."""
+    known = paths if isinstance(paths, (set, frozenset)) else set(paths)
+    return {
+        (old, new): [e.path for e in manifest.entries if _moved(e.path, old, new) in known]
+        for old, new in _proposals(manifest, known)
+    }
 
 
 def digest(chunks: Iterable[bytes], algorithm: str = SHA256) -> str:

@@ -20,13 +20,14 @@ class Mount:
     point      where it is mounted
     partition  the number of its `partitions.Slice`; None: the only filesystem that the disk has
     root       its directory that shows at `point`: of Btrfs a subvolume, by its path from the top
-               level (`/@home`); of a bind mount what was bound
+               level (`/@home`); of a bind mount what was bound. Empty: what a mount without
+               options shows, of Btrfs the default subvolume; of all others that is the top, `/`
     covered    points below `point` where another filesystem shows
     """
 
     point: str = "/"
     partition: int | None = None
-    root: str = "/"
+    root: str = ""
     covered: tuple[str, ...] = ()
 
     def holds(self, path: str) -> bool:

@@ -18,6 +18,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.oracles import lvm
 from nbdproxy.oracles.blank import is_blank
+from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, kinds_of
 from nbdproxy.oracles.identity import identity
 from nbdproxy.oracles.lvm import Volume
@@ -144,6 +145,8 @@ def _look(found: _Found, part: Slice, doubt: str | None) -> None:
     """Tell what a part is."""
     kinds = kinds_of(part.device)
     seen = list(signatures(part.device))
+    if kinds == [FilesystemKind.EXT] and superblock.is_journal(part.device):
+        return  # of another filesystem, which is told that it has one elsewhere
     if not kinds and not seen:
         if _holds_no_files(part):
             return

@@ -8,10 +8,12 @@ it holds its magic, there is no filesystem.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
@@ -74,6 +76,9 @@ class SectorFiles:
         assert mount.partition == 2
         found = self._files(device).get(entry.path)
         return None if found is None else bytes([int(found)])
+
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        raise NotImplementedError("nobody goes through sectors as files")
 
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
