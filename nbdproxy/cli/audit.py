@@ -39,7 +39,7 @@ def audit(
     replaced, which is allowed; or it is a broken promise of what stands below nbdproxy. Look before
     anybody else writes to the store, and, if a host lost power, on a host that has forgotten its
     page cache. Exit code 1 if a promise was broken, or a place holds what it never may have; 2 if
-    that cannot be told, because the recording was cut off.
+    that cannot be told, because the recording was cut off or has no write.
 
     Examples:
 

@@ -38,6 +38,7 @@ from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.owners import owners
 from nbdproxy.oracles.partitions import slices
 from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.recording.reader import no_recording
 from nbdproxy.report import checked
 
 
@@ -117,6 +118,8 @@ def state_disk(
     base: Path | None,
 ) -> Iterator[tuple[str, ReadableDevice, Timeline | None]]:
     """Yield what the state is called, its disk, and the timeline that it is of, if any."""
+    if where.is_dir() and not is_recording(where):
+        raise no_recording(where)
     if not is_recording(where):
         if any(named) or base is not None:
             raise UsageError(f"{where} is no recording: it has one state only; drop the options")

@@ -387,7 +387,7 @@ def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
 def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally:
     """Show on stderr how far it is."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

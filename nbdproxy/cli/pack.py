@@ -178,7 +178,11 @@ def _snapshot(db: Path, copy: Path) -> Path:
 def _shown() -> Iterator[packed.Progress]:
     """Show on stderr how far it is."""
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)),
+        *(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+        ),
         *(TimeElapsedColumn(), TimeRemainingColumn()),
     )
     # Where nobody looks on, a bar would leave an empty line.

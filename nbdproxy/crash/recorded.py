@@ -70,6 +70,11 @@ class RecordedSource(Recording):
         return self.meta.offers_fua
 
     @property
+    def above_qcow2(self) -> bool:
+        """Whether the disk is what a guest sees of a qcow2 file, whose driver is below."""
+        return self.meta.kind == "qcow2"
+
+    @property
     def image(self) -> Path:
         """Where the image is looked for."""
         if self._image_given is not None:

@@ -120,14 +120,15 @@ def parse(text: str, source: str, *, from_root: bool = False) -> Manifest:
     entries: dict[str, Entry] = {}
     told = _NOTHING_TOLD
     raw = "\0" in text
-    for number, line in enumerate(text.split("\0" if raw else "\n"), start=1):
+    lines = text.removesuffix("\0").split("\0") if raw else text.split("\n")
+    for number, line in enumerate(lines, start=1):
         where = f"{source}:{number}"
         entry = None
         if line.startswith("#"):
             told = _told(line.rstrip(), told)
             entry = _link(line.rstrip(), where)
         else:
-            if line.strip():
+            if raw or line.strip():
                 entry = _entry(line, told, where, raw=raw)
             told = _NOTHING_TOLD
         if entry is not None:

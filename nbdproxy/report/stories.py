@@ -30,8 +30,9 @@ _CALLED = {
 }
 
 _ADVICE = {
-    Cause.NEVER_SENT: "The guest still had it in memory: no cache mode can help. Let the "
-    "application fsync the file and its directory, or sync before the power goes.",
+    Cause.NEVER_SENT: "No request had carried it as it should be: the guest still had it in "
+    "memory, or what is expected is not of this disk. No cache mode can help. Let the application "
+    "fsync the file and its directory, or sync before the power goes.",
     Cause.MAPPING_NEVER_SENT: "Its data was written, and the qcow2 table that leads to it was in "
     "QEMU's memory. An fsync would have made QEMU write the table; a raw image has none.",
     Cause.CANNOT_BE_TOLD: "Who lost it cannot be told: a state that keeps more cannot be judged "
@@ -219,7 +220,7 @@ def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
 def overview_lines(stories: Sequence[Story], source: Source, taken: Taken) -> Iterator[str]:
     """Yield when everything is safe, for people; `taken` says of which modes that can be told."""
     rows = overview(stories)
-    yield f"of {len(stories):,} files, so many are whole in what was"
+    yield f"of {plural(len(stories), 'file')}, so many are whole in what was"
     yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
     steps = range(len(rows))
     if len(rows) > INSTANTS_SHOWN:
@@ -265,7 +266,7 @@ def to_json(told: Told, source: Source) -> dict[str, object]:
     story = told.story
     mount = told.replay.tree.of(story.entry.path)
     return {
-        "path": printable(story.entry.path),
+        "path": story.entry.path,
         "size": story.entry.size,
         "partition": mount.partition if isinstance(mount, Mount) else None,
         "created": _instant(story.courses[Level.RECEIVED].created, source),

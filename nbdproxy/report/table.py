@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from rich.markup import escape
 from rich.table import Table
 
 from nbdproxy.crash.replay import Cell, Outcome, Replay
@@ -13,6 +14,7 @@ from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import WEAK
 from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}
@@ -27,7 +29,7 @@ def render(result: Replay, source: Source) -> Table:
         table.add_column("\n".join(modes), overflow="fold")
     for index, failure in enumerate(dict.fromkeys(cell.failure for cell in result.cells)):
         cut = next(cell.cut for cell in result.cells if cell.failure is failure)
-        when = f"{cut.text}, {cut.time_ns(source) / 1e9:.1f} s"
+        when = f"{escape(printable(cut.text))}, {cut.time_ns(source) / 1e9:.1f} s"
         table.add_row(f"{failure.value}\n{when}", *(column[index] for column in groups.values()))
     return table
 
@@ -52,7 +54,7 @@ def lost_files(result: Replay) -> list[str]:
                 cell.failure.value,
                 one.condition.value,
                 one.cause.value if one.cause else "-",
-                path.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+                printable(path),
             )
         )
         for cell in result.cells
@@ -66,8 +68,8 @@ def footnotes(together: Together) -> list[str]:
     result = together.table
     total = len(result.manifest.entries)
     notes = [
-        f"{total:,} files. Each cell: the worst state that the model allows, who lost the files, "
-        "and the best state where it differs."
+        f"{plural(total, 'file')}. Each cell: the worst state that the model allows, who lost the "
+        "files, and the best state where it differs."
     ]
     empty = sum(entry.size == 0 for entry in result.manifest.entries)
     if empty > 10 and empty * 5 > total:

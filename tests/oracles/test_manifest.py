@@ -216,6 +216,7 @@ def test_a_comment_belongs_to_the_next_line_only() -> None:
         (f"BLAKE2b-256 (a) = {A}\n", "m:1: a digest of 64 hex digits is none"),
         ("S.5....T.  c /etc/passwd\n", "m:1: `rpm -V` tells what differs"),
         ("missing     /etc/passwd\n", "m:1: `rpm -V` tells what differs"),
+        (f"\0{A}  a\0", "m:1: not a line"),
         (f"\\{A}  a\\b\n", "m:1: the name has an escape"),
         (f"{A}  a\n{B}  ./a\n", "m:2: 'a' already stands above"),
         ('# symlink ["a"]\n', "m:1: a symbolic link is written as"),

@@ -74,7 +74,7 @@ def test_status(image: Path) -> None:
         assert export["rules"] == {"bad-sectors/unreadable": 1}
         assert not export["paused"]
         words = ctl(image, "status").stdout
-        assert "rule bad-sectors/unreadable struck 1 times" in words
+        assert "rule bad-sectors/unreadable struck 1 time" in words
         client.disc()
         end(server)
 
