@@ -45,7 +45,7 @@ yes "some content" | head -c {24 * MIB} > a && cd / && umount /mnt
 def in_guest(script: str, image: Path) -> None:
     """Run a script in a guest that has the image as /dev/vdb and does not mount it itself."""
     workload = Workload("lvm", "LVM", script, mount_options="-", needs_mount=False)
-    guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), time_limit_s=90)
+    guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), cpus=1)
 
 
 @pytest.fixture(scope="module")

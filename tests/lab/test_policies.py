@@ -68,7 +68,7 @@ def run(
         f"nbd+unix:///?socket={server.socket}",
         ending=workloads.parse_ending(end),
         cache_mode="none",
-        time_limit_s=150,
+        cpus=1,
         on_line=on_line,
     ).serial
 
@@ -156,7 +156,7 @@ def filled(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("filled") / "disk.img"
     disk.format_disk(path, 64 * MIB)
     first = workloads.sqlite(synchronous="full", transactions=40)
-    guest.run(lab, first, path, ending=workloads.parse_ending("sync"), time_limit_s=150)
+    guest.run(lab, first, path, ending=workloads.parse_ending("sync"), cpus=1)
     return path
 
 
