@@ -58,7 +58,7 @@ _EXT_BROKEN = (
     r"VFS: (?:Can't find|Found) ext4|[Ii]nvalid|bad geometry|too big|too large: |not valid|corrupt"
     r"|can't read group|not in group|[Cc]hecksum|inconsistent|smaller than|!= block size"
     r"|(?:error loading|inaccessible|required|both|no) journal|journal inode|no valid journal"
-    r"|no magic|too short|[Rr]ecovery failed|root inode|root dentry|orphan|comm .*: "
+    r"|no magic|too short|[Rr]ecovery failed|root inode|root dentry|orphan|enable quota|comm .*: "
 )
 _XFS_BROKEN = (
     r"magic number|sanity check failed|[Cc]orrupt|[Ff]ailed to read root inode|needs repair"

@@ -14,6 +14,7 @@ replay is unknown. Not thread-safe.
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
-from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
+from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
@@ -227,8 +228,8 @@ class KernelOracle:
             raise
         try:
             yield guest
-            if not guest.ask("umount", limit_s=_patience(place))["ok"]:
-                raise GuestError("the checker guest could not unmount the state")
+            if code := guest.ask("umount", limit_s=_patience(place))["code"]:
+                raise GuestError(f"the checker guest cannot unmount the state: {os.strerror(code)}")
         except BaseException:  # something may still be mounted
             self.close()
             raise
@@ -265,7 +266,7 @@ class KernelOracle:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
         entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
-        if digests and (endless := [entry for entry in entries if not entry.sha256]):
+        if digests and (endless := [entry for entry in entries if not entry.digest]):
             raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
         return entries
 
@@ -388,7 +389,7 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
         return "a link leads to another filesystem"
     if found["kind"] == "error" and found["code"] not in BROKEN:
         return f"the kernel cannot read it ({found['code']})"
-    if found["kind"] == "file" and "sha256" not in found:
+    if found["kind"] == "file" and "digests" not in found:
         return "sparse and larger than its disk"
     if found["kind"] == "none" and hides:
         return "perhaps in an encrypted folder, for which the guest has no key"
@@ -410,7 +411,7 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
     result = conclude(
-        *(entry, found["size"], found["sha256"], set(earlier)),
+        *(entry, found["size"], found["digests"], set(earlier)),
         all_zero=found["allZero"],
         zero_block=found["zeroBlock"],
     )
@@ -423,12 +424,13 @@ def _entry(found: Any) -> Entry:
     path = _shown(found["path"])
     if "target" in found:
         return link_entry(path, _shown(found["target"]))
-    return Entry(path, found.get("sha256", ""), found["size"], found["mode"])
+    return Entry(path, found.get("digests", {}).get(SHA256, ""), found["size"], found["mode"])
 
 
 def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
-    return {"path": path, "sha256": entry.sha256, "link": is_link, "mode": entry.mode}
+    asked = {"path": path, "link": is_link, "mode": entry.mode}
+    return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
 
 
 def _where(mount: Mount) -> dict[str, object]:

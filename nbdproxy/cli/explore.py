@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from xxhash import xxh3_64_hexdigest
 
 from nbdproxy.cli.choices import (
@@ -36,6 +43,7 @@ from nbdproxy.crash.judging import JudgePlan, ManifestPlan
 from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import earlier_digests, level_at, place
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import About, Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
@@ -50,7 +58,6 @@ from nbdproxy.persistence.modes import (
     Failure,
     check_projection,
     guarantee,
-    recorded_under,
 )
 from nbdproxy.report import explored
 from nbdproxy.server.commands import CommandPlan
@@ -178,9 +185,9 @@ def explore(
         source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
-        check_projection(recorded_under(source.table, recorded_as), [mode])
         timeline = Timeline(source)
         stack.callback(timeline.close)
+        check_projection(taken_under(timeline, recorded_as), [mode])
         where = where_of(root, partition, mount)
         options = _options(source, sector, covers, fsyncgate=fsyncgate, losses=loss or [])
         asked = at or (every.value if every else _usual_cut(failure))
@@ -400,6 +407,7 @@ def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     shown = err.is_terminal

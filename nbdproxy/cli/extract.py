@@ -10,7 +10,7 @@ import typer
 
 from nbdproxy.cli.check import state_disk
 from nbdproxy.cli.choices import Base, Mounts, Partition, where_of
-from nbdproxy.cli.console import err, out, plural, print_json
+from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, tree_of_disk
 from nbdproxy.errors import UsageError
@@ -18,7 +18,7 @@ from nbdproxy.oracles.browse import Found, Kind
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
-from nbdproxy.sizes import size_text
+from nbdproxy.sizes import plural, size_text
 
 _TELL_S = 0.2
 

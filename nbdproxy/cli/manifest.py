@@ -104,7 +104,11 @@ def manifest(
 
 
 def _to_json(entry: Entry) -> dict[str, object]:
-    found: dict[str, object] = {"path": entry.path, "sha256": entry.sha256, "size": entry.size}
+    found: dict[str, object] = {
+        "path": entry.path,
+        entry.algorithm: entry.digest,
+        "size": entry.size,
+    }
     if entry.mode is not None:
         found["mode"] = f"{entry.mode:o}"
     if entry.target is not None:

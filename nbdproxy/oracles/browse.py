@@ -117,7 +117,7 @@ class ShownExt:
     def below(self, folder: Found) -> Iterator[Found | tuple[bytes, FilesystemError]]:
         """Yield what is in a folder."""
         try:
-            names = self._filesystem.directory(folder.node)
+            names = self._filesystem.listing(folder.node)
         except (CorruptError, UnsupportedError) as error:
             yield folder.path, error
             return
@@ -126,8 +126,10 @@ class ShownExt:
             if path in self._covered:
                 continue
             try:
+                if self._filesystem.child(folder.node, name) != number:
+                    raise UnsupportedError("the folder's index does not lead to it")
                 yield _found(path, self._filesystem.inode(number))
-            except CorruptError as error:
+            except (CorruptError, UnsupportedError) as error:
                 yield path, error
         if not names.is_complete:
             yield folder.path, CorruptError("a part of the folder is broken, with the names in it")

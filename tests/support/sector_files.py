@@ -104,7 +104,7 @@ class SectorFiles:
         conditions: dict[str, Condition] = {}
         for entry in manifest.entries:
             found = there.get(entry.path)
-            if found == entry.sha256:
+            if found == entry.digest:
                 conditions[entry.path] = Condition.WHOLE
             elif found is None:
                 conditions[entry.path] = Condition.MISSING
