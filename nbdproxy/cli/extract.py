@@ -18,6 +18,7 @@ from nbdproxy.oracles.browse import Found, Kind
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
+from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural, size_text
 
 _TELL_S = 0.2
@@ -70,13 +71,13 @@ def extract(
     ):
         tree = tree_of_disk(reader, disk, timeline, where_of(None, partition, mount))
         _make_folder(output)
-        began = last = time.monotonic()
+        last = time.monotonic()
 
         def tell(found: Extracted) -> None:
             nonlocal last
             if (now := time.monotonic()) - last > _TELL_S:
                 last = now
-                status.update(f"extracting: {_counts(found)}, {now - began:.0f} s")
+                status.update(f"extracting: {_counts(found)}")
 
         found = extract_files(reader, disk, tree, paths or ["/"], output, tell=tell)
     if json:
@@ -84,7 +85,7 @@ def extract(
     else:
         for word, ones in _left_out(found):
             for path, why in ones:
-                out.print(f"{word:9}{path}: {why}", markup=False)
+                out.print(f"{word:9}{printable(path)}: {printable(why)}", markup=False)
         out.print(f"wrote {_counts(found)} of {name} to {output}", markup=False)
     raise typer.Exit(1 if found.lost else 2 if found.doubtful else 0)
 
