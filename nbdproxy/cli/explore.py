@@ -34,6 +34,7 @@ from nbdproxy.cli.choices import (
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
+from nbdproxy.cli.states import tree_of_disk
 from nbdproxy.crash.bench import Job
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.explore import Exploration, Tally
@@ -46,11 +47,11 @@ from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import About, Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
+from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict, candidates, only
 from nbdproxy.oracles.locate import Where
-from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import (
     CacheMode,
@@ -204,7 +205,8 @@ def explore(
             **_what_is_explored(source, job, mode, failure),
             "at": asked,
             **_what_is_wished(wish),
-            "judge": f"{check or f'files {explored.digest_of(judge)}'}{_by(oracle)}",
+            "judge": f"{check or f'files {explored.digest_of(judge)}'}{_by(oracle)}"
+            f"{_of(where) if check else ''}",
         }
         runner = _runner(job, workers, dask)
         stack.callback(runner.close)
@@ -316,12 +318,7 @@ def make_judge(
     if files is None:
         if check is None or not check.strip():
             raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
-        plan = CommandPlan(check, time_limit_s, _tree(where.partition), MAKERS[oracle])
-        if oracle is not OracleName.QUICK and not plan.names("dir"):
-            raise UsageError("--oracle reads --files, or what is in $dir: name either, or drop it")
-        if plan.names_files and where.partition is None:
-            plan = replace(plan, tree=_tree(_partition_with_files(timeline, at)))
-        return plan
+        return _command(timeline, check, at, where, time_limit_s, oracle)
     cut = resolve(timeline.source, at or "before-exit")
     wanted = manifest.load(files)
     with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
@@ -330,23 +327,43 @@ def make_judge(
     return ManifestPlan(wanted, tree, earlier, MAKERS[oracle])
 
 
-def _tree(partition: int | None) -> Tree:
-    return Tree((Mount(partition=partition),))
+def _command(
+    timeline: Timeline,
+    check: str,
+    at: str | None,
+    where: Where,
+    time_limit_s: float,
+    oracle: OracleName,
+) -> CommandPlan:
+    """Return the judge of a command, with what it names found where the most is there."""
+    plan = CommandPlan(check, time_limit_s, where.partition)
+    if oracle is not OracleName.QUICK and not plan.names("dir"):
+        raise UsageError("--oracle reads --files, or what is in $dir: name either, or drop it")
+    cut = timeline.at(resolve(timeline.source, at or "before-exit").position)
+    if plan.names("dir"):
+        with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
+            tree = tree_of_disk(asked, cut, timeline, where)
+        plan = replace(plan, tree=tree, oracle=MAKERS[oracle])
+    if plan.names_part and where.partition is None:
+        plan = replace(plan, partition=_partition(timeline.at(timeline.source.events), cut))
+    return plan
 
 
-def _partition_with_files(timeline: Timeline, at: str | None) -> int:
-    """Return the one partition with a filesystem, where the most is there, or else at the cut.
-
-    Raises FilesystemError if there is none, or several.
-    """
+def _partition(best: ReadableDevice, cut: ReadableDevice) -> int:
+    """Return the only part of a disk that has a filesystem; FilesystemError if there is no one."""
     try:
-        return only(candidates(timeline.at(timeline.source.events), None)).number
+        return only(candidates(best, None)).number
     except FilesystemError as at_the_end:
         try:
-            position = resolve(timeline.source, at or "before-exit").position
-            return only(candidates(timeline.at(position), None)).number
+            return only(candidates(cut, None)).number
         except FilesystemError:
             raise at_the_end from None
+
+
+def _of(where: Where) -> str:
+    """Say what a command's files are made from, if that was told."""
+    told = [f"--partition {where.partition}"] if where.partition is not None else []
+    return "".join(f" {one}" for one in [*told, *(f"--mount {one}" for one in where.mounts)])
 
 
 def _by(oracle: OracleName) -> str:

@@ -9,16 +9,16 @@ from typing import Annotated
 import typer
 
 from nbdproxy.cli.check import state_disk
-from nbdproxy.cli.choices import Base, Partition
+from nbdproxy.cli.choices import Base, Mounts, Partition, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
-from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode
+from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, tree_of_disk
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.browse import Found, Kind
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural, size_text
 
 _TELL_S = 0.2
@@ -39,6 +39,7 @@ def extract(
     mode: StateMode = None,
     failure: StateFailure = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -64,27 +65,27 @@ def extract(
     if output is None:
         raise UsageError("where to? name a new folder with -o DIR")
     with (
-        state_disk(where, (state, at, mode, failure), base) as (name, disk, _),
+        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
         err.status("looking at the filesystem") as status,
         opened(oracle, status.update) as reader,
     ):
+        tree = tree_of_disk(reader, disk, timeline, where_of(None, partition, mount))
         _make_folder(output)
-        began = last = time.monotonic()
+        last = time.monotonic()
 
         def tell(found: Extracted) -> None:
             nonlocal last
             if (now := time.monotonic()) - last > _TELL_S:
                 last = now
-                status.update(f"extracting: {_counts(found)}, {now - began:.0f} s")
+                status.update(f"extracting: {_counts(found)}")
 
-        tree = Tree((Mount(partition=partition),))
         found = extract_files(reader, disk, tree, paths or ["/"], output, tell=tell)
     if json:
         print_json(_to_json(name, output, found))
     else:
         for word, ones in _left_out(found):
             for path, why in ones:
-                out.print(f"{word:9}{path}: {why}", markup=False)
+                out.print(f"{word:9}{printable(path)}: {printable(why)}", markup=False)
         out.print(f"wrote {_counts(found)} of {name} to {output}", markup=False)
     raise typer.Exit(1 if found.lost else 2 if found.doubtful else 0)
 

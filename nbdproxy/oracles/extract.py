@@ -25,7 +25,7 @@ from nbdproxy.oracles.ext4.faults import CorruptError
 from nbdproxy.oracles.mounts import Tree, is_below
 from nbdproxy.oracles.oracle import Oracle
 
-DEPTH_MAX = 500
+DEPTH_MAX = 200
 """Folders in folders; more are only found where a folder is within itself."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -150,7 +150,7 @@ class _Writer:
         while todo:
             one = todo.pop()
             if self._write(view, one) and one.kind is Kind.FOLDER:
-                todo += self._below(view, one)
+                todo += reversed(list(self._below(view, one)))
 
     def finish(self) -> None:
         """Give the folders their permissions and times, now that nothing is written to them."""

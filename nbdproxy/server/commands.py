@@ -41,7 +41,7 @@ from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict, candidates, only
 from nbdproxy.oracles.extract import extract
-from nbdproxy.oracles.mounts import PartitionName, Tree
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.quick import QuickOracle
@@ -55,17 +55,16 @@ _TAIL = 4096
 
 @dataclass(frozen=True, slots=True)
 class CommandPlan:
-    """Judge states by a shell command that may take `time_limit_s` seconds for each."""
+    """Judge states by a shell command that may take `time_limit_s` seconds for each.
+
+    `partition` has what `fs` and `part` are of; `tree` is what `dir` shows, and `oracle` reads it.
+    """
 
     command: str
     time_limit_s: float
+    partition: int | None = None
     tree: Tree = field(default_factory=Tree)
     oracle: Callable[[], Oracle] = QuickOracle
-
-    @property
-    def partition(self) -> PartitionName:
-        """The partition that `fs` and `part` are of: of several the one that is the root."""
-        return self.tree.mounts[0].partition
 
     def open(self, timeline: Timeline) -> Judge:
         """Return the judge, for the states of a timeline."""
@@ -84,11 +83,6 @@ class CommandPlan:
     def names_part(self) -> bool:
         """Whether the command asks for one filesystem of the disk."""
         return self.names("fs") or self.names("part")
-
-    @property
-    def names_files(self) -> bool:
-        """Whether the command needs to know where on the disk the files are."""
-        return self.names_part or self.names("dir")
 
     def names(self, variable: str) -> bool:
         """Tell whether the command uses a variable."""

@@ -139,7 +139,7 @@ def test_files_are_had_out_of_a_state(
         assert (out / "d" / "b").stat().st_mtime_ns == file.mtime_ns
     monkeypatch.setattr(kernel, "close", lambda: None)
     check = 'cmp -s -n 300 "$dir/d/b" "$dir/d/small"'
-    judge = CommandPlan(check, 60, Tree(), lambda: kernel).open(timeline)
+    judge = CommandPlan(check, 60, oracle=lambda: kernel).open(timeline)
     seq = next(seq for seq in timeline.table.seq.tolist() if seq > timeline.source.events // 2)
     states = [StateId(cut, Level.RECEIVED, Choice.ALL) for cut in (timeline.source.events, seq)]
     with closing(judge):

@@ -62,8 +62,9 @@ def test_what_cannot_be_done_is_said(recorded: Recorded, tmp_path: Path) -> None
     assert "cannot be written" in nbdproxy("extract", recorded.run, "-o", nowhere, code=2).stderr
     blank = tmp_path / "blank"
     blank.write_bytes(bytes(MIB))
-    said = nbdproxy("extract", blank, "-o", tmp_path / "out", code=2).stdout
-    assert "unknown  /: no filesystem found" in said
+    said = nbdproxy("extract", blank, "-o", tmp_path / "out", code=2).stderr
+    assert "no filesystem found" in said
+    assert not (tmp_path / "out").exists()
 
 
 def record(folder: Path, parts: int, *, spoilt: bool = False) -> Path:
@@ -88,7 +89,7 @@ def record(folder: Path, parts: int, *, spoilt: bool = False) -> Path:
         nbdproxy("ctl", control, "mark", "ready")
         client.write(free, b"2" * 1024)
         if spoilt:
-            replay_stage(client, sound, other, offsets[0])
+            replay_stage(client, sound, other, offset=offsets[0])
         client.disc()
         server.signal(signal.SIGTERM)
         server.wait()
@@ -129,7 +130,7 @@ def test_the_examples_of_the_help_are_right(tmp_path: Path, parts: int) -> None:
     check = tmp_path / "my-check"
     check.write_text(f"""#!/bin/sh
 case "$1" in
--) grep -q 1111;;
+-) test "$(wc -c)" -ge {SIZE};;
 */app) test -f "${{1%/app}}/{FLUSHED}";;
 *) test -n "$uri";;
 esac
@@ -139,7 +140,7 @@ esac
     assert len(found) == 5
     for line in found:
         verdicts = explored(tmp_path, line, 0)
-        assert verdicts["pass"] > 1, line
+        assert verdicts["pass"] > 0, line
         assert verdicts["fail"] == verdicts["unknown"] == 0, line
 
 

@@ -37,7 +37,7 @@ def stages(folder: Path) -> list[bytes]:
     return found
 
 
-def replay_stage(client: NbdClient, before: bytes, after: bytes, offset: int = 0) -> None:
+def replay_stage(client: NbdClient, before: bytes, after: bytes, *, offset: int = 0) -> None:
     """Write the blocks that differ, from an offset on, and wait for the replies."""
     ops = [
         Op(WRITE, offset + at, data=after[at : at + BLOCK])
