@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.formats import refuse_foreign
 from nbdproxy.extents import Extent
 from nbdproxy.oracles import lvm, qcow2
 from nbdproxy.oracles.lvm import LinearDevice
@@ -101,8 +102,9 @@ class _VolumeDevice(LinearDevice):
 def slices(device: ReadableDevice) -> list[Slice]:
     """Return the whole disk, its partitions in the order of their numbers, and its volumes.
 
-    Raises Qcow2Error for a qcow2 file that cannot be read.
+    Raises Qcow2Error for a qcow2 file that cannot be read, ForeignFormatError for other images.
     """
+    refuse_foreign(device)
     is_qcow2 = qcow2.is_qcow2(device)
     if is_qcow2:
         device = qcow2.Qcow2Device(device)
