@@ -6,16 +6,19 @@ The kernel's word counts where it has one. That the quick oracle cannot tell is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.lab.cache import silent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.oracle import Digests, Follower
 from nbdproxy.oracles.quick import QUICK
 
@@ -46,31 +49,35 @@ class BothOracles:
         self.differences: list[Difference] = []
         self._kernel = KernelOracle(progress)
 
-    def follow(self, manifest: Manifest, *, earlier: Digests, partition: int | None) -> Follower:
-        """Return what judges the files of a manifest with absolute paths."""
+    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> Follower:
+        """Return what judges the files of a manifest, absolute paths that a mount has."""
         return Pair(
             self,
-            QUICK.follow(manifest, earlier=earlier, partition=partition),
-            self._kernel.follow(manifest, earlier=earlier, partition=partition),
+            QUICK.follow(manifest, earlier=earlier, mount=mount),
+            self._kernel.follow(manifest, earlier=earlier, mount=mount),
         )
 
-    def locate(
-        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
-    ) -> tuple[int, Manifest]:
-        """Return the partition that a manifest describes, and the manifest with its paths."""
-        return self._kernel.locate(device, manifest, partition=partition)
+    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+        """Return the directories that a mount of a filesystem may show at its point."""
+        return self._kernel.roots(device, partition)
+
+    def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
+        """Return the paths of a mount's files and links."""
+        return self._kernel.paths(device, mount=mount)
 
     def scan(
-        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
     ) -> Manifest:
-        """Describe all files below a directory."""
-        return self._kernel.scan(device, under, partition=partition, modes=modes)
+        """Describe a mount's files below a directory."""
+        return self._kernel.scan(device, under, mount=mount, modes=modes)
 
-    def content(
-        self, device: ReadableDevice, entry: Entry, *, partition: int | None
-    ) -> bytes | None:
+    def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
-        return self._kernel.content(device, entry, partition=partition)
+        return self._kernel.content(device, entry, mount=mount)
+
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        """Open a mount to go through its files, as the kernel reads them."""
+        return self._kernel.browse(device, mount=mount)
 
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
@@ -85,18 +92,12 @@ class BothOracles:
         self.compared += 1
         for path, condition in kernel.conditions.items():
             said = quick.conditions[path]
-            if said is not condition and not (_doubts(quick, path) or _doubts(kernel, path)):
+            if said is not condition and Condition.CANNOT_BE_TOLD not in {said, condition}:
                 self.differences.append(Difference(self.state, path, said, condition))
 
     def close(self) -> None:
         """End the guest."""
         self._kernel.close()
-
-
-def _doubts(findings: Findings, path: str) -> bool:
-    """Tell whether an oracle may only have been unable to read a file."""
-    is_unreadable = findings.conditions[path] is Condition.UNREADABLE
-    return findings.reason is not None and not findings.refused and is_unreadable
 
 
 class Pair:

@@ -1,8 +1,9 @@
 """`KernelOracle`: what a real Linux kernel says of crash states, in a disposable guest.
 
 The part of the disk that holds the filesystem is found here (`oracles.partitions`); it alone is
-what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted
-read-only, which replays its journal or log into an overlay that is then forgotten.
+what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted for
+writing, as its own machine would after a reboot; what that writes goes into an overlay that is then
+forgotten.
 
 A state that the kernel does not mount has lost all its files, if that is the disk's own fault (see
 `drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one
@@ -13,19 +14,24 @@ replay is unknown. Not thread-safe.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from nbdproxy.checker.browse import BROKEN, ShownByGuest
 from nbdproxy.checker.drivers import (
+    NO_TIMES,
+    READ_ONLY,
     RefusedByKernelError,
     driver_of,
-    elsewhere,
     has_ciphers,
     refusal,
+    replays_for_writing_only,
 )
-from nbdproxy.checker.guest import ANSWER_LIMIT_S, CheckerGuest, GuestError
+from nbdproxy.checker.guest import ANSWER_LIMIT_S, DISK_SIZE, CheckerGuest, GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
@@ -37,15 +43,19 @@ from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
-from nbdproxy.oracles.filesystems import kind_of
+from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
-from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
+from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
-_BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
-"""What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
+_ELSEWHERE = "EXDEV"
+"""What the agent answers where a path leads out of its mount."""
+_SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
+ROOTS_MAX = 64
+"""Subvolumes of a Btrfs that are offered as a root; a year of hourly snapshots has thousands."""
 READ_RATE = 4 << 20
 """Bytes a second that a guest reads and digests at least."""
 
@@ -59,66 +69,106 @@ class KernelOracle:
         self._guest: CheckerGuest | None = None
         self._known: dict[int, Manifest] = {}
 
-    def follow(
-        self, manifest: Manifest, *, earlier: Digests, partition: int | None
-    ) -> KernelFollower:
-        """Return what judges the files of a manifest with absolute paths."""
-        return KernelFollower(self, manifest, earlier, partition)
+    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> KernelFollower:
+        """Return what judges the files of a manifest, absolute paths that a mount has."""
+        return KernelFollower(self, manifest, earlier, mount)
 
-    def locate(
-        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
-    ) -> tuple[int, Manifest]:
-        """Return the partition that a manifest describes, and the manifest with its paths."""
-        return quick.best_place(
-            quick.candidates(device, partition),
-            manifest,
-            lambda part: [entry.path for entry in self._walk(part, "/", digests=False)],
-        )
+    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+        """Return the directories that a mount of a filesystem may show at its point.
+
+        Of Btrfs the default subvolume, the top level, the other subvolumes and then the snapshots,
+        each by its path from the top level; no more than `ROOTS_MAX`, and that some were left out
+        is told as progress. Raises FilesystemError if it does not mount.
+        """
+        place = self.place(device, partition)
+        if kind_of(place.device) is not FilesystemKind.BTRFS:
+            return ("/",)
+        self._booted()
+        self._require("btrfs")
+        with self.mounted(place, root="/") as guest:
+            said = guest.ask("subvolumes", limit_s=_patience(place))
+        for done in said.values():
+            if done["code"]:
+                raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
+        found = subvolumes({which: done["said"] for which, done in said.items()})
+        if len(found) > ROOTS_MAX:
+            left = len(found) - ROOTS_MAX
+            self._progress(f"checker: {left} of {len(found)} Btrfs subvolumes are not looked at")
+        return tuple(found[:ROOTS_MAX])
+
+    def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
+        """Return the paths of a mount's files and links."""
+        place = self.place(device, mount.partition)
+        return [entry.path for entry in self._walk(place, mount, "/", digests=False)]
 
     def scan(
-        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
     ) -> Manifest:
-        """Describe all files below a directory.
+        """Describe a mount's files below a directory.
 
         Raises FilesystemError at the first file that cannot be read.
         """
-        place = self.place(device, partition)
-        entries = self._walk(place, under, digests=True)
+        place = self.place(device, mount.partition)
+        entries = self._walk(place, mount, under, digests=True)
         if not (modes and driver_of(place.device).keeps_modes):
             entries = [replace(entry, mode=None) for entry in entries]
         return Manifest(tuple(entries))
 
-    def content(
-        self, device: ReadableDevice, entry: Entry, *, partition: int | None
-    ) -> bytes | None:
+    def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         try:
-            place = self.place(device, partition)
-            with self.mounted(place) as guest:
-                what = {key: _asked(entry)[key] for key in ("path", "link")}
-                patience = _patience(place)
-                found = guest.ask("read", **what, limit=CONTENT_MAX, limit_s=patience)["data"]
+            place = self.place(device, mount.partition)
+            with self.mounted(place, root=mount.root) as guest:
+                found = guest.ask(
+                    "read",
+                    path=_sent(quick.absolute(entry.path)),
+                    place=_where(mount),
+                    link=entry.target is not None,
+                    limit=CONTENT_MAX,
+                    limit_s=_patience(place),
+                )["data"]
         except (FilesystemError, GuestError):
             return None
         return None if found is None else base64.b64decode(found)
 
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownByGuest]:
+        """Open a mount to go through its files."""
+        place = self.place(device, mount.partition)
+        try:
+            with self.mounted(place) as guest:
+                try:
+                    yield ShownByGuest(guest, place, _where(mount))
+                except BaseException:
+                    self.close()  # it would stay mounted
+                    raise
+        except GuestError as error:
+            raise FilesystemError(str(error)) from None
+
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
     ) -> Examination:
-        """Tell whether it mounts, what the mount changed, and what fsck says afterwards.
+        """Tell whether it mounts, what the replay of its log changes, and what fsck says then.
 
-        What changed includes what the mount itself writes, such as a log's own blocks.
+        What changed includes what the kernel writes about the replay itself: blocks of the log, a
+        superblock. Where it replays only when it mounts for writing, it is all that such a mount
+        writes.
         """
         try:
             place = self.place(device, partition)
             with self.mounted(place) as guest:
                 pass
+            changed = guest.changed()
+            said = self._fsck(guest, place) if fsck else "it was not asked for"
+            if not replays_for_writing_only(place.device):
+                with self.mounted(place, replay_only=True) as guest:
+                    pass
+                changed = guest.changed()
         except RefusedByKernelError as error:
             return Examination(False, str(error), (), "it does not mount")
         except (FilesystemError, GuestError) as error:
             return Examination(None, str(error), (), "it was not mounted")
-        moved = [part for e in guest.changed() for part in place.on_disk(e.offset, e.length)]
-        said = self._fsck(guest, place) if fsck else "it was not asked for"
+        moved = [part for e in changed for part in place.on_disk(e.offset, e.length)]
         return Examination(True, None, tuple(moved), said)
 
     def close(self) -> None:
@@ -139,29 +189,48 @@ class KernelOracle:
         return place
 
     @contextmanager
-    def mounted(self, place: Slice) -> Iterator[CheckerGuest]:
-        """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone."""
+    def mounted(
+        self, place: Slice, *, root: str = "", replay_only: bool = False
+    ) -> Iterator[CheckerGuest]:
+        """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone.
+
+        What shows is the top level of a filesystem if a `root` is to be looked for there, and else
+        what a mount without options shows: of Btrfs the default subvolume. With `replay_only`
+        nothing is written but what the log's replay writes.
+        """
         driver = driver_of(place.device)
+        options = [driver.options, driver.top_level] if root else [driver.options]
+        guest = self._booted()
+        for program in (driver.program, *driver.probe[:1]):
+            if program is not None:
+                self._require(program)
+        if place.length > DISK_SIZE:
+            raise FilesystemError(f"it is longer than the checker guest's disk, {DISK_SIZE} bytes")
         try:
-            guest = self._booted(place.length)
-            for program in (driver.program, *driver.probe[:1]):
-                if program is not None:
-                    self._require(program)
             guest.show(place.device)
             done = guest.ask(
                 "mount",
                 fs=driver.name,
-                options=driver.options,
+                flags=NO_TIMES | (READ_ONLY if replay_only else 0),
+                options=",".join(filter(None, options)),
+                length=place.length,
                 load=driver.name in FILESYSTEM_MODULES,
                 program=driver.program,
                 probe=driver.probe,
+                limit_s=_patience(place),
             )
             if done["code"]:
-                raise refusal(driver, done["code"], done["log"], done["said"])
+                raise refusal(driver, done["code"], done["said"].splitlines() or guest.said)
+        except FilesystemError:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        try:
             yield guest
-            if not guest.ask("umount")["ok"]:
-                raise GuestError("the checker guest could not unmount the state")
-        except GuestError:
+            if code := guest.ask("umount", limit_s=_patience(place))["code"]:
+                raise GuestError(f"the checker guest cannot unmount the state: {os.strerror(code)}")
+        except BaseException:  # something may still be mounted
             self.close()
             raise
 
@@ -172,30 +241,32 @@ class KernelOracle:
                 return number
         number = len(self._known)
         entries = [_asked(entry) for entry in manifest.entries]
-        guest.ask("manifest", number=number, entries=entries)
+        guest.ask("manifest", manifest=number, entries=entries)
         self._known[number] = manifest
         return number
 
-    def _booted(self, size: int) -> CheckerGuest:
-        if self._guest is None or self._guest.size != size:
-            self.close()
+    def _booted(self) -> CheckerGuest:
+        if self._guest is None:
             self._lab = self._lab or build_lab(progress=self._progress)
             self._progress("checker: booting a guest")
-            self._guest = CheckerGuest(self._lab, size)
+            self._guest = CheckerGuest(self._lab)
         return self._guest
 
-    def _walk(self, place: Slice, under: str, *, digests: bool) -> list[Entry]:
-        with self.mounted(place) as guest:
-            top = _sent(quick.absolute(under)).rstrip("/") or "/"
-            patience = _patience(place)
+    def _walk(self, place: Slice, mount: Mount, under: str, *, digests: bool) -> list[Entry]:
+        with self.mounted(place, root=mount.root) as guest:
             found = guest.ask(
-                "walk", under=top, digests=digests, limit=place.length, limit_s=patience
+                "walk",
+                under=_sent(quick.absolute(under)).rstrip("/") or "/",
+                place=_where(mount),
+                digests=digests,
+                limit=place.length,
+                limit_s=_patience(place),
             )
         if found["errors"] and digests:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
         entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
-        if digests and (endless := [entry for entry in entries if not entry.sha256]):
+        if digests and (endless := [entry for entry in entries if not entry.digest]):
             raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
         return entries
 
@@ -205,7 +276,8 @@ class KernelOracle:
             return "the lab has no checker for it"
         try:
             self._require(program[0])
-            done = guest.ask("fsck", argv=[f"/tools/bin/{program[0]}", *program[1:]])
+            argv = [f"/tools/bin/{program[0]}", *program[1:]]
+            done = guest.ask("fsck", argv=argv, limit_s=_patience(place))
         except FilesystemError as error:
             return str(error)
         except GuestError as error:
@@ -226,12 +298,12 @@ class KernelFollower:
     """Judges the same files in one state after the other."""
 
     def __init__(
-        self, oracle: KernelOracle, manifest: Manifest, earlier: Digests, partition: int | None
+        self, oracle: KernelOracle, manifest: Manifest, earlier: Digests, mount: Mount
     ) -> None:
         self._oracle = oracle
         self._manifest = manifest
         self._earlier = earlier
-        self._partition = partition
+        self._mount = mount
         self._last: Findings | None = None
         self.reads: Reads | None = None
 
@@ -253,13 +325,16 @@ class KernelFollower:
 
     def _look(self, device: ReadableDevice) -> Findings:
         try:
-            place = self._oracle.place(device, self._partition)
-            with self._oracle.mounted(place) as guest:
+            place = self._oracle.place(device, self._mount.partition)
+            with self._oracle.mounted(place, root=self._mount.root) as guest:
                 number = self._oracle.number_of(self._manifest, guest)
-                asked = guest.ask(
-                    "judge", manifest=number, limit=place.length, limit_s=_patience(place)
-                )
-                found = asked["files"]
+                found = guest.ask(
+                    "judge",
+                    manifest=number,
+                    place=_where(self._mount),
+                    limit=place.length,
+                    limit_s=_patience(place),
+                )["files"]
         except RefusedByKernelError as error:
             lost = {entry.path: Condition.UNREADABLE for entry in self._manifest.entries}
             return Findings(Verdict.FAIL, lost, str(error), refused=True)
@@ -274,7 +349,7 @@ class KernelFollower:
         for entry, one in zip(self._manifest.entries, found, strict=True):
             doubt = _doubt(one, hides=hides)
             if doubt is not None:
-                outcomes[entry.path] = Outcome(Condition.UNREADABLE, f"{entry.path}: {doubt}")
+                outcomes[entry.path] = Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {doubt}")
                 continue
             earlier = self._earlier.get(entry.path, ())
             condition = _condition(entry, one, earlier, keeps_modes=keeps_modes)
@@ -282,6 +357,23 @@ class KernelFollower:
         verdict = quick.merge({outcome.verdict for outcome in outcomes.values()})
         reason = next((one.doubt for one in outcomes.values() if one.doubt), None)
         return Findings(verdict, {path: one.condition for path, one in outcomes.items()}, reason)
+
+
+def subvolumes(said: Mapping[str, str]) -> list[str]:
+    """Return the paths of all subvolumes from what btrfs-progs list (btrfs-subvolume(8)).
+
+    The default one comes first, then the top level, and snapshots last.
+    """
+    [first] = _listed(said["first"]) or ["/"]  # "ID 5 (FS_TREE)" has no path
+    snapshots = set(_listed(said["snapshots"]))
+    others = sorted(_listed(said["all"]), key=lambda path: (path in snapshots, path))
+    return list(dict.fromkeys([first, "/", *others]))
+
+
+def _listed(said: str) -> list[str]:
+    """Return the paths of a list of subvolumes; a name may have line breaks."""
+    found = _SUBVOLUME.split(said)[1:]
+    return [_shown("/" + path.removesuffix("\n")) for path in found]
 
 
 def _patience(place: Slice) -> float:
@@ -293,9 +385,11 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
     """Say why the agent's word on a file tells nothing, if so; `hides` if folders have ciphers."""
     if found == 1:
         return None
-    if found["kind"] == "error" and found["code"] not in _BROKEN:
+    if found["kind"] == "error" and found["code"] == _ELSEWHERE:
+        return "a link leads to another filesystem"
+    if found["kind"] == "error" and found["code"] not in BROKEN:
         return f"the kernel cannot read it ({found['code']})"
-    if found["kind"] == "file" and "sha256" not in found:
+    if found["kind"] == "file" and "digests" not in found:
         return "sparse and larger than its disk"
     if found["kind"] == "none" and hides:
         return "perhaps in an encrypted folder, for which the guest has no key"
@@ -317,7 +411,7 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
     result = conclude(
-        *(entry, found["size"], found["sha256"], set(earlier)),
+        *(entry, found["size"], found["digests"], set(earlier)),
         all_zero=found["allZero"],
         zero_block=found["zeroBlock"],
     )
@@ -330,12 +424,23 @@ def _entry(found: Any) -> Entry:
     path = _shown(found["path"])
     if "target" in found:
         return link_entry(path, _shown(found["target"]))
-    return Entry(path, found.get("sha256", ""), found["size"], found["mode"])
+    return Entry(path, found.get("digests", {}).get(SHA256, ""), found["size"], found["mode"])
 
 
 def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
-    return {"path": path, "sha256": entry.sha256, "link": is_link, "mode": entry.mode}
+    asked = {"path": path, "link": is_link, "mode": entry.mode}
+    return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
+
+
+def _where(mount: Mount) -> dict[str, object]:
+    """Write a mount as the agent wants it: without a slash at the end."""
+
+    def sent(path: str) -> str:
+        return _sent(quick.absolute(path)).rstrip("/")
+
+    covered = [sent(point) for point in mount.covered]
+    return {"point": sent(mount.point), "root": sent(mount.root), "covered": covered}
 
 
 def _sent(path: bytes) -> str:

@@ -16,7 +16,7 @@ from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.persistence.model import Coverage, Options
-from nbdproxy.recording.meta import Fingerprint
+from nbdproxy.recording.meta import IMPORTED, Fingerprint
 from nbdproxy.report import audited
 from nbdproxy.server.stored import with_store
 
@@ -90,7 +90,7 @@ def _audit(
 
 
 def _refuse_what_never_reached_a_store(run: Path, source: RecordedSource) -> None:
-    if source.meta.policies == ("imported",):
+    if source.meta.policies == IMPORTED:
         raise UsageError(
             f"{run} was imported from a log: audit needs a recording of nbdproxy's own"
         )

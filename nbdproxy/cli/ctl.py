@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdproxy.cli.console import err, out, plural, print_json
+from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
-from nbdproxy.sizes import size_text
+from nbdproxy.sizes import plural, size_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 

@@ -17,11 +17,12 @@ from nbdproxy.cli.choices import (
     Base,
     FailureText,
     ModeText,
+    Mounts,
     Partition,
     RecordedAs,
     Root,
-    Where,
     parse_list,
+    where_of,
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
@@ -31,20 +32,23 @@ from nbdproxy.crash.ranges import Losses, losses
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Replay, place, replay
 from nbdproxy.crash.story import Story, carriers, stories
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import Where, survey_tree
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import (
     CacheMode,
     Failure,
+    Taken,
     guarantee,
-    projectable,
-    recorded_under,
 )
 from nbdproxy.report import stories as report
 
@@ -71,6 +75,7 @@ def explain(
     failure: FailureText = Failure.HOST_POWER_LOSS.value,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     recorded_as: RecordedAs = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
@@ -116,18 +121,13 @@ def explain(
                     judge.state = str(state)
 
             asked = _Asked(source, timeline, judge, at, modes, failures, recorded_as, about)
-            partition, wanted = _wanted(asked, paths or [], files, (root, partition))
-            told = stories(
-                timeline,
-                wanted,
-                partition,
-                progress=about,
-                oracle=judge,
-            )
-            found = [_told(asked, story, partition) for story in told if paths]
+            tree, wanted = _wanted(asked, paths or [], files, where_of(root, partition, mount))
+            told = stories(timeline, wanted, tree, progress=about, oracle=judge)
+            found = [_told(asked, story, tree) for story in told if paths]
+            taken = taken_under(timeline, recorded_as)
         tell_differences(judge)
         if not paths:
-            _overview(source, told, recorded_as, json=json)
+            _overview(source, told, taken, json=json)
         _print(source, found, json=json)
     fine = all(cell.worst.verdict is Verdict.PASS for one in found for cell in one.replay.cells)
     raise typer.Exit(0 if fine else 1)
@@ -152,27 +152,24 @@ class _Asked:
 
 def _wanted(
     asked: _Asked, paths: Sequence[str], files: Path | None, where: Where
-) -> tuple[int | None, Manifest]:
-    """Return what to tell of, and the partition that it is on, if that is known."""
-    (root, partition), wanted = where, Manifest(())
+) -> tuple[Tree, Manifest]:
+    """Return what to tell of, and the tree that it is in."""
     cut = resolve(asked.source, asked.at or "before-exit")
     if files is not None:
         listed = manifest.load(files)
-        partition, wanted = place(
-            *(asked.timeline, listed, cut),
-            root=root,
-            partition=partition,
-            oracle=asked.oracle,
-        )
+        tree, wanted = place(asked.timeline, listed, cut, where, asked.oracle)
+    else:
+        end = asked.timeline.at(asked.source.events)
+        tree, wanted = survey_tree(asked.oracle, end, where), Manifest(())
     if paths:
         absolute = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
         if files is None:
-            wanted = _at_the_end(asked, absolute, partition)
+            wanted = _at_the_end(asked, absolute, tree)
         wanted = _chosen(wanted, absolute, from_manifest=files is not None)
-    return partition, wanted
+    return tree, wanted
 
 
-def _told(asked: _Asked, story: Story, partition: int | None) -> report.Told:
+def _told(asked: _Asked, story: Story, tree: Tree) -> report.Told:
     table = replay(
         asked.source,
         Manifest((story.entry,)),
@@ -181,15 +178,14 @@ def _told(asked: _Asked, story: Story, partition: int | None) -> report.Told:
         at=asked.at,
         recorded_as=asked.recorded_as,
         progress=asked.about,
-        root="/",
-        partition=partition,
+        tree=tree,
         oracle=asked.oracle,
     )
-    hangs_on = carriers(asked.timeline, story.entry, partition, oracle=asked.oracle)
-    return report.Told(story, hangs_on, table, _losses(asked, story.entry, table, partition))
+    hangs_on = carriers(asked.timeline, story.entry, tree, oracle=asked.oracle)
+    return report.Told(story, hangs_on, table, _losses(asked, story.entry, table))
 
 
-def _losses(asked: _Asked, entry: Entry, table: Replay, partition: int | None) -> dict[str, Losses]:
+def _losses(asked: _Asked, entry: Entry, table: Replay) -> dict[str, Losses]:
     """Return what the worst states of the cells lack of a file, each state once."""
     found = {}
     for cell in table.cells:
@@ -197,19 +193,19 @@ def _losses(asked: _Asked, entry: Entry, table: Replay, partition: int | None) -
         state = cell.worst.state
         if outcome is None or outcome.condition is Condition.WHOLE or str(state) in found:
             continue
-        lost = losses(asked.timeline, entry, state, partition, asked.oracle)
+        lost = losses(asked.timeline, entry, state, table.tree, asked.oracle)
         if lost is not None:
             found[str(state)] = lost
     return found
 
 
-def _at_the_end(asked: _Asked, paths: list[str], partition: int | None) -> Manifest:
+def _at_the_end(asked: _Asked, paths: list[str], tree: Tree) -> Manifest:
     """Return what is in the folders of some files when all has been sent."""
     disk = asked.timeline.at(asked.source.events)
     found: list[Entry] = []
     for folder in dict.fromkeys(posixpath.dirname(path) or "/" for path in paths):
         try:
-            found += asked.oracle.scan(disk, folder, partition=partition).entries
+            found += scan(asked.oracle, disk, folder, tree).entries
         except FilesystemError as error:
             raise UsageError(
                 f"what {folder} held in the end cannot be read ({error}); say what should be "
@@ -231,15 +227,12 @@ def _chosen(wanted: Manifest, paths: list[str], *, from_manifest: bool) -> Manif
     return Manifest(tuple(known[path] for path in dict.fromkeys(paths)))
 
 
-def _overview(
-    source: RecordedSource, told: tuple[Story, ...], recorded_as: CacheMode | None, *, json: bool
-) -> None:
-    possible = projectable(recorded_under(source.table, recorded_as))
-    levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in possible]
+def _overview(source: RecordedSource, told: tuple[Story, ...], taken: Taken, *, json: bool) -> None:
+    levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in taken.tells]
     if json:
         print_json(report.overview_json(told, source))
     else:
-        for line in report.overview_lines(told, source, levels):
+        for line in report.overview_lines(told, source, taken):
             out.print(line, markup=False)
     asked = Level.FLUSHED if Level.FLUSHED in levels else Level.COMPLETED
     safe = all(story.courses[asked].since is not None for story in told)

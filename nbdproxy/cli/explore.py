@@ -6,14 +6,32 @@ import shlex
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from xxhash import xxh3_64_hexdigest
 
-from nbdproxy.cli.choices import At, Base, Covers, Fsyncgate, Partition, RecordedAs, Root, Where
+from nbdproxy.cli.choices import (
+    At,
+    Base,
+    Covers,
+    Fsyncgate,
+    Mounts,
+    Partition,
+    RecordedAs,
+    Root,
+    where_of,
+)
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.crash.bench import Job
@@ -24,19 +42,21 @@ from nbdproxy.crash.judging import JudgePlan, ManifestPlan
 from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import earlier_digests, level_at, place
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import About, Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
-from nbdproxy.errors import UsageError
+from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.check import Verdict, candidates, only
+from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import (
     CacheMode,
     Failure,
     check_projection,
     guarantee,
-    recorded_under,
 )
 from nbdproxy.report import explored
 from nbdproxy.server.commands import CommandPlan
@@ -51,8 +71,10 @@ Check = Annotated[
         "--check",
         metavar="COMMAND",
         help="Pass if this shell command exits with 0, fail with 1, all else is unknown. It looks "
-        "at $uri, the state over NBD, or at $image, a raw file made if the command line names it; "
-        "$mark is the last mark before the cut.",
+        "at $uri, the state over NBD, or at what is made if the command line names it: $image, a "
+        "raw file of the disk; $fs, a raw file of the filesystem alone; $dir, a folder with all "
+        "its files (--oracle says who reads them). $part is the partition's number, $mark the "
+        "last mark before the cut.",
     ),
 ]
 TIME_LIMIT_S = 60.0
@@ -125,6 +147,7 @@ def explore(
     recorded_as: RecordedAs = None,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -140,12 +163,14 @@ def explore(
 
       nbdproxy explore run1 --files npm.sha256 --states 2000
 
-      nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | my-check -'
+      nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | ./my-check -'
+
+      nbdproxy explore run1 --every flush --check './my-check "$dir/app"'
 
       nbdproxy explore run1 --every write --db run1.db \
-          --check 'e2fsck -y -E journal_only "$image"; e2fsck -fn "$image" || exit 1'
+          --check 'e2fsck -y -E journal_only "$fs"; e2fsck -fn "$fs" || exit $(($? == 4 ? 1 : 2))'
 
-      nbdproxy explore run1 --at mark:ready --exhaustive --check ./check
+      nbdproxy explore run1 --at mark:ready --exhaustive --check ./my-check
     """
     if resume and db is None:
         raise UsageError(
@@ -159,14 +184,15 @@ def explore(
         source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
-        check_projection(recorded_under(source.table, recorded_as), [mode])
         timeline = Timeline(source)
         stack.callback(timeline.close)
+        check_projection(taken_under(timeline, recorded_as), [mode])
+        where = where_of(root, partition, mount)
         options = _options(source, sector, covers, fsyncgate=fsyncgate, losses=loss or [])
         asked = at or (every.value if every else _usual_cut(failure))
         level = _level(source, mode, failure, None if every else asked)
         judge = make_judge(
-            *(timeline, files, check, None if every else asked, (root, partition)),
+            *(timeline, files, check, None if every else asked, where),
             *(time_limit, oracle),
         )
         fields = Fields(timeline, level, options)
@@ -178,7 +204,7 @@ def explore(
             **_what_is_explored(source, job, mode, failure),
             "at": asked,
             **_what_is_wished(wish),
-            "judge": check or f"files {explored.digest_of(judge)}{_by(oracle)}",
+            "judge": f"{check or f'files {explored.digest_of(judge)}'}{_by(oracle)}",
         }
         runner = _runner(job, workers, dask)
         stack.callback(runner.close)
@@ -190,7 +216,7 @@ def explore(
         except KeyboardInterrupt:
             _tell_ended(db)
             raise typer.Exit(130) from None
-        again = _again(files, check, (root, partition), base, time_limit, oracle)
+        again = _again(files, check, where, base, time_limit, oracle)
         needs = option_of_base(base)
         report = explored.Report(about, plan, tally, verdicts, again, needs, source.missing)
         if json:
@@ -252,9 +278,9 @@ def _again(
 ) -> str:
     """Return the options with which another command asks the same."""
     words = ["--files", str(files)] if check is None else ["--check", check]
-    root, partition = where
-    words += ["--root", root] if root is not None else []
-    words += ["--partition", str(partition)] if partition is not None else []
+    words += ["--root", where.root] if where.root is not None else []
+    words += ["--partition", str(where.partition)] if where.partition is not None else []
+    words += [word for told in where.mounts for word in ("--mount", str(told))]
     words += ["--base", str(base)] if base is not None else []
     words += ["--time-limit", f"{limit_s:g}"] if limit_s != TIME_LIMIT_S else []
     words += ["--oracle", oracle.value] if oracle is not OracleName.QUICK else []
@@ -290,18 +316,37 @@ def make_judge(
     if files is None:
         if check is None or not check.strip():
             raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
-        if oracle is not OracleName.QUICK:
-            raise UsageError("--oracle reads --files; a --check COMMAND looks for itself: drop one")
-        return CommandPlan(check, time_limit_s)
+        plan = CommandPlan(check, time_limit_s, _tree(where.partition), MAKERS[oracle])
+        if oracle is not OracleName.QUICK and not plan.names("dir"):
+            raise UsageError("--oracle reads --files, or what is in $dir: name either, or drop it")
+        if plan.names_files and where.partition is None:
+            plan = replace(plan, tree=_tree(_partition_with_files(timeline, at)))
+        return plan
     cut = resolve(timeline.source, at or "before-exit")
     wanted = manifest.load(files)
     with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
-        root, partition = where
-        partition, wanted = place(
-            *(timeline, wanted, cut), root=root, partition=partition, oracle=asked
-        )
-        earlier = earlier_digests(timeline, wanted, partition, asked)
-    return ManifestPlan(wanted, partition, earlier, MAKERS[oracle])
+        tree, wanted = place(timeline, wanted, cut, where, asked)
+        earlier = earlier_digests(timeline, wanted, tree, asked)
+    return ManifestPlan(wanted, tree, earlier, MAKERS[oracle])
+
+
+def _tree(partition: int | None) -> Tree:
+    return Tree((Mount(partition=partition),))
+
+
+def _partition_with_files(timeline: Timeline, at: str | None) -> int:
+    """Return the one partition with a filesystem, where the most is there, or else at the cut.
+
+    Raises FilesystemError if there is none, or several.
+    """
+    try:
+        return only(candidates(timeline.at(timeline.source.events), None)).number
+    except FilesystemError as at_the_end:
+        try:
+            position = resolve(timeline.source, at or "before-exit").position
+            return only(candidates(timeline.at(position), None)).number
+        except FilesystemError:
+            raise at_the_end from None
 
 
 def _by(oracle: OracleName) -> str:
@@ -345,6 +390,7 @@ def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     shown = err.is_terminal

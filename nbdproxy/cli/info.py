@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from json import loads
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,10 @@ import numpy as np
 import typer
 
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.persistence.modes import recorded_under
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.taken import taken_under
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.persistence.modes import CacheMode, Taken
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
@@ -33,11 +37,13 @@ def info(
 
       nbdproxy info run1 --verify --json
     """
-    recording = Recording(run)
+    recording = RecordedSource(run)
     if verify:
         with err.status("checking payloads"):
             recording.verify()
-    facts = _facts(recording)
+    with closing(Timeline(recording)) as timeline:
+        taken = taken_under(timeline)
+    facts = _facts(recording, taken)
     if json:
         print_json(facts)
         return
@@ -56,8 +62,7 @@ def info(
         )
     out.print(f"refused     {facts['refused']:,} before they reached the disk")
     out.print(f"clients     {facts['connections']:,}")
-    modes = ", ".join(facts["recorded_under"])
-    out.print(f"cache mode  one of {modes}: these look alike on the wire")
+    out.print(f"cache mode  {_cache_mode(taken)}")
     for fault in facts["faults"]:
         what = f"{fault['action']} {fault['count']:,} times"
         out.print(f"fault       {what} by {fault['rule'] or 'the policy'}", markup=False)
@@ -71,7 +76,16 @@ def _faults(recording: Recording) -> Counter[tuple[str | None, str]]:
     return Counter((text.get("rule"), text["action"]) for text in texts)
 
 
-def _facts(recording: Recording) -> dict[str, Any]:
+def _cache_mode(taken: Taken) -> str:
+    """Say which it may have been, and why that cannot be told better."""
+    if len(taken.modes) == len(CacheMode):
+        return f"cannot be told: {taken.why or 'nothing was written'}"
+    modes = ", ".join(mode.value for mode in CacheMode if mode in taken.modes)
+    text = f"one of {modes}: these look alike on the wire"
+    return f"{text} ({taken.remark})" if taken.remark else text
+
+
+def _facts(recording: Recording, taken: Taken) -> dict[str, Any]:
     table = recording.table
     requests = {}
     for command in np.unique(table.command).tolist():
@@ -104,7 +118,7 @@ def _facts(recording: Recording) -> dict[str, Any]:
             {"rule": rule, "action": action, "count": count}
             for (rule, action), count in _faults(recording).items()
         ],
-        "recorded_under": sorted(mode.value for mode in recorded_under(table)),
+        "recorded_under": sorted(mode.value for mode in taken.modes),
         "notes": [
             {"seq": n.seq, "time_s": n.time_ns / 1e9, "kind": n.kind.value, "text": n.text}
             for n in recording.notes

@@ -182,6 +182,15 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="Let the guest's kernel log its writes, too."),
     ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.001,
+            help="Give the guest up then.",
+            show_default="when it hangs",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Show all that the guest prints.")
     ] = False,
@@ -190,6 +199,9 @@ def run(
 
     Endings: cut powers off without writing anything back; sync and umount do that first; hang lets
     the host kill QEMU; wait:SECONDS idles before.
+
+    A guest that is slow is waited for. It is given up when it hangs: when for five minutes it
+    prints nothing and does nothing, or prints nothing in half an hour of the processor's time.
 
     With --control, the socket of nbdproxy serve --control, each line `committed N` or `mark NAME`
     that the guest prints becomes a mark, committed-N or NAME, for --at mark:NAME. A mark comes
@@ -249,6 +261,7 @@ def run(
             image_format=image_format,
             qmp=qmp,
             write_log=write_log,
+            time_limit_s=time_limit,
             on_line=show,
         )
     if marker is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Base, Partition, Root
+from nbdproxy.cli.choices import Base, Mounts, Partition, Root, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.oracles import OracleChoice, OracleName
@@ -27,6 +27,7 @@ def minimize(
     time_limit: TimeLimit = TIME_LIMIT_S,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -48,7 +49,9 @@ def minimize(
         timeline = Timeline(source)
         timeline.open(chosen)
         at = f"seq:{chosen.position - 1}" if chosen.position else "end"
-        judge = make_judge(timeline, files, check, at, (root, partition), time_limit, oracle)
+        judge = make_judge(
+            timeline, files, check, at, where_of(root, partition, mount), time_limit, oracle
+        )
         job = Job(run.absolute(), base, chosen.level, chosen.options, judge)
         bench = Bench(source, job)
         try:

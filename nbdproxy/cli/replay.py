@@ -14,10 +14,12 @@ from nbdproxy.cli.choices import (
     Covers,
     FailureText,
     ModeText,
+    Mounts,
     Partition,
     RecordedAs,
     Root,
     parse_list,
+    where_of,
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
@@ -48,6 +50,7 @@ def replay(
     at: At = None,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     recorded_as: RecordedAs = None,
     covers: Covers = Coverage.RECEIVED,
     base: Base = None,
@@ -100,8 +103,7 @@ def replay(
             at=at,
             options=Options(coverage=covers),
             recorded_as=recorded_as,
-            root=root,
-            partition=partition,
+            where=where_of(root, partition, mount),
             progress=about_to_judge,
             oracle=judge,
         )

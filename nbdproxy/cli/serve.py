@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.console import err, out, plural, set_up_logging
+from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.disks.formats import ImageFormat, format_of_file
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
@@ -25,7 +25,7 @@ from nbdproxy.server.export import Export
 from nbdproxy.server.service import Setting
 from nbdproxy.server.service import serve as serve_exports
 from nbdproxy.server.tls import ServerTls, server_tls
-from nbdproxy.sizes import size_text
+from nbdproxy.sizes import plural, size_text
 
 
 class Tls(StrEnum):

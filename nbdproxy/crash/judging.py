@@ -13,9 +13,10 @@ from typing import Protocol
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.quick import QuickOracle
 
@@ -48,7 +49,10 @@ class Judge(Protocol):
         ...
 
     def beside(self) -> Judge:
-        """Return another, for other states of the timeline, that shares what is costly to have."""
+        """Return another, for other states of the timeline, that shares what is costly to have.
+
+        One that would have nothing of its own returns itself.
+        """
         ...
 
     def close(self) -> None:
@@ -76,7 +80,7 @@ class ManifestPlan:
     """Are these files whole? `manifest` has absolute paths, `oracle` makes the one to ask."""
 
     manifest: Manifest
-    partition: int | None
+    tree: Tree
     earlier: Digests
     oracle: Callable[[], Oracle] = QuickOracle
 
@@ -94,9 +98,7 @@ class _ManifestJudge:
         self._plan = plan
         self._timeline = timeline
         self._oracle = oracle
-        self._check = self._oracle.follow(
-            plan.manifest, earlier=plan.earlier, partition=plan.partition
-        )
+        self._check = TreeFollower(self._oracle, plan.manifest, plan.earlier, plan.tree)
         self._last: tuple[Findings, Judgement] | None = None
 
     def judge(
@@ -106,12 +108,9 @@ class _ManifestJudge:
         found = self._check.check(disk, changed)
         # Findings that did not change are the same object, and thousands of files need no count.
         if self._last is None or self._last[0] is not found or not found.conditions:
-            findings = certain(found, disk, self._plan.manifest)
-            counts = Counter(condition.value for condition in findings.conditions.values())
-            self._last = found, Judgement(findings.verdict, findings.reason, counts)
-        judgement = self._last[1]
-        # That a disk is blank is not seen in what the oracle read.
-        return judgement, self._check.reads if found.conditions else None
+            counts = Counter(condition.value for condition in found.conditions.values())
+            self._last = found, Judgement(found.verdict, found.reason, counts)
+        return self._last[1], self._check.reads
 
     def beside(self) -> Judge:
         return _ManifestJudge(self._plan, self._timeline, self._oracle)

@@ -19,8 +19,10 @@ from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.crash.whose import names_of
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.composite import TreeFollower, content
 from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Follower, Oracle
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import Level
@@ -74,20 +76,20 @@ def losses(
     timeline: Timeline,
     entry: Entry,
     state: StateId,
-    partition: int | None,
+    tree: Tree,
     oracle: Oracle = QUICK,
 ) -> Losses | None:
     """Return what a state lacks of a file; None if no state of its cut has it whole."""
-    follower = oracle.follow(Manifest((entry,)), earlier={}, partition=partition)
+    follower = TreeFollower(oracle, Manifest((entry,)), {}, tree)
     reference = _reference(timeline, follower, state)
     if reference is None or follower.reads is None:
         return None
     reads = list(follower.reads)
     here, there = timeline.open(state), timeline.open(reference)
-    shown, should = (oracle.content(d, entry, partition=partition) for d in (here, there))
+    shown, should = (content(oracle, d, entry, tree) for d in (here, there))
     if should is None:
         return None
-    names = names_of(there, entry, partition, oracle)
+    names = names_of(there, entry, tree, oracle)
     data: list[tuple[int, Piece]] = []
     way: dict[tuple[int, str], Piece] = {}
     apart = ExtentSet()

@@ -65,6 +65,11 @@ class RecordedSource(Recording):
             yield low, high, position if position < 0 else position + low - int(saved.offset[row])
 
     @property
+    def offers_fua(self) -> bool | None:
+        """Whether a client could send FUA; None if that is not known."""
+        return self.meta.offers_fua
+
+    @property
     def image(self) -> Path:
         """Where the image is looked for."""
         if self._image_given is not None:

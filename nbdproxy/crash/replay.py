@@ -27,14 +27,17 @@ from nbdproxy.crash.causes import Cause, Kept, find_causes
 from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.source import Source
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.unmapped import Unmapped
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Findings, Verdict, merge
+from nbdproxy.oracles.composite import TreeFollower, split
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import ANYWHERE, Where, locate
 from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Digests, Follower, Oracle
 from nbdproxy.oracles.qcow2 import is_qcow2
 from nbdproxy.oracles.quick import QUICK
@@ -44,9 +47,7 @@ from nbdproxy.persistence.modes import (
     Failure,
     check_projection,
     guarantee,
-    projectable,
     promised,
-    recorded_under,
 )
 from nbdproxy.recording.index import Mask, RequestTable
 
@@ -56,7 +57,7 @@ _LOOK_BACK = 16
 
 @dataclass(frozen=True, slots=True)
 class FileOutcome:
-    """What became of one file; `cause` is None if it is whole, or if the oracle cannot read it."""
+    """What became of one file; `cause` is None if it is whole, or if that cannot be told."""
 
     condition: Condition
     cause: Cause | None
@@ -96,20 +97,22 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The table, for the files of `manifest`, with absolute paths, on a partition.
+    """The table, for the files of `manifest`, with absolute paths, in the guest's `tree`.
 
-    `partition` 0 is the whole disk, None whatever has a filesystem. `below_qcow2` tells whether the
-    disk that was recorded is a qcow2 file.
-    `left_out` are the modes that this recording tells nothing about.
+    `below_qcow2` tells whether the disk that was recorded is a qcow2 file. `left_out` are the modes
+    that this recording tells nothing about, and `why` says why; `remark` says what was taken for
+    granted of the cache mode that it was recorded under.
     """
 
     manifest: Manifest
-    partition: int | None
+    tree: Tree
     cut: Cut
     recorded_under: frozenset[CacheMode]
     left_out: tuple[CacheMode, ...]
     cells: tuple[Cell, ...]
     below_qcow2: bool = False
+    why: str = ""
+    remark: str = ""
 
 
 def replay(
@@ -121,8 +124,8 @@ def replay(
     at: str | None = None,
     options: Options = DEFAULTS,
     recorded_as: CacheMode | None = None,
-    root: str | None = None,
-    partition: int | None = None,
+    where: Where = ANYWHERE,
+    tree: Tree | None = None,
     progress: Callable[[StateId], None] = lambda _: None,
     oracle: Oracle = QUICK,
 ) -> Replay:
@@ -130,35 +133,36 @@ def replay(
 
     `modes` None means all that the recording can be projected onto. `at` None means `end` for a
     guest's poweroff and `before-exit` for every other failure. `recorded_as` is the cache mode the
-    recording was taken under, if the user knows. `root` is the directory of the filesystem that
-    the manifest's paths begin at, on `partition` if that is known; by default both are found by
-    looking for the files. `progress` hears of each state about to be judged.
+    recording was taken under, if the user knows. `where` is what is known of where the files are;
+    by default that is looked for, unless `tree` says all. `progress` hears of each state about to
+    be judged.
 
     Raises ProjectionError for a mode that the recording tells nothing about, UsageError for a cut
     that it lacks, ManifestError if none of the files was ever on the disk, and FilesystemError if
     even the fullest state cannot be read.
     """
-    recorded = recorded_under(source.table, recorded_as)
-    possible = projectable(recorded)
-    modes = possible if modes is None else modes
-    check_projection(recorded, modes)
     cut = resolve(source, at or "before-exit")
     cuts = dict.fromkeys(failures, cut)
     if at is None and Failure.GUEST_POWEROFF in cuts:
         cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
     timeline = Timeline(source)
     try:
-        where = place(timeline, manifest, cut, root=root, partition=partition, oracle=oracle)
-        partition, manifest = where
-        earlier = earlier_digests(timeline, manifest, partition, oracle)
-        follower = oracle.follow(manifest, earlier=earlier, partition=partition)
-        judge = _Judge(timeline, manifest, partition, options, follower, progress)
+        taken = taken_under(timeline, recorded_as)
+        modes = taken.tells if modes is None else modes
+        check_projection(taken, modes)
+        if tree is None:
+            tree, manifest = place(timeline, manifest, cut, where, oracle)
+        earlier = earlier_digests(timeline, manifest, tree, oracle)
+        follower = TreeFollower(oracle, manifest, earlier, tree)
+        judge = _Judge(timeline, manifest, tree, options, follower, progress)
         cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]
         below_qcow2 = is_qcow2(timeline.at(cut.position))
     finally:
         timeline.close()
-    left_out = tuple(mode for mode in CacheMode if mode not in possible)
-    return Replay(manifest, partition, cut, recorded, left_out, tuple(cells), below_qcow2)
+    return Replay(
+        *(manifest, tree, cut, taken.modes, taken.left_out, tuple(cells), below_qcow2),
+        *(taken.why, taken.remark),
+    )
 
 
 def level_at(table: RequestTable, t: int, mode: CacheMode, failure: Failure) -> Level:
@@ -180,11 +184,11 @@ class _Judge:
 
     timeline: Timeline
     manifest: Manifest
-    partition: int | None
+    tree: Tree
     options: Options
     follower: Follower
     progress: Callable[[StateId], None]
-    behind: dict[int, Unmapped] = field(default_factory=dict)
+    behind: dict[tuple[int, Mount], Unmapped] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)
     outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
     _last: Mask | None = None
@@ -201,10 +205,7 @@ class _Judge:
 
     def _outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
         findings = self._findings(state)
-        fine = {Condition.WHOLE}
-        if findings.reason is not None and not findings.refused:
-            # The oracle, and not the crash, may be why a file cannot be read: nobody's fault.
-            fine.add(Condition.UNREADABLE)
+        fine = {Condition.WHOLE, Condition.CANNOT_BE_TOLD}
         broken = frozenset(p for p, found in findings.conditions.items() if found not in fine)
         causes = dict(
             find_causes(
@@ -222,27 +223,27 @@ class _Judge:
 
     def _unmapped(self, state: StateId, causes: Mapping[str, Cause]) -> dict[str, Cause]:
         """Return the files that perhaps QEMU, and not the guest, had not sent all of."""
-        unsent = {path for path, cause in causes.items() if cause is Cause.NEVER_SENT}
-        if not unsent:
-            return {}
-        if state.position not in self.behind:
-            self.behind[state.position] = Unmapped(self.timeline, state.position, self.partition)
-        known = self.behind[state.position]
-        return {e.path: known.cause(e) for e in self.manifest.entries if e.path in unsent}
+        found = {}
+        for entry in self.manifest.entries if Cause.NEVER_SENT in causes.values() else ():
+            mount = self.tree.of(entry.path)
+            if causes.get(entry.path) is not Cause.NEVER_SENT or isinstance(mount, str):
+                continue
+            key = state.position, mount
+            if key not in self.behind:
+                self.behind[key] = Unmapped(self.timeline, state.position, mount)
+            found[entry.path] = self.behind[key].cause(entry)
+        return found
 
     def _kept(self, state: StateId, layer: Level) -> Kept:
         fuller = StateId(state.position, layer, Choice.MUST, self.options)
         findings = self._findings(fuller)
-        found: dict[Condition, set[str]] = {Condition.WHOLE: set(), Condition.UNREADABLE: set()}
-        for path, condition in findings.conditions.items():
-            if condition in found:
-                found[condition].add(path)
-        doubtful: set[str] = set()
-        if findings.reason is not None and not findings.refused:
-            doubtful = found[Condition.UNREADABLE]
-            if not findings.conditions:
-                doubtful = {entry.path for entry in self.manifest.entries}
-        return Kept(frozenset(found[Condition.WHOLE]), frozenset(doubtful))
+        whole, doubtful = (
+            frozenset(path for path, found in findings.conditions.items() if found is condition)
+            for condition in (Condition.WHOLE, Condition.CANNOT_BE_TOLD)
+        )
+        if not findings.conditions:
+            doubtful = frozenset(entry.path for entry in self.manifest.entries)
+        return Kept(whole, doubtful)
 
     def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> frozenset[str]:
         """Return those of `paths` that were whole, all sent, after some flush before the cut."""
@@ -271,8 +272,7 @@ class _Judge:
         if key not in self.known:
             self.progress(state)
             disk = self.timeline.open(state)
-            found = self.follower.check(disk, self._changed(choice))
-            self.known[key] = certain(found, disk, self.manifest)
+            self.known[key] = self.follower.check(disk, self._changed(choice))
         return self.known[key]
 
     def _changed(self, choice: Mask) -> list[Extent] | None:
@@ -305,48 +305,36 @@ def place(
     timeline: Timeline,
     manifest: Manifest,
     cut: Cut,
-    *,
-    root: str | None = None,
-    partition: int | None = None,
+    where: Where = ANYWHERE,
     oracle: Oracle = QUICK,
-) -> tuple[int | None, Manifest]:
-    """Return the partition that a manifest describes, and the manifest with absolute paths.
+) -> tuple[Tree, Manifest]:
+    """Return the guest's tree, and the manifest with absolute paths in it.
 
-    Looked for where the most is there, at the end or else at the cut; or below `root`, if given,
-    on `partition`, or on whatever partition there is. Raises ManifestError if none of the files was
-    ever on the disk, FilesystemError if it cannot be read.
+    Looked for where the most is there, at the end or else at the cut. Raises ManifestError if none
+    of the files was ever on the disk, FilesystemError if it cannot be read.
     """
-    if root is not None:
-        return partition, below(root, manifest)
     try:
-        return oracle.locate(timeline.at(timeline.source.events), manifest, partition=partition)
+        return locate(oracle, timeline.at(timeline.source.events), manifest, where)
     except (ManifestError, FilesystemError) as at_the_end:
         if cut.position == timeline.source.events:
             raise
         try:
-            return oracle.locate(timeline.at(cut.position), manifest, partition=partition)
+            return locate(oracle, timeline.at(cut.position), manifest, where)
         except (ManifestError, FilesystemError):
             raise at_the_end from None
 
 
-def below(root: str, manifest: Manifest) -> Manifest:
-    """Put every path of a manifest below a directory of the filesystem."""
-    return Manifest(
-        tuple(
-            replace(entry, path=posixpath.join("/", root, entry.path.lstrip("/")))
-            for entry in manifest.entries
-        )
-    )
-
-
 def earlier_digests(
-    timeline: Timeline, manifest: Manifest, partition: int | None, oracle: Oracle = QUICK
+    timeline: Timeline, manifest: Manifest, tree: Tree, oracle: Oracle = QUICK
 ) -> Digests:
-    """Return the digests that the manifest's paths had before the recording, if any."""
-    wanted = {entry.path for entry in manifest.entries}
-    try:
+    """Return the SHA-256 digests that the manifest's paths had before the recording, if any."""
+    found: dict[str, tuple[str, ...]] = {}
+    for mount, part in split(manifest, tree)[0].items():
+        wanted = {entry.path for entry in part.entries}
         folder = posixpath.commonpath([posixpath.dirname(path) for path in wanted])
-        before = oracle.scan(timeline.base(), folder, partition=partition)
-    except FilesystemError:
-        return {}
-    return {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
+        try:
+            before = oracle.scan(timeline.base(), folder, mount=mount)
+        except FilesystemError:
+            continue
+        found |= {entry.path: (entry.digest,) for entry in before.entries if entry.path in wanted}
+    return found

@@ -37,6 +37,11 @@ class Source(Protocol):
         """The notes, in seq order."""
         ...
 
+    @property
+    def offers_fua(self) -> bool | None:
+        """Whether a client could send FUA; None if that is not known."""
+        ...
+
     def base(self) -> ReadableDevice:
         """Open the disk as it was before the first request; who asks for it closes it."""
         ...
@@ -64,6 +69,7 @@ class MemorySource:
     open_base: Callable[[], ReadableDevice]
     payload: bytes = b""
     notes: Sequence[Note] = field(default_factory=tuple)
+    offers_fua: bool | None = True
 
     def base(self) -> ReadableDevice:
         """Open the disk as it was before the first request."""

@@ -24,9 +24,10 @@ from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.whose import names_of
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.blank import certain
+from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.owners import Owner
 from nbdproxy.oracles.quick import QUICK
@@ -38,7 +39,7 @@ LEVELS = (Level.RECEIVED, Level.COMPLETED, Level.FLUSHED)
 """What is told of each file: when it was sent, answered, and flushed."""
 
 
-_NOWHERE = {Condition.MISSING, Condition.UNREADABLE}
+_NOWHERE = {Condition.MISSING, Condition.UNREADABLE, Condition.CANNOT_BE_TOLD}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Carrier:
 def stories(
     timeline: Timeline,
     manifest: Manifest,
-    partition: int | None,
+    tree: Tree,
     *,
     options: Options = DEFAULTS,
     progress: Callable[[StateId, int, int], None] = lambda _state, _done, _total: None,
@@ -110,16 +111,16 @@ def stories(
 ) -> tuple[Story, ...]:
     """Return the story of each file of a manifest with absolute paths.
 
-    `progress` gets the state looked at next, and how many of a level's instants were. Where the
-    filesystem cannot be read, its files are unreadable; raises FilesystemError if that is so at the
-    end of all that was sent.
+    `progress` gets the state looked at next, and how many of a level's instants were. Where a
+    filesystem cannot be judged, its files cannot be told; raises FilesystemError if that is so at
+    the end of all that was sent.
     """
-    earlier = earlier_digests(timeline, manifest, partition, oracle)
+    earlier = earlier_digests(timeline, manifest, tree, oracle)
     found: dict[str, dict[Level, list[Change]]] = {
         entry.path: {level: [] for level in LEVELS} for entry in manifest.entries
     }
     for level in LEVELS:
-        follower = oracle.follow(manifest, earlier=earlier, partition=partition)
+        follower = TreeFollower(oracle, manifest, earlier, tree)
         last = None
         steps = list(_steps(timeline, level, options))
         for number, (position, changed) in enumerate(steps):
@@ -130,9 +131,9 @@ def stories(
             if findings is last and findings.conditions:
                 continue
             last = findings
-            conditions = certain(findings, disk, manifest).conditions
+            conditions = findings.conditions
             for path, levels in found.items():
-                condition = conditions.get(path, Condition.UNREADABLE)
+                condition = conditions.get(path, Condition.CANNOT_BE_TOLD)
                 changes = levels[level]
                 if not changes or changes[-1].condition is not condition:
                     changes.append(Change(position, condition))
@@ -174,7 +175,7 @@ def _steps(
 def carriers(
     timeline: Timeline,
     entry: Entry,
-    partition: int | None,
+    tree: Tree,
     *,
     options: Options = DEFAULTS,
     oracle: Oracle = QUICK,
@@ -188,9 +189,9 @@ def carriers(
     """
     end = timeline.source.events
     disk = timeline.at(end)
-    follower = oracle.follow(Manifest((entry,)), earlier={}, partition=partition)
+    follower = TreeFollower(oracle, Manifest((entry,)), {}, tree)
     follower.check(disk, None)
-    names = names_of(disk, entry, partition, oracle)
+    names = names_of(disk, entry, tree, oracle)
     found: dict[int, list[Owner]] = {}
     for extent in follower.reads or ():
         stop = min(extent.end, timeline.source.size)

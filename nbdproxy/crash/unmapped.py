@@ -2,7 +2,7 @@
 
 QEMU keeps qcow2's tables in its memory until a flush. Data that was written into a new cluster
 then stands in the file, and no entry leads to it: the guest reads zeroes. That is proved by
-content: with such clusters in the holes of the file, it is what the manifest says.
+content: with such clusters in the holes of the file, it has the digest that the manifest says.
 
 Guarantees: a file is never said to be the guest's loss if its way, or its data, leads through a
 hole of the qcow2 file while something was written that nothing leads to: that cannot be told.
@@ -12,7 +12,6 @@ a kernel reads; of these too it cannot be told.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 
@@ -23,10 +22,12 @@ from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import ExtentSet
 from nbdproxy.oracles import check
+from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
 from nbdproxy.oracles.ext4.mounted import open_filesystem
 from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.qcow2 import Qcow2Device, is_qcow2
 from nbdproxy.oracles.watched import WatchedDevice
@@ -41,7 +42,7 @@ _TRIED_MAX = 64 << 20
 class Unmapped:
     """Tells for one cut of a recording who had what no request had carried: the guest, or QEMU."""
 
-    def __init__(self, timeline: Timeline, position: int, partition: int | None) -> None:
+    def __init__(self, timeline: Timeline, position: int, mount: Mount) -> None:
         self._filesystem: Filesystem | None = None
         self._orphans: list[int] = []
         disk = timeline.at(position)
@@ -53,9 +54,9 @@ class Unmapped:
             if not self._orphans:
                 return
             self._guest = WatchedDevice(self._file)
-            self._part: Slice = check.only(check.candidates(self._guest, partition))
+            self._part: Slice = check.only(check.candidates(self._guest, mount.partition))
             self._guest.take()
-            self._filesystem = open_filesystem(self._part.device)
+            self._filesystem = open_filesystem(self._part.device, mount)
         except FilesystemError:
             return
         self._places: dict[int, int] = {}
@@ -120,7 +121,7 @@ class Unmapped:
             for offset, at, length in holes:
                 end = max(offset, min(offset + length, node.size))
                 content[offset:end] = self._read(tried[at // cluster] + at % cluster, end - offset)
-            if hashlib.sha256(content).hexdigest() == entry.sha256:
+            if manifests.digest([bytes(content)], entry.algorithm) == entry.digest:
                 self._places = tried
                 self._last = max(hosts, default=self._last)
                 return True

@@ -20,21 +20,26 @@ from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, kind_of
 from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.owners import Owner, OwnerMap
 from nbdproxy.oracles.partitions import Slice
 
 
-def names_of(
-    disk: CrashDisk, entry: Entry, partition: int | None, oracle: Oracle
-) -> ExtNames | OtherNames:
-    """Return what says whose the bytes of a disk are."""
-    part = check.only(check.candidates(disk, partition))
+def names_of(disk: CrashDisk, entry: Entry, tree: Tree, oracle: Oracle) -> ExtNames | OtherNames:
+    """Return what says whose the bytes of a disk are that a file hangs on.
+
+    Raises FilesystemError if it is not known where the file is.
+    """
+    mount = tree.of(entry.path)
+    if isinstance(mount, str):
+        raise FilesystemError(f"{entry.path}: {mount}")
+    part = check.only(check.candidates(disk, mount.partition))
     kind = kind_of(part.device)
     if kind is FilesystemKind.EXT:
-        return ExtNames(disk, part, entry, partition)
-    content = oracle.content(disk, entry, partition=partition) or b""
-    return OtherNames(disk, kind, entry, partition, content)
+        return ExtNames(disk, part, entry, tree)
+    content = oracle.content(disk, entry, mount=mount) or b""
+    return OtherNames(disk, kind, entry, tree, content)
 
 
 class OtherNames:
@@ -47,10 +52,10 @@ class OtherNames:
         disk: CrashDisk,
         kind: FilesystemKind | None,
         entry: Entry,
-        partition: int | None,
+        tree: Tree,
         content: bytes,
     ) -> None:
-        self._map = ContentMap(disk, entry.path, content, partition=partition)
+        self._map = ContentMap(disk, entry.path, content, tree)
         self._all_else = f"{NAMES[kind]} metadata, or data packed into it" if kind else "metadata"
 
     def of(self, extent: Extent) -> list[Owner]:
@@ -67,8 +72,8 @@ class ExtNames:
 
     is_exact = True
 
-    def __init__(self, disk: CrashDisk, part: Slice, entry: Entry, partition: int | None) -> None:
-        self._owners = OwnerMap(disk, partition=partition)
+    def __init__(self, disk: CrashDisk, part: Slice, entry: Entry, tree: Tree) -> None:
+        self._owners = OwnerMap(disk, tree)
         self._logged: dict[int, str] = {}
         self._block = 1
         try:

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.partitions import slices
 
 _READ = 1 << 20
 
 
-def certain(findings: Findings, disk: ReadableDevice, manifest: Manifest) -> Findings:
-    """Return findings, or what is certain where nothing could be told: a blank disk has no file."""
+def certain(findings: Findings, disk: ReadableDevice, manifest: Manifest, mount: Mount) -> Findings:
+    """Return findings, or what is certain where nothing could be told: a blank disk has no file.
+
+    Nor has a blank partition, where it is the mount's.
+    """
     cannot_tell = findings.verdict is Verdict.UNKNOWN and not findings.conditions
-    if cannot_tell and is_blank(disk):
-        missing = {entry.path: Condition.MISSING for entry in manifest.entries}
-        return Findings(Verdict.FAIL, missing, "the disk reads all zeroes")
-    return findings
+    if not cannot_tell:
+        return findings
+    what = "the disk" if is_blank(disk) else _blank_part(disk, mount.partition)
+    if what is None:
+        return findings
+    missing = {entry.path: Condition.MISSING for entry in manifest.entries}
+    return Findings(Verdict.FAIL, missing, f"{what} reads all zeroes")
+
+
+def _blank_part(disk: ReadableDevice, partition: int | None) -> str | None:
+    """Return what a partition is called if it reads all zeroes."""
+    try:
+        part = next((part for part in slices(disk) if part.number == partition), None)
+    except FilesystemError:
+        return None
+    return part.name if part is not None and is_blank(part.device) else None
 
 
 def is_blank(device: ReadableDevice) -> bool:

@@ -10,7 +10,7 @@ Which filesystems are read here, and which are left to a kernel, is in `filesyst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -24,13 +24,13 @@ from nbdproxy.oracles.condition import Condition, classify
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.filesystems import (
     NAMES,
-    KernelOnlyError,
     Mounted,
     N,
     kind_of,
     open_filesystem,
 )
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import ONLY, Mount
 from nbdproxy.oracles.partitions import Slice
 
 
@@ -58,7 +58,7 @@ class Findings:
 
 
 class Outcome(NamedTuple):
-    """What became of one file; `doubt` says why that cannot be judged here, if so."""
+    """What became of one file; `doubt` says why, where that cannot be told."""
 
     condition: Condition
     doubt: str | None = None
@@ -68,7 +68,8 @@ class Outcome(NamedTuple):
         """The verdict on this file alone."""
         if self.condition is Condition.WHOLE:
             return Verdict.PASS
-        return Verdict.FAIL if self.doubt is None else Verdict.UNKNOWN
+        is_known = self.condition is not Condition.CANNOT_BE_TOLD
+        return Verdict.FAIL if is_known else Verdict.UNKNOWN
 
 
 def merge(verdicts: Collection[Verdict]) -> Verdict:
@@ -84,18 +85,17 @@ def check(
     manifest: Manifest,
     *,
     earlier: Mapping[str, Collection[str]] | None = None,
-    partition: int | None = None,
+    mount: Mount = ONLY,
 ) -> Findings:
     """Tell the condition of every file of `manifest` on `device`.
 
-    `earlier` maps a path to the digests of its earlier versions. `partition` chooses among
-    several filesystems (0 is the whole disk); without it the one with most of the files counts.
-    A manifest of relative paths is resolved against this very device; resolve it once against a
-    good state with `manifest.resolve` if many are checked. Raises ManifestError only if that
+    `earlier` maps a path to the digests of its earlier versions; `mount` says which filesystem has
+    the files. A manifest of relative paths is resolved against this very device; resolve it once
+    against a good state with `locate` if many are checked. Raises ManifestError only if that
     fails. Whatever else goes wrong, even inside this oracle, is the verdict *unknown*.
     """
     try:
-        filesystem = _choose(device, manifest, partition)
+        filesystem = opened(device, mount)
         if not all(entry.path.startswith("/") for entry in manifest.entries):
             manifest = manifests.resolve(manifest, _paths(filesystem))
         return _check(filesystem, manifest, earlier or {})
@@ -115,16 +115,16 @@ def scan(
     device: ReadableDevice,
     under: str = "/",
     *,
-    partition: int | None = None,
+    mount: Mount = ONLY,
     modes: bool = False,
 ) -> Manifest:
-    """Describe all regular files and symbolic links below `under`, with `modes` if wanted.
+    """Describe a mount's regular files and symbolic links below `under`, with `modes` if wanted.
 
     Hard links appear under each of their names, symbolic links are not followed. Raises
     FilesystemError if there is no filesystem or several, if the state cannot be judged, and at the
     first file that cannot be read.
     """
-    filesystem = open_filesystem(only(candidates(device, partition)).device)
+    filesystem = opened(device, mount)
     entries = []
     for path, node in filesystem.walk(absolute(under)):
         name = shown(path)
@@ -141,50 +141,14 @@ def scan(
     return Manifest(tuple(entries))
 
 
-def paths(device: ReadableDevice, *, partition: int | None = None) -> list[str]:
+def opened(device: ReadableDevice, mount: Mount) -> Mounted[Any]:
+    """Return the filesystem of a mount; raises FilesystemError if there is none to be read."""
+    return open_filesystem(only(candidates(device, mount.partition)).device, mount)
+
+
+def paths(device: ReadableDevice, *, mount: Mount = ONLY) -> list[str]:
     """Return the paths of all files and links; raises FilesystemError as `scan` does."""
-    return _paths(open_filesystem(only(candidates(device, partition)).device))
-
-
-def locate(
-    device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
-) -> tuple[int, Manifest]:
-    """Find the partition that a manifest describes and resolve the manifest against it.
-
-    Meant for a good state: what is found there then serves to check all others. Raises
-    FilesystemError if nothing can be read, ManifestError if the manifest matches nowhere.
-    """
-    parts = candidates(device, partition)
-    return best_place(parts, manifest, lambda part: _paths(open_filesystem(part.device)))
-
-
-def best_place(
-    parts: Iterable[Slice], manifest: Manifest, paths_of: Callable[[Slice], Iterable[str]]
-) -> tuple[int, Manifest]:
-    """Do what `locate` does; `paths_of` lists the files of a part, or raises FilesystemError."""
-    found: list[tuple[int, int, Manifest]] = []
-    failure: ManifestError | KernelOnlyError | None = None
-    for candidate in parts:
-        try:
-            known = set(paths_of(candidate))
-            resolved = manifests.resolve(manifest, known)
-        except (ManifestError, KernelOnlyError) as error:
-            failure = error if failure is None or isinstance(error, KernelOnlyError) else failure
-            continue
-        count = sum(entry.path in known for entry in resolved.entries)
-        found.append((count, candidate.number, resolved))
-    if not found:
-        assert failure is not None
-        raise failure
-    most = max(count for count, _, _ in found)
-    best = [(number, resolved) for count, number, resolved in found if count == most]
-    if len(best) > 1:
-        numbers = ", ".join(str(number) for number, _ in best)
-        raise FilesystemError(
-            f"the manifest matches the partitions {numbers} equally well; name one of them "
-            f"with --partition"
-        )
-    return best[0]
+    return _paths(opened(device, mount))
 
 
 def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
@@ -194,7 +158,7 @@ def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
     except CorruptError:
         return Outcome(Condition.UNREADABLE)
     except UnsupportedError as error:
-        return Outcome(Condition.UNREADABLE, f"{entry.path}: {error}")
+        return Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {error}")
 
 
 def condition_of(
@@ -280,37 +244,6 @@ def only(found: list[Slice]) -> Slice:
             f"name one of them with --partition"
         )
     return found[0]
-
-
-def _choose(device: ReadableDevice, manifest: Manifest, partition: int | None) -> Mounted[Any]:
-    found = candidates(device, partition)
-    if len(found) == 1:
-        return open_filesystem(found[0].device)
-    filesystems, closed = [], None
-    for candidate in found:
-        try:
-            filesystems.append(open_filesystem(candidate.device))
-        except KernelOnlyError as error:
-            closed = error
-    counts = [_matches(filesystem, manifest) for filesystem in filesystems]
-    best = max(counts, default=0)
-    if closed is not None and not best:
-        raise closed  # the files may be there
-    if counts.count(best) > 1:
-        raise FilesystemError(
-            f"the files could be on any of several partitions: {_listed(found)}; "
-            f"name one of them with --partition"
-        )
-    return filesystems[counts.index(best)]
-
-
-def _matches(filesystem: Mounted[Any], manifest: Manifest) -> int:
-    known = set(_paths(filesystem))
-    try:
-        resolved = manifests.resolve(manifest, known)
-    except ManifestError:
-        return 0
-    return sum(entry.path in known for entry in resolved.entries)
 
 
 def _listed(found: list[Slice]) -> str:

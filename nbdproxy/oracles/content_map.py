@@ -13,6 +13,7 @@ from dataclasses import replace
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.ext4.owners import OwnerKind
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.owners import Owner, OwnerMap
 
 _SECTOR = 512
@@ -22,10 +23,8 @@ _ZEROES = bytes(_SECTOR)
 class ContentMap:
     """An `OwnerMap` that also finds one file's data, by its content."""
 
-    def __init__(
-        self, device: ReadableDevice, path: str, content: bytes, *, partition: int | None
-    ) -> None:
-        self._owners = OwnerMap(device, partition=partition)
+    def __init__(self, device: ReadableDevice, path: str, content: bytes, tree: Tree) -> None:
+        self._owners = OwnerMap(device, tree)
         self._device = device
         self._path = path
         self._sectors = [

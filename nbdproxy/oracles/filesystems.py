@@ -7,6 +7,7 @@ end their first sector in the same two bytes.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
@@ -15,6 +16,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.mounted import open_filesystem as open_ext
+from nbdproxy.oracles.mounts import ONLY, Mount
 
 BOOT_SECTOR = 512
 _SECTOR_SIZES = {512, 1024, 2048, 4096}
@@ -50,20 +52,46 @@ _SIGNATURES = (
 )
 
 
+_XFS_SUPERBLOCK = struct.Struct(">16xQ24xQ")  # blocks of its realtime device; where the log is
+_BTRFS_DEVICES_AT = 0x10088
+_EXT_JOURNAL = struct.Struct("<II")  # its inode, its device
+_EXT_JOURNAL_AT = superblock.OFFSET + 0xE0
+
+
 class KernelOnlyError(FilesystemError):
     """The quick oracle cannot read this filesystem at all; a kernel can."""
 
 
 def kind_of(device: ReadableDevice) -> FilesystemKind | None:
     """Return the filesystem that begins where the device does, None if none is known."""
-    if superblock.has_magic(device):
-        return FilesystemKind.EXT
+    return next(iter(kinds_of(device)), None)
+
+
+def kinds_of(device: ReadableDevice) -> list[FilesystemKind]:
+    """Return every filesystem that seems to begin there: several, if one was not wiped."""
+    found = [FilesystemKind.EXT] if superblock.has_magic(device) else []
     for kind, offset, signature in _SIGNATURES:
         end = offset + len(signature)
         if device.size >= end and device.pread(offset, len(signature)) == signature:
-            return kind
-    is_fat = device.size >= BOOT_SECTOR and _is_fat(device.pread(0, BOOT_SECTOR))
-    return FilesystemKind.FAT if is_fat else None
+            found.append(kind)
+    if device.size >= BOOT_SECTOR and _is_fat(device.pread(0, BOOT_SECTOR)):
+        found.append(FilesystemKind.FAT)
+    return found
+
+
+def elsewhere(device: ReadableDevice, kind: FilesystemKind) -> str | None:
+    """Say what of a filesystem is not on this device, by its superblock; None if nothing is."""
+    if kind is FilesystemKind.XFS:
+        realtime, log = _XFS_SUPERBLOCK.unpack(device.pread(0, _XFS_SUPERBLOCK.size))
+        return "it has its log" if not log else "it has a part" if realtime else None
+    if kind is FilesystemKind.BTRFS:
+        devices = int.from_bytes(device.pread(_BTRFS_DEVICES_AT, 8), "little")
+        return "it has a part" if devices > 1 else None
+    if kind is FilesystemKind.EXT:
+        raw = device.pread(_EXT_JOURNAL_AT, _EXT_JOURNAL.size)
+        inode, number = _EXT_JOURNAL.unpack(raw)
+        return "it has its journal" if number and not inode else None
+    return None
 
 
 def _is_fat(boot: bytes) -> bool:
@@ -114,7 +142,7 @@ class Mounted(Protocol[N]):
     device: ReadableDevice
 
     def lookup(self, path: bytes, *, follow_last: bool = True) -> N | None:
-        """Return what an absolute path leads to; None if nothing."""
+        """Return what a guest's absolute path leads to; None if nothing."""
         ...
 
     def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, N]]:
@@ -130,13 +158,13 @@ class Mounted(Protocol[N]):
         ...
 
 
-def open_filesystem(device: ReadableDevice) -> Mounted[Any]:
-    """Return the filesystem that a mount of `device` would show.
+def open_filesystem(device: ReadableDevice, mount: Mount = ONLY) -> Mounted[Any]:
+    """Return the filesystem that a mount of `device` would show, at its place.
 
     Raises KernelOnlyError for a filesystem that is not read here, other FilesystemErrors where
     there is none or it cannot be judged.
     """
     kind = kind_of(device)
     if kind is None or kind is FilesystemKind.EXT:
-        return open_ext(device)
+        return open_ext(device, mount)
     raise KernelOnlyError(f"{NAMES[kind]} is not read here; ask with --oracle kernel")

@@ -32,6 +32,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.inode import Inode
 from nbdproxy.oracles.ext4.traced import Failure, Kind, TracedFilesystem
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import ONLY, Mount
 from nbdproxy.oracles.remount import Remount, SeveralError
 from nbdproxy.oracles.watched import EVERYTHING, Range, Reads, WatchedDevice
 
@@ -43,15 +44,15 @@ class IncrementalCheck:
     """Tells the condition of the same files on one state after the other."""
 
     def __init__(
-        self, manifest: Manifest, *, earlier: Earlier | None = None, partition: int | None = None
+        self, manifest: Manifest, *, earlier: Earlier | None = None, mount: Mount = ONLY
     ) -> None:
         """Take what `check` takes."""
         self._manifest = manifest
         self._earlier = earlier or {}
-        self._partition = partition
+        self._at = mount
         self._is_followable = all(entry.path.startswith("/") for entry in manifest.entries)
         self._size = -1
-        self._mount = Remount(partition)
+        self._mount = Remount(mount.partition)
         self._files: _Files | None = None
         self._has_mounted = False
         # What changed since the mount was last brought up to date.
@@ -108,10 +109,10 @@ class IncrementalCheck:
             return Findings(Verdict.UNKNOWN, reason=str(error))
         except Exception:
             self._forget()
-            return check(device, self._manifest, earlier=self._earlier, partition=self._partition)
+            return check(device, self._manifest, earlier=self._earlier, mount=self._at)
         self._forget()
         watched = WatchedDevice(device)
-        found = check(watched, self._manifest, earlier=self._earlier, partition=self._partition)
+        found = check(watched, self._manifest, earlier=self._earlier, mount=self._at)
         if found.conditions:  # else something failed, perhaps for once only
             self._reads = Reads(watched.take())
         return found
@@ -122,7 +123,7 @@ class IncrementalCheck:
         self._pending = []
         files, self._files = self._files, None  # half up to date would be wrong
         if files is None or moved is None:
-            files = _Files(self._mount.view, self._manifest, self._earlier)
+            files = _Files(self._mount.view, self._manifest, self._earlier, self._at)
         else:
             files.update(moved)
         found = files.findings()
@@ -135,7 +136,7 @@ class IncrementalCheck:
         return not self.reads.isdisjoint(changed)
 
     def _forget(self) -> None:
-        self._mount = Remount(self._partition)
+        self._mount = Remount(self._at.partition)
         self._files = None
         self._has_mounted = False
         self._pending = []
@@ -151,8 +152,10 @@ def _fewer(ranges: list[Range]) -> list[Range]:
 class _Files:
     """The files of a manifest on a view whose blocks change; knows what each was judged from."""
 
-    def __init__(self, view: WatchedDevice, manifest: Manifest, earlier: Earlier) -> None:
-        self._filesystem = TracedFilesystem(view)
+    def __init__(
+        self, view: WatchedDevice, manifest: Manifest, earlier: Earlier, mount: Mount
+    ) -> None:
+        self._filesystem = TracedFilesystem(view, mount)
         self._view = view
         self._entries = [
             (entry, absolute(entry.path), earlier.get(entry.path, ())) for entry in manifest.entries

@@ -1,8 +1,10 @@
-"""LVM's linear volumes on one disk: where they are, from LVM's own metadata.
+"""LVM's volumes on one disk: where the linear ones are, and why others cannot be read.
 
-Read is the committed metadata text of the format LVM2, with all its checksums right; else there are
-no volumes. A volume counts if all its segments are linear (`striped` with one stripe) and on this
-very physical volume; mirrors, thin pools, snapshots and volumes that go on elsewhere are left out.
+Read is the committed metadata text of the format LVM2, with all its checksums right; of all areas
+of all physical volumes of a group on this disk, the newest. A volume can be read if its segments
+are linear (`striped` with one stripe), and on physical volumes of this disk. Thin and cached ones,
+RAID, snapshots and what is on other disks are named with an obstacle, and so is a volume that a
+snapshot is being merged into: what the kernel shows of it is elsewhere until that is done.
 Source: lvm2's lib/format_text and "LVM2 metadata" (lvmsystemid(7), vgcfgbackup(8) show the text).
 """
 
@@ -11,9 +13,10 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
@@ -21,6 +24,7 @@ from nbdproxy.extents import Extent
 SECTOR = 512
 LABEL_SECTORS = 4
 _LABEL = struct.Struct("<8sQII8s")
+_ID_SIZE = 32
 _AREA = struct.Struct("<QQ")
 _MDA = struct.Struct("<I16sIQQ")
 _LOCATION = struct.Struct("<QQII")
@@ -29,28 +33,97 @@ _MDA_SIZE = 512
 _TEXT_MAX = 16 << 20
 _IGNORED = 1
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|([\w.+-]+)|([{}=\[\],])|#[^\n]*|\s+')
+_LINEAR = "striped"
+_SHOW_NOTHING = {"snapshot", "thin-pool", "cache-pool", "vdo-pool"}
+"""Types of the volumes that only serve others, though LVM lists some of them."""
+_PLAIN_STATUS = {"READ", "WRITE", "VISIBLE", "FIXED_MINOR"}
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """A linear volume: its name as `group/volume`, and its pieces of the disk in order."""
+    """A volume that people see, by its names, and its pieces of the disk in order.
 
-    name: str
-    pieces: tuple[Extent, ...]
+    ident     the ids of its group and of itself, as device mapper has them: 64 characters
+    obstacle  what it is that keeps its pieces from being what the kernel shows, if so
+    """
+
+    group: str
+    short: str
+    ident: str
+    pieces: tuple[Extent, ...] = ()
+    obstacle: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name as `group/volume`."""
+        return f"{self.group}/{self.short}"
 
 
-def volumes(device: ReadableDevice) -> list[Volume]:
-    """Return the linear volumes of a physical volume, by name; none if the disk is not one."""
+class _Commit(NamedTuple):
+    """One commit of a group's metadata."""
+
+    number: int
+    group: str
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Physical:
+    """A physical volume at an offset of the disk, with what it knows of its group.
+
+    `commit` is None where the volume is in no group, and where `is_broken`: its own metadata is
+    broken, or it keeps none, which LVM allows where another volume of the group does.
+    """
+
+    offset: int
+    size: int
+    ident: str
+    commit: _Commit | None
+    is_broken: bool
+
+
+def physical(device: ReadableDevice, offset: int = 0) -> Physical | None:
+    """Return the physical volume that a device is; None if it is not one."""
     for sector in range(LABEL_SECTORS):
         if device.size < (sector + 1) * SECTOR:
             break
         raw = device.pread(sector * SECTOR, SECTOR)
         magic, number, crc, at, kind = _LABEL.unpack_from(raw)
-        if magic == b"LABELONE" and kind == b"LVM2 001" and number == sector:
-            if crc != _crc(raw[20:]) or not _LABEL.size <= at <= SECTOR - 40:
-                return []
-            return sorted(_of_label(device, raw, at), key=lambda volume: volume.name)
-    return []
+        if magic == b"LABELONE" and number == sector:
+            is_sound = crc == _crc(raw[20:]) and kind == b"LVM2 001"
+            if not is_sound or not _LABEL.size <= at <= SECTOR - _ID_SIZE - 8:
+                return Physical(offset, device.size, "", None, is_broken=True)
+            ident = raw[at : at + _ID_SIZE].decode("ascii", "replace")
+            commit, is_broken = _newest(device, raw, at + _ID_SIZE + 8)
+            return Physical(offset, device.size, ident, commit, is_broken)
+    return None
+
+
+def volumes(found: Iterable[Physical]) -> list[Volume]:
+    """Return the visible volumes of all groups on these, in the order of groups and names.
+
+    Pieces are those of the disk that the physical volumes' offsets count on.
+    """
+    every = list(found)
+    times = Counter(one.ident for one in every)
+    there = {one.ident: one for one in every if times[one.ident] == 1}
+    newest: dict[str, _Commit] = {}
+    for one in every:
+        if (commit := one.commit) is not None:
+            ident = commit.about["id"]
+            if ident not in newest or commit.number > newest[ident].number:
+                newest[ident] = commit
+    return [volume for commit in newest.values() for volume in _volumes(commit, there)]
+
+
+def unread(found: Iterable[Physical]) -> list[Physical]:
+    """Return those that are in a group of which nothing is known here."""
+    there = list(found)
+    commits = [one.commit for one in there if one.commit is not None]
+    members = {
+        _plain(pv["id"]) for commit in commits for pv in commit.about["physical_volumes"].values()
+    }
+    return [one for one in there if one.is_broken and one.ident not in members]
 
 
 class LinearDevice:
@@ -99,23 +172,26 @@ class LinearDevice:
         """Do nothing: the disk below belongs to whoever opened it."""
 
 
-def _of_label(device: ReadableDevice, raw: bytes, at: int) -> Iterator[Volume]:
-    own = raw[at : at + 32].decode("ascii", "replace")
-    areas = list(_areas(raw, at + 40))
+def _newest(device: ReadableDevice, raw: bytes, at: int) -> tuple[_Commit | None, bool]:
+    """Return the newest commit of a label's areas; else whether there is one that is broken.
+
+    A commit that was cut off is in one area, and not yet in the other.
+    """
+    areas = list(_areas(raw, at))
     split = areas.index((0, 0)) if (0, 0) in areas else len(areas)
-    best, newest = -1, []
+    best, is_broken = None, not areas[split + 1 :]
     for offset, size in areas[split + 1 :]:
         text = _text(device, offset, size)
-        if text is None:
+        if text == "":
             continue
         try:
-            parsed = _parse(text)
-            number, found = _sequence(parsed), list(_volumes(parsed, own, device.size))
+            commit = _commit(text or "")
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            return  # not what LVM writes
-        if number > best:  # a commit that was cut off is in one area, and not yet in the other
-            best, newest = number, found
-    yield from newest
+            is_broken = True  # not what LVM writes
+            continue
+        if best is None or commit.number > best.number:
+            best = commit
+    return best, is_broken and best is None
 
 
 def _areas(raw: bytes, at: int) -> Iterator[tuple[int, int]]:
@@ -131,7 +207,7 @@ def _areas(raw: bytes, at: int) -> Iterator[tuple[int, int]]:
 
 
 def _text(device: ReadableDevice, offset: int, size: int) -> str | None:
-    """Return the committed metadata of an area, if it is sound."""
+    """Return the committed metadata of an area, "" if it has none; None if it is not sound."""
     if offset + max(size, _MDA_SIZE) > device.size:
         return None
     raw = device.pread(offset, _MDA_SIZE)
@@ -139,7 +215,11 @@ def _text(device: ReadableDevice, offset: int, size: int) -> str | None:
     at, length, text_crc, flags = _LOCATION.unpack_from(raw, _MDA.size)
     if (magic, version, start) != (_MDA_MAGIC, 1, offset) or crc != _crc(raw[4:]):
         return None
-    if flags & _IGNORED or not _MDA_SIZE <= at < size or not 0 < length <= min(size, _TEXT_MAX):
+    if (at, length) == (0, 0):
+        return ""  # in no group
+    if flags & _IGNORED:
+        return None
+    if not _MDA_SIZE <= at < size or not 0 < length <= min(size, _TEXT_MAX):
         return None
     first = min(length, size - at)
     found = device.pread(offset + at, first)
@@ -190,43 +270,107 @@ def _value(tokens: list[Any], at: int) -> tuple[Any, int]:
     return found, at + 1
 
 
-def _sequence(text: dict[str, Any]) -> int:
-    """Return which of a group's commits this is."""
-    (group,) = (value for value in text.values() if isinstance(value, dict))
-    return _whole(group["seqno"])
+def _commit(text: str) -> _Commit:
+    """Read a commit, and all of it, so that nothing that LVM does not write is used."""
+    (found,) = ((name, value) for name, value in _parse(text).items() if isinstance(value, dict))
+    group, about = found
+    commit = _Commit(_whole(about["seqno"]), group, about)
+    for _ in _volumes(commit, {}):
+        pass
+    return commit
 
 
-def _volumes(text: dict[str, Any], own: str, size: int) -> Iterator[Volume]:
-    (group,) = (name for name, value in text.items() if isinstance(value, dict))
-    about = text[group]
-    extent = _whole(about["extent_size"]) * SECTOR
-    starts = {
-        name: _whole(pv["pe_start"]) * SECTOR
+def _volumes(commit: _Commit, there: Mapping[str, Physical]) -> Iterator[Volume]:
+    about = commit.about
+    group_id = _plain(about["id"])
+    members = {
+        name: (there.get(_plain(pv["id"])), _whole(pv["pe_start"]) * SECTOR)
         for name, pv in about["physical_volumes"].items()
-        if pv["id"].replace("-", "") == own
+        if "MISSING" not in pv.get("flags", ())  # if it is here after all, it is not up to date
     }
-    for name, volume in about.get("logical_volumes", {}).items():
-        if "VISIBLE" not in volume["status"]:
+    listed = about.get("logical_volumes", {})
+    shows, merged = _snapshots(listed)
+    for name, volume in sorted(listed.items()):
+        types = {_type(segment) for segment in _segments(volume)}
+        is_seen = name in shows or "VISIBLE" in volume["status"]
+        if not is_seen or types & _SHOW_NOTHING or name in merged:
             continue  # a part of another volume
-        pieces: list[Extent] = []
-        length = 0
-        for number in range(1, volume["segment_count"] + 1):
-            segment = volume[f"segment{number}"]
-            if segment["type"] != "striped" or segment["stripe_count"] != 1:
-                break
-            where, first = segment["stripes"]
-            start = starts.get(where, size) + _whole(first) * extent
-            piece = Extent(start, _whole(segment["extent_count"]) * extent)
-            if (
-                where not in starts
-                or piece.end > size
-                or segment["start_extent"] * extent != length
-            ):
-                break
-            pieces.append(piece)
-            length += piece.length
+        pieces: tuple[Extent, ...] = ()
+        obstacle = shows.get(name) or _obstacle(about, volume, types)
+        if obstacle is None:
+            pieces = _pieces(about, volume, members)
+            obstacle = (
+                None
+                if pieces
+                else "an LVM volume whose physical volumes are not all here, once each"
+            )
+        ident = group_id + _plain(volume["id"])
+        yield Volume(commit.group, name, ident, pieces, obstacle)
+
+
+def _snapshots(listed: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
+    """Return what is to be said of volumes that take part in snapshots, and which are merged."""
+    shows: dict[str, str] = {}
+    merged = set()
+    for volume in listed.values():
+        for segment in _segments(volume):
+            if _type(segment) != "snapshot":
+                continue
+            if "merging_store" in segment:
+                merged.add(segment["merging_store"])
+                shows[segment["origin"]] = "an LVM volume that a snapshot is being merged into"
+            else:
+                shows[segment["cow_store"]] = "an LVM snapshot, which is kept as differences"
+    return shows, merged
+
+
+def _obstacle(about: Mapping[str, Any], volume: Mapping[str, Any], types: set[str]) -> str | None:
+    if types != {_LINEAR}:
+        return "an LVM volume of the type " + " and ".join(sorted(types - {_LINEAR}))
+    if "EXPORTED" in about["status"]:
+        return "in an LVM group that is exported"
+    if odd := set(volume["status"]) - _PLAIN_STATUS:
+        return "an LVM volume in the state " + " and ".join(sorted(odd))
+    if any(segment["stripe_count"] != 1 for segment in _segments(volume)):
+        return "an LVM volume in stripes"
+    return None
+
+
+def _pieces(
+    about: Mapping[str, Any],
+    volume: Mapping[str, Any],
+    members: Mapping[str, tuple[Physical | None, int]],
+) -> tuple[Extent, ...]:
+    """Return where the segments of a linear volume are, none if one is not on this disk."""
+    extent = _whole(about["extent_size"]) * SECTOR
+    pieces: list[Extent] = []
+    length, is_here = 0, True
+    for segment in _segments(volume):
+        where, first = segment["stripes"]
+        home, start = members.get(where, (None, 0))  # a volume that pvmove moves is on another one
+        at = start + _whole(first) * extent
+        size = _whole(segment["extent_count"]) * extent
+        is_next = _whole(segment["start_extent"]) * extent == length
+        length += size
+        if home is None or at + size > home.size or not is_next:
+            is_here = False  # the rest is still looked at: all of it must be what LVM writes
         else:
-            yield Volume(f"{group}/{name}", tuple(pieces))
+            pieces.append(Extent(home.offset + at, size))
+    return tuple(pieces) if is_here else ()
+
+
+def _segments(volume: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [volume[f"segment{n}"] for n in range(1, _whole(volume["segment_count"]) + 1)]
+
+
+def _type(segment: Mapping[str, Any]) -> str:
+    """Return a segment's type without the flags that LVM may add to it."""
+    kind: str = segment["type"].partition("+")[0]
+    return kind
+
+
+def _plain(ident: str) -> str:
+    return ident.replace("-", "")
 
 
 def _whole(value: object) -> int:

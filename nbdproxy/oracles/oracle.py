@@ -1,19 +1,23 @@
 """What an oracle is: it says what became of files, and of their filesystem, in any state of a disk.
 
 There are two: `quick`, which reads without a kernel and says *unknown* where it would have to
-guess, and the kernel itself (`nbdproxy.checker`).
+guess, and the kernel itself (`nbdproxy.checker`). Each knows one filesystem at a time, at its place
+in the guest's tree; `composite` asks for all of a tree. All paths are the guest's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Mount
 
 CONTENT_MAX = 64 << 20
 """So many bytes of a file a guest hands out at once."""
@@ -36,37 +40,53 @@ class Follower(Protocol):
 
 
 class Oracle(Protocol):
-    """Knows filesystems."""
+    """Knows filesystems.
 
-    def follow(self, manifest: Manifest, *, earlier: Digests, partition: int | None) -> Follower:
-        """Return what judges the files of a manifest with absolute paths."""
+    A link or `..` that leads out of a mount, into another filesystem, leaves its file
+    *cannot-be-told*; an absolute link that leads into the mount is followed from its point.
+    """
+
+    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> Follower:
+        """Return what judges the files of a manifest, absolute paths that a mount has."""
         ...
 
-    def locate(
-        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
-    ) -> tuple[int, Manifest]:
-        """Return the partition that a manifest describes, and the manifest with its paths."""
+    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+        """Return the directories that a mount of a filesystem may show at its point.
+
+        The one that a mount without options shows comes first. Of Btrfs those are the subvolumes,
+        by their paths from the top level; of all others the top is the only one.
+        """
+        ...
+
+    def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
+        """Return the paths of a mount's files and links; raises FilesystemError as `scan` does."""
         ...
 
     def scan(
-        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
     ) -> Manifest:
-        """Describe all files below a directory, with `modes` if wanted and kept there."""
+        """Describe a mount's files below a directory, with `modes` if wanted and kept there."""
         ...
 
-    def content(
-        self, device: ReadableDevice, entry: Entry, *, partition: int | None
-    ) -> bytes | None:
+    def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there.
 
         None also if it cannot be read. A guest hands out no more than CONTENT_MAX.
         """
         ...
 
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        """Open a mount to go through its files.
+
+        Raises NotMountedError if a kernel would not mount it, other FilesystemErrors if that cannot
+        be told or a guest failed.
+        """
+        ...
+
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
     ) -> Examination:
-        """Tell of the filesystem as a whole; without `fsck` that is not run."""
+        """Tell of a filesystem as a whole; without `fsck` that is not run."""
         ...
 
     def close(self) -> None:

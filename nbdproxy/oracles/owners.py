@@ -7,9 +7,10 @@ read here; see `ext4.owners` for what it does not tell apart.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
@@ -17,6 +18,8 @@ from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent, ExtentMap
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.ext4.owners import Atlas, OwnerKind, chart
+from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.partitions import Slice, slices
 from nbdproxy.oracles.qcow2 import Qcow2Device, is_qcow2
 from nbdproxy.oracles.watched import WatchedDevice
 
@@ -64,25 +67,29 @@ class OwnerMap:
     Of a qcow2 file the owners are those in the guest's disk, and the file's own tables.
     """
 
-    def __init__(self, device: ReadableDevice, *, partition: int | None = None) -> None:
-        """Read all names and inodes; `partition` leaves out the others (0 is the whole disk)."""
+    def __init__(self, device: ReadableDevice, tree: Tree | None = None) -> None:
+        """Read all names and inodes; paths are those of the guest's `tree`, if it is known.
+
+        What does not show in it is named with its partition, if there are several filesystems.
+        """
         self._parts: list[_Part] = []
         self._inside: _Inside | None = None
         try:
             if is_qcow2(device):
-                self._inside = _Inside(Qcow2Device(device), partition)
+                self._inside = _Inside(Qcow2Device(device), tree)
                 return
-            found = candidates(device, partition)
+            found = _readable(device, tree)
         except FilesystemError:
-            self._parts.append(_Part(0, device.size, None, 0))
+            self._parts.append(_Part(0, device.size, None, 0, _as_it_is))
             return
         for part in found:
             atlas = None
+            shown = partial(_shown, tree, part, len(found) > 1)
             with suppress(Exception):  # it only describes: what it stumbles over is unknown
                 atlas = chart(part.device)
             at = 0
             for piece in part.on_disk(0, part.length):
-                self._parts.append(_Part(piece.offset, piece.end, atlas, at))
+                self._parts.append(_Part(piece.offset, piece.end, atlas, at, shown))
                 at += piece.length
 
     def of(self, extent: Extent) -> list[Owner]:
@@ -120,8 +127,36 @@ class OwnerMap:
                     extent = Extent(shift + piece.start, piece.end - piece.start)
                     is_content = piece.kind in {OwnerKind.FILE_DATA, OwnerKind.DIRECTORY}
                     offset = piece.offset if is_content else None
-                    yield Owner(extent, piece.kind, piece.paths, offset)
+                    yield Owner(extent, piece.kind, here.shown(piece.paths), offset)
             start = stop
+
+
+def _readable(device: ReadableDevice, tree: Tree | None) -> list[Slice]:
+    """Return the parts of a disk that have a filesystem; first those that the tree names."""
+    numbers = [m.partition for m in tree.mounts if m.partition is not None] if tree else []
+    if not numbers:
+        return candidates(device, None)
+    found = [part for part in slices(device) if part.number in numbers]
+    with suppress(FilesystemError):
+        found += [part for part in candidates(device, None) if part.number not in numbers]
+    return found
+
+
+def _as_it_is(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return paths
+
+
+def _shown(
+    tree: Tree | None, part: Slice, is_one_of_many: bool, paths: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Return the guest's paths of a filesystem's."""
+    found: list[str] = []
+    for path in paths:
+        seen = tree.shown(part.number, path) if tree is not None else []
+        if not seen:
+            seen = [f"{path} of {part.name}" if is_one_of_many else path]
+        found += seen
+    return tuple(found)
 
 
 class _Part(NamedTuple):
@@ -131,14 +166,15 @@ class _Part(NamedTuple):
     high: int
     atlas: Atlas | None
     at: int
+    shown: Callable[[tuple[str, ...]], tuple[str, ...]]
 
 
 class _Inside:
     """Who owns the bytes of a qcow2 file."""
 
-    def __init__(self, file: Qcow2Device, partition: int | None) -> None:
+    def __init__(self, file: Qcow2Device, tree: Tree | None) -> None:
         # Behind a plain device, so that places are told on the guest's disk and not in the file.
-        self._owners = OwnerMap(WatchedDevice(file), partition=partition)
+        self._owners = OwnerMap(WatchedDevice(file), tree)
         self._claims = ExtentMap[_Claim](lambda claim, by: claim._replace(at=claim.at + by))
         for run in file.runs(0, file.size):
             if run.host is not None and not run.packed:
@@ -167,14 +203,14 @@ class _Claim(NamedTuple):
 
 
 def owners(
-    device: ReadableDevice, extents: Iterable[Extent], *, partition: int | None = None
+    device: ReadableDevice, extents: Iterable[Extent], tree: Tree | None = None
 ) -> list[Owner]:
     """Tell what lives in ranges of a disk, as a mount would show it: their owners in order.
 
     Together the owners of an extent cover exactly its bytes. Whoever asks often makes an
     `OwnerMap`, as most of the time goes into that. Raises nothing for what is on the disk.
     """
-    found = OwnerMap(device, partition=partition)
+    found = OwnerMap(device, tree)
     return [owner for extent in extents for owner in found.of(extent)]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles import check
+from nbdproxy.oracles.browse import ShownExt
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
@@ -13,6 +17,7 @@ from nbdproxy.oracles.filesystems import FilesystemKind, kind_of, open_filesyste
 from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.oracle import Digests
 from nbdproxy.oracles.partitions import Slice
 
@@ -22,30 +27,32 @@ _NOT_RUN = "it is run for the ext family only; ask with --oracle kernel"
 class QuickOracle:
     """Satisfies `Oracle`; keeps nothing between calls."""
 
-    def follow(
-        self, manifest: Manifest, *, earlier: Digests, partition: int | None
-    ) -> IncrementalCheck:
-        """Return what judges the files of a manifest with absolute paths."""
-        return IncrementalCheck(manifest, earlier=earlier, partition=partition)
+    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> IncrementalCheck:
+        """Return what judges the files of a manifest, absolute paths that a mount has."""
+        return IncrementalCheck(manifest, earlier=earlier, mount=mount)
 
-    def locate(
-        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
-    ) -> tuple[int, Manifest]:
-        """Return the partition that a manifest describes, and the manifest with its paths."""
-        return check.locate(device, manifest, partition=partition)
+    def roots(
+        self,
+        device: ReadableDevice,  # noqa: ARG002
+        partition: int | None,  # noqa: ARG002
+    ) -> tuple[str, ...]:
+        """Return the top: what is read here has no subvolumes."""
+        return ("/",)
+
+    def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
+        """Return the paths of a mount's files and links."""
+        return check.paths(device, mount=mount)
 
     def scan(
-        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
     ) -> Manifest:
-        """Describe all files below a directory."""
-        return check.scan(device, under, partition=partition, modes=modes)
+        """Describe a mount's files below a directory."""
+        return check.scan(device, under, mount=mount, modes=modes)
 
-    def content(
-        self, device: ReadableDevice, entry: Entry, *, partition: int | None
-    ) -> bytes | None:
+    def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         try:
-            filesystem = open_filesystem(check.only(check.candidates(device, partition)).device)
+            filesystem = check.opened(device, mount)
             node = filesystem.lookup(check.absolute(entry.path), follow_last=entry.target is None)
             if node is None:
                 return None
@@ -54,6 +61,11 @@ class QuickOracle:
             return b"".join(filesystem.chunks(node)) if node.is_regular else None
         except FilesystemError:
             return None
+
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownExt]:
+        """Open a mount to go through its files."""
+        yield ShownExt(device, mount)
 
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True

@@ -12,9 +12,10 @@ from nbdproxy.crash.source import Source
 from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.model import Level
-from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
+from nbdproxy.persistence.modes import CacheMode, Failure, Taken, guarantee
 from nbdproxy.report import lost
 from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural
 
 CARRIERS_SHOWN = 6
 """So many requests are listed; --json has all."""
@@ -205,10 +206,8 @@ def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
     return told
 
 
-def overview_lines(
-    stories: Sequence[Story], source: Source, levels: Sequence[Level]
-) -> Iterator[str]:
-    """Yield when everything is safe, for people; `levels` are those that the recording can tell."""
+def overview_lines(stories: Sequence[Story], source: Source, taken: Taken) -> Iterator[str]:
+    """Yield when everything is safe, for people; `taken` says of which modes that can be told."""
     rows = overview(stories)
     yield f"of {len(stories):,} files, so many are whole in what was"
     yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
@@ -223,18 +222,21 @@ def overview_lines(
     yield "What was answered, writethrough and directsync keep when the host loses power; what was"
     yield "flushed, none and writeback keep as well; unsafe keeps nothing for certain."
     for level, modes in (
-        (Level.FLUSHED, "none and writeback"),
-        (Level.COMPLETED, "writethrough and directsync"),
+        (Level.FLUSHED, (CacheMode.NONE, CacheMode.WRITEBACK)),
+        (Level.COMPLETED, (CacheMode.WRITETHROUGH, CacheMode.DIRECTSYNC)),
     ):
-        if level not in levels:
-            yield f"Recorded under writethrough or directsync, so {modes} cannot be told."
+        names = " and ".join(mode.value for mode in modes)
+        if not set(modes) & set(taken.tells):
+            yield f"Of {names} nothing can be told: {taken.why}."
             continue
         since = [story.courses[level].since for story in stories]
         safe = [position for position in since if position is not None]
         if len(safe) == len(stories):
-            yield f"Under {modes} everything is safe from {_at(max(safe), source)} on."
+            yield f"Under {names} everything is safe from {_at(max(safe), source)} on."
         else:
-            yield f"Under {modes} {len(stories) - len(safe):,} files are never safe."
+            yield f"Under {names} {plural(len(stories) - len(safe), 'file')} never became safe."
+    if taken.remark:
+        yield f"Note: {taken.remark}."
 
 
 def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]:

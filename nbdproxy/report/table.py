@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.table import Table
 
 from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.source import Source
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import WEAK
+from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.sizes import plural
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}
 
@@ -67,6 +72,12 @@ def footnotes(result: Replay) -> list[str]:
         notes.append(
             f"{empty:,} files of the manifest are empty: was it made when they were lost already?"
         )
+    weak = Counter(e.algorithm for e in result.manifest.entries if e.algorithm in WEAK)
+    notes += [
+        f"{plural(count, 'file')} compared by {algorithm}: that shows what was lost, and proves "
+        f"nothing where somebody may have forged a file"
+        for algorithm, count in weak.items()
+    ]
     cuts = {cell.cut.text: cell.cut for cell in result.cells}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
     if result.below_qcow2:
@@ -77,9 +88,13 @@ def footnotes(result: Replay) -> list[str]:
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)
         notes.append(
-            f"left out: {left}; this recording was taken with the guest's write cache off and has "
-            "none of the guest's flushes; record again with cache=none or writeback to judge them"
+            f"left out: {left}; {result.why}; if you know QEMU's cache mode then, --recorded-as "
+            f"says it"
+            if len(result.recorded_under) == len(CacheMode)
+            else f"left out: {left}; {result.why}"
         )
+    if result.remark:
+        notes.append(result.remark)
     reasons = {end.reason for c in result.cells for end in (c.worst, c.best) if end.reason}
     return notes + sorted(reasons)
 

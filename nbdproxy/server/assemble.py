@@ -134,7 +134,7 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
     if upstream is not None and not plan.overlay:
         read_only |= bool(upstream.info.flags & TransmissionFlag.READ_ONLY)
     try:
-        recorder = _record(plan, disk) if plan.record is not None else None
+        recorder = _record(plan, disk, upstream) if plan.record is not None else None
     except BaseException:
         disk.close()
         raise
@@ -208,8 +208,9 @@ def _fingerprint(plan: Plan) -> Fingerprint | None:
         return None
 
 
-def _record(plan: Plan, disk: BlockDevice) -> RecordingWriter:
+def _record(plan: Plan, disk: BlockDevice, upstream: Upstream | None) -> RecordingWriter:
     assert plan.record is not None
+    below = None if plan.overlay else upstream
     try:
         data = tuple((e.offset, e.length) for e in disk.data_extents(0, disk.size))
     except OSError as error:
@@ -224,6 +225,7 @@ def _record(plan: Plan, disk: BlockDevice) -> RecordingWriter:
         started=datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
         program=f"nbdproxy {__version__}",
         kind=plan.kind,
+        fua=below is None or bool(below.info.flags & TransmissionFlag.SEND_FUA),
     )
     return RecordingWriter(plan.record, meta)
 

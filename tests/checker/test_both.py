@@ -23,7 +23,7 @@ def test_where_the_two_differ_is_noted_and_what_one_cannot_tell_is_not() -> None
     both.state = "s1"
     whole, lost = Condition.WHOLE, Condition.MISSING
     quick = Findings(
-        Verdict.UNKNOWN, {"/a": lost, "/b": Condition.UNREADABLE, "/c": whole}, "/b: encrypted"
+        Verdict.UNKNOWN, {"/a": lost, "/b": Condition.CANNOT_BE_TOLD, "/c": whole}, "/b: encrypted"
     )
     both.note(quick, Findings(Verdict.PASS, {"/a": whole, "/b": whole, "/c": whole}))
     both.note(Findings(Verdict.UNKNOWN, reason="?"), quick)

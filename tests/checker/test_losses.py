@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +18,11 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.story import carriers, stories
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.extract import extract
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import ONLY, Tree
 from nbdproxy.persistence.model import Level
+from nbdproxy.server.commands import CommandPlan
 
 pytestmark = pytest.mark.lab
 
@@ -28,13 +32,6 @@ CONTENT = "".join(f"line {number:>10}\n" for number in range(LENGTH // 16)).enco
 SCRIPT = """mkdir d; sync
 i=0; while [ $i -lt 4375 ]; do printf "line %10d\\n" $i; i=$((i+1)); done > d/b; sync
 head -c 300 d/b > d/small; sync"""
-
-
-@pytest.fixture(scope="module")
-def kernel() -> Iterator[KernelOracle]:
-    oracle = KernelOracle()
-    yield oracle
-    oracle.close()
 
 
 @pytest.fixture(scope="module", params=["xfs", "btrfs"])
@@ -72,15 +69,15 @@ def test_just_what_is_lacking_makes_the_file_whole(
     told = set()
     for file in (entry("b", CONTENT), entry("small", CONTENT[:300])):
         wanted = Manifest((file,))
-        follower = kernel.follow(wanted, earlier={}, partition=None)
-        [story] = stories(timeline, wanted, None, oracle=kernel)
+        follower = kernel.follow(wanted, earlier={}, mount=ONLY)
+        [story] = stories(timeline, wanted, Tree(), oracle=kernel)
         flushed, sent = (story.courses[level] for level in (Level.FLUSHED, Level.RECEIVED))
         assert sent.since is not None and flushed.since is not None
         assert flushed.since > sent.since
         unflushed = StateId(flushed.since - 1, Level.FLUSHED, Choice.MUST)
         for state in (unflushed, StateId(timeline.source.events, Level.NOTHING, Choice.MUST)):
             assert follower.check(timeline.open(state), None).verdict is Verdict.FAIL
-            found = losses(timeline, file, state, None, kernel)
+            found = losses(timeline, file, state, Tree(), kernel)
             assert found is not None
             whole = timeline.open(restored(state, found))
             assert follower.check(whole, None).verdict is Verdict.PASS, str(state)
@@ -98,7 +95,7 @@ def test_just_what_is_lacking_makes_the_file_whole(
 def test_what_carried_the_data(timeline: Timeline, kernel: KernelOracle) -> None:
     """Every byte of the file, and what the requests hold there is the file's."""
     covered = 0
-    for carrier in carriers(timeline, entry("b", CONTENT), None, oracle=kernel):
+    for carrier in carriers(timeline, entry("b", CONTENT), Tree(), oracle=kernel):
         for owner in carrier.owners:
             disk = timeline.at(timeline.source.events)
             data = disk.pread(owner.extent.offset, owner.extent.length)
@@ -112,7 +109,7 @@ def test_a_state_that_is_the_same_where_it_was_read_is_not_mounted_again(
     timeline: Timeline, kernel: KernelOracle
 ) -> None:
     wanted = Manifest((entry("b", CONTENT),))
-    follower = kernel.follow(wanted, earlier={}, partition=None)
+    follower = kernel.follow(wanted, earlier={}, mount=ONLY)
     disk = timeline.at(timeline.source.events)
     first = follower.check(disk, None)
     assert first.verdict is Verdict.PASS
@@ -121,3 +118,33 @@ def test_a_state_that_is_the_same_where_it_was_read_is_not_mounted_again(
     assert 0 < sum(extent.length for extent in reads) < disk.size // 4
     again = follower.check(disk, reads[-1:])
     assert again == first and again is not first
+
+
+def test_files_are_had_out_of_a_state(
+    timeline: Timeline, kernel: KernelOracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By extract, and by a check that asks for them; in a state, and in one that has less."""
+    out = tmp_path / "out"
+    out.mkdir()
+    end = timeline.at(timeline.source.events)
+    found = extract(kernel, end, Tree(), ["/d", "/d/gone"], out)
+    assert (out / "d" / "b").read_bytes() == CONTENT
+    assert (out / "d" / "small").read_bytes() == CONTENT[:300]
+    assert found.lost == [("/d/gone", "it is not there")]
+    assert (found.doubtful, found.skipped, found.refused) == ([], [], None)
+    with kernel.browse(end, mount=ONLY) as view:
+        assert view.find(b"/") is not None
+        file = view.find(b"/d/b")
+        assert file is not None
+        assert (out / "d" / "b").stat().st_mtime_ns == file.mtime_ns
+    monkeypatch.setattr(kernel, "close", lambda: None)
+    check = 'cmp -s -n 300 "$dir/d/b" "$dir/d/small"'
+    judge = CommandPlan(check, 60, Tree(), lambda: kernel).open(timeline)
+    seq = next(seq for seq in timeline.table.seq.tolist() if seq > timeline.source.events // 2)
+    states = [StateId(cut, Level.RECEIVED, Choice.ALL) for cut in (timeline.source.events, seq)]
+    with closing(judge):
+        (whole, reads), (less, _) = (judge.judge(state, None) for state in states)
+    assert whole.verdict is Verdict.PASS, whole.reason
+    assert reads is not None
+    assert list(reads)
+    assert less.verdict is not Verdict.PASS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,39 +14,30 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import FilesystemError
-from nbdproxy.lab.disk import PARTITION_START, format_disk
+from nbdproxy.lab.disk import format_disk
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.filesystems import kind_of
-from nbdproxy.oracles.manifest import Entry, Manifest, digest, link_entry
+from nbdproxy.oracles.locate import locate
+from nbdproxy.oracles.manifest import DIGITS, Entry, Manifest, digest, link_entry
+from nbdproxy.oracles.mounts import ONLY, Mount, Tree
 from nbdproxy.oracles.quick import QUICK
-from tests.support import conditions
+from tests.support import conditions, places
+from tests.support.states import opened
 
 pytestmark = pytest.mark.lab
 
-MIB = 320  # the least that mkfs.xfs takes; the same for all, so that one guest does
+MIB = 320  # the least that mkfs.xfs takes
 SIZE = MIB << 20
 FIRST_RECORD = 64  # in NTFS, of a file that is not the filesystem's own
 CLUSTERS = bytes(range(256)) * 32
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Iterator[KernelOracle]:
-    oracle = KernelOracle()
-    yield oracle
-    oracle.close()
-
-
-@pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> conditions.Shown:
     return conditions.make(tmp_path_factory.mktemp("ext4"), f"{MIB}M")
-
-
-def opened(image: Path) -> OverlayDisk:
-    """An image that may be changed without changing it."""
-    return OverlayDisk(FileDisk(image, read_only=True))
 
 
 def one_file(content: bytes, path: str = "/a") -> Manifest:
@@ -61,14 +51,31 @@ def test_it_says_what_the_quick_one_says_of_every_condition(
     modes = (0o644, 0o755)
     whole = next(e for e in shown.manifest.entries if e.path.endswith("/whole"))
     for oracle in (kernel, QUICK):
-        follower = oracle.follow(shown.manifest, earlier=shown.earlier, partition=None)
+        follower = oracle.follow(shown.manifest, earlier=shown.earlier, mount=ONLY)
         assert follower.check(disk, None) == Findings(Verdict.FAIL, shown.expected)
         found: list[Condition] = []
         for mode in modes:
             wanted = Manifest((replace(whole, mode=mode),))
-            follower = oracle.follow(wanted, earlier={}, partition=None)
+            follower = oracle.follow(wanted, earlier={}, mount=ONLY)
             found += follower.check(disk, None).conditions.values()
         assert found == [Condition.WHOLE, Condition.DAMAGED]
+
+
+@pytest.mark.parametrize("algorithm", sorted(DIGITS))
+def test_every_digest_tells_every_condition(
+    kernel: KernelOracle, shown: conditions.Shown, algorithm: str
+) -> None:
+    other = digest([conditions.CONTENT], algorithm)
+    wanted = Manifest(
+        tuple(
+            e if e.target is not None else replace(e, digest=other, algorithm=algorithm)
+            for e in shown.manifest.entries
+        )
+    )
+    for oracle in (kernel, QUICK):
+        follower = oracle.follow(wanted, earlier=shown.earlier, mount=ONLY)
+        found = follower.check(opened(shown.image), None)
+        assert found == Findings(Verdict.FAIL, shown.expected)
 
 
 def test_nothing_of_the_state_before_is_seen(kernel: KernelOracle, shown: conditions.Shown) -> None:
@@ -79,7 +86,7 @@ def test_nothing_of_the_state_before_is_seen(kernel: KernelOracle, shown: condit
     assert node is not None
     at = filesystem.runs(node)[0].physical * 4096
     follower = kernel.follow(
-        one_file(conditions.CONTENT, f"{conditions.UNDER}/whole"), earlier={}, partition=None
+        one_file(conditions.CONTENT, f"{conditions.UNDER}/whole"), earlier={}, mount=ONLY
     )
     assert follower.check(disk, None).verdict is Verdict.PASS
     disk.pwrite(at, b"?")
@@ -94,7 +101,7 @@ def test_what_it_does_not_mount_has_lost_all_files(
     disk = opened(shown.image)
     at = Filesystem(disk).inode_offset(ROOT)
     disk.pwrite(at, bytes(128))
-    found = kernel.follow(shown.manifest, earlier={}, partition=None).check(disk, None)
+    found = kernel.follow(shown.manifest, earlier={}, mount=ONLY).check(disk, None)
     assert (found.verdict, found.refused) == (Verdict.FAIL, True)
     assert set(found.conditions.values()) == {Condition.UNREADABLE}
     assert found.reason is not None and "root inode" in found.reason
@@ -103,7 +110,7 @@ def test_what_it_does_not_mount_has_lost_all_files(
 
 
 def test_no_filesystem_is_unknown(kernel: KernelOracle) -> None:
-    found = kernel.follow(one_file(b"x"), earlier={}, partition=None)
+    found = kernel.follow(one_file(b"x"), earlier={}, mount=ONLY)
     assert found.check(MemoryDisk(SIZE), None).verdict is Verdict.UNKNOWN
     assert kernel.examine(MemoryDisk(SIZE), partition=None).mounts is None
 
@@ -135,39 +142,41 @@ def test_other_filesystems(kernel: KernelOracle, image: Path) -> None:
     wanted = Manifest(
         tuple(entry for p in ("/a/b", "/link", "/c") for entry in one_file(b"content", p).entries)
     )
-    found = kernel.follow(wanted, earlier={}, partition=None).check(disk, None)
+    found = kernel.follow(wanted, earlier={}, mount=ONLY).check(disk, None)
     assert found.conditions == {
         "/a/b": Condition.WHOLE,
         "/link": Condition.WHOLE,
         "/c": Condition.MISSING,
     }
     link = link_entry("/link", "/a/b")
-    assert kernel.scan(disk, "/", partition=None).entries == (
+    assert kernel.scan(disk, "/", mount=ONLY).entries == (
         *one_file(b"content", "/a/b").entries,
         link,
     )
     links = Manifest((link, link_entry("/a/b", "x"), link_entry("/a/c", "x")))
-    follower = kernel.follow(links, earlier={}, partition=None)
+    follower = kernel.follow(links, earlier={}, mount=ONLY)
     assert list(follower.check(disk, None).conditions.values()) == [
         Condition.WHOLE,
         Condition.DAMAGED,
         Condition.MISSING,
     ]
-    assert kernel.locate(disk, one_file(b"content", "b")) == (0, one_file(b"content", "/a/b"))
+    assert locate(kernel, disk, one_file(b"content", "b")) == (
+        Tree((Mount(partition=0),)),
+        one_file(b"content", "/a/b"),
+    )
     examined = kernel.examine(disk, partition=None)
     assert examined.mounts
     assert isinstance(examined.fsck, Fsck) and examined.fsck.clean
-    quick = QUICK.follow(wanted, earlier={}, partition=None).check(disk, None)
+    quick = QUICK.follow(wanted, earlier={}, mount=ONLY).check(disk, None)
     assert quick.verdict is Verdict.UNKNOWN and "--oracle kernel" in str(quick.reason)
     with pytest.raises(FilesystemError, match="--oracle kernel"):
-        QUICK.locate(disk, wanted)
+        locate(QUICK, disk, wanted)
 
 
 def test_fat_in_a_partition(kernel: KernelOracle, tmp_path: Path) -> None:
-    around = 2 * PARTITION_START  # so that the partition is as large as the other disks
-    format_disk(tmp_path / "image", SIZE + around, fs="vfat", partition_table="gpt")
+    format_disk(tmp_path / "image", SIZE, fs="vfat", partition_table="gpt")
     disk = FileDisk(tmp_path / "image", read_only=True)
-    found = kernel.follow(one_file(b"x"), earlier={}, partition=1).check(disk, None)
+    found = kernel.follow(one_file(b"x"), earlier={}, mount=Mount(partition=1)).check(disk, None)
     assert found == Findings(Verdict.FAIL, {"/a": Condition.MISSING})
 
 
@@ -187,18 +196,18 @@ def plain(tmp_path: Path) -> OverlayDisk:
 
 
 def judged(kernel: KernelOracle, disk: OverlayDisk, *entries: Entry) -> Findings:
-    return kernel.follow(Manifest(entries), earlier={}, partition=None).check(disk, None)
+    return kernel.follow(Manifest(entries), earlier={}, mount=ONLY).check(disk, None)
 
 
 def test_both_list_the_same(kernel: KernelOracle, plain: OverlayDisk) -> None:
     for modes in (False, True):
         listed, same = (
-            oracle.scan(plain, "/folder", partition=None, modes=modes) for oracle in (kernel, QUICK)
+            oracle.scan(plain, "/folder", mount=ONLY, modes=modes) for oracle in (kernel, QUICK)
         )
         assert listed == same
         assert [entry.mode for entry in listed.entries] == [None, 0o755 if modes else None]
     with pytest.raises(FilesystemError, match="/sparse is sparse and larger than its disk"):
-        kernel.scan(plain, "/", partition=None)
+        kernel.scan(plain, "/", mount=ONLY)
 
 
 SUPERBLOCK = 1024
@@ -262,12 +271,12 @@ def ntfs(tmp_path: Path) -> OverlayDisk:
 def test_ntfs(kernel: KernelOracle, ntfs: OverlayDisk) -> None:
     """Permissions are the driver's invention there; and nothing is kept of the state before."""
     wanted = Manifest((replace(one_file(CLUSTERS).entries[0], mode=0o600),))
-    follower = kernel.follow(wanted, earlier={}, partition=None)
+    follower = kernel.follow(wanted, earlier={}, mount=ONLY)
     at = position(ntfs, CLUSTERS)
     for data, condition in ((b"?", Condition.DAMAGED), (CLUSTERS[:1], Condition.WHOLE)):
         ntfs.pwrite(at, data)
         assert follower.check(ntfs, None).conditions == {"/a": condition}
-    assert one_file(CLUSTERS).entries[0] in kernel.scan(ntfs, "/", partition=None).entries
+    assert one_file(CLUSTERS).entries[0] in kernel.scan(ntfs, "/", mount=ONLY).entries
     examined = kernel.examine(ntfs, partition=None)
     assert examined.mounts
     assert isinstance(examined.fsck, Fsck) and examined.fsck.clean
@@ -281,7 +290,7 @@ def test_ntfs_whose_log_would_be_replayed_is_unknown(
     kernel: KernelOracle, ntfs: OverlayDisk
 ) -> None:
     ntfs.pwrite(position(ntfs, b"\xff" * 4096), b"RSTR")
-    found = kernel.follow(one_file(CLUSTERS), earlier={}, partition=None).check(ntfs, None)
+    found = kernel.follow(one_file(CLUSTERS), earlier={}, mount=ONLY).check(ntfs, None)
     assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
     assert found.reason is not None and "ntfs-3g cannot tell" in found.reason
     assert kernel.examine(ntfs, partition=None).mounts is None
@@ -291,17 +300,18 @@ def test_ntfs_that_is_not_mounted_has_lost_all_files(
     kernel: KernelOracle, ntfs: OverlayDisk
 ) -> None:
     ntfs.pwrite(position(ntfs, b"FILE0"), bytes(5))
-    found = kernel.follow(one_file(CLUSTERS), earlier={}, partition=None).check(ntfs, None)
+    found = kernel.follow(one_file(CLUSTERS), earlier={}, mount=ONLY).check(ntfs, None)
     assert (found.verdict, found.refused) == (Verdict.FAIL, True)
     assert found.reason is not None and found.reason.startswith("ntfs-3g refuses")
 
 
 def test_a_daemon_that_dies_says_nothing_of_files(kernel: KernelOracle, ntfs: OverlayDisk) -> None:
-    place = kernel.place(ntfs, None)
-    with pytest.raises(GuestError, match="ENOTCONN"), kernel.mounted(place) as guest:
+    part = kernel.place(ntfs, None)
+    with pytest.raises(GuestError, match="ENOTCONN"), kernel.mounted(part) as guest:
         number = kernel.number_of(one_file(CLUSTERS), guest)
         guest.ask("fsck", argv=["killall", "-9", "ntfs-3g"])
-        guest.ask("judge", manifest=number, limit=SIZE)
+        place = {"point": "", "root": "", "covered": []}
+        guest.ask("judge", manifest=number, place=place, limit=SIZE)
 
 
 def position(disk: OverlayDisk, wanted: bytes) -> int:
@@ -333,10 +343,10 @@ def test_what_the_journal_changes_and_names_of_any_bytes(
     )
     wanted = one_file(b"y" * 4096, "/" + name.decode(errors="surrogateescape"))
     for oracle in (kernel, QUICK):
-        assert oracle.follow(wanted, earlier={}, partition=None).check(disk, None).conditions == {
+        assert oracle.follow(wanted, earlier={}, mount=ONLY).check(disk, None).conditions == {
             wanted.entries[0].path: Condition.WHOLE
         }
-        assert oracle.scan(disk, "/", partition=None) == wanted
+        assert oracle.scan(disk, "/", mount=ONLY) == wanted
     quick, real = (o.examine(disk, partition=None) for o in (QUICK, kernel))
     assert [(e.offset, e.length) for e in quick.replayed] == [(number * 4096, 4096)]
     covered = {at for e in real.replayed for at in range(e.offset, e.end, 4096)}
@@ -344,15 +354,17 @@ def test_what_the_journal_changes_and_names_of_any_bytes(
     assert quick.mounts and real.mounts
 
 
-def test_a_guest_that_dies_is_unknown_and_the_next_state_gets_another(
-    kernel: KernelOracle, shown: conditions.Shown
-) -> None:
-    follower = kernel.follow(shown.manifest, earlier=shown.earlier, partition=None)
-    disk = opened(shown.image)
-    with kernel.mounted(kernel.place(disk, None)) as guest:
-        pass
-    guest.kill()
-    found = follower.check(disk, None)
-    assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
-    assert found.reason is not None and "guest is gone" in found.reason
-    assert follower.check(disk, None).conditions == shown.expected
+def test_a_filesystem_in_the_middle_of_the_tree(kernel: KernelOracle, tmp_path: Path) -> None:
+    folder = tmp_path / "root"
+    places.fill(folder)
+    format_disk(tmp_path / "image", SIZE, fs="ext4", options=["-d", str(folder)])
+    disk = FileDisk(tmp_path / "image", read_only=True)
+    wanted = places.manifest()
+    found = kernel.follow(wanted, earlier={}, mount=places.MOUNT).check(disk, None)
+    assert found.conditions == places.expected()
+    for under in ("/", "/srv", "/srv/data", "/srv/data/sub"):
+        listed = kernel.scan(disk, under, mount=places.MOUNT)
+        same = QUICK.scan(disk, under, mount=places.MOUNT)
+        assert set(listed.entries) == set(same.entries)
+    assert set(kernel.paths(disk, mount=places.MOUNT)) == places.SEEN
+    assert kernel.content(disk, listed.entries[0], mount=places.MOUNT) == b"here/sub/b"

@@ -14,6 +14,7 @@ from nbdproxy.crash.causes import Cause
 from nbdproxy.crash.replay import Cell, replay
 from nbdproxy.crash.source import MemorySource
 from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
@@ -119,3 +120,19 @@ def test_an_older_version_on_the_base_is_stale(images: list[bytes]) -> None:
     assert found.worst.files["/f"].condition is Condition.STALE
     assert found.worst.files["/f"].cause is Cause.FLUSH_IN_FLIGHT
     assert found.worst.files["/late"].cause is Cause.SENT_UNANSWERED
+
+
+def test_a_manifest_that_matches_only_at_the_cut_is_found_there(images: list[bytes]) -> None:
+    """The disk is wiped in the end: nothing of the manifest is left there."""
+    source = recorded([images[2], images[0]], lambda steps: [FLUSH, *steps[0]])
+    wanted = Manifest((entry("f", NEW),))
+    found = replay(source, wanted, at="seq:0", failures=[Failure.QEMU_KILL])
+    assert found.manifest == Manifest((entry("/f", NEW),))
+    with pytest.raises(FilesystemError):
+        replay(source, wanted, at="end")
+
+
+def test_a_manifest_of_other_files_is_refused(images: list[bytes]) -> None:
+    source = recorded(images[2:], lambda steps: [*steps[0]])
+    with pytest.raises(ManifestError):
+        replay(source, Manifest((entry("x", OLD),)))

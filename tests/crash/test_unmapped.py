@@ -17,6 +17,7 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.layout import file_extents
 from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.mounts import ONLY
 from nbdproxy.oracles.qcow2 import Qcow2Device
 from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.requests import Command
@@ -113,7 +114,7 @@ def told(before: bytes, after: bytes, entry: Entry, left_out: Iterable[int] = ()
     table = table_of(log)
     source = MemorySource(table, len(after), len(log), lambda: MemoryDisk(before), payload)
     with closing(Timeline(source)) as timeline:
-        return Unmapped(timeline, len(log), None).cause(entry)
+        return Unmapped(timeline, len(log), ONLY).cause(entry)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Cell, replay
 from nbdproxy.lab import disk, renames
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import Where
 from nbdproxy.oracles.manifest import Manifest, dump, parse
 from nbdproxy.persistence.modes import CacheMode, Failure
 from tests.support.forked import ForkedServer
@@ -46,7 +47,7 @@ def judged(source: RecordedSource, manifest: Manifest, at: str | None = None) ->
         modes=[CacheMode.NONE],
         failures=[Failure.HOST_POWER_LOSS],
         at=at,
-        root="/",
+        where=Where(root="/"),
     )
     return result.cells[0]
 
@@ -94,7 +95,7 @@ def test_the_manifests_are_of_the_same_files_and_can_be_printed() -> None:
     assert len(new.entries) == renames.FILES
     for one, other in zip(new.entries, old.entries, strict=True):
         assert (one.path, one.size) == (other.path, other.size)
-        assert one.sha256 != other.sha256
+        assert one.digest != other.digest
     for name, manifest in (("rename-new", new), ("rename-old", old)):
         assert parse(nbdproxy("lab", "manifest", name).stdout, name) == manifest
         assert dump(manifest) == nbdproxy("lab", "manifest", name).stdout

@@ -17,6 +17,7 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.oracles.check import Verdict, check
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Level
 from tests.support import ext4
 from tests.support.forked import ForkedServer
@@ -142,7 +143,7 @@ def test_what_is_lacking_put_back_makes_the_file_whole(
                 wanted = Manifest((entry,))
                 if check(timeline.open(state), wanted).verdict is Verdict.PASS:
                     continue
-                found = losses(timeline, entry, state, None)
+                found = losses(timeline, entry, state, Tree())
                 if found is None:
                     continue
                 assert found.ranges or found.way
@@ -165,4 +166,4 @@ def test_what_is_lacking_put_back_makes_the_file_whole(
 def test_what_never_was_whole_has_no_losses(plain: Opened) -> None:
     timeline, entries = plain
     state = StateId(1, Level.FLUSHED, Choice.MUST)
-    assert losses(timeline, entries[0], state, None) is None
+    assert losses(timeline, entries[0], state, Tree()) is None

@@ -19,6 +19,7 @@ from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Options
 from nbdproxy.report.stories import overview
 from tests.support import ext4
@@ -92,15 +93,15 @@ def test_the_condition_at_every_instant_is_what_a_look_there_finds(
     request: pytest.FixtureRequest, case: str
 ) -> None:
     timeline, manifest = request.getfixturevalue(case)
-    told = stories(timeline, manifest, None)
+    told = stories(timeline, manifest, Tree())
     seen = set()
     for level in LEVELS:
         for position in range(timeline.source.events + 1):
             disk = timeline.open(StateId(position, level, Choice.MUST, Options()))
-            found = oracle.check(disk, manifest, earlier={}, partition=None).conditions
+            found = oracle.check(disk, manifest, earlier={}).conditions
             for story in told:
                 path = story.entry.path
-                expected = found.get(path, Condition.UNREADABLE)
+                expected = found.get(path, Condition.CANNOT_BE_TOLD)
                 assert story.courses[level].at(position) is expected, (level, position, path)
                 seen.add(expected)
     assert len(seen) > 2
@@ -115,7 +116,7 @@ def test_the_condition_at_every_instant_is_what_a_look_there_finds(
 
 def test_the_overview_counts_what_the_stories_tell(opened: Opened) -> None:
     timeline, manifest = opened
-    told = stories(timeline, manifest, None)
+    told = stories(timeline, manifest, Tree())
     rows = overview(told)
     assert rows[0][0] == 0
     for position, counts in rows:
@@ -130,7 +131,7 @@ def test_a_file_hangs_on_the_requests_that_show_in_it(opened: Opened) -> None:
     timeline, manifest = opened
     end = timeline.source.events
     for entry in manifest.entries:
-        found = carriers(timeline, entry, None)
+        found = carriers(timeline, entry, Tree())
         kinds = {owner.kind for carrier in found for owner in carrier.owners}
         assert {OwnerKind.FILE_DATA, OwnerKind.INODE_TABLE} <= kinds
         data = [
@@ -143,5 +144,5 @@ def test_a_file_hangs_on_the_requests_that_show_in_it(opened: Opened) -> None:
         for carrier in data:
             lacking = f"s{end}.nothing.but{carrier.seq}"
             disk = timeline.open(parse_state_id(lacking))
-            conditions = oracle.check(disk, own, earlier={}, partition=None).conditions
+            conditions = oracle.check(disk, own, earlier={}).conditions
             assert conditions[entry.path] is not Condition.WHOLE

@@ -16,10 +16,11 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles import check as oracle
-from nbdproxy.oracles.check import Findings, Verdict, check, locate, merge, paths, scan
+from nbdproxy.oracles.check import Findings, Verdict, check, merge, paths, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.locate import locate
 from nbdproxy.oracles.manifest import (
     Entry,
     Manifest,
@@ -28,6 +29,8 @@ from nbdproxy.oracles.manifest import (
     link_entry,
     resolve,
 )
+from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.quick import QUICK
 from tests.support import conditions
 
 Run = Callable[..., str]
@@ -185,7 +188,7 @@ def test_an_encrypted_file_is_unknown_unless_another_fails(
     debugfs(image, ["set_inode_field /app/node_modules/short flags 0x80800"])
     findings = check(load(image), manifest)
     assert findings.verdict is Verdict.UNKNOWN
-    assert findings.conditions["/app/node_modules/short"] is Condition.UNREADABLE
+    assert findings.conditions["/app/node_modules/short"] is Condition.CANNOT_BE_TOLD
     assert findings.conditions["/app/node_modules/whole"] is Condition.WHOLE
     assert findings.reason is not None and "key" in findings.reason
     debugfs(image, ["rm /app/node_modules/whole"])
@@ -243,26 +246,26 @@ def partitioned(run: Run, make_image: Make, folder: Path, tmp_path: Path) -> Mem
 def test_the_partition_with_the_files_is_found(
     partitioned: MemoryDisk, manifest: Manifest, folder: Path
 ) -> None:
-    assert check(partitioned, manifest).verdict is Verdict.PASS
-    assert locate(partitioned, from_directory(folder / "app/node_modules")) == (2, manifest)
-    assert check(partitioned, manifest, partition=2).verdict is Verdict.PASS
-    assert check(partitioned, manifest, partition=1).verdict is Verdict.FAIL
-    assert check(partitioned, manifest, partition=3).verdict is Verdict.UNKNOWN
-    findings = check(partitioned, manifest, partition=7)
+    found = locate(QUICK, partitioned, from_directory(folder / "app/node_modules"))
+    assert found == (Tree((Mount(partition=2),)), manifest)
+    assert check(partitioned, manifest, mount=Mount(partition=2)).verdict is Verdict.PASS
+    assert check(partitioned, manifest, mount=Mount(partition=1)).verdict is Verdict.FAIL
+    assert check(partitioned, manifest, mount=Mount(partition=3)).verdict is Verdict.UNKNOWN
+    findings = check(partitioned, manifest, mount=Mount(partition=7))
     assert findings.reason == "there is no partition 7; choose one of 0, 1, 2, 3"
 
 
 def test_several_filesystems_need_a_choice(partitioned: MemoryDisk) -> None:
     with pytest.raises(FilesystemError, match=r"1 \(partition 1, .*2 \(partition 2, "):
         scan(partitioned)
-    assert [e.path for e in scan(partitioned, partition=1).entries] == ["/boot"]
-    assert paths(partitioned, partition=1) == ["/boot"]
+    assert [e.path for e in scan(partitioned, mount=Mount(partition=1)).entries] == ["/boot"]
+    assert paths(partitioned, mount=Mount(partition=1)) == ["/boot"]
     nowhere = Manifest((Entry("/nowhere", "a" * 64, 1),))
     findings = check(partitioned, nowhere)
     assert findings.verdict is Verdict.UNKNOWN
-    assert findings.reason is not None and "any of several partitions" in findings.reason
+    assert findings.reason is not None and "several partitions hold" in findings.reason
     with pytest.raises(ManifestError):
-        locate(partitioned, nowhere)
+        locate(QUICK, partitioned, nowhere)
 
 
 def test_a_large_project_is_checked_in_well_under_a_second(

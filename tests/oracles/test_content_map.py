@@ -11,6 +11,7 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.content_map import ContentMap
 from nbdproxy.oracles.ext4.owners import OwnerKind
+from nbdproxy.oracles.mounts import Tree
 
 SECTOR = 512
 SECTORS = 64
@@ -46,7 +47,7 @@ def test_data_is_found_wherever_it_lies(
             disk.pwrite(at * SECTOR, bytes(content[one * SECTOR : (one + 1) * SECTOR]))
             at += 1
         number += run
-    found = ContentMap(disk, PATH, bytes(content), partition=None).of(Extent(start, end - start))
+    found = ContentMap(disk, PATH, bytes(content), Tree()).of(Extent(start, end - start))
     assert [one.extent.offset for one in found] == [start, *(o.extent.end for o in found[:-1])]
     assert found[-1].extent.end == end
     told = {}
@@ -76,6 +77,6 @@ def test_the_first_of_equal_sectors_is_taken_unless_another_is_expected() -> Non
     disk = MemoryDisk(SECTORS * SECTOR)
     disk.pwrite(8 * SECTOR, content[SECTOR:])
     disk.pwrite(20 * SECTOR, b"a" * SECTOR)
-    found = ContentMap(disk, PATH, content, partition=None).of(Extent(0, disk.size))
+    found = ContentMap(disk, PATH, content, Tree()).of(Extent(0, disk.size))
     data = [(o.extent.offset, o.extent.length, o.offset) for o in found if o.offset is not None]
     assert data == [(8 * SECTOR, 3 * SECTOR, SECTOR), (20 * SECTOR, SECTOR, 0)]

@@ -20,6 +20,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest, from_directory
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.watched import EVERYTHING, Reads
 
 Run = Callable[..., str]
@@ -151,17 +152,18 @@ def test_several_partitions(
     table = "label: dos\nstart=2048, size=32768, type=83\nstart=34816, size=32768, type=83\n"
     run("sfdisk", "--quiet", image, stdin=table)
     disk = MemoryDisk(image.read_bytes())
-    manifest = scan(disk, partition=2)
-    oracle = IncrementalCheck(manifest, partition=partition)
+    mount = Mount(partition=partition)
+    manifest = scan(disk, mount=Mount(partition=2))
+    oracle = IncrementalCheck(manifest, mount=mount)
     at = data_of(MemoryDisk(image.read_bytes()), NAMES[1], 17 * MIB)
     places = [at, 17 * MIB + 1080, 510, MIB + 1080, 447, 450]
     changed: list[Extent] | None = None
     for place in [*places, *places]:
-        assert oracle.check(disk, changed) == check(disk, manifest, partition=partition)
+        assert oracle.check(disk, changed) == check(disk, manifest, mount=mount)
         assert oracle.reads.touches([Extent(0, 512)])
         disk.pwrite(place, bytes([disk.pread(place, 1)[0] ^ 0xFF]))
         changed = [Extent(place, 1)]
-    assert oracle.check(disk, changed) == check(disk, manifest, partition=partition)
+    assert oracle.check(disk, changed) == check(disk, manifest, mount=mount)
 
 
 def test_a_partition_that_moves_to_another_filesystem(

@@ -58,13 +58,12 @@ def test_a_broken_gpt_is_read_from_its_backup(disk: Callable[[str], MemoryDisk],
     assert found(device) == [WHOLE]
 
 
-def test_gpt_with_large_sectors(disk: Callable[[str], MemoryDisk]) -> None:
-    small, large = disk(GPT), MemoryDisk(SIZE)
-    # The same header and table, each at the place that 4096-byte sectors give it.
-    large.pwrite(0, small.pread(0, 512))
-    large.pwrite(4096, small.pread(512, 512))
-    large.pwrite(8192, small.pread(1024, 16384))
-    assert found(large) == [WHOLE, (1, 2048 * 8, 8192 * 8)]  # the second is outside the disk
+def test_gpt_with_large_sectors(run: Run, tmp_path: Path) -> None:
+    image = tmp_path / "large"
+    run("truncate", "-s", str(SIZE), image)
+    steps = "g\nn\n1\n2048\n+8191\nw\n"
+    run("fdisk", "--sector-size", "4096", image, stdin=steps)
+    assert found(MemoryDisk(image.read_bytes())) == [WHOLE, (1, 2048 * 8, 8192 * 8)]
 
 
 def test_mbr_with_logical_partitions(disk: Callable[[str], MemoryDisk]) -> None:

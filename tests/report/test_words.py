@@ -9,6 +9,7 @@ from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report.table import lost_files
@@ -32,7 +33,7 @@ def table(
     cut = Cut("end", 9)
     made = [Cell(m, failure, cut, Verdict.FAIL, worst, best) for m, (worst, best) in cells.items()]
     manifest = Manifest(tuple(Entry(f"/f{i}", "0" * 64, 1) for i in range(3)))
-    return Replay(manifest, 0, cut, frozenset(CacheMode), (), tuple(made))
+    return Replay(manifest, Tree(), cut, frozenset(CacheMode), (), tuple(made))
 
 
 def test_the_main_cause_is_told_first_and_each_mode_with_what_it_saves() -> None:

@@ -1,4 +1,4 @@
-"""A real ext4 with a file in every condition, made without root."""
+"""A real ext4 with a file in every condition that a disk can show, made without root."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from nbdproxy.oracles.manifest import Manifest, from_directory
 
 CONTENT = bytes(range(1, 251)) * 80  # 20,000 bytes without a zero
 OLD = b"an earlier version"
+SHOWN = [condition for condition in Condition if condition is not Condition.CANNOT_BE_TOLD]
 UNDER = "/app/node_modules"
 
 
@@ -29,14 +30,14 @@ class Shown:
     @property
     def expected(self) -> dict[str, Condition]:
         """The condition of each file."""
-        return {f"{UNDER}/{condition}": condition for condition in Condition}
+        return {f"{UNDER}/{condition}": condition for condition in SHOWN}
 
 
 def make(folder: Path, size: str = "16M") -> Shown:
     """Make it in an empty folder."""
     modules = folder / "root/app/node_modules"
     modules.mkdir(parents=True)
-    for condition in Condition:
+    for condition in SHOWN:
         (modules / condition.value).write_bytes(CONTENT)
     image, old = folder / "image", folder / "old"
     old.write_bytes(OLD)

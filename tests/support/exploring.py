@@ -25,6 +25,7 @@ from nbdproxy.crash.verdicts import Verdicts
 from nbdproxy.crash.workers import Runner
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.server.commands import CommandPlan
 from tests.support import ext4
@@ -110,9 +111,9 @@ def ext4_case(folder: Path) -> Case:
     (folder / "image").write_bytes(images[0])
     with ForkedServer(folder, folder / "image", "--record", str(folder / "run")) as server:
         client = server.client()
-        ext4.replay_stage(client, *images[:2])
+        ext4.replay_stage(client, images[0], images[1])
         client.flush()
-        ext4.replay_stage(client, *images[1:])
+        ext4.replay_stage(client, images[1], images[2])
         client.disc()
         server.signal(signal.SIGTERM)
         server.wait()
@@ -121,4 +122,4 @@ def ext4_case(folder: Path) -> Case:
         Entry(f"/{name}", hashlib.sha256(content).hexdigest(), len(content))
         for name, content in contents.items()
     )
-    return Case(folder / "run", ManifestPlan(Manifest(entries), None, {}), states=200)
+    return Case(folder / "run", ManifestPlan(Manifest(entries), Tree(), {}), states=200)

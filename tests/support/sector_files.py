@@ -8,18 +8,22 @@ it holds its magic, there is no filesystem.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.errors import FilesystemError, ManifestError
+from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Mount, Tree
 
 ABSENT = 0xFE
 MAGIC = 0xEF
 PATHS = ["/a", "/b", "/c", "/d", "/e", "/f", "/g"]
+TREE = Tree((Mount(partition=2),))
 FORMATTED = bytes([ABSENT]) * 512 * 7 + bytes([MAGIC]) * 512
 
 
@@ -34,9 +38,9 @@ class SectorFiles:
         manifest: Manifest,
         *,
         earlier: Mapping[str, Collection[str]],
-        partition: int | None,
+        mount: Mount,
     ) -> SectorFiles:
-        assert partition == 2
+        assert mount.partition == 2
         self.manifest, self.earlier = manifest, earlier
         return self
 
@@ -60,12 +64,21 @@ class SectorFiles:
 
     reads = None
 
-    def content(
-        self, device: ReadableDevice, entry: Entry, *, partition: int | None
-    ) -> bytes | None:
-        assert not partition
+    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+        assert partition == 2 and device.size
+        return ("/",)
+
+    def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
+        assert mount.partition == 2
+        return list(self._files(device))
+
+    def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
+        assert mount.partition == 2
         found = self._files(device).get(entry.path)
         return None if found is None else bytes([int(found)])
+
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        raise NotImplementedError("nobody goes through sectors as files")
 
     def examine(
         self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
@@ -91,7 +104,7 @@ class SectorFiles:
         conditions: dict[str, Condition] = {}
         for entry in manifest.entries:
             found = there.get(entry.path)
-            if found == entry.sha256:
+            if found == entry.digest:
                 conditions[entry.path] = Condition.WHOLE
             elif found is None:
                 conditions[entry.path] = Condition.MISSING
@@ -104,18 +117,10 @@ class SectorFiles:
             verdict=Verdict.PASS if whole else Verdict.FAIL, conditions=conditions, reason=None
         )
 
-    def locate(
-        self, device: ReadableDevice, manifest: Manifest, *, partition: int | None = None
-    ) -> tuple[int, Manifest]:
-        assert partition is None
-        if not {entry.path for entry in manifest.entries} & self._files(device).keys():
-            raise ManifestError("the manifest matches nothing")
-        return 2, manifest
-
     def scan(
-        self, device: ReadableDevice, under: str, *, partition: int | None, modes: bool = False
+        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
     ) -> Manifest:
-        assert (under, partition, modes) == ("/", 2, False)
+        assert (under, mount.partition, modes) == ("/", 2, False)
         return Manifest(tuple(Entry(p, found, 512) for p, found in self._files(device).items()))
 
     def _files(self, device: ReadableDevice) -> dict[str, str]:

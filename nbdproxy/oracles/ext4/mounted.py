@@ -7,17 +7,19 @@ from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.faults import CorruptError, refusal
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.ext4.replayed import ReplayedDevice
+from nbdproxy.oracles.mounts import ONLY, Mount
 
 
-def open_filesystem(device: ReadableDevice) -> Filesystem:
-    """Return the filesystem that a mount of `device` would show.
+def open_filesystem(device: ReadableDevice, mount: Mount = ONLY) -> Filesystem:
+    """Return the filesystem that a mount of `device` would show, at its place.
 
     Raises NoFilesystemError, or RefusedError with the reason if only a kernel can tell.
     """
-    filesystem = Filesystem(device)
+    filesystem = Filesystem(device, mount)
     blocks = journal.replay(filesystem)
     if blocks:
-        filesystem = Filesystem(ReplayedDevice(device, filesystem.superblock.block_size, blocks))
+        shown = ReplayedDevice(device, filesystem.superblock.block_size, blocks)
+        filesystem = Filesystem(shown, mount)
     check_root(filesystem)
     return filesystem
 

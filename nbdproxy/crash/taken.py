@@ -1,0 +1,23 @@
+"""Under which cache mode a recording was taken, from its requests and from what the disk is."""
+
+from __future__ import annotations
+
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.errors import NbdproxyError
+from nbdproxy.oracles.qcow2 import is_qcow2
+from nbdproxy.persistence.modes import CacheMode, Taken, recorded_under
+
+
+def taken_under(timeline: Timeline, stated: CacheMode | None = None) -> Taken:
+    """Tell what `recorded_under` does, of a recording that is opened.
+
+    Where the disk cannot be read, as without its image, it may be a qcow2 file.
+    """
+    source = timeline.source
+    try:
+        below_qcow2 = is_qcow2(timeline.at(source.events))
+    except NbdproxyError:
+        below_qcow2 = None
+    return recorded_under(
+        source.table, stated, offers_fua=source.offers_fua, below_qcow2=below_qcow2
+    )

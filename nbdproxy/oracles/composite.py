@@ -1,0 +1,119 @@
+"""All filesystems of a tree together: each file is asked of the mount that has it.
+
+Guarantees: a file is called what the oracle says of it on its own filesystem; where that cannot be
+judged as a whole, or it is not known where the file is, it is *cannot-be-told*, with the reason.
+With one mount that has every file, the findings are the oracle's own. What a disk or a part of it
+that reads all zeroes holds is certain, though no oracle can read it: no file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.extents import Extent
+from nbdproxy.oracles.blank import certain
+from nbdproxy.oracles.check import Findings, Verdict, merge
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Mount, Tree, is_below
+from nbdproxy.oracles.oracle import Digests, Follower, Oracle
+
+
+class TreeFollower:
+    """Judges the files of a manifest in one state after the other, wherever in a tree they are."""
+
+    def __init__(self, oracle: Oracle, manifest: Manifest, earlier: Digests, tree: Tree) -> None:
+        parts, self._unknown = split(manifest, tree)
+        self._manifest = manifest
+        self._parts: list[tuple[Mount, Manifest, Follower]] = [
+            (mount, part, oracle.follow(part, earlier=earlier, mount=mount))
+            for mount, part in parts.items()
+        ]
+        self._last: list[Findings] = []
+        self._findings: Findings | None = None
+
+    @property
+    def reads(self) -> Iterable[Extent] | None:
+        """What of the disk the last findings depend on; None if that cannot be told."""
+        found: list[Extent] = []
+        for (_, _, follower), said in zip(self._parts, self._last, strict=True):
+            # That a disk is blank is not seen in what the oracle read.
+            reads = follower.reads if said.conditions else None
+            if reads is None:
+                return None
+            found += reads
+        return found
+
+    def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
+        """Tell the condition of every file; findings that did not change are the same object."""
+        changed = None if changed is None else list(changed)
+        said = [follower.check(device, changed) for _, _, follower in self._parts]
+        is_same = len(said) == len(self._last) and all(
+            now is before and now.conditions for now, before in zip(said, self._last, strict=True)
+        )
+        self._last = said
+        if not is_same or self._findings is None:
+            found = [
+                certain(one, device, part, mount)
+                for one, (mount, part, _) in zip(said, self._parts, strict=True)
+            ]
+            self._findings = self._merged(found)
+        return self._findings
+
+    def _merged(self, found: list[Findings]) -> Findings:
+        if len(found) == 1 and not self._unknown:
+            return found[0]
+        conditions = dict.fromkeys(self._unknown, Condition.CANNOT_BE_TOLD)
+        reasons = []
+        for one, (_, part, _) in zip(found, self._parts, strict=True):
+            conditions |= one.conditions or {
+                entry.path: Condition.CANNOT_BE_TOLD for entry in part.entries
+            }
+            reasons += [one.reason] if one.reason is not None else []
+        for reason, count in Counter(self._unknown.values()).items():
+            files = "a file" if count == 1 else f"{count:,} files"
+            reasons.append(f"of {files} it cannot be told: {reason}")
+        verdicts = {one.verdict for one in found}
+        verdicts |= {Verdict.UNKNOWN} if self._unknown else set()
+        in_order = {e.path: conditions[e.path] for e in self._manifest.entries}
+        return Findings(merge(verdicts), in_order, "; ".join(dict.fromkeys(reasons)) or None)
+
+
+def split(manifest: Manifest, tree: Tree) -> tuple[dict[Mount, Manifest], dict[str, str]]:
+    """Return the files that each mount has, and why it cannot be told where the others are."""
+    entries: dict[Mount, list[Entry]] = {}
+    unknown: dict[str, str] = {}
+    for entry in manifest.entries:
+        found = tree.of(entry.path)
+        if isinstance(found, str):
+            unknown[entry.path] = found
+        else:
+            entries.setdefault(found, []).append(entry)
+    return {mount: Manifest(tuple(some)) for mount, some in entries.items()}, unknown
+
+
+def scan(
+    oracle: Oracle, device: ReadableDevice, under: str, tree: Tree, *, modes: bool = False
+) -> Manifest:
+    """Describe the files below a directory of a tree, on all its mounts that can be read.
+
+    Raises FilesystemError at the first file that cannot be read.
+    """
+    here = tree.of(under)
+    below = [mount for mount in tree.mounts if mount != here and is_below(mount.point, under)]
+    if isinstance(here, str) and not below:
+        raise FilesystemError(f"{under}: {here}")
+    asked = below if isinstance(here, str) else [here, *below]
+    found: list[Entry] = []
+    for mount in asked:
+        found += oracle.scan(device, under, mount=mount, modes=modes).entries
+    return Manifest(tuple(found))
+
+
+def content(oracle: Oracle, device: ReadableDevice, entry: Entry, tree: Tree) -> bytes | None:
+    """Return what a file of a tree holds, as `Oracle.content` does."""
+    mount = tree.of(entry.path)
+    return None if isinstance(mount, str) else oracle.content(device, entry, mount=mount)

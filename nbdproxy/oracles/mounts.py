@@ -1,0 +1,113 @@
+"""Where filesystems show in the guest's tree of files: a mount is one, a tree is all of them.
+
+Paths of a manifest are the guest's: `/boot/vmlinuz`, wherever it is on which disk. A `Mount` says
+which filesystem has a path, and what the path is there. A `Tree` says which mount has a path, or
+why that cannot be told: something on the disk cannot be read, or the filesystem is on none of the
+disks that were recorded. See mount_namespaces(7) and fstab(5).
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One filesystem's place in the guest's tree.
+
+    point      where it is mounted
+    partition  the number of its `partitions.Slice`; None: the only filesystem that the disk has
+    root       its directory that shows at `point`: of Btrfs a subvolume, by its path from the top
+               level (`/@home`); of a bind mount what was bound. Empty: what a mount without
+               options shows, of Btrfs the default subvolume; of all others that is the top, `/`
+    covered    points below `point` where another filesystem shows
+    """
+
+    point: str = "/"
+    partition: int | None = None
+    root: str = ""
+    covered: tuple[str, ...] = ()
+
+    def holds(self, path: str) -> bool:
+        """Tell whether the guest sees this filesystem at an absolute path."""
+        return is_below(path, self.point) and not any(is_below(path, p) for p in self.covered)
+
+    def inside(self, path: str) -> str:
+        """Return the filesystem's own path of a guest's path at or below `point`."""
+        rest = path.removeprefix(self.point.rstrip("/"))
+        return posixpath.normpath(f"{self.root.rstrip('/')}/{rest.lstrip('/')}")
+
+    def outside(self, path: str) -> str | None:
+        """Return the guest's path of a filesystem's own path; None if it does not show."""
+        if not is_below(path, self.root):
+            return None
+        rest = path.removeprefix(self.root.rstrip("/")).lstrip("/")
+        seen = posixpath.join(self.point, rest) if rest else self.point
+        return seen if self.holds(seen) else None
+
+
+ONLY = Mount()
+"""The only filesystem of a disk, at the top of the guest's tree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The guest's tree of files.
+
+    mounts    what can be read here; no two have the same point
+    away      mount points of what cannot, and why
+    doubtful  paths of which it is not known where they are, and why
+    nowhere   why a path that is below no mount point cannot be told
+    """
+
+    mounts: tuple[Mount, ...] = (ONLY,)
+    away: Mapping[str, str] = field(default_factory=dict)
+    doubtful: Mapping[str, str] = field(default_factory=dict)
+    nowhere: str = "no filesystem is known that shows there; name it with --mount"
+
+    def of(self, path: str) -> Mount | str:
+        """Return the mount that has an absolute path, or why that cannot be told."""
+        if (why := self.doubtful.get(path)) is not None:
+            return why
+        points: dict[str, Mount | str] = {mount.point: mount for mount in self.mounts}
+        points |= self.away
+        for point in above(path):
+            if point in points:
+                return points[point]
+        return self.nowhere
+
+    def shown(self, partition: int, path: str) -> list[str]:
+        """Return the guest's paths of a path on a partition; none if it does not show."""
+        found = (m.outside(path) for m in self.mounts if m.partition in {None, partition})
+        return [one for one in found if one is not None]
+
+
+def tree_of(mounts: Iterable[Mount], away: Mapping[str, str] | None = None) -> Tree:
+    """Return the tree of some mounts: each is covered by whatever is mounted below it."""
+    mounts, away = tuple(mounts), away or {}
+    points = sorted({*(mount.point for mount in mounts), *away})
+    return Tree(
+        tuple(
+            replace(
+                mount,
+                covered=tuple(p for p in points if p != mount.point and is_below(p, mount.point)),
+            )
+            for mount in sorted(mounts, key=lambda mount: mount.point)
+        ),
+        away,
+    )
+
+
+def above(path: str) -> Iterator[str]:
+    """Yield an absolute path and all directories above it, the longest first."""
+    yield path
+    while path != "/":
+        path = posixpath.dirname(path)
+        yield path
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Tell whether an absolute path is a folder or below it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")

@@ -1,0 +1,234 @@
+"""`survey`: everything on a disk that holds files, or may hold some that cannot be read here.
+
+A file that is not found is lost only if there is no place left where it may be. So each filesystem
+is told with the names that it has in fstab(5), and whatever is not read (LUKS, a thin volume, a
+member of an array, a filesystem that no oracle knows, data that nobody knows) is told as hidden.
+What holds no files is left out: swap, boot loaders' partitions, and parts that read all zeroes.
+
+What is said of a part is what its signatures claim (see `signatures`); where two contradict each
+other it is hidden. Not covered: what lies between partitions, and detached headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.extents import Extent
+from nbdproxy.oracles import lvm
+from nbdproxy.oracles.blank import is_blank
+from nbdproxy.oracles.ext4 import superblock
+from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, kinds_of
+from nbdproxy.oracles.identity import identity
+from nbdproxy.oracles.lvm import Volume
+from nbdproxy.oracles.partitions import Layout, Slice, SliceDevice, look
+from nbdproxy.oracles.signatures import (
+    Signature,
+    Usage,
+    members,
+    signatures,
+    weak_signatures,
+)
+from nbdproxy.oracles.table import GPT, SECTOR, read_table
+
+_NO_FILES = {
+    "21686148-6449-6e6f-744e-656564454649",  # BIOS boot
+    "e3c9e316-0b5c-4db8-817d-f92df00215ae",  # Microsoft reserved
+    "9e1a2d38-c612-4316-aa26-8b49521e5a8b",  # PowerPC PReP boot
+    "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f",  # swap, encrypted with a new key at each boot
+    "0x41",  # PReP
+    "0x82",  # swap
+}
+"""What partitions are meant for that hold no files, whatever is in them."""
+_UNKNOWN = Signature("something unknown", Usage.FILESYSTEM)
+_DIVIDED = Signature("divided by a partition table", Usage.TABLE)
+_UDEV_SAFE = frozenset("#+-.:=@_")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A filesystem that can be read, and every way to name it in fstab that is known here.
+
+    `specs` are as in the first field of fstab, quotes and escapes undone: UUID=, LABEL=, PARTUUID=,
+    PARTLABEL=, /dev/disk/by-..., and LVM's names below /dev. Names that depend on a guest's order
+    of disks (/dev/sda1) are none of them.
+    """
+
+    slice: Slice
+    kind: FilesystemKind
+    specs: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Something that may hold files and is not read; `str` says where it is and what it is."""
+
+    where: str
+    what: str
+    specs: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.where} is {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What holds files on a disk, in the order of its slices, and what may hold some."""
+
+    parts: tuple[Part, ...]
+    hidden: tuple[Hidden, ...]
+
+
+class _Found:
+    """A survey in the making."""
+
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.hidden: list[Hidden] = []
+
+    def hide(self, where: str, what: str, specs: Iterable[str] = ()) -> None:
+        self.hidden.append(Hidden(where, what, frozenset(specs)))
+
+
+def survey(device: ReadableDevice) -> Survey:
+    """Look at every part of a disk; raises Qcow2Error for a qcow2 file that cannot be read."""
+    layout = look(device)
+    whole, *inner = layout.slices
+    found = _Found()
+    has_table = any(part.partition is not None for part in inner)
+    doubt = layout.doubt
+    if has_table and (member := _member(whole, inner)) is not None:
+        found.hide(whole.name, member)
+        doubt = f"on a disk that is {member}"
+    if not has_table or kinds_of(whole.device):  # or a filesystem beside the table
+        inner.insert(0, whole)
+    unread = lvm.unread(layout.physicals.values())
+    for part in inner:
+        physical = layout.physicals.get(part.number)
+        if physical is None:
+            _look(found, part, doubt or _below(layout, part))
+        elif wrapper := _wrapper(signatures(part.device)):
+            found.hide(part.name, wrapper, _place_specs(part))
+        elif physical in unread:
+            found.hide(part.name, "a physical volume of LVM whose metadata cannot be read")
+    for volume in layout.closed:
+        assert volume.obstacle is not None
+        found.hide(f"volume {volume.name}", volume.obstacle, _volume_specs(volume))
+    return Survey(tuple(found.parts), tuple(found.hidden))
+
+
+def _member(whole: Slice, inner: Iterable[Slice]) -> str | None:
+    """Say what the whole disk is a member of, if what says so is in none of its partitions."""
+    end = max(part.offset + part.length for part in inner if part.partition is not None)
+    return next((one.what for one in members(whole.device) if one.at >= end), None)
+
+
+def _below(layout: Layout, volume: Slice) -> str | None:
+    """Say why a volume is only a copy of what a guest sees: it lies on a member of an array."""
+    if volume.volume is None:
+        return None
+    for number in layout.physicals:
+        part = next(part for part in layout.slices if part.number == number)
+        wrapper = _wrapper(signatures(part.device))
+        inside = Extent(part.offset, part.length)
+        if wrapper and any(inside.offset <= e.offset < inside.end for e in volume.volume.pieces):
+            return f"on {part.name}, which is {wrapper}"
+    return None
+
+
+def _wrapper(seen: Iterable[Signature]) -> str | None:
+    return next((one.what for one in seen if one.usage is Usage.WRAPPER), None)
+
+
+def _look(found: _Found, part: Slice, doubt: str | None) -> None:
+    """Tell what a part is."""
+    kinds = kinds_of(part.device)
+    seen = list(signatures(part.device))
+    if kinds == [FilesystemKind.EXT] and superblock.is_journal(part.device):
+        return  # of another filesystem, which is told that it has one elsewhere
+    if not kinds and not seen:
+        if _holds_no_files(part):
+            return
+        seen = [_by_chance(part.device)]
+    specs = _place_specs(part)
+    for one in seen:
+        specs |= _tags("UUID", one.ident) | _tags("LABEL", one.label) | {*one.nodes}
+    for kind in kinds:
+        names = identity(part.device, kind)
+        specs |= _tags("UUID", names.ident) | _tags("LABEL", names.label)
+    what = _obstacle(part, seen, kinds) or (doubt if kinds else None)
+    if what is not None:
+        found.hide(part.name, what, specs)
+    elif kinds:
+        found.parts.append(Part(part, kinds[0], frozenset(specs)))
+
+
+def _obstacle(part: Slice, seen: list[Signature], kinds: list[FilesystemKind]) -> str | None:
+    """Say what a part is, if it cannot be read."""
+    if wrapper := _wrapper(seen):
+        return wrapper
+    names = [NAMES[kind] for kind in kinds] + [one.what for one in seen]
+    if len(names) > 1:
+        return f"{' and '.join(names)} at once"
+    if kinds:
+        gone = elsewhere(part.device, kinds[0])
+        return f"{names[0]}, but {gone} on another device" if gone else None
+    return None if seen[0].usage is Usage.NO_FILES else seen[0].what
+
+
+def _by_chance(device: ReadableDevice) -> Signature:
+    """Return what something is that begins with no sure signature."""
+    if read_table(device, lambda *_: False).partitions:
+        return _DIVIDED
+    return next(weak_signatures(device), _UNKNOWN)
+
+
+def _holds_no_files(part: Slice) -> bool:
+    """Tell whether a part without any signature is known to be empty, or meant for none."""
+    is_meant = part.partition is not None and part.partition.kind in _NO_FILES
+    if is_meant or is_blank(part.device):
+        return True
+    table = read_table(part.device, lambda *_: False)
+    if part.number or table.partitions or not table.scheme:
+        return False
+    rest = SliceDevice(part.device, SECTOR, part.length - SECTOR)
+    return table.scheme == GPT or is_blank(rest)
+
+
+def _place_specs(part: Slice) -> set[str]:
+    """Return the names of a part that its filesystem does not give."""
+    specs: set[str] = set()
+    if part.partition is not None:
+        specs |= _tags("PARTUUID", part.partition.ident) | _tags("PARTLABEL", part.partition.label)
+    if part.volume is not None:
+        specs |= _volume_specs(part.volume)
+    return specs
+
+
+def _volume_specs(volume: Volume) -> set[str]:
+    """Return the names of an LVM volume; device mapper doubles dashes (lvm(8), VALID NAMES)."""
+    mapped = "-".join(name.replace("-", "--") for name in (volume.group, volume.short))
+    return {
+        f"/dev/mapper/{mapped}",
+        f"/dev/{volume.name}",
+        f"/dev/disk/by-id/dm-name-{mapped}",
+        f"/dev/disk/by-id/dm-uuid-LVM-{volume.ident}",
+    }
+
+
+def _tags(tag: str, value: str) -> set[str]:
+    """Return both ways to name something by a tag; none if it has no such tag."""
+    if not value:
+        return set()
+    return {f"{tag}={value}", f"/dev/disk/by-{tag.lower()}/{_udev(value)}"}
+
+
+def _udev(value: str) -> str:
+    """Write a name as udev does in /dev/disk: what is not plain as the hex digits of its bytes."""
+    return "".join(
+        one
+        if (one.isascii() and one.isalnum()) or one in _UDEV_SAFE or not one.isascii()
+        else "".join(f"\\x{byte:02x}" for byte in one.encode())
+        for one in value
+    )

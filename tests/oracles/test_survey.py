@@ -1,0 +1,289 @@
+"""What is on a disk: each filesystem by the names that blkid gives it, and what hides files."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.oracles.filesystems import FilesystemKind
+from nbdproxy.oracles.survey import Survey, survey
+
+MIB = 1 << 20
+Run = Callable[..., str]
+Load = Callable[[Path], MemoryDisk]
+UUID = "0b5dfd6e-b7b7-4c94-b1b9-9f1a6cbf1c52"
+
+
+@pytest.fixture
+def blank(tmp_path: Path) -> Callable[[int], Path]:
+    """A file of so many MiB that reads all zeroes."""
+
+    def make(size: int) -> Path:
+        path = tmp_path / f"blank{len(list(tmp_path.iterdir()))}"
+        path.touch()
+        os.truncate(path, size * MIB)
+        return path
+
+    return make
+
+
+def blkid(run: Run, path: Path) -> dict[str, str]:
+    """What util-linux sees."""
+    said = run("blkid", "--probe", "--output", "export", path, check=False)
+    return dict(line.split("=", 1) for line in said.replace("\\", "").splitlines() if "=" in line)
+
+
+MADE = {
+    "ext4": (8, FilesystemKind.EXT, ("mke2fs", "-q", "-F", "-L", "a b")),
+    "xfs": (320, FilesystemKind.XFS, ("mkfs.xfs", "-q", "-L", "a b")),
+    "btrfs": (128, FilesystemKind.BTRFS, ("mkfs.btrfs", "-q", "-L", "a b")),
+    "fat16": (16, FilesystemKind.FAT, ("mkfs.fat", "-F16", "-n", "A B")),
+    "fat32": (64, FilesystemKind.FAT, ("mkfs.fat", "-F32", "-n", "A B")),
+    "fat without a label": (16, FilesystemKind.FAT, ("mkfs.fat",)),
+    "exfat": (16, FilesystemKind.EXFAT, ("mkfs.exfat", "-L", "a b")),
+    "ntfs": (16, FilesystemKind.NTFS, ("mkntfs", "-q", "-F", "-L", "a b")),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_filesystem_has_the_names_that_blkid_prints(
+    name: str, run: Run, blank: Callable[[int], Path]
+) -> None:
+    size, kind, command = MADE[name]
+    path = blank(size)
+    run(*command, path)
+    (part,) = survey(FileDisk(path, read_only=True)).parts
+    seen = blkid(run, path)
+    assert (part.kind, part.slice.number) == (kind, 0)
+    assert [f"UUID={seen['UUID']}" in part.specs, f"LABEL={seen.get('LABEL')}" in part.specs] == [
+        True,
+        "LABEL" in seen,
+    ]
+    assert f"/dev/disk/by-uuid/{seen['UUID']}" in part.specs
+    assert (r"/dev/disk/by-label/a\x20b" in part.specs) == (seen.get("LABEL") == "a b")
+    assert len(part.specs) == (4 if "LABEL" in seen else 2)
+
+
+QUICK_LUKS = "cryptsetup -q luksFormat --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --type"
+HIDES = {
+    "LUKS1": (8, f"{QUICK_LUKS} luks1", "LUKS1"),
+    "LUKS2": (32, f"{QUICK_LUKS} luks2 --label top", "LUKS2"),
+    "F2FS": (64, "mkfs.f2fs -q", "F2FS"),
+    "MINIX": (16, "mkfs.minix", "MINIX"),
+    "squashfs": (1, "mksquashfs {key} {image} -noappend -quiet", "squashfs"),
+}
+
+
+@pytest.mark.parametrize("name", HIDES)
+def test_what_cannot_be_read_is_named(
+    name: str, run: Run, blank: Callable[[int], Path], load: Load, tmp_path: Path
+) -> None:
+    size, command, what = HIDES[name]
+    path, key = blank(size), tmp_path / "key"
+    key.write_text("secret")
+    words = f"{command} {{image}} {{key}}" if "{key}" not in command else command
+    if "cryptsetup" not in command:
+        words = words.removesuffix(" {key}")
+    run(*(word.format(image=path, key=key) for word in words.split()))
+    found = survey(load(path))
+    assert [str(hidden) for hidden in found.hidden] == [f"whole disk is {what}"]
+    assert not found.parts
+    if (ident := blkid(run, path).get("UUID")) is not None:
+        assert f"UUID={ident}" in found.hidden[0].specs
+    if what.startswith("LUKS"):
+        assert f"/dev/mapper/luks-{ident}" in found.hidden[0].specs
+        assert ("LABEL=top" in found.hidden[0].specs) == (what == "LUKS2")
+
+
+def test_nothing_hides_in_swap_and_in_what_reads_zeroes(
+    run: Run, blank: Callable[[int], Path], load: Load
+) -> None:
+    path = blank(8)
+    assert survey(load(path)) == Survey((), ())
+    run("mkswap", "-q", path)
+    assert survey(load(path)) == Survey((), ())
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 1500, 5000, MIB])
+def test_what_is_too_small_for_signatures_is_looked_at_all_the_same(size: int) -> None:
+    assert survey(MemoryDisk(size)) == Survey((), ())
+    if size:
+        disk = MemoryDisk(size)
+        disk.pwrite(0, b"?")
+        assert [str(hidden) for hidden in survey(disk).hidden] == [
+            "whole disk is something unknown"
+        ]
+
+
+PARTS = """label: gpt
+start=2048, size=16384, type=C12A7328-F81F-11D2-BA4B-00A0C93EC93B, name="EFI System"
+start=18432, size=16384, uuid=0B5DFD6E-B7B7-4C94-B1B9-9F1A6CBF1C52
+start=34816, size=2048, type=21686148-6449-6E6F-744E-656564454649
+start=36864, size=2048
+start=38912, size=2048
+"""
+
+
+def test_partitions_have_their_own_names_and_unknown_data_is_hidden(
+    run: Run, blank: Callable[[int], Path], load: Load
+) -> None:
+    path, inside, efi = blank(32), blank(8), blank(8)
+    run("sfdisk", "--quiet", path, stdin=PARTS)
+    run("mke2fs", "-q", "-F", "-U", UUID, inside)
+    run("mkfs.fat", efi)
+    disk = load(path)
+    disk.pwrite(2048 * 512, efi.read_bytes())
+    disk.pwrite(18432 * 512, inside.read_bytes())
+    disk.pwrite(34816 * 512 + 5, b"a boot loader")
+    disk.pwrite(36864 * 512 + 5, b"who knows")
+    found = survey(disk)
+    assert [(part.slice.number, part.kind) for part in found.parts] == [(1, "fat"), (2, "ext")]
+    assert {"PARTLABEL=EFI System", r"/dev/disk/by-partlabel/EFI\x20System"} <= found.parts[0].specs
+    own = {f"{tag}={UUID}" for tag in ("UUID", "PARTUUID")}
+    nodes = {f"/dev/disk/by-{tag}/{UUID}" for tag in ("uuid", "partuuid")}
+    assert found.parts[1].specs == own | nodes
+    (hidden,) = found.hidden
+    assert str(hidden) == "partition 4 is something unknown"
+
+
+def test_what_an_older_filesystem_left_is_not_taken_for_one(
+    run: Run, blank: Callable[[int], Path], load: Load
+) -> None:
+    path = blank(16)
+    run("mke2fs", "-q", "-F", path)
+    old = path.read_bytes()[1024:2048]
+    run("mkfs.fat", path)
+    disk = load(path)
+    disk.pwrite(1024, old)
+    assert [str(one) for one in survey(disk).hidden] == [
+        "whole disk is ext2, ext3 or ext4 and FAT at once"
+    ]
+
+
+def md_member(size: int) -> tuple[int, bytes]:
+    """What mdadm writes at the end of a member of a RAID1 of version 1.0, and where."""
+    at = (size // 512 - 16 & ~7) * 512
+    raw = bytearray(256)
+    struct.pack_into("<II8x16s32s8xi", raw, 0, 0xA92B4EFC, 1, b"\x11" * 16, b"host:0", 1)
+    struct.pack_into("<I32xQ8xQ", raw, 92, 2, 0, at // 512)
+    struct.pack_into("<I", raw, 216, sum(struct.unpack("<64I", raw)) & 0xFFFFFFFF)
+    return at, bytes(raw)
+
+
+def test_one_copy_of_an_array_is_not_what_a_guest_reads(
+    run: Run, blank: Callable[[int], Path], load: Load
+) -> None:
+    path = blank(16)
+    run("mke2fs", "-q", "-F", "-U", UUID, path)
+    disk = load(path)
+    disk.pwrite(*md_member(disk.size))
+    path.write_bytes(disk.pread(0, disk.size))
+    assert blkid(run, path)["TYPE"] == "linux_raid_member"
+    found = survey(disk)
+    assert not found.parts
+    assert [str(hidden) for hidden in found.hidden] == [
+        "whole disk is a member of an md array (RAID1)"
+    ]
+    assert {f"UUID={UUID}", "/dev/md/0"} <= found.hidden[0].specs
+
+
+def partitioned(run: Run, path: Path, table: str, inside: bytes, at: int = MIB) -> MemoryDisk:
+    """A disk with a table, and a filesystem at a place."""
+    run("sfdisk", "--quiet", path, stdin=table)
+    disk = MemoryDisk(path.read_bytes())
+    disk.pwrite(at, inside)
+    return disk
+
+
+@pytest.fixture
+def small(run: Run, blank: Callable[[int], Path]) -> bytes:
+    """An ext2 of 1 MiB."""
+    path = blank(1)
+    run("mke2fs", "-q", "-F", "-U", UUID, path)
+    return path.read_bytes()
+
+
+GPT = "label: gpt\nstart=2048, size=2048\n"
+MBR = "label: dos\nlabel-id: 0x1234abcd\nstart=2048, size=2048, type=83\n"
+
+
+def test_partitions_of_an_array_are_copies(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR, small)
+    assert {f"UUID={UUID}", "PARTUUID=1234abcd-01"} < survey(disk).parts[0].specs
+    disk.pwrite(*md_member(disk.size))
+    found = survey(disk)
+    assert not found.parts
+    assert [str(hidden) for hidden in found.hidden] == [
+        "whole disk is a member of an md array (RAID1)",
+        "partition 1 is on a disk that is a member of an md array (RAID1)",
+    ]
+    assert f"UUID={UUID}" in found.hidden[1].specs
+
+
+def test_partitions_that_only_the_backup_names_are_not_what_linux_sees(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), GPT, small)
+    assert len(survey(disk).parts) == 1
+    disk.pwrite(512, bytes(512))
+    found = survey(disk)
+    assert not found.parts
+    assert "copy of its GPT at the end" in str(found.hidden[0])
+
+
+@pytest.mark.parametrize(
+    ("places", "readable"),
+    [
+        ((MIB,), [MIB]),
+        ((8 * MIB,), [8 * MIB]),  # the same table in sectors of 4096 bytes
+        ((MIB, 8 * MIB), []),
+        ((), []),
+    ],
+)
+def test_the_unit_of_an_mbr_is_told_by_where_filesystems_begin(
+    places: tuple[int, ...],
+    readable: list[int],
+    run: Run,
+    blank: Callable[[int], Path],
+    small: bytes,
+) -> None:
+    disk = partitioned(run, blank(32), MBR, b"")
+    for at in places:
+        disk.pwrite(at, small)
+    found = survey(disk)
+    assert [part.slice.offset for part in found.parts] == readable
+    doubts = [str(hidden) for hidden in found.hidden]
+    if len(places) == 2:
+        assert "512 or of 4096 bytes" in doubts[0]
+    else:
+        assert doubts == []
+
+
+def test_a_table_within_a_partition_and_a_table_without_partitions(
+    run: Run, blank: Callable[[int], Path]
+) -> None:
+    inner = blank(1)
+    run("sfdisk", "--quiet", inner, stdin="label: dos\nstart=64, size=64, type=83\n")
+    disk = partitioned(run, blank(16), GPT, inner.read_bytes())
+    assert [str(hidden) for hidden in survey(disk).hidden] == [
+        "partition 1 is divided by a partition table"
+    ]
+    empty = blank(16)
+    run("sfdisk", "--quiet", empty, stdin="label: gpt\n")
+    assert survey(MemoryDisk(empty.read_bytes())) == Survey((), ())
+
+
+def test_a_physical_volume_without_readable_metadata_is_hidden() -> None:
+    disk = MemoryDisk(8 * MIB)
+    disk.pwrite(512, b"LABELONE" + (1).to_bytes(8, "little") + bytes(8) + b"LVM2 001")
+    assert [str(hidden) for hidden in survey(disk).hidden] == [
+        "whole disk is a physical volume of LVM whose metadata cannot be read"
+    ]
