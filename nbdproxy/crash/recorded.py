@@ -128,11 +128,13 @@ class RecordedSource(Recording):
 
     def _check_raw(self) -> None:
         """Refuse an image whose bytes are not the disk's."""
-        copy = {
-            "qcow2": f"qemu-img convert -O raw {self.meta.image} base.img",
-            "nbd": f"nbdcopy '{self.meta.image}' base.img",
-        }.get(self.meta.kind)
-        if copy is not None:
+        kind = self.meta.kind
+        if kind != "raw":
+            copy = (
+                f"nbdcopy '{self.meta.image}' base.img"
+                if kind == "nbd"
+                else f"qemu-img convert -f {kind} -O raw {self.meta.image} base.img"
+            )
             raise ImageError(
                 f"this recording builds on {self.meta.image}, which is no raw image; if nothing "
                 f"else wrote to it since, copy it with: {copy}; then add --base base.img"
