@@ -21,6 +21,7 @@ from nbdproxy.checker.guest import GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, LabError
 from nbdproxy.lab.kernel import MOUNT_PROGRAMS
+from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 
@@ -129,7 +130,7 @@ _EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
 
 
-class RefusedByKernelError(FilesystemError):
+class RefusedByKernelError(NotMountedError):
     """The kernel does not mount the filesystem."""
 
 

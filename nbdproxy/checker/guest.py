@@ -35,7 +35,6 @@ from nbdproxy.server.threaded import ThreadedServer
 
 BOOT_LIMIT_S = 120.0
 ANSWER_LIMIT_S = 120.0
-LIFE_LIMIT_S = 24 * 3600.0
 MEMORY_MIB = 1024
 DISK_SIZE = 1 << 60
 """Bytes of the guest's disk, which begins with the state."""
@@ -149,7 +148,7 @@ class CheckerGuest:
             initrd = stack.enter_context(initramfs.extended(lab.kit.initrd, entries))
             accelerator = accel.probe(lab.cache, lab.kit)
             base = accel.base_command(lab.kit.kernel, initrd, accelerator, memory_mib=MEMORY_MIB)
-            self.process = stack.enter_context(accel.running([*base, *command], LIFE_LIMIT_S))
+            self.process = stack.enter_context(accel.running([*base, *command]))
             connected = stack.enter_context(self._connect(folder / "port"))
             self._port = AgentPort(connected, lambda: accel.starved_s(self.process))
             self.ask("hello", limit_s=BOOT_LIMIT_S)

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from nbdproxy.checker.browse import BROKEN, ShownByGuest
 from nbdproxy.checker.drivers import (
     NO_TIMES,
     READ_ONLY,
@@ -44,14 +45,12 @@ from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
-from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
+from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
-_BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
-"""What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
 _ELSEWHERE = "EXDEV"
 """What the agent answers where a path leads out of its mount."""
 _SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
@@ -131,6 +130,16 @@ class KernelOracle:
         except (FilesystemError, GuestError):
             return None
         return None if found is None else base64.b64decode(found)
+
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownByGuest]:
+        """Open a mount to go through its files."""
+        place = self.place(device, mount.partition)
+        try:
+            with self.mounted(place, root=mount.root) as guest:
+                yield ShownByGuest(guest, place, _where(mount))
+        except GuestError as error:
+            raise FilesystemError(str(error)) from None
 
     def examine(
         self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
@@ -264,7 +273,7 @@ class KernelOracle:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
         entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
-        if digests and (endless := [entry for entry in entries if not entry.sha256]):
+        if digests and (endless := [entry for entry in entries if not entry.digest]):
             raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
         return entries
 
@@ -390,9 +399,9 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
         return None
     if found["kind"] == "error" and found["code"] == _ELSEWHERE:
         return "a link leads to another filesystem"
-    if found["kind"] == "error" and found["code"] not in _BROKEN:
+    if found["kind"] == "error" and found["code"] not in BROKEN:
         return f"the kernel cannot read it ({found['code']})"
-    if found["kind"] == "file" and "sha256" not in found:
+    if found["kind"] == "file" and "digests" not in found:
         return "sparse and larger than its disk"
     if found["kind"] == "none" and hides:
         return "perhaps in an encrypted folder, for which the guest has no key"
@@ -414,7 +423,7 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
     result = conclude(
-        *(entry, found["size"], found["sha256"], set(earlier)),
+        *(entry, found["size"], found["digests"], set(earlier)),
         all_zero=found["allZero"],
         zero_block=found["zeroBlock"],
     )
@@ -427,12 +436,13 @@ def _entry(found: Any) -> Entry:
     path = _shown(found["path"])
     if "target" in found:
         return link_entry(path, _shown(found["target"]))
-    return Entry(path, found.get("sha256", ""), found["size"], found["mode"])
+    return Entry(path, found.get("digests", {}).get(SHA256, ""), found["size"], found["mode"])
 
 
 def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
-    return {"path": path, "sha256": entry.sha256, "link": is_link, "mode": entry.mode}
+    asked = {"path": path, "link": is_link, "mode": entry.mode}
+    return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
 
 
 def _where(mount: Mount) -> dict[str, object]:

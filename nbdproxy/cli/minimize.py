@@ -12,6 +12,7 @@ from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.oracles import OracleChoice, OracleName
 from nbdproxy.crash.bench import Bench, Job
+from nbdproxy.crash.judging import ManifestPlan
 from nbdproxy.crash.minimize import minimize as minimize_state
 from nbdproxy.crash.naming import parse_state_id
 from nbdproxy.crash.recorded import RecordedSource
@@ -63,7 +64,8 @@ def minimize(
                         f"minimizing: {left:,} pieces left after {checks:,} checks"
                     ),
                 )
-                told = minimized.tell(bench.timeline, found)
+                tree = judge.tree if isinstance(judge, ManifestPlan) else None
+                told = minimized.tell(bench.timeline, found, tree)
         finally:
             bench.close()
             timeline.close()

@@ -20,6 +20,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
 from nbdproxy.oracles.oracle import Digests, Follower, Oracle
+from nbdproxy.oracles.watched import Range, Reads
 
 
 class TreeFollower:
@@ -36,16 +37,16 @@ class TreeFollower:
         self._findings: Findings | None = None
 
     @property
-    def reads(self) -> Iterable[Extent] | None:
+    def reads(self) -> Reads | None:
         """What of the disk the last findings depend on; None if that cannot be told."""
-        found: list[Extent] = []
+        found: list[Range] = []
         for (_, _, follower), said in zip(self._parts, self._last, strict=True):
             # That a disk is blank is not seen in what the oracle read.
             reads = follower.reads if said.conditions else None
             if reads is None:
                 return None
-            found += reads
-        return found
+            found += reads.ranges()
+        return Reads(found)
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file; findings that did not change are the same object."""

@@ -157,6 +157,8 @@ def _is_shown_by_content(disks: Disks, guess: _Guess, entries: dict[str, Entry])
     for path in sorted(guess.files)[:_READ_MAX]:
         entry = replace(entries[path], path=path[len(guess.point.rstrip("/")) :])
         content = disks.content(guess.store, guess.root, entry)
-        if content is not None and manifests.digest([content]) == entry.sha256:
+        if content is None:
+            continue
+        if manifests.digest([content], entry.algorithm) == entry.digest:
             return True
     return False

@@ -24,6 +24,7 @@ from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, by_fstab, told
+from nbdproxy.oracles.quick import QUICK
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,14 @@ def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE)
     if given.spots:
         return given.trees(disks)[0]
     return Tree((Mount(partition=check.only(check.candidates(device, None)).key),))
+
+
+def tree_by_fstab(device: ReadableDevice) -> Tree | None:
+    """Return the tree of a disk, to name what is on it; None if it is not clear."""
+    try:
+        return survey_tree(QUICK, device)
+    except FilesystemError:
+        return None
 
 
 def below(root: str, manifest: Manifest) -> Manifest:

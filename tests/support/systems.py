@@ -50,20 +50,24 @@ def filesystem(folder: Path, part: Part, number: int) -> bytes:
     return image.read_bytes()
 
 
-def disk(folder: Path, *parts: Part) -> bytes:
-    """Return a disk with a GPT and these partitions, each PART bytes; the first begins at 1 MiB."""
+def disk(folder: Path, *parts: Part, first: int = 1) -> bytes:
+    """Return a disk with a GPT and these partitions, each PART bytes; the first begins at 1 MiB.
+
+    The ids of filesystems count from `first`, those of partitions from 100 more.
+    """
+    folder.mkdir(exist_ok=True)
     image = folder / "disk"
     content = bytearray(MIB + len(parts) * PART + MIB)
     image.write_bytes(content)
     table = "label: gpt\n" + "".join(
-        f"start={(MIB + at * PART) // 512}, size={PART // 512}, uuid={ident(100 + at + 1)}, "
+        f"start={(MIB + at * PART) // 512}, size={PART // 512}, uuid={ident(100 + at + first)}, "
         f'name="part {at + 1}"\n'
         for at in range(len(parts))
     )
     subprocess.run(["/sbin/sfdisk", "-q", image], input=table.encode(), check=True)
     content[:] = image.read_bytes()
     for at, part in enumerate(parts):
-        raw = part.raw or filesystem(folder / f"part{at + 1}", part, at + 1)
+        raw = part.raw or filesystem(folder / f"part{at + 1}", part, at + first)
         content[MIB + at * PART : MIB + at * PART + len(raw)] = raw
     return bytes(content)
 
@@ -76,3 +80,20 @@ def manifest(files: Mapping[str, str]) -> Manifest:
             for path, text in files.items()
         )
     )
+
+
+def with_files(folder: Path, content: bytes, number: int, files: Mapping[str, str]) -> bytes:
+    """Return a disk with more files on the filesystem of a partition, put there by debugfs."""
+    folder.mkdir()
+    start = MIB + (number - 1) * PART
+    image = folder / "image"
+    image.write_bytes(content[start : start + PART])
+    commands = []
+    for at, (path, text) in enumerate(files.items()):
+        (folder / str(at)).write_text(text)
+        where, _, name = path.rpartition("/")
+        commands += [f"cd {where or '/'}", f"write {folder / str(at)} {name}"]
+    (folder / "commands").write_text("\n".join(commands) + "\n")
+    said = tool("debugfs", "-w", "-f", folder / "commands", image)
+    assert "Allocated" in said, said
+    return content[:start] + image.read_bytes() + content[start + PART :]
