@@ -1,16 +1,17 @@
-// The checker guest's end: mounts what is on /dev/vdb and tells what is there.
+// The checker guest's end: mounts what is at the start of /dev/vdb and tells what is there.
 //
-// Takes a JSON object a line from a virtio port and answers each with one. Names are bytes; they
-// travel as latin-1, a character a byte. Paths are those of the guest whose disk this is: a place
-// says at which point of its tree the filesystem shows, with which of its directories (root), and
-// which points below are covered by other filesystems. Links are followed by hand in that tree;
-// what leads out of the filesystem fails with EXDEV.
+// Takes a JSON object a line from a virtio port and answers each with one that has the same number,
+// and what the kernel has said since the answer before. Names are bytes; they travel as latin-1, a
+// character a byte. Paths are those of the guest whose disk this is: a place says at which point of
+// its tree the filesystem shows, with which of its directories (root), and which points below are
+// covered by other filesystems. Links are followed by hand in that tree; what leads out of the
+// filesystem fails with EXDEV.
 'use strict';
 const fs = require('fs');
 const crypto = require('crypto');
 const { spawnSync } = require('child_process');
 
-const DISK = '/dev/vdb';
+const DISK = '/dev/vdb1'; // as long as the state: see attach.pl
 const ROOT = '/mnt';
 const LINKS_MAX = 40;
 const BLOCK = 4096;
@@ -29,38 +30,74 @@ function run(program, ...words) {
   return { code: done.status === null ? -1 : done.status, said: (done.stdout || '') + (done.stderr || '') };
 }
 
+// What the kernel has said since it was asked last: a read gives one record, and the text of it
+// stands behind the first semicolon.
+const kmsg = fs.openSync('/dev/kmsg', fs.constants.O_RDONLY | fs.constants.O_NONBLOCK);
+
+function kernelSaid() {
+  for (const said = []; ; ) {
+    try {
+      const count = fs.readSync(kmsg, buffer, 0, CHUNK, null);
+      const record = buffer.latin1Slice(0, count).split('\n', 1)[0];
+      said.push(record.slice(record.indexOf(';') + 1));
+    } catch (error) {
+      if (error.code === 'EAGAIN') return said;
+      if (error.code !== 'EPIPE') throw error; // some was overwritten before it was read
+    }
+  }
+}
+
 function load(group) {
   return run('sh', '-c', `for m in $(cat /modules/${group}.order); do insmod /modules/$m.ko; done`);
+}
+
+// What attach.pl answers to a command: an errno.
+const attachIn = fs.openSync('/attach.in', 'w'), attachOut = fs.openSync('/attach.out', 'r');
+
+function attach(...words) {
+  fs.writeSync(attachIn, words.join('\t') + '\n');
+  const count = fs.readSync(attachOut, buffer, 0, CHUNK, null);
+  if (count === 0) throw new Error('attach.pl ended');
+  return Number(buffer.latin1Slice(0, count));
 }
 
 const loaded = new Set();
 let daemon = null; // the program that serves what is mounted, if the kernel does not
 
-function mount({ fs: kind, options, load: wanted, program, probe }) {
+// Tells the errno of mount(2), 0 if it is mounted; of a program the status and what it said.
+function mount({ fs: kind, flags, options, length, load: wanted, program, probe }) {
   if (wanted && !loaded.has(kind)) {
     load(kind);
     loaded.add(kind);
   }
   folders = new Set();
-  run('dmesg', '-c');
-  const command = program ? ['/tools/bin/' + program] : ['mount', '-t', kind];
-  const [first, ...words] = probe;
-  let done = first ? run('/tools/bin/' + first, ...words, DISK) : { code: 0 };
-  if (done.code === 0) done = run(...command, '-o', options, DISK, ROOT);
-  daemon = done.code === 0 ? program : null;
-  return { ...done, log: done.code === 0 || program ? '' : run('dmesg', '-c').said };
+  daemon = null;
+  const code = attach('attach', length);
+  if (code !== 0) throw new Error(`${DISK} cannot be made anew (errno ${code})`);
+  if (!program) return { code: attach('mount', kind, flags, options), said: '' };
+  const [first, ...rest] = probe;
+  let done = first ? run('/tools/bin/' + first, ...rest, DISK) : { code: 0 };
+  if (done.code === 0) done = run('/tools/bin/' + program, '-o', options, DISK, ROOT);
+  if (done.code === 0) daemon = program;
+  return done;
 }
 
 // Unmounts, and waits until whatever served it has let go of the disk: a cache of it would stay.
 function umount() {
-  const ok = run('umount', ROOT).code === 0;
-  while (ok && daemon && run('pidof', daemon).code === 0) spawnSync('sleep', ['0.01']);
-  return { ok };
+  const code = attach('umount');
+  while (code === 0 && daemon && run('pidof', daemon).code === 0) spawnSync('sleep', ['0.01']);
+  return { code };
 }
 
-// A daemon that died says nothing of the files.
+// What btrfs-progs say of the default subvolume of a Btrfs, of all, and of the snapshots.
+function subvolumes() {
+  const ask = (...words) => run('/tools/bin/btrfs', 'subvolume', ...words, ROOT);
+  return { first: ask('get-default'), all: ask('list'), snapshots: ask('list', '-s') };
+}
+
+// A daemon that died says nothing of the files, and neither does a fault of this program.
 function mustBeServed(error) {
-  if (error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
+  if (!error.code || error.code === 'ENOTCONN' || error.code === 'ECONNABORTED') throw error;
 }
 
 const failed = (code) => Object.assign(new Error(), { code });
@@ -116,9 +153,12 @@ function resolveName(place, path) {
   return found;
 }
 
-// The digest of a file and what zeroes are in it, block by block.
-function look(path, size) {
-  const hash = crypto.createHash('sha256');
+// The digests of a file and what zeroes are in it, block by block.
+function look(path, size, algorithm) {
+  const hashes = {}; // earlier versions are known by their SHA-256, whatever a manifest has
+  for (const name of new Set(['sha256', algorithm])) {
+    hashes[name] = crypto.createHash(name === 'blake2b' ? 'blake2b512' : name);
+  }
   const file = fs.openSync(path, 'r');
   let allZero = true, zeroBlock = false, at = 0;
   try {
@@ -131,7 +171,7 @@ function look(path, size) {
         got += count;
       }
       if (got === 0) break;
-      hash.update(buffer.subarray(0, got));
+      for (const hash of Object.values(hashes)) hash.update(buffer.subarray(0, got));
       for (let b = 0; b < got; b += BLOCK) {
         const end = Math.min(b + BLOCK, got);
         if (buffer.compare(ZEROES, 0, end - b, b, end) === 0) zeroBlock = true;
@@ -142,7 +182,9 @@ function look(path, size) {
   } finally {
     fs.closeSync(file);
   }
-  return { size, sha256: hash.digest('hex'), allZero, zeroBlock };
+  const digests = {};
+  for (const name in hashes) digests[name] = hashes[name].digest('hex');
+  return { size, digests, allZero, zeroBlock };
 }
 
 function describe(place, entry, limit) {
@@ -157,10 +199,10 @@ function describe(place, entry, limit) {
     if (!stat.isFile()) return { kind: 'other' };
     const found = { kind: 'file', size: stat.size, mode: stat.mode & 0o7777 };
     // What is sparse and larger than its disk would take for ever.
-    return stat.size > limit ? found : { ...found, ...look(path, stat.size) };
+    return stat.size > limit ? found : { ...found, ...look(path, stat.size, entry.algorithm) };
   } catch (error) {
     mustBeServed(error);
-    return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code || String(error) };
+    return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code };
   }
 }
 
@@ -171,7 +213,7 @@ function judge({ manifest, place, limit }) {
   return {
     files: manifests.get(manifest).map((entry) => {
       const found = describe(place, entry, limit);
-      const whole = found.kind === 'file' && found.sha256 === entry.sha256;
+      const whole = found.digests && found.digests[entry.algorithm] === entry.digest;
       return whole && entry.mode === null ? 1 : found;
     }),
   };
@@ -219,7 +261,7 @@ function walk({ under, place, digests, limit }) {
         } else if (entry.isFile()) {
           const stat = fs.lstatSync(at);
           const found = { path, size: stat.size, mode: stat.mode & 0o7777 };
-          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size) } : found);
+          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size, 'sha256') } : found);
         }
       } catch (error) {
         mustBeServed(error);
@@ -232,23 +274,97 @@ function walk({ under, place, digests, limit }) {
     const top = isAbove ? '' : resolve(place, under);
     if (fs.lstatSync(host(place, top)).isDirectory()) visit(top);
   } catch (error) {
+    mustBeServed(error);
     if (!ABSENT.has(error.code)) errors.push([under, error.code]);
   }
   return { files, errors };
+}
+
+// What stands at a path of a place, no link followed; a code if it cannot be told.
+function seen(place, below) {
+  try {
+    const stat = fs.lstatSync(host(place, below), { bigint: true });
+    const found = { path: place.point + below, mode: Number(stat.mode), size: String(stat.size) };
+    const key = [String(stat.dev), String(stat.ino)];
+    const target = stat.isSymbolicLink()
+      ? text(fs.readlinkSync(host(place, below), { encoding: 'buffer' })) : null;
+    return { ...found, mtime: String(stat.mtimeNs), key, target };
+  } catch (error) {
+    mustBeServed(error);
+    return { path: place.point + below, code: error.code || String(error) };
+  }
+}
+
+function find({ path, place }) {
+  try {
+    const top = names(path).length === names(place.point).length;
+    return seen(place, top ? '' : resolveName(place, path));
+  } catch (error) {
+    mustBeServed(error);
+    return { path, code: error.code || String(error) };
+  }
+}
+
+// What is in a folder, in no order; `code` if names may be missing.
+function list({ path, place }) {
+  const folder = path.slice(place.point.length).replace(/\/$/, '');
+  try {
+    const raw = fs.readdirSync(host(place, folder), { encoding: 'buffer' });
+    const below = raw.map((name) => folder + '/' + text(name));
+    const mine = below.filter((one) => !place.covered.includes(place.point + one));
+    return { found: mine.map((one) => seen(place, one)), code: null };
+  } catch (error) {
+    mustBeServed(error);
+    return { found: [], code: error.code || String(error) };
+  }
+}
+
+// Whether the first bytes of the buffer are all zero.
+function isZero(length) {
+  for (let b = 0; b < length; b += BLOCK) {
+    const end = Math.min(b + BLOCK, length);
+    if (buffer.compare(ZEROES, 0, end - b, b, end) !== 0) return false;
+  }
+  return true;
+}
+
+// Some bytes of a file, in base64; '' if they are zeroes.
+function piece({ path, place, offset, length }) {
+  try {
+    const file = fs.openSync(host(place, path.slice(place.point.length)), 'r');
+    try {
+      let got = 0;
+      while (got < length) {
+        const count = fs.readSync(file, buffer, got, length - got, offset + got);
+        if (count === 0) break;
+        got += count;
+      }
+      return { got, data: isZero(got) ? '' : buffer.toString('base64', 0, got) };
+    } finally {
+      fs.closeSync(file);
+    }
+  } catch (error) {
+    mustBeServed(error);
+    return { code: error.code || String(error) };
+  }
 }
 
 const COMMANDS = {
   hello: () => ({ ok: true }),
   mount,
   umount,
-  manifest: ({ number, entries }) => {
-    manifests.set(number, entries);
+  manifest: ({ manifest, entries }) => {
+    manifests.set(manifest, entries);
     return { ok: true };
   },
   judge,
   walk,
   read,
+  find,
+  list,
+  piece,
   fsck: ({ argv }) => run(...argv, DISK),
+  subvolumes,
 };
 
 function findPort(name) {
@@ -283,14 +399,15 @@ function main() {
     for (let end; (end = rest.indexOf(10)) >= 0; rest = rest.subarray(end + 1)) {
       const line = Buffer.concat([...pending, rest.subarray(0, end)]).toString();
       pending = [];
-      let answer;
+      const answer = {};
       try {
         const command = JSON.parse(line);
-        answer = COMMANDS[command.do](command);
+        answer.number = command.number;
+        answer.found = COMMANDS[command.do](command);
       } catch (error) {
-        answer = { failed: String(error) };
+        answer.failed = String(error);
       }
-      send(port, answer);
+      send(port, { ...answer, log: kernelSaid() });
     }
     if (rest.length) pending.push(rest);
   }

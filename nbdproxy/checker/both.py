@@ -6,19 +6,22 @@ The kernel's word counts where it has one. That the quick oracle cannot tell is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.lab.cache import silent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import Digests, Follower
 from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.watched import Reads
 
 
 class Difference(NamedTuple):
@@ -55,7 +58,7 @@ class BothOracles:
             self._kernel.follow(manifest, earlier=earlier, mount=mount),
         )
 
-    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point."""
         return self._kernel.roots(device, partition)
 
@@ -73,8 +76,12 @@ class BothOracles:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         return self._kernel.content(device, entry, mount=mount)
 
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        """Open a mount to go through its files, as the kernel reads them."""
+        return self._kernel.browse(device, mount=mount)
+
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell of the filesystem as a whole."""
         return self._kernel.examine(device, partition=partition, fsck=fsck)
@@ -103,10 +110,12 @@ class Pair:
         self._kernel = kernel
 
     @property
-    def reads(self) -> Iterable[Extent] | None:
+    def reads(self) -> Reads | None:
         """What either read; None if one cannot tell."""
         quick, kernel = self._quick.reads, self._kernel.reads
-        return None if quick is None or kernel is None else [*quick, *kernel]
+        if quick is None or kernel is None:
+            return None
+        return Reads((*quick.ranges(), *kernel.ranges()))
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file on `device`."""

@@ -1,17 +1,27 @@
 """What the guest mounts each filesystem with, and what its refusal to mount means.
 
-A refusal is a verdict only where a driver that knows the filesystem, and has all of it, finds it
-broken. Features that this kernel does not have, and parts on other devices, are no fault of a disk.
+A state is mounted as its own machine would after a reboot: for writing, so that logs, fast commits
+and orphans are dealt with. What an option keeps away is work that changes no file: times of access,
+tables made in advance, discards, a balance that goes on.
+
+A refusal is a verdict only where the driver says, by errno and in words that are listed here, that
+it finds the filesystem broken. Every other refusal tells nothing of the disk: a feature or a size
+that this kernel does not have, parts on other devices, a guest in trouble.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from nbdproxy.checker.guest import GuestError
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.errors import FilesystemError
+from nbdproxy.errors import FilesystemError, LabError
 from nbdproxy.lab.kernel import MOUNT_PROGRAMS
+from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 
@@ -19,17 +29,21 @@ from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 class Driver(NamedTuple):
     """How the guest handles a kind.
 
+    broken       words in which the kernel says that it finds a filesystem broken
     fsck         the checker and its options, none if the lab has none
     probe        what tells first, by its status, whether a mount for writing would be right
-    refusals     which statuses of a probe or mount mean a broken filesystem; None for all
+    refusals     which statuses of a probe or mount program mean a broken filesystem
+    top_level    the option that shows all of a filesystem, if a plain mount may show a part of it
     keeps_modes  whether permissions are kept, and not made up by the driver
     """
 
     name: str
     options: str
+    broken: str = "$^"
     fsck: tuple[str, ...] = ()
     probe: tuple[str, ...] = ()
-    refusals: frozenset[int] | None = None
+    refusals: frozenset[int] = frozenset()
+    top_level: str = ""
     keeps_modes: bool = True
 
     @property
@@ -40,31 +54,83 @@ class Driver(NamedTuple):
 
 _NOT_NTFS, _CORRUPT = 12, 13  # ntfs-3g.probe(8)
 
+_EXT_BROKEN = (
+    r"VFS: (?:Can't find|Found) ext4|[Ii]nvalid|bad geometry|too big|too large: |not valid|corrupt"
+    r"|can't read group|not in group|[Cc]hecksum|inconsistent|smaller than|!= block size"
+    r"|(?:error loading|inaccessible|required|both|no) journal|journal inode|no valid journal"
+    r"|no magic|too short|[Rr]ecovery failed|root inode|root dentry|orphan|enable quota|comm .*: "
+)
+_XFS_BROKEN = (
+    r"magic number|sanity check failed|[Cc]orrupt|[Ff]ailed to read root inode|needs repair"
+    r"|log mount|[Ff]ailed to recover|log recovery|bad (?:magic|clientid|number)|metadata I/O error"
+)
+_BTRFS_BROKEN = (
+    r"checksum mismatch|csum|no valid FS|invalid|mismatch|corrupt|failed to (?:read|load|verify"
+    r"|recover|add|replay)|couldn't (?:read|find)|could not (?:read|find|do orphan)|parent transid"
+    r"|super_total_bytes|bad (?:tree|super|fsid)|fatal errors|too small|unexpected|level verify"
+)
+_FAT_BROKEN = (
+    r"bogus|invalid|Can't find a valid FAT|looks like a DOS 1|count of clusters|root inode failed"
+    r"|FAT read failed|[bB]read"
+)
+_EXFAT_BROKEN = (
+    r"bogus|[Ii]nvalid|failed to (?:load|recognize|read|scan|count|initialize)|unable to read"
+)
+
 DRIVERS = {
-    FilesystemKind.EXT: Driver("ext4", "ro", ("e2fsck", "-fn")),
-    FilesystemKind.XFS: Driver("xfs", "ro,nouuid", ("xfs_repair", "-n")),
-    FilesystemKind.BTRFS: Driver("btrfs", "ro", ("btrfs", "check", "--readonly")),
-    FilesystemKind.FAT: Driver("vfat", "ro,utf8", ("fsck.fat", "-n"), keeps_modes=False),
-    FilesystemKind.EXFAT: Driver("exfat", "ro,iocharset=utf8", keeps_modes=False),
+    FilesystemKind.EXT: Driver(
+        "ext4",
+        "errors=continue,noinit_itable,no_prefetch_block_bitmaps,nodiscard",
+        _EXT_BROKEN,
+        ("e2fsck", "-fn"),
+    ),
+    FilesystemKind.XFS: Driver("xfs", "nouuid,nodiscard", _XFS_BROKEN, ("xfs_repair", "-n")),
+    FilesystemKind.BTRFS: Driver(
+        "btrfs",
+        "nodiscard,skip_balance",
+        _BTRFS_BROKEN,
+        ("btrfs", "check", "--readonly"),
+        top_level="subvolid=5",
+    ),
+    FilesystemKind.FAT: Driver(
+        "vfat", "utf8,errors=continue", _FAT_BROKEN, ("fsck.fat", "-n"), keeps_modes=False
+    ),
+    FilesystemKind.EXFAT: Driver(
+        "exfat", "iocharset=utf8,errors=continue", _EXFAT_BROKEN, keeps_modes=False
+    ),
     FilesystemKind.NTFS: Driver(
         "ntfs",
-        "ro",
-        ("ntfsresize", "--info", "--force", "--no-progress-bar"),
+        "ro",  # what ntfs-3g does when it mounts for writing, it does to an empty log only
+        fsck=("ntfsresize", "--info", "--force", "--no-progress-bar"),
         probe=("ntfs-3g.probe", "--readwrite"),  # a mount for reading does not look at the log
         refusals=frozenset({_NOT_NTFS, _CORRUPT}),
         keeps_modes=False,
     ),
 }
 
+READ_ONLY, NO_TIMES = 1, 1024
+"""Flags of mount(2): MS_RDONLY, MS_NOATIME."""
 
-_UNSUPPORTED = re.compile(
-    r"unsupported|unknown .*(?:feature|filesystem type)|not supported|by this kernel",
+_LIMITS = re.compile(
+    r"unsupported|unknown|unrecogni[sz]ed|not (?:yet )?supported|by this kernel|bad block size"
+    r"|[Oo]nly pagesize|without CONFIG_|[Cc]an(?:'t|not) load|already",
     re.IGNORECASE,
 )
+"""Words of a kernel that does not know something, whatever else it says."""
+_STRUCTURES = {errno.EUCLEAN, errno.EBADMSG}
+"""What drivers return for nothing but a structure that is broken (EFSCORRUPTED, EFSBADCRC)."""
+_ANY_FAULT = {errno.EINVAL, errno.EIO, errno.ENOENT, errno.ESTALE, errno.EFBIG, errno.ERANGE}
+"""What they return for broken structures as well as for other reasons: the words decide."""
+_PASSING = {
+    *(errno.EBUSY, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENXIO, errno.EPERM),
+    *(errno.EACCES, errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
+}
+"""What comes of the guest, and need not come again in another one."""
+_EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
 
 
-class RefusedByKernelError(FilesystemError):
+class RefusedByKernelError(NotMountedError):
     """The kernel does not mount the filesystem."""
 
 
@@ -81,21 +147,34 @@ def has_ciphers(device: ReadableDevice) -> bool:
     return bool(incompat & superblock.Incompat.ENCRYPT)
 
 
-def refusal(driver: Driver, code: int, log: str, said: str) -> FilesystemError:
+def replays_for_writing_only(device: ReadableDevice) -> bool:
+    """Tell whether a mount for reading leaves something of the log: fast commits of ext4."""
+    if kind_of(device) is not FilesystemKind.EXT:
+        return False
+    compat = int.from_bytes(device.pread(_EXT_COMPAT_AT, 4), "little")
+    return bool(compat & _FAST_COMMIT)
+
+
+def refusal(driver: Driver, code: int, said: Sequence[str]) -> FilesystemError | LabError:
     """Return what a failed mount means: a RefusedByKernelError only if the disk is at fault.
 
-    `code` is the program's exit status, `log` what the kernel and `said` what the program said.
+    `code` is the errno of mount(2), or a program's exit status; `said` what it or the kernel said.
+    A GuestError if the fault may be the guest's.
     """
-    words = _last_words(log, said)
-    who = driver.program or "the kernel"
-    if driver.refusals is not None and code not in driver.refusals:
-        return FilesystemError(f"{who} cannot tell what a mount would show: {words}")
-    if _UNSUPPORTED.search(words):
-        return FilesystemError(f"{who} of the lab does not know all of the filesystem: {words}")
-    return RefusedByKernelError(f"{who} refuses to mount it: {words}")
-
-
-def _last_words(log: str, said: str) -> str:
-    """Return the kernel's last two lines, without their times, or else what mount said."""
-    lines = [line.partition("] ")[2] or line for line in (log or said).splitlines()]
-    return "; ".join([line.strip() for line in lines if line.strip()][-2:])
+    lines = [line.strip() for line in said if line.strip()]
+    if driver.program is not None:
+        told = "; ".join(lines[-2:])
+        if code in driver.refusals:
+            return RefusedByKernelError(f"{driver.program} refuses to mount it: {told}")
+        return FilesystemError(f"{driver.program} cannot tell what a mount would show: {told}")
+    name = errno.errorcode.get(code, str(code))
+    limits = [line for line in lines if _LIMITS.search(line)]
+    told = f"{'; '.join((limits or lines)[-2:]) or os.strerror(code)} ({name})"
+    if code in _PASSING:
+        return GuestError(f"the checker guest cannot mount anything: {told}")
+    if limits:
+        return FilesystemError(f"the kernel of the lab does not know all of the filesystem: {told}")
+    faults = any(re.search(driver.broken, line) for line in lines)
+    if code in _STRUCTURES or (code in _ANY_FAULT and faults):
+        return RefusedByKernelError(f"the kernel refuses to mount it: {told}")
+    return FilesystemError(f"the kernel of the lab does not mount it, and why is not clear: {told}")

@@ -1,8 +1,9 @@
 """`KernelOracle`: what a real Linux kernel says of crash states, in a disposable guest.
 
 The part of the disk that holds the filesystem is found here (`oracles.partitions`); it alone is
-what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted
-read-only, which replays its journal or log into an overlay that is then forgotten.
+what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted for
+writing, as its own machine would after a reboot; what that writes goes into an overlay that is then
+forgotten.
 
 A state that the kernel does not mount has lost all its files, if that is the disk's own fault (see
 `drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one
@@ -13,18 +14,24 @@ replay is unknown. Not thread-safe.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from nbdproxy.checker.browse import BROKEN, ShownByGuest
 from nbdproxy.checker.drivers import (
+    NO_TIMES,
+    READ_ONLY,
     RefusedByKernelError,
     driver_of,
     has_ciphers,
     refusal,
+    replays_for_writing_only,
 )
-from nbdproxy.checker.guest import ANSWER_LIMIT_S, CheckerGuest, GuestError
+from nbdproxy.checker.guest import ANSWER_LIMIT_S, DISK_SIZE, CheckerGuest, GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
@@ -36,18 +43,19 @@ from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
-from nbdproxy.oracles.filesystems import elsewhere, kind_of
+from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
-from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
-_BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
-"""What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
 _ELSEWHERE = "EXDEV"
 """What the agent answers where a path leads out of its mount."""
+_SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
+ROOTS_MAX, SNAPSHOTS_MAX = 64, 8
+"""So many subvolumes of a Btrfs, and so many snapshots, are offered as a root."""
 READ_RATE = 4 << 20
 """Bytes a second that a guest reads and digests at least."""
 
@@ -65,17 +73,32 @@ class KernelOracle:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         return KernelFollower(self, manifest, earlier, mount)
 
-    def roots(
-        self,
-        device: ReadableDevice,  # noqa: ARG002
-        partition: int | None,  # noqa: ARG002
-    ) -> tuple[str, ...]:
-        """Return the top of the filesystem."""
-        return ("/",)
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
+        """Return the directories that a mount of a filesystem may show at its point.
+
+        Of Btrfs the default subvolume, the top level, other subvolumes and the topmost snapshots,
+        each by its path from the top level; that some were left out is told as progress. Raises
+        FilesystemError if it does not mount.
+        """
+        place = self.place(device, partition)
+        if kind_of(place.device) is not FilesystemKind.BTRFS:
+            return ("/",)
+        roots, left_out = self._subvolumes(place)
+        if left_out:
+            count = len(roots) + len(left_out)
+            self._progress(f"checker: {len(left_out)} of {count} subvolumes are not looked at")
+        return tuple(roots)
 
     def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
-        """Return the paths of a mount's files and links."""
+        """Return the paths of a mount's files and links.
+
+        Of the top level of a Btrfs without those in subvolumes that `roots` leaves out.
+        """
         place = self.place(device, mount.partition)
+        if mount.root == "/" and kind_of(place.device) is FilesystemKind.BTRFS:
+            _, left_out = self._subvolumes(place)
+            points = [seen for path in left_out if (seen := mount.outside(path)) is not None]
+            mount = replace(mount, covered=(*mount.covered, *points))
         return [entry.path for entry in self._walk(place, mount, "/", digests=False)]
 
     def scan(
@@ -95,7 +118,7 @@ class KernelOracle:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         try:
             place = self.place(device, mount.partition)
-            with self.mounted(place) as guest:
+            with self.mounted(place, root=mount.root) as guest:
                 found = guest.ask(
                     "read",
                     path=_sent(quick.absolute(entry.path)),
@@ -108,23 +131,40 @@ class KernelOracle:
             return None
         return None if found is None else base64.b64decode(found)
 
-    def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
-    ) -> Examination:
-        """Tell whether it mounts, what the mount changed, and what fsck says afterwards.
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownByGuest]:
+        """Open a mount to go through its files."""
+        place = self.place(device, mount.partition)
+        try:
+            with self.mounted(place, root=mount.root) as guest:
+                yield ShownByGuest(guest, place, _where(mount))
+        except GuestError as error:
+            raise FilesystemError(str(error)) from None
 
-        What changed includes what the mount itself writes, such as a log's own blocks.
+    def examine(
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
+    ) -> Examination:
+        """Tell whether it mounts, what the replay of its log changes, and what fsck says then.
+
+        What changed includes what the kernel writes about the replay itself: blocks of the log, a
+        superblock. Where it replays only when it mounts for writing, it is all that such a mount
+        writes.
         """
         try:
             place = self.place(device, partition)
             with self.mounted(place) as guest:
                 pass
+            changed = guest.changed()
+            said = self._fsck(guest, place) if fsck else "it was not asked for"
+            if not replays_for_writing_only(place.device):
+                with self.mounted(place, replay_only=True) as guest:
+                    pass
+                changed = guest.changed()
         except RefusedByKernelError as error:
             return Examination(False, str(error), (), "it does not mount")
         except (FilesystemError, GuestError) as error:
             return Examination(None, str(error), (), "it was not mounted")
-        moved = [part for e in guest.changed() for part in place.on_disk(e.offset, e.length)]
-        said = self._fsck(guest, place) if fsck else "it was not asked for"
+        moved = [part for e in changed for part in place.on_disk(e.offset, e.length)]
         return Examination(True, None, tuple(moved), said)
 
     def close(self) -> None:
@@ -134,7 +174,7 @@ class KernelOracle:
             self._guest = None
         self._known = {}
 
-    def place(self, device: ReadableDevice, partition: int | None) -> Slice:
+    def place(self, device: ReadableDevice, partition: PartitionName) -> Slice:
         """Return the part of a disk that is to be mounted; FilesystemError if there is none."""
         place = quick.only(quick.candidates(device, partition))
         kind = kind_of(place.device)
@@ -145,29 +185,48 @@ class KernelOracle:
         return place
 
     @contextmanager
-    def mounted(self, place: Slice) -> Iterator[CheckerGuest]:
-        """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone."""
+    def mounted(
+        self, place: Slice, *, root: str = "", replay_only: bool = False
+    ) -> Iterator[CheckerGuest]:
+        """Mount for the block; raises RefusedByKernelError, or GuestError with the guest gone.
+
+        What shows is the top level of a filesystem if a `root` is to be looked for there, and else
+        what a mount without options shows: of Btrfs the default subvolume. With `replay_only`
+        nothing is written but what the log's replay writes.
+        """
         driver = driver_of(place.device)
+        options = [driver.options, driver.top_level] if root else [driver.options]
+        guest = self._booted()
+        for program in (driver.program, *driver.probe[:1]):
+            if program is not None:
+                self._require(program)
+        if place.length > DISK_SIZE:
+            raise FilesystemError(f"it is longer than the checker guest's disk, {DISK_SIZE} bytes")
         try:
-            guest = self._booted(place.length)
-            for program in (driver.program, *driver.probe[:1]):
-                if program is not None:
-                    self._require(program)
             guest.show(place.device)
             done = guest.ask(
                 "mount",
                 fs=driver.name,
-                options=driver.options,
+                flags=NO_TIMES | (READ_ONLY if replay_only else 0),
+                options=",".join(filter(None, options)),
+                length=place.length,
                 load=driver.name in FILESYSTEM_MODULES,
                 program=driver.program,
                 probe=driver.probe,
+                limit_s=_patience(place),
             )
             if done["code"]:
-                raise refusal(driver, done["code"], done["log"], done["said"])
+                raise refusal(driver, done["code"], done["said"].splitlines() or guest.said)
+        except FilesystemError:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        try:
             yield guest
-            if not guest.ask("umount")["ok"]:
-                raise GuestError("the checker guest could not unmount the state")
-        except GuestError:
+            if code := guest.ask("umount", limit_s=_patience(place))["code"]:
+                raise GuestError(f"the checker guest cannot unmount the state: {os.strerror(code)}")
+        except BaseException:  # something may still be mounted
             self.close()
             raise
 
@@ -178,20 +237,30 @@ class KernelOracle:
                 return number
         number = len(self._known)
         entries = [_asked(entry) for entry in manifest.entries]
-        guest.ask("manifest", number=number, entries=entries)
+        guest.ask("manifest", manifest=number, entries=entries)
         self._known[number] = manifest
         return number
 
-    def _booted(self, size: int) -> CheckerGuest:
-        if self._guest is None or self._guest.size != size:
-            self.close()
+    def _booted(self) -> CheckerGuest:
+        if self._guest is None:
             self._lab = self._lab or build_lab(progress=self._progress)
             self._progress("checker: booting a guest")
-            self._guest = CheckerGuest(self._lab, size)
+            self._guest = CheckerGuest(self._lab)
         return self._guest
 
+    def _subvolumes(self, place: Slice) -> tuple[list[str], list[str]]:
+        """Return the subvolumes of a Btrfs that may be a root, and those that are left out."""
+        self._booted()
+        self._require("btrfs")
+        with self.mounted(place, root="/") as guest:
+            said = guest.ask("subvolumes", limit_s=_patience(place))
+        for done in said.values():
+            if done["code"]:
+                raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
+        return chosen({which: done["said"] for which, done in said.items()})
+
     def _walk(self, place: Slice, mount: Mount, under: str, *, digests: bool) -> list[Entry]:
-        with self.mounted(place) as guest:
+        with self.mounted(place, root=mount.root) as guest:
             found = guest.ask(
                 "walk",
                 under=_sent(quick.absolute(under)).rstrip("/") or "/",
@@ -204,7 +273,7 @@ class KernelOracle:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
         entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
-        if digests and (endless := [entry for entry in entries if not entry.sha256]):
+        if digests and (endless := [entry for entry in entries if not entry.digest]):
             raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
         return entries
 
@@ -214,7 +283,8 @@ class KernelOracle:
             return "the lab has no checker for it"
         try:
             self._require(program[0])
-            done = guest.ask("fsck", argv=[f"/tools/bin/{program[0]}", *program[1:]])
+            argv = [f"/tools/bin/{program[0]}", *program[1:]]
+            done = guest.ask("fsck", argv=argv, limit_s=_patience(place))
         except FilesystemError as error:
             return str(error)
         except GuestError as error:
@@ -263,7 +333,7 @@ class KernelFollower:
     def _look(self, device: ReadableDevice) -> Findings:
         try:
             place = self._oracle.place(device, self._mount.partition)
-            with self._oracle.mounted(place) as guest:
+            with self._oracle.mounted(place, root=self._mount.root) as guest:
                 number = self._oracle.number_of(self._manifest, guest)
                 found = guest.ask(
                     "judge",
@@ -296,6 +366,28 @@ class KernelFollower:
         return Findings(verdict, {path: one.condition for path, one in outcomes.items()}, reason)
 
 
+def chosen(said: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return which subvolumes may be a root, and which are left out, as btrfs-progs list them.
+
+    The default one comes first, then the top level, and of the snapshots those with the shortest
+    paths last: a snapshot that a system was restored from may be the root, and of those that are
+    kept there may be thousands. See btrfs-subvolume(8).
+    """
+    [first] = _listed(said["first"]) or ["/"]  # "ID 5 (FS_TREE)" has no path
+    kept = set(_listed(said["snapshots"])) - {first}
+    others = [path for path in sorted(_listed(said["all"])) if path not in kept]
+    snapshots = sorted(kept, key=lambda path: (path.count("/"), path))
+    every = list(dict.fromkeys([first, "/", *others]))
+    roots = [*every[:ROOTS_MAX], *snapshots[:SNAPSHOTS_MAX]]
+    return roots, [*every[ROOTS_MAX:], *snapshots[SNAPSHOTS_MAX:]]
+
+
+def _listed(said: str) -> list[str]:
+    """Return the paths of a list of subvolumes; a name may have line breaks."""
+    found = _SUBVOLUME.split(said)[1:]
+    return [_shown("/" + path.removesuffix("\n")) for path in found]
+
+
 def _patience(place: Slice) -> float:
     """Return how many seconds the guest may read: all of a disk, in software emulation."""
     return ANSWER_LIMIT_S + place.length / READ_RATE
@@ -307,9 +399,9 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
         return None
     if found["kind"] == "error" and found["code"] == _ELSEWHERE:
         return "a link leads to another filesystem"
-    if found["kind"] == "error" and found["code"] not in _BROKEN:
+    if found["kind"] == "error" and found["code"] not in BROKEN:
         return f"the kernel cannot read it ({found['code']})"
-    if found["kind"] == "file" and "sha256" not in found:
+    if found["kind"] == "file" and "digests" not in found:
         return "sparse and larger than its disk"
     if found["kind"] == "none" and hides:
         return "perhaps in an encrypted folder, for which the guest has no key"
@@ -331,7 +423,7 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
     result = conclude(
-        *(entry, found["size"], found["sha256"], set(earlier)),
+        *(entry, found["size"], found["digests"], set(earlier)),
         all_zero=found["allZero"],
         zero_block=found["zeroBlock"],
     )
@@ -344,12 +436,13 @@ def _entry(found: Any) -> Entry:
     path = _shown(found["path"])
     if "target" in found:
         return link_entry(path, _shown(found["target"]))
-    return Entry(path, found.get("sha256", ""), found["size"], found["mode"])
+    return Entry(path, found.get("digests", {}).get(SHA256, ""), found["size"], found["mode"])
 
 
 def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
-    return {"path": path, "sha256": entry.sha256, "link": is_link, "mode": entry.mode}
+    asked = {"path": path, "link": is_link, "mode": entry.mode}
+    return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
 
 
 def _where(mount: Mount) -> dict[str, object]:

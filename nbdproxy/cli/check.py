@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nbdproxy.checker.both import BothOracles
-from nbdproxy.cli.choices import Base, Partition, Root
+from nbdproxy.cli.choices import Base, Mounts, Partition, Root, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
+    EXIT,
     OracleChoice,
     OracleName,
     differences_json,
@@ -27,17 +29,17 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict, candidates
-from nbdproxy.oracles.composite import TreeFollower
-from nbdproxy.oracles.locate import Where, locate
+from nbdproxy.oracles.check import candidates
+from nbdproxy.oracles.composite import TreeFollower, split
+from nbdproxy.oracles.locate import Where, below, locate, survey_tree
 from nbdproxy.oracles.manifest import Manifest
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.owners import owners
+from nbdproxy.oracles.partitions import slices
 from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.recording.reader import no_recording
 from nbdproxy.report import checked
-
-_EXIT = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.UNKNOWN: 2}
 
 
 def check(
@@ -52,6 +54,7 @@ def check(
     ] = None,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     fsck: Annotated[bool, typer.Option(help="Run the filesystem's own checker.")] = True,
@@ -80,40 +83,43 @@ def check(
     """
     wanted = None if files is None else manifest.load(files)
     with (
-        _disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
+        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
         err.status("looking at the filesystem") as status,
         opened(oracle, status.update) as judge,
     ):
         if isinstance(judge, BothOracles):
             judge.state = name
-        tree = Tree((Mount(partition=partition),))
-        if wanted is not None:
-            tree, wanted = _placed(judge, disk, wanted, Where(root, partition))
-        examination = judge.examine(disk, partition=tree.mounts[0].partition, fsck=fsck)
+        known = where_of(root, partition, mount)
+        tree, wanted = _placed(judge, disk, timeline, wanted, known)
         findings = None
         if wanted is not None:
             earlier: Digests = {}
             if timeline is not None:
                 earlier = earlier_digests(timeline, wanted, tree, judge)
             findings = TreeFollower(judge, wanted, earlier, tree).check(disk, None)
-        owned = tuple(owners(disk, examination.replayed, tree))
+        looked = tuple(
+            _examined(judge, disk, tree, number, fsck=fsck)
+            for number in _asked(disk, tree, wanted, known)
+        )
     tell_differences(judge)
-    told = checked.Checked(name, examination, owned, findings)
+    told = checked.Checked(name, looked, findings)
     if json:
         print_json({**checked.to_json(told, list_files=list_files), **differences_json(judge)})
     else:
         for line in checked.lines(told, list_files=list_files):
             out.print(line, markup=False)
-    raise typer.Exit(_EXIT[told.verdict])
+    raise typer.Exit(EXIT[told.verdict])
 
 
 @contextmanager
-def _disk(
+def state_disk(
     where: Path,
     named: tuple[str | None, str | None, CacheMode | None, Failure | None],
     base: Path | None,
 ) -> Iterator[tuple[str, ReadableDevice, Timeline | None]]:
     """Yield what the state is called, its disk, and the timeline that it is of, if any."""
+    if where.is_dir() and not is_recording(where):
+        raise no_recording(where)
     if not is_recording(where):
         if any(named) or base is not None:
             raise UsageError(f"{where} is no recording: it has one state only; drop the options")
@@ -133,18 +139,59 @@ def _disk(
 
 
 def _placed(
-    judge: Oracle, disk: ReadableDevice, wanted: Manifest, where: Where
-) -> tuple[Tree, Manifest]:
-    """Return the tree, and the manifest with absolute paths."""
+    judge: Oracle,
+    disk: ReadableDevice,
+    timeline: Timeline | None,
+    wanted: Manifest | None,
+    where: Where,
+) -> tuple[Tree, Manifest | None]:
+    """Return the tree, found when all was sent or else here, and the manifest with its paths.
+
+    What cannot be read is no reason to give up: it is said of the filesystem.
+    """
+    good = disk if timeline is None else timeline.at(timeline.source.events)
+    if wanted is not None and all(entry.path.startswith("/") for entry in wanted.entries):
+        where = replace(where, root=where.root or "/")  # paths are not changed to fit a bad state
+    failure: FilesystemError | ManifestError | None = None
+    for device in (good,) if good is disk else (good, disk):
+        try:
+            if wanted is None:
+                return survey_tree(judge, device, where), None
+            return locate(judge, device, wanted, where)
+        except (FilesystemError, ManifestError) as error:
+            failure = failure or error
+    if where.mounts or (wanted is not None and where.root is None):
+        assert failure is not None
+        raise failure
     tree = Tree((Mount(partition=where.partition),))
-    is_absolute = all(entry.path.startswith("/") for entry in wanted.entries)
-    if where.root is not None or not is_absolute:
-        return locate(judge, disk, wanted, where)
+    return tree, wanted if wanted is None else below(where.root or "/", wanted)
+
+
+def _asked(
+    disk: ReadableDevice, tree: Tree, wanted: Manifest | None, where: Where
+) -> list[PartitionName]:
+    """Return the partitions to look at: those that have the files, or all with a filesystem."""
+    if wanted is not None and (parts := split(wanted, tree)[0]):
+        return list(dict.fromkeys(mount.partition for mount in parts))
     if where.partition is not None:
-        return tree, wanted
+        return [where.partition]
     try:
-        if len(candidates(disk, None)) > 1:
-            return locate(judge, disk, wanted)[0], wanted
-    except (FilesystemError, ManifestError):
-        pass  # what is wrong is said of the filesystem, below
-    return tree, wanted
+        found = [part.key for part in candidates(disk, None)]
+    except FilesystemError:
+        return [None]
+    return [*found] if len(found) > 1 else [None]
+
+
+def _examined(
+    judge: Oracle, disk: ReadableDevice, tree: Tree, partition: PartitionName, *, fsck: bool
+) -> checked.Filesystem:
+    """Tell of one filesystem of the disk."""
+    points = [mount.point for mount in tree.mounts if mount.partition == partition]
+    names = (part.name for part in slices(disk) if partition in {part.number, part.key})
+    name = next(names, f"partition {partition}")
+    found = judge.examine(disk, partition=partition, fsck=fsck)
+    return checked.Filesystem(
+        ", ".join((name, *(f"at {point}" for point in points))),
+        found,
+        tuple(owners(disk, found.replayed, tree)),
+    )

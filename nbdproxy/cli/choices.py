@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Annotated, TypeVar
 import typer
 
 from nbdproxy.errors import UsageError
+from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.plans import Told
 from nbdproxy.persistence.model import Coverage
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.sizes import parse_size
@@ -64,6 +68,35 @@ Partition = Annotated[
         show_default="the one that has the files",
     ),
 ]
+
+
+Mounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mount",
+        metavar="WHAT:POINT[:ROOT]",
+        help="What is mounted where in the guest: a partition by its number, a volume (vg/home), "
+        "or a name as in fstab (LABEL=boot); ROOT is its subvolume or folder. Repeatable.",
+        show_default="as the guest's fstab says",
+    ),
+]
+
+
+def where_of(root: str | None, partition: int | None, mounts: list[str] | None) -> Where:
+    """Return what --root, --partition and --mount say of where files are."""
+    told = []
+    for text in mounts or ():
+        found = re.fullmatch(r"(.+?):(/[^:]*)(?::(.+))?", text)
+        if found is None:
+            raise UsageError(
+                f"--mount: {text!r} does not say what is mounted where; write for example "
+                f"--mount 1:/boot or --mount vg/home:/home"
+            )
+        root_of = found[3] and posixpath.normpath(posixpath.join("/", found[3]))
+        told.append(Told(found[1], posixpath.normpath(found[2]), root_of))
+    if told and partition is not None:
+        raise UsageError("--partition says that all files are on it; drop it, or --mount")
+    return Where(root, partition, tuple(told))
 
 
 def parse_list(text: str | None, choices: type[E], option: str) -> list[E] | None:

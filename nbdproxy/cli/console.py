@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -17,6 +18,8 @@ from rich.console import Console, RenderableType
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
+
+from nbdproxy.report.paths import visible
 
 
 class _TimedStatus(Status):
@@ -44,25 +47,37 @@ class _TimedStatus(Status):
 
 
 def _plain(what: RenderableType) -> RenderableType:
-    return Text(what) if isinstance(what, str) else what
+    return Text(visible(what)) if isinstance(what, str) else what
 
 
-class _TimedConsole(Console):
+class _Console(Console):
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print lines as they are: no markup, no emoji, and nothing that steers a terminal."""
+        shown = (
+            "\t".join(map(visible, o.split("\t"))) if isinstance(o, str) else o for o in objects
+        )
+        super().print(*shown, **{"markup": False, "emoji": False, **options})
+
     def status(self, status: RenderableType, **options: Any) -> Status:
         """Show what is being done, and for how long, until the block is left."""
         return _TimedStatus(status, console=self, **options)
 
 
-out = Console(highlight=False, soft_wrap=True)
+out = _Console(highlight=False, soft_wrap=True, emoji=False)
 """For results."""
 
-err = _TimedConsole(stderr=True, highlight=False, soft_wrap=True)
+err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 """For everything else."""
 
 
 def print_json(value: Any) -> None:
     """Print a result for programs."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+
+
+def _made_visible(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
+    """Let nothing in a log line steer the terminal: what clients and servers say is in there."""
+    return {key: visible(it) if isinstance(it, str) else it for key, it in event.items()}
 
 
 def set_up_logging(*, verbose: bool) -> None:
@@ -72,6 +87,7 @@ def set_up_logging(*, verbose: bool) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+            _made_visible,
             structlog.dev.ConsoleRenderer(colors=err.is_terminal, pad_event_to=0),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),

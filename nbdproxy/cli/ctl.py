@@ -68,7 +68,7 @@ def status(context: typer.Context, export: Export = None, json: Json = False) ->
             f"{size_text(one['held_bytes'])} held, {size_text(one['shown_bytes'])} faulty"
         )
         for rule, count in one["rules"].items():
-            out.print(f"  rule {rule} struck {count:,} times", markup=False)
+            out.print(f"  rule {rule} struck {plural(count, 'time')}", markup=False)
         if one["recording"] is not None:
             out.print(f"  recording to {one['recording']}, event {one['events']}", markup=False)
         if one["failure"] is not None:

@@ -17,13 +17,15 @@ from nbdproxy.cli.choices import (
     Base,
     FailureText,
     ModeText,
+    Mounts,
     Partition,
     RecordedAs,
     Root,
     parse_list,
+    where_of,
 )
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.oracles import OracleChoice, OracleName, opened, tell_differences
+from nbdproxy.cli.oracles import EXIT, OracleChoice, OracleName, opened, tell_differences
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.ranges import Losses, losses
@@ -34,12 +36,12 @@ from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.check import Outcome, merge
 from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.locate import Where, survey_tree
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import (
@@ -73,6 +75,7 @@ def explain(
     failure: FailureText = Failure.HOST_POWER_LOSS.value,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     recorded_as: RecordedAs = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
@@ -83,7 +86,8 @@ def explain(
     And which requests carried it, which flush covered each of them, what a failure at the cut
     leaves of it under each cache mode, who lost it, and what would have helped. With --files and no
     FILE it tells how many of all files were safe when. Exit code 1 if a file is not whole at the
-    cut in some cell, or, without FILE, in the end under the weakest mode that keeps promises.
+    cut in some cell, or, without FILE, in the end under the weakest mode that keeps promises; 2 if
+    no file is lost and one cannot be told.
 
     Examples:
 
@@ -118,7 +122,7 @@ def explain(
                     judge.state = str(state)
 
             asked = _Asked(source, timeline, judge, at, modes, failures, recorded_as, about)
-            tree, wanted = _wanted(asked, paths or [], files, Where(root, partition))
+            tree, wanted = _wanted(asked, paths or [], files, where_of(root, partition, mount))
             told = stories(timeline, wanted, tree, progress=about, oracle=judge)
             found = [_told(asked, story, tree) for story in told if paths]
             taken = taken_under(timeline, recorded_as)
@@ -126,8 +130,8 @@ def explain(
         if not paths:
             _overview(source, told, taken, json=json)
         _print(source, found, json=json)
-    fine = all(cell.worst.verdict is Verdict.PASS for one in found for cell in one.replay.cells)
-    raise typer.Exit(0 if fine else 1)
+    verdicts = {cell.worst.verdict for one in found for cell in one.replay.cells}
+    raise typer.Exit(EXIT[merge(verdicts)])
 
 
 @dataclass(slots=True)
@@ -151,11 +155,13 @@ def _wanted(
     asked: _Asked, paths: Sequence[str], files: Path | None, where: Where
 ) -> tuple[Tree, Manifest]:
     """Return what to tell of, and the tree that it is in."""
-    tree, wanted = Tree((Mount(partition=where.partition),)), Manifest(())
     cut = resolve(asked.source, asked.at or "before-exit")
     if files is not None:
         listed = manifest.load(files)
         tree, wanted = place(asked.timeline, listed, cut, where, asked.oracle)
+    else:
+        end = asked.timeline.at(asked.source.events)
+        tree, wanted = survey_tree(asked.oracle, end, where), Manifest(())
     if paths:
         absolute = ["/" + posixpath.normpath(path).lstrip("/") for path in paths]
         if files is None:
@@ -230,8 +236,8 @@ def _overview(source: RecordedSource, told: tuple[Story, ...], taken: Taken, *, 
         for line in report.overview_lines(told, source, taken):
             out.print(line, markup=False)
     asked = Level.FLUSHED if Level.FLUSHED in levels else Level.COMPLETED
-    safe = all(story.courses[asked].since is not None for story in told)
-    raise typer.Exit(0 if safe else 1)
+    verdict = merge({Outcome(story.courses[asked].changes[-1].condition).verdict for story in told})
+    raise typer.Exit(EXIT[verdict])
 
 
 def _print(source: RecordedSource, found: list[report.Told], *, json: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import closing
-from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,8 @@ from nbdproxy.persistence.modes import CacheMode, Taken
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
-from nbdproxy.sizes import size_text
+from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural, size_text
 
 
 def info(
@@ -48,10 +48,10 @@ def info(
         print_json(facts)
         return
     meta = recording.meta
-    out.print(f"{run}: {meta.image} ({size_text(meta.size)}), policy {', '.join(meta.policies)}",
-              markup=False)  # fmt: skip
-    out.print(f"recorded    {meta.started}, {facts['seconds']:.3f} s, by {meta.program}")
-    out.print(f"ended       {facts['ended']}", markup=False)
+    image, policies = printable(meta.image), printable(", ".join(meta.policies))
+    out.print(f"{run}: {image} ({size_text(meta.size)}), policy {policies}")
+    out.print(f"recorded    {meta.started}, {facts['seconds']:.3f} s, by {printable(meta.program)}")
+    out.print(f"ended       {printable(facts['ended'])}")
     if recording.missing:
         out.print(f"missing     {recording.missing}", markup=False)
     for name, counted in facts["requests"].items():
@@ -64,16 +64,21 @@ def info(
     out.print(f"clients     {facts['connections']:,}")
     out.print(f"cache mode  {_cache_mode(taken)}")
     for fault in facts["faults"]:
-        what = f"{fault['action']} {fault['count']:,} times"
-        out.print(f"fault       {what} by {fault['rule'] or 'the policy'}", markup=False)
+        what = (
+            f"{fault['action']} {plural(fault['count'], 'time')} by {fault['rule'] or 'the policy'}"
+        )
+        out.print(f"fault       {printable(what)}")
     for note in facts["notes"]:
-        out.print(f"note        {note['time_s']:.3f} s {note['kind']} {note['text']}", markup=False)
+        text = printable(note["text"])
+        out.print(f"note        {note['time_s']:.3f} s {note['kind']} {text}")
 
 
 def _faults(recording: Recording) -> Counter[tuple[str | None, str]]:
     """Return how often each rule did what."""
-    texts = [loads(note.text) for note in recording.notes if note.kind is NoteKind.FAULT]
-    return Counter((text.get("rule"), text["action"]) for text in texts)
+    faults = [note.fields for note in recording.notes if note.kind is NoteKind.FAULT]
+    return Counter(
+        (str(f["rule"]) if f.get("rule") else None, str(f.get("action"))) for f in faults
+    )
 
 
 def _cache_mode(taken: Taken) -> str:

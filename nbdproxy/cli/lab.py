@@ -14,7 +14,7 @@ import typer
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
 from nbdproxy.lab import guest, renames, sqlite_image
-from nbdproxy.lab.build import build_lab
+from nbdproxy.lab.build import Lab, build_lab
 from nbdproxy.lab.disk import FILESYSTEMS, PARTITION_TABLES, format_disk
 from nbdproxy.lab.marks import Marker
 from nbdproxy.lab.workloads import WORKLOADS, parse_ending, shell, workload_named
@@ -34,6 +34,17 @@ def _listed(manifests: Iterable[str]) -> str:
 
 def _tell(line: str) -> None:
     err.print(line, markup=False)
+
+
+def _built() -> Lab:
+    """Return the lab, telling what is built, which takes long the first time."""
+    with err.status("lab: looking for what is built") as status:
+
+        def tell(line: str) -> None:
+            _tell(line)
+            status.update(line)
+
+        return build_lab(progress=tell)
 
 
 @app.callback()
@@ -67,7 +78,7 @@ def build() -> None:
 
     Example: nbdproxy lab build
     """
-    made = build_lab(progress=_tell)
+    made = _built()
     err.print(f"the lab is in {made.cache}", markup=False)
 
 
@@ -105,7 +116,7 @@ def manifest(
     if project in _RENAMES:
         sys.stdout.write(dump(_RENAMES[project]()))
         return
-    manifests = build_lab(progress=_tell).manifests
+    manifests = _built().manifests
     if project not in manifests:
         raise UsageError(f"there is no project {project}; choose from {_listed(manifests)}")
     sys.stdout.buffer.write(manifests[project].read_bytes())
@@ -233,7 +244,7 @@ def run(
         if fs not in FILESYSTEMS:
             raise UsageError(f"--fs: {fs!r} is unknown; choose from {', '.join(FILESYSTEMS)}")
         chosen = replace(chosen, fs=fs)
-    made = build_lab(progress=_tell)
+    made = _built()
     ending = parse_ending(end) if end is not None else None
     _tell(f"guest: booting, then {chosen.summary}")
     with (

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Partition
+from nbdproxy.cli.choices import Mounts, Partition, where_of
 from nbdproxy.cli.console import err, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.crash.cuts import resolve
@@ -19,11 +19,12 @@ from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
-from nbdproxy.errors import ImageError, ManifestError, UsageError
+from nbdproxy.errors import ManifestError, UsageError
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import npm
+from nbdproxy.oracles.composite import scan
+from nbdproxy.oracles.locate import survey_tree
 from nbdproxy.oracles.manifest import Entry
-from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level
 
 
@@ -51,6 +52,7 @@ def manifest(
         typer.Option(metavar="DIR", help="For a lockfile: the packages' tarballs, by any name."),
     ] = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Annotated[
         Path | None,
         typer.Option(metavar="IMAGE", help="For RUN@CUT: the image as it was."),
@@ -91,7 +93,8 @@ def manifest(
             err.status("reading") as status,
             opened(oracle, status.update) as asked,
         ):
-            found = asked.scan(disk, under or "/", mount=Mount(partition=partition), modes=modes)
+            tree = survey_tree(asked, disk, where_of(None, partition, mount))
+            found = scan(asked, disk, under or "/", tree, modes=modes)
     if not found.entries:
         raise ManifestError(f"there are no files in {where}; check the path and --under")
     if json:
@@ -101,7 +104,11 @@ def manifest(
 
 
 def _to_json(entry: Entry) -> dict[str, object]:
-    found: dict[str, object] = {"path": entry.path, "sha256": entry.sha256, "size": entry.size}
+    found: dict[str, object] = {
+        "path": entry.path,
+        entry.algorithm: entry.digest,
+        "size": entry.size,
+    }
     if entry.mode is not None:
         found["mode"] = f"{entry.mode:o}"
     if entry.target is not None:
@@ -117,20 +124,10 @@ def _disk(where: str, base: Path | None) -> Iterator[ReadableDevice]:
     if is_recording(path):
         run, cut = where, "end"
     elif not at or path.exists():
-        with closing(_open_image(path)) as image:
+        with closing(FileDisk(path, read_only=True)) as image:
             yield image
         return
     with RecordedSource(Path(run), image=base) as source:
         state = StateId(resolve(source, cut).position, Level.RECEIVED, Choice.ALL)
         with closing(open_state(source, state)) as disk:
             yield disk
-
-
-def _open_image(path: Path) -> FileDisk:
-    try:
-        return FileDisk(path, read_only=True)
-    except ImageError as error:
-        if path.is_file() and path.stat().st_size % 512:
-            # Padding it, as for a disk, would change the user's file.
-            raise ManifestError(f"{path} is neither a folder nor a disk image") from None
-        raise error from None

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Base, Partition, Root
+from nbdproxy.cli.choices import Base, Mounts, Partition, Root, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.oracles import OracleChoice, OracleName
 from nbdproxy.crash.bench import Bench, Job
+from nbdproxy.crash.judging import ManifestPlan
 from nbdproxy.crash.minimize import minimize as minimize_state
 from nbdproxy.crash.naming import parse_state_id
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.oracles.locate import Where
 from nbdproxy.report import minimized
 
 
@@ -28,6 +28,7 @@ def minimize(
     time_limit: TimeLimit = TIME_LIMIT_S,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     base: Base = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -49,7 +50,9 @@ def minimize(
         timeline = Timeline(source)
         timeline.open(chosen)
         at = f"seq:{chosen.position - 1}" if chosen.position else "end"
-        judge = make_judge(timeline, files, check, at, Where(root, partition), time_limit, oracle)
+        judge = make_judge(
+            timeline, files, check, at, where_of(root, partition, mount), time_limit, oracle
+        )
         job = Job(run.absolute(), base, chosen.level, chosen.options, judge)
         bench = Bench(source, job)
         try:
@@ -61,7 +64,8 @@ def minimize(
                         f"minimizing: {left:,} pieces left after {checks:,} checks"
                     ),
                 )
-                told = minimized.tell(bench.timeline, found)
+                tree = judge.tree if isinstance(judge, ManifestPlan) else None
+                told = minimized.tell(bench.timeline, found, tree)
         finally:
             bench.close()
             timeline.close()

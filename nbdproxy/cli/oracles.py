@@ -13,6 +13,7 @@ import typer
 from nbdproxy.checker.both import BothOracles
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.cli.console import err
+from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.quick import QuickOracle
 from nbdproxy.sizes import plural
@@ -41,6 +42,10 @@ MAKERS: dict[OracleName, Callable[[], Oracle]] = {
     OracleName.BOTH: partial(BothOracles, strict=True),
 }
 """Makes each, silent, in any process; where both are asked, a difference is in the verdict."""
+
+
+EXIT = {Verdict.PASS: 0, Verdict.FAIL: 1, Verdict.UNKNOWN: 2}
+"""The exit codes of commands that judge."""
 
 
 @contextmanager

@@ -73,8 +73,14 @@ def pack(
             err.print(f"note: {source.missing}", markup=False)
         extras = {}
         if files is not None:
-            manifest.load(files)
+            listed = manifest.load(files)
             extras[packed.FILES] = files
+            if manifest.is_dpkg(files):  # it has another name in there, which tells less
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+                extras[packed.FILES] = Path(folder, packed.FILES)
+                extras[packed.FILES].write_bytes(
+                    manifest.dump(listed).encode(errors="surrogateescape")
+                )
         own = run / packed.VERDICTS
         if db is not None or own.exists():
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
@@ -172,7 +178,11 @@ def _snapshot(db: Path, copy: Path) -> Path:
 def _shown() -> Iterator[packed.Progress]:
     """Show on stderr how far it is."""
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)),
+        *(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+        ),
         *(TimeElapsedColumn(), TimeRemainingColumn()),
     )
     # Where nobody looks on, a bar would leave an empty line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -14,13 +15,16 @@ from nbdproxy.cli.choices import (
     Covers,
     FailureText,
     ModeText,
+    Mounts,
     Partition,
     RecordedAs,
     Root,
     parse_list,
+    where_of,
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
+    EXIT,
     OracleChoice,
     OracleName,
     differences_json,
@@ -28,19 +32,25 @@ from nbdproxy.cli.oracles import (
     tell_differences,
 )
 from nbdproxy.crash.naming import StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import replay as replay_recording
+from nbdproxy.crash.recorded import RecordedSource, is_recording
+from nbdproxy.crash.together import Together, replay_together
+from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.check import merge
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report import table, words
+from nbdproxy.report.paths import printable
 from nbdproxy.report.replayed import to_json
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="A recording.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="A recording; several, or a folder of them: one guest's disks."
+        ),
+    ],
     files: Annotated[
         Path, typer.Option(metavar="MANIFEST", help="The files that should be there (sha256sum).")
     ],
@@ -49,6 +59,7 @@ def replay(
     at: At = None,
     root: Root = None,
     partition: Partition = None,
+    mount: Mounts = None,
     recorded_as: RecordedAs = None,
     covers: Covers = Coverage.RECEIVED,
     base: Base = None,
@@ -64,8 +75,9 @@ def replay(
     And for each of the others, who lost it: the guest, a cache without a flush, or the store.
     Each failure strikes where it tells most: a guest's poweroff at the end, all others at the last
     instant before QEMU's own exit flushes. Files that were never sent cannot be found by looking:
-    if none was, say where they belong with --root (/ for absolute paths). Exit code 0 if no file is
-    lost in any cell, else 1.
+    if none was, say where they belong with --root (/ for absolute paths). What is mounted where is
+    read in the guest's /etc/fstab, or told with --mount. Exit code 0 if no file is lost in any
+    cell, 1 if one is, 2 if none is and something cannot be told.
 
     Examples:
 
@@ -78,45 +90,62 @@ def replay(
       nbdproxy replay run1 --files npm.sha256 --mode none --failure host-power-loss --list
 
       nbdproxy replay run1 --files npm.sha256 --oracle kernel
+
+      nbdproxy replay run1 --files all.sha256 --mount 1:/boot --mount vg/root:/
+
+      nbdproxy replay run1/root.img run1/home.img --files all.sha256
     """
-    source = RecordedSource(run, image=base)
+    found = [run for path in runs for run in _recordings(path)]
+    if base is not None and len(found) > 1:
+        raise UsageError("--base is the image of one recording; name one recording, or drop it")
     wanted = manifest.load(files)
-    if source.missing:
-        err.print(f"note: {source.missing}", markup=False)
-    with (
-        err.status("judging crash states") as status,
-        opened(oracle, status.update) as judge,
-    ):
+    with ExitStack() as stack:
+        sources = [stack.enter_context(RecordedSource(run, image=base)) for run in found]
+        for source in sources:
+            if source.missing:
+                err.print(f"note: {source.missing}", markup=False)
+        with err.status("judging crash states") as status, opened(oracle, status.update) as judge:
 
-        def about_to_judge(state: StateId) -> None:
-            status.update(f"judging crash state {state}")
-            if isinstance(judge, BothOracles):
-                judge.state = str(state)
+            def about_to_judge(state: StateId) -> None:
+                status.update(f"judging crash state {state}")
+                if isinstance(judge, BothOracles):
+                    judge.state = str(state)
 
-        result = replay_recording(
-            source,
-            wanted,
-            modes=parse_list(mode, CacheMode, "--mode"),
-            failures=parse_list(failure, Failure, "--failure") or tuple(Failure),
-            at=at,
-            options=Options(coverage=covers),
-            recorded_as=recorded_as,
-            where=Where(root, partition),
-            progress=about_to_judge,
-            oracle=judge,
-        )
-    tell_differences(judge)
-    if json:
-        told = to_json(result, source, str(run), files=list_files)
-        print_json({**told, **differences_json(judge)})
-    else:
-        if list_files:
-            for line in table.lost_files(result):
-                out.print(line, markup=False)
-        out.print(table.render(result, source))
-        for line in table.footnotes(result):
-            out.print(line, markup=False, style="dim")
-        for sentence in words.sentences(result):
-            out.print(sentence, markup=False)
-    fine = all(cell.verdict is Verdict.PASS for cell in result.cells)
-    raise typer.Exit(0 if fine else 1)
+            together = replay_together(
+                sources,
+                wanted,
+                modes=parse_list(mode, CacheMode, "--mode"),
+                failures=parse_list(failure, Failure, "--failure") or tuple(Failure),
+                at=at,
+                options=Options(coverage=covers),
+                recorded_as=recorded_as,
+                where=where_of(root, partition, mount),
+                progress=about_to_judge,
+                oracle=judge,
+            )
+        tell_differences(judge)
+        if json:
+            told = to_json(together, sources, [str(run) for run in found], files=list_files)
+            print_json({**told, **differences_json(judge)})
+        else:
+            _print(together, sources[0], list_files=list_files)
+    raise typer.Exit(EXIT[merge({cell.verdict for cell in together.table.cells})])
+
+
+def _print(together: Together, source: RecordedSource, *, list_files: bool) -> None:
+    result = together.table
+    if list_files:
+        for line in table.lost_files(result):
+            out.print(line, markup=False)
+    out.print(table.render(result, source))
+    for line in table.footnotes(together):
+        out.print(printable(line), markup=False, style="dim")
+    for sentence in words.sentences(result):
+        out.print(printable(sentence), markup=False)
+
+
+def _recordings(path: Path) -> list[Path]:
+    """Return a recording, or those in a folder of several: `serve` makes one for each export."""
+    if is_recording(path) or not path.is_dir():
+        return [path]
+    return sorted(filter(is_recording, path.iterdir())) or [path]

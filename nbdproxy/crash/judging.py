@@ -12,13 +12,17 @@ from typing import Protocol
 
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.quick import QuickOracle
+from nbdproxy.oracles.watched import Reads
+
+ReadSet = Reads | ExtentSet
+"""What of a disk was read: ascending and disjoint, as whoever compares states needs it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Judge(Protocol):
 
     def judge(
         self, state: StateId, changed: Iterable[Extent] | None
-    ) -> tuple[Judgement, Iterable[Extent] | None]:
+    ) -> tuple[Judgement, ReadSet | None]:
         """Return what is to be said of a state, and what of its disk that was read from.
 
         `changed` covers all in which the disk may differ from that of the call before; None is
@@ -49,7 +53,10 @@ class Judge(Protocol):
         ...
 
     def beside(self) -> Judge:
-        """Return another, for other states of the timeline, that shares what is costly to have."""
+        """Return another, for other states of the timeline, that shares what is costly to have.
+
+        One that would have nothing of its own returns itself.
+        """
         ...
 
     def close(self) -> None:
@@ -100,7 +107,7 @@ class _ManifestJudge:
 
     def judge(
         self, state: StateId, changed: Iterable[Extent] | None
-    ) -> tuple[Judgement, Iterable[Extent] | None]:
+    ) -> tuple[Judgement, ReadSet | None]:
         disk = self._timeline.open(state)
         found = self._check.check(disk, changed)
         # Findings that did not change are the same object, and thousands of files need no count.

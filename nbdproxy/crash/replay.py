@@ -122,6 +122,7 @@ def replay(
     modes: Sequence[CacheMode] | None = None,
     failures: Sequence[Failure] = tuple(Failure),
     at: str | None = None,
+    cut: Cut | None = None,
     options: Options = DEFAULTS,
     recorded_as: CacheMode | None = None,
     where: Where = ANYWHERE,
@@ -132,16 +133,17 @@ def replay(
     """Judge every asked-for cell of the table.
 
     `modes` None means all that the recording can be projected onto. `at` None means `end` for a
-    guest's poweroff and `before-exit` for every other failure. `recorded_as` is the cache mode the
-    recording was taken under, if the user knows. `where` is what is known of where the files are;
-    by default that is looked for, unless `tree` says all. `progress` hears of each state about to
-    be judged.
+    guest's poweroff and `before-exit` for every other failure; `cut` is what it names, if that is
+    known. `recorded_as` is the cache mode the recording was taken under, if the user knows. `where`
+    is what is known of where the files are; by default that is looked for, unless `tree` says all.
+    `progress` hears of each state about to be judged.
 
     Raises ProjectionError for a mode that the recording tells nothing about, UsageError for a cut
     that it lacks, ManifestError if none of the files was ever on the disk, and FilesystemError if
     even the fullest state cannot be read.
     """
-    cut = resolve(source, at or "before-exit")
+    if cut is None:
+        cut = resolve(source, at or "before-exit")
     cuts = dict.fromkeys(failures, cut)
     if at is None and Failure.GUEST_POWEROFF in cuts:
         cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
@@ -327,7 +329,7 @@ def place(
 def earlier_digests(
     timeline: Timeline, manifest: Manifest, tree: Tree, oracle: Oracle = QUICK
 ) -> Digests:
-    """Return the digests that the manifest's paths had before the recording, if any."""
+    """Return the SHA-256 digests that the manifest's paths had before the recording, if any."""
     found: dict[str, tuple[str, ...]] = {}
     for mount, part in split(manifest, tree)[0].items():
         wanted = {entry.path for entry in part.entries}
@@ -336,5 +338,5 @@ def earlier_digests(
             before = oracle.scan(timeline.base(), folder, mount=mount)
         except FilesystemError:
             continue
-        found |= {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
+        found |= {entry.path: (entry.digest,) for entry in before.entries if entry.path in wanted}
     return found

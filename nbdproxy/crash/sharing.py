@@ -8,15 +8,12 @@ that grows with what differs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from nbdproxy.crash.cells import Numbers
 from nbdproxy.crash.field import Change, Field
-from nbdproxy.crash.judging import Judgement
+from nbdproxy.crash.judging import Judgement, ReadSet
 from nbdproxy.crash.naming import Choice
-from nbdproxy.extents import Extent
 from nbdproxy.recording.index import Mask
 
 SETS_MAX = 16
@@ -29,7 +26,7 @@ Known = tuple[str, Judgement]
 class _ReadSet:
     """The sectors that a judge read, and the verdicts that hang on them alone."""
 
-    def __init__(self, reads: Iterable[Extent], field: Field) -> None:
+    def __init__(self, reads: ReadSet, field: Field) -> None:
         sector = field.state.options.sector
         bounds = np.array([(r.offset // sector, -(-r.end // sector)) for r in reads], np.int64)
         self.starts, self.ends = bounds.reshape(-1, 2).T
@@ -72,7 +69,7 @@ class Sharing:
                 return known
         return None
 
-    def add(self, change: Change, known: Known, reads: Iterable[Extent]) -> None:
+    def add(self, change: Change, known: Known, reads: ReadSet) -> None:
         """Remember a verdict and what it was made from."""
         new = _ReadSet(reads, self._field)
         for index, old in enumerate(self._sets):

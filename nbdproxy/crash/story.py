@@ -185,8 +185,10 @@ def carriers(
     Those are the ones that show in the file's content and in what leads to it: its inode, its
     extents, its directories (only its content, where the filesystem is not of the ext family). What
     all files of the disk hang on is left out, and the journal; none is returned if the file itself
-    is nowhere.
+    is nowhere, or where it is cannot be told.
     """
+    if isinstance(tree.of(entry.path), str):
+        return ()
     end = timeline.source.events
     disk = timeline.at(end)
     follower = TreeFollower(oracle, Manifest((entry,)), {}, tree)

@@ -142,6 +142,24 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def starved_s(process: subprocess.Popen[bytes]) -> float:
+    """Return for how many seconds so far a process wanted a processor and had none.
+
+    Of its threads, and those of its children, it is the one that waited most, by
+    `/proc/PID/schedstat`; 0 if that is not told.
+    """
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        waits = [
+            int((task / "schedstat").read_text().split()[1])
+            for pid in (process.pid, *children)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        ]
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return max(waits, default=0) / 1e9
+
+
 def probe(cache: Path, kit: Kit) -> str:
     """Return `kvm` if a guest really runs under it here, else `tcg`; tried once per boot."""
     if not os.access(_DEVICE, os.R_OK | os.W_OK):

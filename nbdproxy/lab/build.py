@@ -25,7 +25,7 @@ PROJECTS = {path.name: path for path in sorted((Path(__file__).parent / "project
 """The npm projects that come with the package: `small` and `medium`."""
 
 _NEEDED = (
-    "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node",
+    "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node", "perl",
     "qemu-system-x86_64", "sqlite3",
 )  # fmt: skip
 _EXTRA = (
@@ -81,7 +81,7 @@ def build_lab(
         built = {name: _build_project(parts, name, projects[name], npm) for name in projects}
         # Few want these, so they are not among what is needed.
         extra = {name: found for name in _EXTRA if (found := tools.find(name))}
-        programs = [where["sqlite3"], *extra.values()]
+        programs = [where["perl"], where["sqlite3"], *extra.values()]
         disk = _build_disk(parts, where["node"], npm, built, programs)
     manifests = {name: part / "manifest.sha256" for name, part in built.items()}
     return Lab(parts.root, kit, disk / "tools.img", manifests, frozenset(extra))

@@ -24,13 +24,14 @@ BOOT_MODULES = ("virtio_pci", "virtio_blk", "virtio_scsi", "sd_mod", "ata_piix",
 """What every guest loads: the disks it may be given, and ext4."""
 
 FILESYSTEM_MODULES = {
+    "ext4": ("quota_v2",),
     "xfs": ("xfs",),
-    "btrfs": ("btrfs",),
+    "btrfs": ("xxhash_generic", "blake2b_generic", "btrfs"),
     "vfat": ("vfat", "nls_cp437", "nls_ascii", "nls_utf8"),
     "exfat": ("exfat", "nls_utf8"),
     "ntfs": ("fuse",),
 }
-"""What a guest loads only when it mounts such a disk."""
+"""What a guest loads only when it mounts such a disk: drivers, and what they ask for by name."""
 
 MOUNT_PROGRAMS = {"ntfs": "ntfs-3g"}
 """What mounts a filesystem that Debian's kernel has no driver for, through FUSE."""
@@ -41,6 +42,9 @@ CLIENT_MODULES = ("virtio_net", "nbd")
 LOG_MODULES = ("dm_log_writes",)
 """What a guest loads only when its kernel is to log all writes itself: see `dm_log`."""
 
+VOLUME_MODULES = ("dm_snapshot", "dm_thin_pool")
+"""What a guest loads only when it has LVM's snapshots and thin volumes."""
+
 CONSOLE_MODULES = ("virtio_console",)
 """What a guest loads only when it is to be talked to: a port for that."""
 
@@ -49,6 +53,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **FILESYSTEM_MODULES,
     "nbd": CLIENT_MODULES,
     "log-writes": LOG_MODULES,
+    "volumes": VOLUME_MODULES,
     "console": CONSOLE_MODULES,
 }
 

@@ -40,6 +40,7 @@ PACKAGE_OF = {
     "ntfs-3g": "ntfs-3g",
     "ntfs-3g.probe": "ntfs-3g",
     "ntfsresize": "ntfs-3g",
+    "perl": "perl-base",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
     "sfdisk": "fdisk",

@@ -7,7 +7,7 @@ from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Manifest
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.partitions import slices
 
 _READ = 1 << 20
@@ -28,10 +28,10 @@ def certain(findings: Findings, disk: ReadableDevice, manifest: Manifest, mount:
     return Findings(Verdict.FAIL, missing, f"{what} reads all zeroes")
 
 
-def _blank_part(disk: ReadableDevice, partition: int | None) -> str | None:
+def _blank_part(disk: ReadableDevice, partition: PartitionName) -> str | None:
     """Return what a partition is called if it reads all zeroes."""
     try:
-        part = next((part for part in slices(disk) if part.number == partition), None)
+        part = next((part for part in slices(disk) if partition in {part.number, part.key}), None)
     except FilesystemError:
         return None
     return part.name if part is not None and is_blank(part.device) else None

@@ -30,7 +30,7 @@ from nbdproxy.oracles.filesystems import (
     open_filesystem,
 )
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import ONLY, Mount
+from nbdproxy.oracles.mounts import ONLY, Mount, PartitionName
 from nbdproxy.oracles.partitions import Slice
 
 
@@ -187,17 +187,18 @@ def absolute(path: str) -> bytes:
     return b"/" + path.encode("utf-8", "surrogateescape").lstrip(b"/")
 
 
-def candidates(device: ReadableDevice, partition: int | None) -> list[Slice]:
+def candidates(device: ReadableDevice, partition: PartitionName) -> list[Slice]:
     """Return the parts of a disk that may hold the filesystem, or the one that was named.
 
     Raises FilesystemError if there is none.
     """
     found = partitions.slices(device)
     if partition is not None:
-        chosen = [part for part in found if part.number == partition]
+        chosen = [part for part in found if partition in {part.number, part.key}]
         if not chosen:
             there = ", ".join(str(part.number) for part in found)
-            raise FilesystemError(f"there is no partition {partition}; choose one of {there}")
+            what = "partition" if isinstance(partition, int) else "volume"
+            raise FilesystemError(f"there is no {what} {partition}; choose one of {there}")
         return chosen
     with_filesystem = [part for part in found if kind_of(part.device) is not None]
     if not with_filesystem:

@@ -20,6 +20,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
 from nbdproxy.oracles.oracle import Digests, Follower, Oracle
+from nbdproxy.oracles.watched import Range, Reads
 
 
 class TreeFollower:
@@ -36,16 +37,16 @@ class TreeFollower:
         self._findings: Findings | None = None
 
     @property
-    def reads(self) -> Iterable[Extent] | None:
+    def reads(self) -> Reads | None:
         """What of the disk the last findings depend on; None if that cannot be told."""
-        found: list[Extent] = []
+        found: list[Range] = []
         for (_, _, follower), said in zip(self._parts, self._last, strict=True):
             # That a disk is blank is not seen in what the oracle read.
             reads = follower.reads if said.conditions else None
             if reads is None:
                 return None
-            found += reads
-        return found
+            found += reads.ranges()
+        return Reads(found)
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file; findings that did not change are the same object."""
@@ -74,8 +75,8 @@ class TreeFollower:
             }
             reasons += [one.reason] if one.reason is not None else []
         for reason, count in Counter(self._unknown.values()).items():
-            files = "a file" if count == 1 else f"{count:,} files"
-            reasons.append(f"of {files} it cannot be told: {reason}")
+            files = "1 file" if count == 1 else f"{count:,} files"
+            reasons.append(f"{files} cannot be told: {reason}")
         verdicts = {one.verdict for one in found}
         verdicts |= {Verdict.UNKNOWN} if self._unknown else set()
         in_order = {e.path: conditions[e.path] for e in self._manifest.entries}

@@ -1,30 +1,44 @@
-"""Where the files of a manifest are on a disk: the guest's tree, found on a good state."""
+"""Where the files of a manifest are: the guest's tree, found on a good state of its disks.
+
+It is what the user told; else what the guest's own /etc/fstab says; else what the files themselves
+show, see `guesses`. What is found once serves to judge all other states.
+
+Guarantees: a file is said to be on a filesystem only if the user, an fstab, or other files of its
+directory say so, or if all that the disks hold can be read. Whatever may lie in something that
+cannot be read (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told, and
+the reason names it. Not covered: mounts of which neither fstab nor a file tells, such as automatic
+ones, on a filesystem that can be read: a file that is on none of these was certainly not sent.
+"""
 
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check
+from nbdproxy.oracles import check, guesses
 from nbdproxy.oracles import manifest as manifests
-from nbdproxy.oracles.filesystems import KernelOnlyError
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Oracle
+from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, by_fstab, told
+from nbdproxy.oracles.quick import QUICK
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What is known of where files are.
+    """What the user knows of where files are.
 
     root       the directory that a manifest's paths begin at
     partition  the partition that all of them are on; 0 is the whole disk
+    mounts     what is mounted where; with one at / that is all there is
     """
 
     root: str | None = None
     partition: int | None = None
+    mounts: tuple[Told, ...] = ()
 
 
 ANYWHERE = Where()
@@ -33,37 +47,64 @@ ANYWHERE = Where()
 def locate(
     oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: Where = ANYWHERE
 ) -> tuple[Tree, Manifest]:
-    """Find the filesystem that a manifest describes and resolve the manifest against it.
+    """Return the guest's tree, and the manifest with its paths in it.
 
-    Meant for a good state: what is found there then serves to check all others. Raises
-    FilesystemError if nothing can be read, ManifestError if the manifest matches nowhere.
+    Meant for a good state. Raises FilesystemError if nothing can be read or it is not clear what
+    is mounted where, ManifestError if the manifest matches nowhere.
     """
+    (tree,), found = locate_all(oracle, [device], manifest, where)
+    return tree, found
+
+
+def locate_all(
+    oracle: Oracle, devices: Sequence[ReadableDevice], manifest: Manifest, where: Where = ANYWHERE
+) -> tuple[list[Tree], Manifest]:
+    """Do what `locate` does for all disks of one guest: for each its part of the guest's tree."""
     if where.root is not None:
-        return Tree((Mount(partition=where.partition),)), below(where.root, manifest)
-    found: list[tuple[int, int, Manifest]] = []
-    failure: ManifestError | KernelOnlyError | None = None
-    for part in check.candidates(device, where.partition):
-        try:
-            known = set(oracle.paths(device, mount=Mount(partition=part.number)))
-            resolved = manifests.resolve(manifest, known)
-        except (ManifestError, KernelOnlyError) as error:
-            failure = error if failure is None or isinstance(error, KernelOnlyError) else failure
-            continue
-        count = sum(entry.path in known for entry in resolved.entries)
-        found.append((count, part.number, resolved))
-    if not found:
-        assert failure is not None
-        raise failure
-    most = max(count for count, _, _ in found)
-    best = [(number, resolved) for count, number, resolved in found if count == most]
-    if len(best) > 1:
-        numbers = ", ".join(str(number) for number, _ in best)
-        raise FilesystemError(
-            f"the manifest matches the partitions {numbers} equally well; name one of them "
-            f"with --partition"
+        manifest = below(where.root, manifest)
+    if where.partition is not None:
+        return [Tree((Mount(partition=where.partition),))], (
+            manifest if where.root is not None else _on_one(oracle, devices[0], manifest, where)
         )
-    number, resolved = best[0]
-    return Tree((Mount(partition=number),)), resolved
+    disks = Disks(oracle, devices)
+    given = told(disks, where.mounts)
+    if "/" in given.spots:
+        return given.trees(disks), _resolved(given, disks, manifest, where)
+    plan, manifest = _best(disks, given, manifest, where)
+    return _with_doubts(disks, plan, manifest), manifest
+
+
+def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE) -> Tree:
+    """Return the tree of a disk of which no files are known.
+
+    Raises FilesystemError if it is not clear what is mounted where.
+    """
+    if where.partition is not None:
+        return Tree((Mount(partition=where.partition),))
+    disks = Disks(oracle, [device])
+    given = told(disks, where.mounts)
+    if "/" in given.spots:
+        (tree,) = given.trees(disks)
+        return tree
+    plans = by_fstab(disks, given, frozenset())
+    if len(plans) > 1:
+        raise FilesystemError(
+            "several systems are on the disk, each with an fstab of its own; say what is mounted "
+            "where with --mount"
+        )
+    if plans:
+        return plans[0].trees(disks)[0]
+    if given.spots:
+        return given.trees(disks)[0]
+    return Tree((Mount(partition=check.only(check.candidates(device, None)).key),))
+
+
+def tree_by_fstab(device: ReadableDevice) -> Tree | None:
+    """Return the tree of a disk, to name what is on it; None if it is not clear."""
+    try:
+        return survey_tree(QUICK, device)
+    except FilesystemError:
+        return None
 
 
 def below(root: str, manifest: Manifest) -> Manifest:
@@ -73,4 +114,98 @@ def below(root: str, manifest: Manifest) -> Manifest:
             replace(entry, path=posixpath.join("/", root, entry.path.lstrip("/")))
             for entry in manifest.entries
         )
+    )
+
+
+def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: Where) -> Manifest:
+    """Return the manifest with the paths of one partition."""
+    known = set(oracle.paths(device, mount=Mount(partition=where.partition)))
+    return manifests.resolve(manifest, known)
+
+
+def _resolved(plan: Plan, disks: Disks, manifest: Manifest, where: Where) -> Manifest:
+    return manifest if where.root is not None else manifests.resolve(manifest, plan.known(disks))
+
+
+def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[Plan, Manifest]:
+    """Return the plan under which most of the files are there, and the manifest with its paths."""
+    names = frozenset(entry.path for entry in manifest.entries)
+    plans = by_fstab(disks, given, names)
+    if plans and (found := _most(disks, plans, manifest, where)) is not None:
+        return guesses.by_files(disks, *found), found[1]
+    if not disks.parts:
+        if where.root is not None and len(disks.hidden) == len(disks.closed) <= 1:
+            return Plan({"/": (0, Mount())}), manifest  # as soon as there is any, it is that
+        if not disks.hidden:
+            for device in disks.devices:
+                check.candidates(device, None)  # says what it looked for
+        raise FilesystemError(f"nothing can be read: {disks.unread()}")
+    singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
+    if len(singles) == 1 and not disks.hidden and not given.spots:
+        return singles[0], _resolved(singles[0], disks, manifest, where)
+    if all(entry.path.startswith("/") for entry in manifest.entries):
+        plan = guesses.by_files(disks, given, manifest)
+        if plan.spots:
+            return plan, manifest
+    if where.root is not None:
+        raise FilesystemError(disks.several())
+    found = _most(disks, singles, manifest, where)
+    if found is None:
+        raise _matches_nothing(disks)
+    return found
+
+
+def _most(
+    disks: Disks, plans: Sequence[Plan], manifest: Manifest, where: Where
+) -> tuple[Plan, Manifest] | None:
+    """Return the plan with most of the files; None if none has any, but for a --root."""
+    scored: list[tuple[int, Plan, Manifest]] = []
+    for plan in plans:
+        known = plan.known(disks)
+        try:
+            resolved = _resolved(plan, disks, manifest, where)
+        except ManifestError:
+            continue
+        count = sum(entry.path in known for entry in resolved.entries)
+        scored.append((count, plan, resolved))
+    if not scored:
+        return None
+    most = max(count for count, _, _ in scored)
+    best = [(plan, resolved) for count, plan, resolved in scored if count == most]
+    # Of one filesystem's subvolumes, without an fstab, the default one counts, or the first.
+    if len(best) > 1 and (best[0][0].from_fstab or len({plan.top for plan, _ in best}) > 1):
+        raise FilesystemError(
+            f"the manifest matches equally well {' and '.join(p.words(disks) for p, _ in best)}; "
+            f"name one of them with --partition, or say what is mounted where with --mount"
+        )
+    return best[0]
+
+
+def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
+    """Return the trees of a plan, with the files of which it does not say where they are."""
+    trees = plan.trees(disks)
+    loose = [hidden for hidden in disks.hidden if not plan.accounts_for(hidden)]
+    known = plan.known(disks) if loose or plan.from_fstab else frozenset()
+    sure = {posixpath.dirname(entry.path) for entry in manifest.entries if entry.path in known}
+    doubtful = dict(plan.doubtful)
+    for entry in manifest.entries:
+        if entry.path in known or posixpath.dirname(entry.path) in sure:
+            continue
+        if plan.from_fstab and (entry.path + "/").startswith(IN_MEMORY):
+            doubtful[entry.path] = "what is there is kept in memory, and on no disk"
+        elif loose:
+            seen = ", ".join(map(str, loose))
+            doubtful[entry.path] = f"perhaps in what cannot be read here: {seen}"
+    return [replace(tree, doubtful=doubtful) for tree in trees]
+
+
+def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:
+    if disks.hidden:
+        return FilesystemError(
+            f"the manifest matches nothing that can be read here, but there is more: "
+            f"{disks.unread()}"
+        )
+    return ManifestError(
+        "the manifest matches nothing on any of these filesystems: if none of its files was ever "
+        "there, say where they belong with --root PATH, and what is mounted where with --mount"
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -103,9 +104,11 @@ def volumes(found: Iterable[Physical]) -> list[Volume]:
 
     Pieces are those of the disk that the physical volumes' offsets count on.
     """
-    there = {one.ident: one for one in found}
+    every = list(found)
+    times = Counter(one.ident for one in every)
+    there = {one.ident: one for one in every if times[one.ident] == 1}
     newest: dict[str, _Commit] = {}
-    for one in there.values():
+    for one in every:
         if (commit := one.commit) is not None:
             ident = commit.about["id"]
             if ident not in newest or commit.number > newest[ident].number:
@@ -289,13 +292,18 @@ def _volumes(commit: _Commit, there: Mapping[str, Physical]) -> Iterator[Volume]
     shows, merged = _snapshots(listed)
     for name, volume in sorted(listed.items()):
         types = {_type(segment) for segment in _segments(volume)}
-        if "VISIBLE" not in volume["status"] or types & _SHOW_NOTHING or name in merged:
+        is_seen = name in shows or "VISIBLE" in volume["status"]
+        if not is_seen or types & _SHOW_NOTHING or name in merged:
             continue  # a part of another volume
         pieces: tuple[Extent, ...] = ()
         obstacle = shows.get(name) or _obstacle(about, volume, types)
         if obstacle is None:
-            found = _pieces(about, volume, members)
-            pieces, obstacle = (found, None) if found else ((), "on other disks in part")
+            pieces = _pieces(about, volume, members)
+            obstacle = (
+                None
+                if pieces
+                else "an LVM volume whose physical volumes are not all here, once each"
+            )
         ident = group_id + _plain(volume["id"])
         yield Volume(commit.group, name, ident, pieces, obstacle)
 
@@ -318,7 +326,7 @@ def _snapshots(listed: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
 
 def _obstacle(about: Mapping[str, Any], volume: Mapping[str, Any], types: set[str]) -> str | None:
     if types != {_LINEAR}:
-        return "of LVM's type " + " and ".join(sorted(types - {_LINEAR}))
+        return "an LVM volume of the type " + " and ".join(sorted(types - {_LINEAR}))
     if "EXPORTED" in about["status"]:
         return "in an LVM group that is exported"
     if odd := set(volume["status"]) - _PLAIN_STATUS:
@@ -336,18 +344,19 @@ def _pieces(
     """Return where the segments of a linear volume are, none if one is not on this disk."""
     extent = _whole(about["extent_size"]) * SECTOR
     pieces: list[Extent] = []
-    length = 0
+    length, is_here = 0, True
     for segment in _segments(volume):
         where, first = segment["stripes"]
         home, start = members.get(where, (None, 0))  # a volume that pvmove moves is on another one
         at = start + _whole(first) * extent
         size = _whole(segment["extent_count"]) * extent
         is_next = _whole(segment["start_extent"]) * extent == length
-        if home is None or at + size > home.size or not is_next:
-            return ()
-        pieces.append(Extent(home.offset + at, size))
         length += size
-    return tuple(pieces)
+        if home is None or at + size > home.size or not is_next:
+            is_here = False  # the rest is still looked at: all of it must be what LVM writes
+        else:
+            pieces.append(Extent(home.offset + at, size))
+    return tuple(pieces) if is_here else ()
 
 
 def _segments(volume: Mapping[str, Any]) -> list[Mapping[str, Any]]:

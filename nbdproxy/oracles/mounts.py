@@ -12,22 +12,37 @@ import posixpath
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+PartitionName = int | str | None
+"""A part of a disk: by the number of its `partitions.Slice`; an LVM volume by its name, as numbers
+are others when the group has other volumes. None: the only one that has a filesystem."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mount:
     """One filesystem's place in the guest's tree.
 
     point      where it is mounted
-    partition  the number of its `partitions.Slice`; None: the only filesystem that the disk has
+    partition  which part of the disk it is
     root       its directory that shows at `point`: of Btrfs a subvolume, by its path from the top
-               level (`/@home`); of a bind mount what was bound
+               level (`/@home`); of a bind mount what was bound. Empty: what a mount without
+               options shows, of Btrfs the default subvolume; of all others that is the top, `/`
     covered    points below `point` where another filesystem shows
     """
 
     point: str = "/"
-    partition: int | None = None
-    root: str = "/"
+    partition: PartitionName = None
+    root: str = ""
     covered: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """Say what is mounted where."""
+        if isinstance(self.partition, str):
+            part = f"volume {self.partition}"
+        else:
+            part = f"partition {self.partition}" if self.partition else "the whole disk"
+        of_it = f", {self.root}," if self.root not in {"", "/"} else ""
+        return f"{part}{of_it} at {self.point}"
 
     def holds(self, path: str) -> bool:
         """Tell whether the guest sees this filesystem at an absolute path."""
@@ -77,7 +92,7 @@ class Tree:
                 return points[point]
         return self.nowhere
 
-    def shown(self, partition: int, path: str) -> list[str]:
+    def shown(self, partition: PartitionName, path: str) -> list[str]:
         """Return the guest's paths of a path on a partition; none if it does not show."""
         found = (m.outside(path) for m in self.mounts if m.partition in {None, partition})
         return [one for one in found if one is not None]

@@ -8,14 +8,17 @@ in the guest's tree; `composite` asks for all of a tree. All paths are the guest
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
+from nbdproxy.oracles.watched import Reads
 
 CONTENT_MAX = 64 << 20
 """So many bytes of a file a guest hands out at once."""
@@ -32,7 +35,7 @@ class Follower(Protocol):
         ...
 
     @property
-    def reads(self) -> Iterable[Extent] | None:
+    def reads(self) -> Reads | None:
         """What of the disk the last findings depend on; None if that cannot be told."""
         ...
 
@@ -48,7 +51,7 @@ class Oracle(Protocol):
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         ...
 
-    def roots(self, device: ReadableDevice, partition: int | None) -> tuple[str, ...]:
+    def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point.
 
         The one that a mount without options shows comes first. Of Btrfs those are the subvolumes,
@@ -73,8 +76,16 @@ class Oracle(Protocol):
         """
         ...
 
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        """Open a mount to go through its files.
+
+        Raises NotMountedError if a kernel would not mount it, other FilesystemErrors if that cannot
+        be told or a guest failed.
+        """
+        ...
+
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell of a filesystem as a whole; without `fsck` that is not run."""
         ...

@@ -133,12 +133,14 @@ class OwnerMap:
 
 def _readable(device: ReadableDevice, tree: Tree | None) -> list[Slice]:
     """Return the parts of a disk that have a filesystem; first those that the tree names."""
-    numbers = [m.partition for m in tree.mounts if m.partition is not None] if tree else []
+    numbers = {m.partition for m in tree.mounts if m.partition is not None} if tree else set()
     if not numbers:
         return candidates(device, None)
-    found = [part for part in slices(device) if part.number in numbers]
+    found = [part for part in slices(device) if {part.number, part.key} & numbers]
     with suppress(FilesystemError):
-        found += [part for part in candidates(device, None) if part.number not in numbers]
+        found += [
+            part for part in candidates(device, None) if not {part.number, part.key} & numbers
+        ]
     return found
 
 
@@ -152,7 +154,7 @@ def _shown(
     """Return the guest's paths of a filesystem's."""
     found: list[str] = []
     for path in paths:
-        seen = tree.shown(part.number, path) if tree is not None else []
+        seen = tree.shown(part.key, path) if tree is not None else []
         if not seen:
             seen = [f"{path} of {part.name}" if is_one_of_many else path]
         found += seen

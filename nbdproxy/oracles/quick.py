@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles import check
+from nbdproxy.oracles.browse import ShownExt
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
@@ -13,7 +17,7 @@ from nbdproxy.oracles.filesystems import FilesystemKind, kind_of, open_filesyste
 from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import Digests
 from nbdproxy.oracles.partitions import Slice
 
@@ -30,7 +34,7 @@ class QuickOracle:
     def roots(
         self,
         device: ReadableDevice,  # noqa: ARG002
-        partition: int | None,  # noqa: ARG002
+        partition: PartitionName,  # noqa: ARG002
     ) -> tuple[str, ...]:
         """Return the top: what is read here has no subvolumes."""
         return ("/",)
@@ -58,8 +62,13 @@ class QuickOracle:
         except FilesystemError:
             return None
 
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownExt]:
+        """Open a mount to go through its files."""
+        yield ShownExt(device, mount)
+
     def examine(
-        self, device: ReadableDevice, *, partition: int | None, fsck: bool = True
+        self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
         """Tell whether it mounts, what the journal changes, and what fsck says of a copy.
 

@@ -17,10 +17,11 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
-from nbdproxy.oracles.ext4.mounted import check_root
+from nbdproxy.oracles.ext4.mounted import check_mount
 from nbdproxy.oracles.ext4.replayed import ReplayedDevice
 from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
+from nbdproxy.oracles.mounts import PartitionName
 from nbdproxy.oracles.partitions import SliceDevice
 from nbdproxy.oracles.watched import NOTHING, Range, Reads, WatchedDevice, runs
 
@@ -38,7 +39,7 @@ class Remount:
     Every part of `view` that is read is noted there; the next state's view is the same object.
     """
 
-    def __init__(self, partition: int | None) -> None:
+    def __init__(self, partition: PartitionName) -> None:
         self._partition = partition
         self._is_done = False
         self._reached = WHERE
@@ -147,7 +148,7 @@ class Remount:
         self.view.take()
         try:
             filesystem = Filesystem(self.view)
-            check_root(filesystem)
+            check_mount(filesystem)
         finally:
             read = self.view.take()
             self._top = {at for low, high in read for at in range(low // size, -(-high // size))}

@@ -194,7 +194,7 @@ def text(raw: bytes) -> str:
 
 def read(device: ReadableDevice, at: int, length: int) -> bytes:
     """Return a range of a device; nothing if it is not all there."""
-    return device.pread(at, length) if at >= 0 and at + length <= device.size else b""
+    return device.pread(at, length) if at >= 0 and 0 < length <= device.size - at else b""
 
 
 def _has(device: ReadableDevice, magic: _Magic) -> bool:

@@ -45,8 +45,8 @@ class Meta:
     policies       names of the policies in force
     started        the wall clock, ISO 8601 with its zone
     program        name and version of the recorder
-    kind           raw: the image's bytes are the disk; qcow2: its guest's view was recorded;
-                   nbd: the disk of another server
+    kind           raw: the image's bytes are the disk; nbd: the disk of another server; else the
+                   format of the image (qcow2, vmdk), whose guest's view was recorded
     fua            whether clients were offered FUA; None in recordings that do not say
     """
 

@@ -18,20 +18,28 @@ PATHS_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What was found; `owners` are those of the replayed bytes, `findings` None without files."""
+class Filesystem:
+    """One filesystem; `owners` are those of the replayed bytes."""
 
     name: str
     examination: Examination
     owners: tuple[Owner, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found; `findings` is None without files."""
+
+    name: str
+    filesystems: tuple[Filesystem, ...]
     findings: Findings | None
 
     @property
     def verdict(self) -> Verdict:
-        """Pass only if it mounts, fsck is clean where it was run, and every file is whole."""
-        found = [_of(self.examination.mounts)]
-        if isinstance(self.examination.fsck, Fsck):
-            found.append(_of(self.examination.fsck.clean))
+        """Pass only if all mount, fsck is clean where it was run, and every file is whole."""
+        found = [_of(one.examination.mounts) for one in self.filesystems]
+        checks = [one.examination.fsck for one in self.filesystems]
+        found += [_of(fsck.clean) for fsck in checks if isinstance(fsck, Fsck)]
         if self.findings is not None:
             found.append(self.findings.verdict)
         return merge(found)
@@ -39,18 +47,11 @@ class Checked:
 
 def lines(told: Checked, *, list_files: bool) -> Iterator[str]:
     """Yield the screen."""
-    found = told.examination
     yield told.name
-    yield f"  mounts   {_mounts(found)}"
-    yield f"  journal  {_journal(told)}"
-    if isinstance(found.fsck, str):
-        yield f"  fsck     not run: {found.fsck}"
-    elif found.fsck.clean:
-        yield "  fsck     clean"
-    else:
-        first, *rest = found.fsck.said.splitlines() or ["it failed"]
-        yield f"  fsck     {first}"
-        yield from (f"           {line}" for line in rest)
+    for one in told.filesystems:
+        if len(told.filesystems) > 1:
+            yield f"  {one.name}"
+        yield from _filesystem(one)
     if told.findings is None:
         return
     conditions = told.findings.conditions
@@ -65,25 +66,31 @@ def lines(told: Checked, *, list_files: bool) -> Iterator[str]:
                 yield f"           {condition.value:<14} {printable(path)}"
 
 
+def _filesystem(one: Filesystem) -> Iterator[str]:
+    """Yield what is to be said of one filesystem."""
+    found = one.examination
+    yield f"  mounts   {_mounts(found)}"
+    yield f"  journal  {_journal(one)}"
+    if isinstance(found.fsck, str):
+        yield f"  fsck     not run: {found.fsck}"
+    elif found.fsck.clean:
+        yield "  fsck     clean"
+    else:
+        first, *rest = found.fsck.said.splitlines() or ["it failed"]
+        yield f"  fsck     {first}"
+        yield from (f"           {line}" for line in rest)
+
+
 def to_json(told: Checked, *, list_files: bool) -> dict[str, object]:
-    """Return what `lines` says, and the extents."""
-    found, files = told.examination, told.findings
-    fsck: Mapping[str, object] = (
-        {"run": False, "reason": found.fsck}
-        if isinstance(found.fsck, str)
-        else {"run": True, "clean": found.fsck.clean, "said": found.fsck.said}
-    )
-    result: dict[str, object] = {
-        "of": told.name,
-        "verdict": told.verdict.value,
-        "mounts": found.mounts,
-        "reason": found.reason,
-        "replayed": [
-            {"offset": o.extent.offset, "length": o.extent.length, "what": o.words()}
-            for o in told.owners
-        ],
-        "fsck": fsck,
-    }
+    """Return what `lines` says, and the extents; one filesystem stands at the top."""
+    files = told.findings
+    result: dict[str, object] = {"of": told.name, "verdict": told.verdict.value}
+    if len(told.filesystems) == 1:
+        result |= _filesystem_json(told.filesystems[0])
+    else:
+        result["filesystems"] = [
+            {"name": one.name, **_filesystem_json(one)} for one in told.filesystems
+        ]
     if files is not None:
         counts = Counter(condition.value for condition in files.conditions.values())
         result["files"] = {
@@ -100,6 +107,24 @@ def to_json(told: Checked, *, list_files: bool) -> dict[str, object]:
     return result
 
 
+def _filesystem_json(one: Filesystem) -> dict[str, object]:
+    found = one.examination
+    fsck: Mapping[str, object] = (
+        {"run": False, "reason": found.fsck}
+        if isinstance(found.fsck, str)
+        else {"run": True, "clean": found.fsck.clean, "said": found.fsck.said}
+    )
+    return {
+        "mounts": found.mounts,
+        "reason": found.reason,
+        "replayed": [
+            {"offset": o.extent.offset, "length": o.extent.length, "what": o.words()}
+            for o in one.owners
+        ],
+        "fsck": fsck,
+    }
+
+
 def _of(answer: bool | None) -> Verdict:
     return {True: Verdict.PASS, False: Verdict.FAIL, None: Verdict.UNKNOWN}[answer]
 
@@ -110,7 +135,7 @@ def _mounts(found: Examination) -> str:
     return f"no: {found.reason}" if found.mounts is False else f"cannot be told: {found.reason}"
 
 
-def _journal(told: Checked) -> str:
+def _journal(told: Filesystem) -> str:
     """Say what the replay changes, by kind."""
     if not told.examination.mounts:
         return "not replayed"

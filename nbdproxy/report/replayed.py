@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nbdproxy.crash.cuts import Cut
-from nbdproxy.crash.replay import Outcome, Replay
+from nbdproxy.crash.replay import Outcome
 from nbdproxy.crash.source import Source
+from nbdproxy.crash.together import Together
 from nbdproxy.oracles.condition import Condition
 
 
 def to_json(
-    result: Replay, source: Source, recording: str, *, files: bool = False
+    together: Together, sources: Sequence[Source], names: Sequence[str], *, files: bool = False
 ) -> dict[str, object]:
-    """Return the table as `nbdproxy replay --json` prints it; `files` adds those that are lost."""
+    """Return the table as `nbdproxy replay --json` prints it; `files` adds those that are lost.
+
+    Of several recordings the states are those of the first; `recordings` has those of each.
+    """
+    result, source = together.table, sources[0]
     return {
-        "recording": recording,
+        "recording": names[0],
         "cut": _cut_json(result.cut, source),
         "files": len(result.manifest.entries),
         "recorded_under": sorted(mode.value for mode in result.recorded_under),
@@ -31,6 +38,39 @@ def to_json(
             }
             for cell in result.cells
         ],
+        "mounts": [
+            {"recording": name, "point": m.point, "partition": m.partition, "root": m.root}
+            for name, replay in zip(names, together.each, strict=True)
+            for m in replay.tree.mounts
+        ],
+        **_each_json(together, sources, names),
+    }
+
+
+def _each_json(
+    together: Together, sources: Sequence[Source], names: Sequence[str]
+) -> dict[str, object]:
+    """Return the states of each recording, if there are several."""
+    if len(sources) == 1:
+        return {}
+    return {
+        "recordings": [
+            {
+                "recording": name,
+                "files": len(one.manifest.entries),
+                "cells": [
+                    {
+                        "mode": cell.mode.value,
+                        "failure": cell.failure.value,
+                        "cut": _cut_json(cell.cut, source),
+                        "worst": str(cell.worst.state),
+                        "best": str(cell.best.state),
+                    }
+                    for cell in one.cells
+                ],
+            }
+            for name, source, one in zip(names, sources, together.each, strict=True)
+        ]
     }
 
 

@@ -11,6 +11,7 @@ from nbdproxy.crash.replay import Cell, Replay
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure, Taken, guarantee
 from nbdproxy.report import lost
@@ -29,8 +30,9 @@ _CALLED = {
 }
 
 _ADVICE = {
-    Cause.NEVER_SENT: "The guest still had it in memory: no cache mode can help. Let the "
-    "application fsync the file and its directory, or sync before the power goes.",
+    Cause.NEVER_SENT: "No request had carried it as it should be: the guest still had it in "
+    "memory, or what is expected is not of this disk. No cache mode can help. Let the application "
+    "fsync the file and its directory, or sync before the power goes.",
     Cause.MAPPING_NEVER_SENT: "Its data was written, and the qcow2 table that leads to it was in "
     "QEMU's memory. An fsync would have made QEMU write the table; a raw image has none.",
     Cause.CANNOT_BE_TOLD: "Who lost it cannot be told: a state that keeps more cannot be judged "
@@ -64,7 +66,7 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     """Yield a story for people, about one screen."""
     story = told.story
     size = f", {story.entry.size:,} bytes" if story.entry.size is not None else ""
-    yield f"{printable(story.entry.path)}{size}"
+    yield f"{printable(story.entry.path)}{size}{_place(told)}"
     yield ""
     if (created := story.courses[Level.RECEIVED].created) is not None:
         yield f"  created   {_at(created, source)}"
@@ -75,6 +77,15 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     yield from _protection(story, source, told.replay)
     yield ""
     yield from _verdict(told, source)
+
+
+def _place(told: Told) -> str:
+    """Say which filesystem the file is on, if there are several."""
+    tree = told.replay.tree
+    mount = tree.of(told.story.entry.path)
+    if isinstance(mount, str):
+        return f"; {mount}"
+    return f", on {mount.words}" if len(tree.mounts) > 1 else ""
 
 
 def _course(course: Course, source: Source) -> str:
@@ -209,7 +220,7 @@ def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
 def overview_lines(stories: Sequence[Story], source: Source, taken: Taken) -> Iterator[str]:
     """Yield when everything is safe, for people; `taken` says of which modes that can be told."""
     rows = overview(stories)
-    yield f"of {len(stories):,} files, so many are whole in what was"
+    yield f"of {plural(len(stories), 'file')}, so many are whole in what was"
     yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
     steps = range(len(rows))
     if len(rows) > INSTANTS_SHOWN:
@@ -253,9 +264,11 @@ def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]
 def to_json(told: Told, source: Source) -> dict[str, object]:
     """Return a story as `nbdproxy explain --json` prints it."""
     story = told.story
+    mount = told.replay.tree.of(story.entry.path)
     return {
-        "path": printable(story.entry.path),
+        "path": story.entry.path,
         "size": story.entry.size,
+        "partition": mount.partition if isinstance(mount, Mount) else None,
         "created": _instant(story.courses[Level.RECEIVED].created, source),
         "levels": {
             _CALLED[level]: {

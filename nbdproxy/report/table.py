@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from rich.markup import escape
 from rich.table import Table
 
 from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.source import Source
+from nbdproxy.crash.together import Together
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import WEAK
 from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}
 
@@ -22,7 +29,7 @@ def render(result: Replay, source: Source) -> Table:
         table.add_column("\n".join(modes), overflow="fold")
     for index, failure in enumerate(dict.fromkeys(cell.failure for cell in result.cells)):
         cut = next(cell.cut for cell in result.cells if cell.failure is failure)
-        when = f"{cut.text}, {cut.time_ns(source) / 1e9:.1f} s"
+        when = f"{escape(printable(cut.text))}, {cut.time_ns(source) / 1e9:.1f} s"
         table.add_row(f"{failure.value}\n{when}", *(column[index] for column in groups.values()))
     return table
 
@@ -47,7 +54,7 @@ def lost_files(result: Replay) -> list[str]:
                 cell.failure.value,
                 one.condition.value,
                 one.cause.value if one.cause else "-",
-                path.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+                printable(path),
             )
         )
         for cell in result.cells
@@ -56,18 +63,32 @@ def lost_files(result: Replay) -> list[str]:
     ]
 
 
-def footnotes(result: Replay) -> list[str]:
+def footnotes(together: Together) -> list[str]:
     """Return what has to be said about the table, one line each."""
+    result = together.table
     total = len(result.manifest.entries)
     notes = [
-        f"{total:,} files. Each cell: the worst state that the model allows, who lost the files, "
-        "and the best state where it differs."
+        f"{plural(total, 'file')}. Each cell: the worst state that the model allows, who lost the "
+        "files, and the best state where it differs."
     ]
     empty = sum(entry.size == 0 for entry in result.manifest.entries)
     if empty > 10 and empty * 5 > total:
         notes.append(
             f"{empty:,} files of the manifest are empty: was it made when they were lost already?"
         )
+    weak = Counter(e.algorithm for e in result.manifest.entries if e.algorithm in WEAK)
+    notes += [
+        f"{plural(count, 'file')} compared by {algorithm}: that shows what was lost, and proves "
+        f"nothing where somebody may have forged a file"
+        for algorithm, count in weak.items()
+    ]
+    mounts = [
+        mount.words if len(together.each) == 1 else f"{mount.words} of disk {number}"
+        for number, one in enumerate(together.each, start=1)
+        for mount in one.tree.mounts
+    ]
+    if len(mounts) > 1:
+        notes.append(f"the files are on {', '.join(mounts)}")
     cuts = {cell.cut.text: cell.cut for cell in result.cells}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
     if result.below_qcow2:

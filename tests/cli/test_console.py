@@ -11,7 +11,7 @@ from tests.support.serving import until
 
 def test_time_stands_beside_what_is_being_done() -> None:
     shown = io.StringIO()
-    terminal = console._TimedConsole(
+    terminal = console._Console(
         file=shown, force_terminal=True, width=80, _environ={"TERM": "xterm"}
     )
     with terminal.status("reading") as status:
@@ -23,7 +23,7 @@ def test_time_stands_beside_what_is_being_done() -> None:
 
 def test_nothing_is_shown_where_nobody_looks() -> None:
     shown = io.StringIO()
-    with console._TimedConsole(file=shown, width=80).status("reading"):
+    with console._Console(file=shown, width=80).status("reading"):
         pass
     assert shown.getvalue() == ""
 

@@ -49,7 +49,9 @@ def test_the_partition_with_the_files_is_found(
     said = nbdproxy("check", image, "--files", manifest, code=0).stdout
     assert "  mounts   yes\n" in said
     assert "  files    2 whole\n" in said
-    assert "--partition" in nbdproxy("check", image, code=2).stdout
+    shown = nbdproxy("check", image, code=0).stdout.splitlines()
+    assert shown[1:6:4] == ["  partition 1", "  partition 2"]
+    assert shown.count("  fsck     clean") == 2
     assert "  fsck     clean\n" in nbdproxy("check", image, "--partition", "1", code=0).stdout
     assert "--partition" in nbdproxy("manifest", image, code=2).stderr
     assert f"/{FLUSHED}" in nbdproxy("manifest", image, "--partition", "2", code=0).stdout

@@ -41,7 +41,9 @@ def test_where_the_server_below_has_no_fua_it_cannot_be_told(tmp_path: Path) -> 
         synced_writes(server)
         assert server.stop() == 0
     assert len(info(run)["recorded_under"]) == 5
-    assert "cache mode  cannot be told: it has a flush for each write" in nbdproxy("info", run).stdout
+    assert (
+        "cache mode  cannot be told: it has a flush for each write" in nbdproxy("info", run).stdout
+    )
 
 
 def test_qemus_own_writethrough_is_seen_by_its_fua(tmp_path: Path) -> None:
@@ -54,3 +56,33 @@ def test_qemus_own_writethrough_is_seen_by_its_fua(tmp_path: Path) -> None:
     assert info(run)["requests"]["write"]["fua"] == 9
     assert len(info(run)["recorded_under"]) == 5
     assert "every write carries FUA" in nbdproxy("info", run).stdout
+
+
+def qcow2(path: Path) -> Path:
+    """A qcow2 file with room, as it cannot grow over NBD."""
+    tool("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")
+    with path.open("r+b") as file:
+        file.truncate(4 * MIB)
+    return path
+
+
+def test_below_qcow2_writethrough_shows_by_no_fua_and_cannot_be_told(tmp_path: Path) -> None:
+    image, run = qcow2(tmp_path / "image"), tmp_path / "run"
+    with Server(image, "--format", "raw", "--record", run) as server:
+        writes = [word for n in range(9) for word in ("-c", f"write {n * 65536} 4096")]
+        tool("qemu-io", "-f", "qcow2", "-t", "writethrough", *writes, server.uri)
+        assert server.stop() == 0
+    found = info(run)
+    assert found["requests"]["write"]["fua"] == 0
+    assert len(found["recorded_under"]) == 5
+    assert "cannot be told: below qcow2" in nbdproxy("info", run).stdout
+
+
+def test_above_qcow2_it_is_said_what_the_table_lacks(tmp_path: Path) -> None:
+    image, run = qcow2(tmp_path / "image"), tmp_path / "run"
+    with Server(image, "--format", "qcow2", "--record", run) as server:
+        with server.client() as client:
+            client.write(0, b"a" * 4096)
+            client.write(4096, b"b" * 4096)
+        assert server.stop() == 0
+    assert "recorded above qcow2: a QEMU that is killed" in nbdproxy("info", run).stdout

@@ -15,6 +15,7 @@ from nbdproxy.crash.causes import Cause
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.replay import Cell, Replay, replay
 from nbdproxy.crash.source import MemorySource
+from nbdproxy.crash.together import Together
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import ProjectionError, UsageError
 from nbdproxy.oracles.check import Findings, Verdict
@@ -339,7 +340,7 @@ def test_a_recording_without_flushes_leaves_three_modes_out(make_source: MakeSou
 def test_json_has_the_shape_of_the_command_line(make_source: MakeSource) -> None:
     source, manifest = every_fate(make_source)
     result = replay(source, manifest, tree=TREE, oracle=SectorFiles())
-    shown = json.loads(json.dumps(to_json(result, source, "run")))
+    shown = json.loads(json.dumps(to_json(Together(result, (result,)), [source], ["run"])))
     assert (shown["recording"], shown["files"]) == ("run", 5)
     assert shown["cut"]["text"] == "before-exit"
     assert shown["cut"]["time_s"] == 0.009

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import zlib
 from collections.abc import Callable
@@ -24,33 +25,53 @@ from nbdproxy.oracles.manifest import Entry, Manifest, digest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.partitions import VOLUMES, slices
 from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.survey import survey
 
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
 SET_UP = """
-for m in $(cat /modules/log-writes.order); do insmod /modules/$m.ko; done
+for m in $(cat /modules/volumes.order); do insmod /modules/$m.ko; done
 mkdir -p /run/lock/lvm /run/lvm /etc/lvm
-O='devices { use_devicesfile=0 filter=["a|/dev/vdb|","r|.*|"] }
-   activation { udev_sync=0 udev_rules=0 } backup { backup=0 archive=0 }'
+O='devices { use_devicesfile=0 filter=["a|/dev/vd[bc]|","r|.*|"] }
+   activation { udev_sync=0 udev_rules=0 monitoring=0 }
+   global { thin_check_executable="" } backup { backup=0 archive=0 }'
 lvm() { what=$1; shift; /tools/bin/lvm $what --config "$O" "$@" || exit 1; }
 """
 MAKE = f"""{SET_UP}
 lvm pvcreate /dev/vdb; lvm vgcreate -s 1M vg0 /dev/vdb
 lvm lvcreate -y -an -Zn -Wn -n first -L 20M vg0; lvm lvcreate -y -an -Zn -Wn -n second -L 8M vg0
 lvm lvextend vg0/first -L 30M
+[ -e /dev/vdc ] || exit 0
+lvm pvcreate /dev/vdc; lvm vgcreate -s 1M g-1 /dev/vdc
+for name in root kept; do lvm lvcreate -y -Zn -Wn -n $name -L 8M g-1; done
+yes old | head -c 100000 > /dev/mapper/g--1-root
+lvm lvcreate -y -s -n back -L 2M g-1/root; lvm lvcreate -y -s -n snap-2 -L 2M g-1/kept
+yes new | head -c 100000 > /dev/mapper/g--1-root
+exec 3< /dev/mapper/g--1-root
+lvm lvconvert -b --merge g-1/back
+exec 3<&-
+lvm vgchange -an g-1
+lvm lvcreate -y -Zn --type thin-pool -n pool -L 4M g-1
+lvm lvcreate -y -an -n thin -V 64M --thinpool g-1/pool
 """
 FILL = f"""{SET_UP}
 lvm vgchange -ay vg0
 mount -t ext4 /dev/mapper/vg0-first /mnt && cd /mnt || exit 1
 yes "some content" | head -c {24 * MIB} > a && cd / && umount /mnt
+lvm lvchange -ay --poll n g-1/root
+[ $(head -c 3 /dev/mapper/g--1-root) = old ] || exit 1
 """
 
 
-def in_guest(script: str, image: Path) -> None:
-    """Run a script in a guest that has the image as /dev/vdb and does not mount it itself."""
+def in_guest(script: str, image: Path, second: Path | None = None) -> None:
+    """Run a script in a guest that has images as /dev/vdb and vdc, and does not mount them."""
     workload = Workload("lvm", "LVM", script, mount_options="-", needs_mount=False)
-    guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), time_limit_s=90)
+    extra: tuple[str, ...] = ()
+    if second is not None:
+        drive = f"if=none,id=second,format=raw,file={second}"
+        extra = ("-drive", drive, "-device", "virtio-blk-pci,drive=second,addr=6")
+    guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), cpus=1, extra=extra)
 
 
 def volumes(disk: ReadableDevice) -> list[Volume]:
@@ -67,7 +88,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path, inside = folder / "image", folder / "inside"
     path.touch()
     os.truncate(path, 64 * MIB)
-    in_guest(MAKE, path)
+    second = folder / "second"
+    second.touch()
+    os.truncate(second, 64 * MIB)
+    in_guest(MAKE, path, second)
     disk = FileDisk(path, read_only=True)
     first, _ = volumes(disk)
     disk.close()
@@ -79,7 +103,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.seek(piece.offset)
             file.write(data[at : at + piece.length])
             at += piece.length
-    in_guest(FILL, path)
+    in_guest(FILL, path, Path(shutil.copy(second, folder / "copy")))
     return path
 
 
@@ -97,7 +121,7 @@ def test_what_the_kernel_wrote_is_read(image: Path) -> None:
     content = (b"some content\n" * (24 * MIB // 13 + 1))[: 24 * MIB]
     wanted = Manifest((Entry("/a", digest([content]), len(content)),))
     assert check(disk, wanted).verdict is Verdict.PASS
-    mount = Mount(partition=VOLUMES)
+    mount = Mount(partition="vg0/first")
     assert locate(QUICK, disk, wanted) == (Tree((mount,)), wanted)
     assert check(disk, wanted, mount=mount).verdict is Verdict.PASS
 
@@ -200,3 +224,17 @@ def test_the_newest_of_two_areas_counts(image: Path, is_newer_first: bool) -> No
     with_text(disk, older if is_newer_first else newer, into=second)
     with_text(disk, newer if is_newer_first else older)
     assert [volume.name for volume in volumes(disk)] == ["vg0/second", "vg0/third"]
+
+
+def test_what_the_kernel_does_not_show_as_it_lies_is_hidden(image: Path) -> None:
+    """A snapshot is to be merged: from its next start on a guest sees the old content, not this."""
+    disk = FileDisk(image.with_name("second"), read_only=True)
+    found = survey(disk)
+    assert [str(hidden) for hidden in found.hidden] == [
+        "volume g-1/root is an LVM volume that a snapshot is being merged into",
+        "volume g-1/snap-2 is an LVM snapshot, which is kept as differences",
+        "volume g-1/thin is an LVM volume of the type thin",
+    ]
+    assert {"/dev/mapper/g--1-snap--2", "/dev/g-1/snap-2"} <= found.hidden[1].specs
+    assert [part.name for part in slices(disk)] == ["whole disk", "volume g-1/kept"]
+    assert disk.pread(MIB, 3) == b"new"  # where g-1/root begins

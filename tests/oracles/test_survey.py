@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.filesystems import FilesystemKind
 from nbdproxy.oracles.survey import Survey, survey
@@ -51,12 +53,12 @@ MADE = {
 
 @pytest.mark.parametrize("name", MADE)
 def test_a_filesystem_has_the_names_that_blkid_prints(
-    name: str, run: Run, blank: Callable[[int], Path], load: Load
+    name: str, run: Run, blank: Callable[[int], Path]
 ) -> None:
     size, kind, command = MADE[name]
     path = blank(size)
     run(*command, path)
-    (part,) = survey(load(path)).parts
+    (part,) = survey(FileDisk(path, read_only=True)).parts
     seen = blkid(run, path)
     assert (part.kind, part.slice.number) == (kind, 0)
     assert [f"UUID={seen['UUID']}" in part.specs, f"LABEL={seen.get('LABEL')}" in part.specs] == [
@@ -68,9 +70,10 @@ def test_a_filesystem_has_the_names_that_blkid_prints(
     assert len(part.specs) == (4 if "LABEL" in seen else 2)
 
 
+QUICK_LUKS = "cryptsetup -q luksFormat --pbkdf pbkdf2 --pbkdf-force-iterations 1000 --type"
 HIDES = {
-    "LUKS1": (8, "cryptsetup -q luksFormat --type luks1 --iter-time 1", "LUKS1"),
-    "LUKS2": (32, "cryptsetup -q luksFormat --type luks2 --iter-time 1 --label top", "LUKS2"),
+    "LUKS1": (8, f"{QUICK_LUKS} luks1", "LUKS1"),
+    "LUKS2": (32, f"{QUICK_LUKS} luks2 --label top", "LUKS2"),
     "F2FS": (64, "mkfs.f2fs -q", "F2FS"),
     "MINIX": (16, "mkfs.minix", "MINIX"),
     "squashfs": (1, "mksquashfs {key} {image} -noappend -quiet", "squashfs"),
@@ -105,6 +108,17 @@ def test_nothing_hides_in_swap_and_in_what_reads_zeroes(
     assert survey(load(path)) == Survey((), ())
     run("mkswap", "-q", path)
     assert survey(load(path)) == Survey((), ())
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 1500, 5000, MIB])
+def test_what_is_too_small_for_signatures_is_looked_at_all_the_same(size: int) -> None:
+    assert survey(MemoryDisk(size)) == Survey((), ())
+    if size:
+        disk = MemoryDisk(size)
+        disk.pwrite(0, b"?")
+        assert [str(hidden) for hidden in survey(disk).hidden] == [
+            "whole disk is something unknown"
+        ]
 
 
 PARTS = """label: gpt
@@ -149,4 +163,136 @@ def test_what_an_older_filesystem_left_is_not_taken_for_one(
     disk.pwrite(1024, old)
     assert [str(one) for one in survey(disk).hidden] == [
         "whole disk is ext2, ext3 or ext4 and FAT at once"
+    ]
+
+
+def md_member(size: int) -> tuple[int, bytes]:
+    """What mdadm writes at the end of a member of a RAID1 of version 1.0, and where."""
+    at = (size // 512 - 16 & ~7) * 512
+    raw = bytearray(256)
+    struct.pack_into("<II8x16s32s8xi", raw, 0, 0xA92B4EFC, 1, b"\x11" * 16, b"host:0", 1)
+    struct.pack_into("<I32xQ8xQ", raw, 92, 2, 0, at // 512)
+    struct.pack_into("<I", raw, 216, sum(struct.unpack("<64I", raw)) & 0xFFFFFFFF)
+    return at, bytes(raw)
+
+
+def test_one_copy_of_an_array_is_not_what_a_guest_reads(
+    run: Run, blank: Callable[[int], Path], load: Load
+) -> None:
+    path = blank(16)
+    run("mke2fs", "-q", "-F", "-U", UUID, path)
+    disk = load(path)
+    disk.pwrite(*md_member(disk.size))
+    path.write_bytes(disk.pread(0, disk.size))
+    assert blkid(run, path)["TYPE"] == "linux_raid_member"
+    found = survey(disk)
+    assert not found.parts
+    assert [str(hidden) for hidden in found.hidden] == [
+        "whole disk is a member of an md array (RAID1)"
+    ]
+    assert {f"UUID={UUID}", "/dev/md/0"} <= found.hidden[0].specs
+
+
+def partitioned(run: Run, path: Path, table: str, inside: bytes, at: int = MIB) -> MemoryDisk:
+    """A disk with a table, and a filesystem at a place."""
+    run("sfdisk", "--quiet", path, stdin=table)
+    disk = MemoryDisk(path.read_bytes())
+    disk.pwrite(at, inside)
+    return disk
+
+
+@pytest.fixture
+def small(run: Run, blank: Callable[[int], Path]) -> bytes:
+    """An ext2 of 1 MiB."""
+    path = blank(1)
+    run("mke2fs", "-q", "-F", "-U", UUID, path)
+    return path.read_bytes()
+
+
+GPT = "label: gpt\nstart=2048, size=2048\n"
+MBR = "label: dos\nlabel-id: 0x1234abcd\nstart=2048, size=2048, type=83\n"
+
+
+def test_partitions_of_an_array_are_copies(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR, small)
+    assert {f"UUID={UUID}", "PARTUUID=1234abcd-01"} < survey(disk).parts[0].specs
+    disk.pwrite(*md_member(disk.size))
+    found = survey(disk)
+    assert not found.parts
+    assert [str(hidden) for hidden in found.hidden] == [
+        "whole disk is a member of an md array (RAID1)",
+        "partition 1 is on a disk that is a member of an md array (RAID1)",
+    ]
+    assert f"UUID={UUID}" in found.hidden[1].specs
+
+
+def test_a_partition_of_a_windows_dynamic_disk_is_not_read_as_it_begins(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR.replace("type=83", "type=42"), small)
+    assert [str(hidden) for hidden in survey(disk).hidden] == [
+        "partition 1 is part of a Windows dynamic disk"
+    ]
+
+
+def test_partitions_that_only_the_backup_names_are_not_what_linux_sees(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), GPT, small)
+    assert len(survey(disk).parts) == 1
+    disk.pwrite(512, bytes(512))
+    found = survey(disk)
+    assert not found.parts
+    assert "copy of its GPT at the end" in str(found.hidden[0])
+
+
+@pytest.mark.parametrize(
+    ("places", "readable"),
+    [
+        ((MIB,), [MIB]),
+        ((8 * MIB,), [8 * MIB]),  # the same table in sectors of 4096 bytes
+        ((MIB, 8 * MIB), []),
+        ((), []),
+    ],
+)
+def test_the_unit_of_an_mbr_is_told_by_where_filesystems_begin(
+    places: tuple[int, ...],
+    readable: list[int],
+    run: Run,
+    blank: Callable[[int], Path],
+    small: bytes,
+) -> None:
+    disk = partitioned(run, blank(32), MBR, b"")
+    for at in places:
+        disk.pwrite(at, small)
+    found = survey(disk)
+    assert [part.slice.offset for part in found.parts] == readable
+    doubts = [str(hidden) for hidden in found.hidden]
+    if len(places) == 2:
+        assert "512 or of 4096 bytes" in doubts[0]
+    else:
+        assert doubts == []
+
+
+def test_a_table_within_a_partition_and_a_table_without_partitions(
+    run: Run, blank: Callable[[int], Path]
+) -> None:
+    inner = blank(1)
+    run("sfdisk", "--quiet", inner, stdin="label: dos\nstart=64, size=64, type=83\n")
+    disk = partitioned(run, blank(16), GPT, inner.read_bytes())
+    assert [str(hidden) for hidden in survey(disk).hidden] == [
+        "partition 1 is divided by a partition table"
+    ]
+    empty = blank(16)
+    run("sfdisk", "--quiet", empty, stdin="label: gpt\n")
+    assert survey(MemoryDisk(empty.read_bytes())) == Survey((), ())
+
+
+def test_a_physical_volume_without_readable_metadata_is_hidden() -> None:
+    disk = MemoryDisk(8 * MIB)
+    disk.pwrite(512, b"LABELONE" + (1).to_bytes(8, "little") + bytes(8) + b"LVM2 001")
+    assert [str(hidden) for hidden in survey(disk).hidden] == [
+        "whole disk is a physical volume of LVM whose metadata cannot be read"
     ]

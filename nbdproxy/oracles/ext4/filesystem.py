@@ -90,26 +90,28 @@ class Filesystem:
 
     def chunks(self, node: Inode) -> Iterator[bytes]:
         """Yield a file's content, all `node.size` bytes of it, in pieces of at most 1 MiB."""
+        at = 0
+        for start, data in self.pieces(node):
+            yield from _zeroes(start - at)
+            yield data
+            at = start + len(data)
+        yield from _zeroes(node.size - at)
+
+    def pieces(self, node: Inode) -> Iterator[tuple[int, bytes]]:
+        """Yield what of a file's content is stored, each with its offset; the rest is zeroes."""
         if node.flags & InodeFlag.ENCRYPT:
             raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
         if node.flags & InodeFlag.VERITY and node.is_regular:
             raise UnsupportedError(f"inode {node.number} has fs-verity, which is not verified here")
         if node.flags & InodeFlag.INLINE_DATA:
-            yield from self._inline(node)
+            yield 0, b"".join(inode.inline_parts(node))[: node.size]
             return
         size = self.superblock.block_size
-        at = 0
         for run in self.runs(node):
-            start = min(run.logical * size, node.size)
-            yield from _zeroes(start - at)
-            at = start
             end = min((run.logical + run.blocks) * size, node.size)
             shift = (run.physical - run.logical) * size
-            while at < end:
-                step = min(CHUNK, end - at)
-                yield self.device.pread(at + shift, step)
-                at += step
-        yield from _zeroes(node.size - at)
+            for at in range(run.logical * size, end, CHUNK):
+                yield at, self.device.pread(at + shift, min(CHUNK, end - at))
 
     def listing(self, node: Inode) -> Directory:
         """Return all names that stand in a directory, found by a kernel or not."""
@@ -275,11 +277,6 @@ class Filesystem:
             return self.inode(number)
         except CorruptError as error:
             raise CorruptError(f"{_shown(path)}: {error}") from error
-
-    def _inline(self, node: Inode) -> Iterator[bytes]:
-        content = b"".join(inode.inline_parts(node))[: node.size]
-        yield content
-        yield from _zeroes(node.size - len(content))
 
     def _found(self, path: bytes, node: Inode) -> dict[bytes, int]:
         """Return the names in a directory; raises where they are not the ones that are found."""

@@ -87,6 +87,15 @@ class Inode:
         return self.is_symlink and self.is_fast
 
     @property
+    def mtime_ns(self) -> int:
+        """When the content was changed last, in nanoseconds since 1970."""
+        seconds = int.from_bytes(self.raw[0x10:0x14], "little", signed=True)
+        if _extra_size(self.raw) < 12:
+            return seconds * 10**9
+        extra = int.from_bytes(self.raw[0x88:0x8C], "little")
+        return (seconds + ((extra & 3) << 32)) * 10**9 + (extra >> 2)
+
+    @property
     def block_map(self) -> bytes:
         """The 60 bytes that hold the extent tree's root, block numbers, or the content itself."""
         return self.raw[BLOCK_MAP]

@@ -77,8 +77,8 @@ def disk_size(touches: Touches, base: Base | None, size: int | None) -> int:
         size = base.size
     if size is None:
         return max(-(-touches.end // _ROUND), 1) * _ROUND
-    if size <= 0 or size % 512:
-        raise UsageError(f"--size {size} is no size of a disk; give a multiple of 512 bytes")
+    if size <= 0:
+        raise UsageError(f"--size {size} is no size of a disk; give its bytes, such as 10G")
     if touches.end > size:
         raise UsageError(
             f"the log writes up to byte {touches.end}, and the disk would have {size}; "

@@ -1,0 +1,188 @@
+"""Several recorded disks of one guest, judged together: one table for the whole tree of files.
+
+Each file is judged on the recording that has its filesystem. An instant is the same for all, by the
+wall clocks at their starts, to a few milliseconds; `end` and `before-exit` are each one's own. What
+is named by a recording's own count (`seq:N`, `flush:N`) and `riskiest` are those of the first, and
+a mark is looked for in one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from nbdproxy.crash.cuts import Cut, resolve
+from nbdproxy.crash.naming import StateId
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.replay import Cell, Outcome, Replay
+from nbdproxy.crash.replay import replay as replay_one
+from nbdproxy.crash.taken import taken_under
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.errors import FilesystemError, ManifestError, UsageError
+from nbdproxy.oracles.check import merge
+from nbdproxy.oracles.composite import split
+from nbdproxy.oracles.locate import ANYWHERE, Where, locate_all
+from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.oracle import Oracle
+from nbdproxy.oracles.quick import QUICK
+from nbdproxy.persistence.model import DEFAULTS, Options
+from nbdproxy.persistence.modes import CacheMode, Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """The table of all files, and those of each recording's own files, in order."""
+
+    table: Replay
+    each: tuple[Replay, ...]
+
+
+def replay_together(
+    sources: Sequence[RecordedSource],
+    manifest: Manifest,
+    *,
+    modes: Sequence[CacheMode] | None = None,
+    failures: Sequence[Failure] = tuple(Failure),
+    at: str | None = None,
+    options: Options = DEFAULTS,
+    recorded_as: CacheMode | None = None,
+    where: Where = ANYWHERE,
+    progress: Callable[[StateId], None] = lambda _: None,
+    oracle: Oracle = QUICK,
+) -> Together:
+    """Judge every asked-for cell, as `replay.replay` does for one recording."""
+    if where.partition is not None and len(sources) > 1:
+        raise UsageError("--partition is for one recording; say what is mounted where by --mount")
+    possible = [_told_modes(source, recorded_as) for source in sources]
+    chosen = modes or [mode for mode in CacheMode if all(mode in some for some in possible)]
+    cuts = instants(sources, at or "before-exit")
+    trees, manifest = _place(sources, cuts, manifest, where, oracle)
+    each = tuple(
+        replay_one(
+            source,
+            part,
+            modes=chosen,
+            failures=failures,
+            at=at,
+            cut=cut,
+            options=options,
+            recorded_as=recorded_as,
+            tree=tree,
+            progress=progress,
+            oracle=oracle,
+        )
+        for source, tree, cut, part in zip(
+            sources, trees, cuts, _shares(manifest, trees), strict=True
+        )
+    )
+    return Together(_merged(each, manifest), each)
+
+
+def _told_modes(source: RecordedSource, recorded_as: CacheMode | None) -> tuple[CacheMode, ...]:
+    """Return the modes that a recording tells of."""
+    with closing(Timeline(source)) as timeline:
+        return taken_under(timeline, recorded_as).tells
+
+
+def instants(sources: Sequence[RecordedSource], text: str) -> list[Cut]:
+    """Return the cut of each recording that a text names; UsageError if none has it."""
+    if text in {"end", "before-exit"}:
+        return [resolve(source, text) for source in sources]
+    if any(source.meta.policies == ("imported",) for source in sources):
+        raise UsageError(
+            f"{text!r}: an imported recording does not say when it began; for several disks "
+            f"together use end or before-exit"
+        )
+    known, cut = _first(sources, text)
+    instant = _began_ns(known) + cut.time_ns(known)
+    return [
+        cut
+        if source is known
+        else Cut(text, source.position_at(instant - _began_ns(source)), cut.note)
+        for source in sources
+    ]
+
+
+def _first(sources: Sequence[RecordedSource], text: str) -> tuple[RecordedSource, Cut]:
+    """Return the first recording that knows an instant; only marks are looked for in others."""
+    others = sources[1:] if text.startswith("mark:") else ()
+    try:
+        return sources[0], resolve(sources[0], text)
+    except UsageError:
+        for source in others:
+            try:
+                return source, resolve(source, text)
+            except UsageError:
+                continue
+        raise
+
+
+def _began_ns(source: RecordedSource) -> int:
+    return round(datetime.fromisoformat(source.meta.started).timestamp() * 1e6) * 1000
+
+
+def _place(
+    sources: Sequence[RecordedSource],
+    cuts: Sequence[Cut],
+    manifest: Manifest,
+    where: Where,
+    oracle: Oracle,
+) -> tuple[list[Tree], Manifest]:
+    """Return each recording's part of the tree, found at the end or else at the cuts."""
+    with ExitStack() as stack:
+        timelines = [stack.enter_context(closing(Timeline(source))) for source in sources]
+        ends = [timeline.at(timeline.source.events) for timeline in timelines]
+        try:
+            return locate_all(oracle, ends, manifest, where)
+        except (ManifestError, FilesystemError) as at_the_end:
+            try:
+                there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
+                return locate_all(oracle, there, manifest, where)
+            except (ManifestError, FilesystemError):
+                raise at_the_end from None
+
+
+def _shares(manifest: Manifest, trees: Sequence[Tree]) -> list[Manifest]:
+    """Return the files of each recording; the first has those that are on none."""
+    own = [
+        {e.path for part in split(manifest, tree)[0].values() for e in part.entries}
+        for tree in trees
+    ]
+    own[0] |= {entry.path for entry in manifest.entries}.difference(*own)
+    return [Manifest(tuple(e for e in manifest.entries if e.path in some)) for some in own]
+
+
+def _merged(each: Sequence[Replay], manifest: Manifest) -> Replay:
+    first = each[0]
+    cells = []
+    for some in zip(*(one.cells for one in each), strict=True):
+        cell: Cell = some[0]
+        verdict = merge({one.verdict for one in some})
+        worst, best = (
+            _outcome([getattr(one, end) for one in some], manifest) for end in ("worst", "best")
+        )
+        cells.append(replace(cell, verdict=verdict, worst=worst, best=best))
+    return replace(
+        first,
+        manifest=manifest,
+        left_out=tuple(dict.fromkeys(mode for one in each for mode in one.left_out)),
+        cells=tuple(cells),
+        below_qcow2=any(one.below_qcow2 for one in each),
+        why="; ".join(dict.fromkeys(one.why for one in each if one.why)),
+        remark="; ".join(dict.fromkeys(one.remark for one in each if one.remark)),
+    )
+
+
+def _outcome(some: Sequence[Outcome], manifest: Manifest) -> Outcome:
+    """Return what the disks together hold; files of one that cannot be judged are left out."""
+    files = {path: found for one in some for path, found in one.files.items()}
+    reasons = dict.fromkeys(one.reason for one in some if one.reason is not None)
+    return Outcome(
+        some[0].state,
+        merge({one.verdict for one in some}),
+        "; ".join(reasons) or None,
+        {e.path: files[e.path] for e in manifest.entries if e.path in files},
+    )

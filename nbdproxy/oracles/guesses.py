@@ -1,0 +1,164 @@
+"""A guest's tree found by the files themselves, where no fstab tells it.
+
+The filesystem that has most of the files under one change of their leading directory comes first,
+then others that have some of the rest: at the point below which their paths are theirs. A guess
+must be shown by content: at least one file is what the manifest says. Files that could be on two
+filesystems, or are where no content shows that they belong there, cannot be told.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+
+from nbdproxy.errors import FilesystemError
+from nbdproxy.oracles import manifest as manifests
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import above, is_below
+from nbdproxy.oracles.plans import Disks, Plan, Store
+
+_READ_MAX = 8
+"""So many files are read to show that a guess is right."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """A directory of a filesystem that may show at a point: the files that it would have there."""
+
+    store: Store
+    point: str
+    root: str
+    files: frozenset[str]
+
+    @property
+    def rank(self) -> tuple[int, bool, int]:
+        """What makes one guess better than another: files, no change of paths, what is default."""
+        is_plain = self.point == "/" and self.root in self.store.roots
+        order = self.store.roots.index(self.root) if self.root in self.store.roots else 0
+        return len(self.files), is_plain, -order
+
+
+def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
+    """Return a plan with what the files show of the filesystems that it does not have yet.
+
+    Raises FilesystemError if two filesystems have the files equally well.
+    """
+    plan = replace(given, spots=dict(given.spots), doubtful=dict(given.doubtful))
+    entries = {entry.path: entry for entry in manifest.entries}
+    if not plan.spots:
+        first = _first(disks, manifest)
+        if first is None or (disks.hidden and not _is_shown_by_content(disks, first, entries)):
+            return plan  # what has the files may not have been seen
+        plan.spots[first.point] = first.store.mount(first.point, first.root)
+    while (more := _next(disks, plan, entries)) is not None:
+        plan.spots[more.point] = more.store.mount(more.point, more.root)
+    if not given.from_fstab:
+        _doubt(disks, plan, entries)
+    return plan
+
+
+def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
+    """Return what has most of the files."""
+    found: list[_Guess] = []
+    for store in disks.parts:
+        found += _shown(disks, store, [entry.path for entry in manifest.entries])
+        known = disks.paths(store)
+        for (old, new), paths in manifests.changes(manifest, known).items():
+            found.append(_Guess(store, old or "/", new or "/", frozenset(paths)))
+    if not found:
+        return None
+    best = max(found, key=lambda guess: guess.rank)
+    rivals = [g for g in found if g.rank[:2] == best.rank[:2] and g.store != best.store]
+    if any(best.files & rival.files for rival in rivals):
+        names = " and ".join(dict.fromkeys(g.store.name for g in (best, *rivals)))
+        raise FilesystemError(
+            f"the manifest matches {names} equally well; name one of them with --partition, or say "
+            f"what is mounted where with --mount"
+        )
+    return best
+
+
+def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
+    """Return the filesystem that has most of the files which are on none yet."""
+    known = plan.known(disks)
+    rest = [path for path in entries if path not in known]
+    there = [path for path in entries if path in known]
+    found = [
+        guess
+        for store in _unused(disks, plan)
+        for guess in _shown(disks, store, rest)
+        if guess.point not in plan.spots
+        and guess.point not in plan.away
+        and not _taken(plan, guess.point, there)
+    ]
+    for guess in sorted(found, key=lambda guess: guess.rank, reverse=True):
+        rivals = [g for g in found if len(g.files) == len(guess.files) and g.store != guess.store]
+        is_sole = not any(guess.files & rival.files for rival in rivals)
+        if is_sole and _is_shown_by_content(disks, guess, entries):
+            return guess
+    for guess in found:
+        if not plan.from_fstab:
+            why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
+            plan.doubtful |= dict.fromkeys(guess.files, why)
+    return None
+
+
+def _doubt(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> None:
+    """Note files that a filesystem which is not in the plan has as well, if it is mounted above."""
+    known = plan.known(disks)
+    there = [path for path in entries if path in known]
+    for store in _unused(disks, plan):
+        for guess in _shown(disks, store, there):
+            taken = _taken(plan, guess.point, there)
+            if taken and guess.point != "/" and guess.files.issuperset(taken):
+                why = f"also on {store.name}, which may be mounted at {guess.point}"
+                plan.doubtful |= dict.fromkeys(taken, f"{why}; say which with --mount")
+
+
+def _shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[_Guess]:
+    """Yield the points at which a filesystem, or a subvolume of it, would have some files."""
+    for root in store.roots:
+        known = disks.below(store, root)
+        found: defaultdict[str, set[str]] = defaultdict(set)
+        for path in paths:
+            for point in above(path):
+                if path[len(point.rstrip("/")) :] in known:
+                    found[point].add(path)
+        for point, files in found.items():
+            yield _Guess(store, point, root, frozenset(files))
+
+
+def _unused(disks: Disks, plan: Plan) -> Iterator[Store]:
+    """Yield the filesystems that are mounted nowhere, and subvolumes that are not."""
+    for store in disks.parts:
+        used = {
+            mount.root
+            for disk, mount in plan.spots.values()
+            if (disk, mount.partition) == (store.disk, store.part)
+        }
+        if not used:
+            yield store
+        elif len(store.roots) > 1:
+            yield replace(store, roots=tuple(root for root in store.roots if root not in used))
+
+
+def _taken(plan: Plan, point: str, paths: Collection[str]) -> set[str]:
+    """Return the files that a plan has below a point, and not below another mount there."""
+    inner = [other for other in plan.spots if other != point and is_below(other, point)]
+    return {
+        path
+        for path in paths
+        if is_below(path, point) and not any(is_below(path, other) for other in inner)
+    }
+
+
+def _is_shown_by_content(disks: Disks, guess: _Guess, entries: dict[str, Entry]) -> bool:
+    for path in sorted(guess.files)[:_READ_MAX]:
+        entry = replace(entries[path], path=path[len(guess.point.rstrip("/")) :])
+        content = disks.content(guess.store, guess.root, entry)
+        if content is None:
+            continue
+        if manifests.digest([content], entry.algorithm) == entry.digest:
+            return True
+    return False

@@ -1,0 +1,382 @@
+"""Plans of a guest's tree: which filesystem of which of its disks is mounted where.
+
+From what the user told, and from each fstab that can be read. A guest's names for its disks (sda,
+vdb) depend on their order: they are understood for the disk whose own fstab names its own partition
+so, and for no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.oracles import fstab
+from nbdproxy.oracles.filesystems import KernelOnlyError
+from nbdproxy.oracles.fstab import Line
+from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.mounts import Mount, PartitionName, Tree, above, is_below, tree_of
+from nbdproxy.oracles.oracle import Oracle
+from nbdproxy.oracles.survey import Part, survey
+
+IN_MEMORY = ("/dev/", "/proc/", "/run/", "/sys/")
+"""What a Linux system always keeps in memory, though no fstab says so; see file-hierarchy(7)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the user says is mounted somewhere: a number, a volume, or a name as in fstab."""
+
+    what: str
+    point: str
+    root: str | None = None
+
+    def __str__(self) -> str:
+        return ":".join((self.what, self.point, *([self.root] if self.root else [])))
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A filesystem of one of the disks; `roots` are its directories that a mount may show."""
+
+    disk: int
+    part: int | str
+    name: str
+    specs: frozenset[str]
+    roots: tuple[str, ...]
+
+    def mount(self, point: str, root: str = "") -> tuple[int, Mount]:
+        """Return a mount of it, and its disk; of Btrfs the default subvolume, if none is named."""
+        root = root or self.roots[0]
+        return self.disk, Mount(
+            point, self.part, root if len(self.roots) > 1 or root != "/" else ""
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Something on one of the disks that may hold files and cannot be read."""
+
+    words: str
+    specs: frozenset[str]
+
+    def __str__(self) -> str:
+        return self.words
+
+
+class Disks:
+    """All filesystems of a guest's disks that can be read, and what else is on them."""
+
+    def __init__(self, oracle: Oracle, devices: Sequence[ReadableDevice]) -> None:
+        self.devices = list(devices)
+        self._oracle = oracle
+        self.parts: list[Store] = []
+        self.closed: list[Store] = []
+        self.hidden: list[Unread] = []
+        self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
+        for disk, device in enumerate(devices):
+            found = survey(device)
+            for hidden in found.hidden:
+                specs = _specs(disk, hidden.where, hidden.specs)
+                self.hidden.append(Unread(self.named(disk, str(hidden)), specs))
+            for part in found.parts:
+                self._enter(disk, part)
+
+    def _enter(self, disk: int, part: Part) -> None:
+        key = part.slice.key
+        device, mount = self.devices[disk], Mount(partition=key, root="/")
+        name = self.named(disk, part.slice.name)
+        roots: tuple[str, ...] = ("/",)
+        specs = _specs(disk, part.slice.name, part.specs)
+        try:
+            self._paths[disk, key] = frozenset(self._oracle.paths(device, mount=mount))
+            roots = self._oracle.roots(device, key)
+        except FilesystemError as error:
+            why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
+            self.hidden.append(Unread(f"{name}: {why}", specs))
+            self.closed.append(Store(disk, key, name, specs, roots))
+            return
+        self.parts.append(Store(disk, key, name, specs, roots))
+
+    def named(self, disk: int, name: str) -> str:
+        """Return what a part is called: with its disk, if there are several."""
+        return name if len(self.devices) == 1 else f"{name} of disk {disk + 1}"
+
+    def paths(self, store: Store) -> frozenset[str]:
+        """Return the paths of a filesystem's files and links, from its own top."""
+        return self._paths[store.disk, store.part]
+
+    def below(self, store: Store, root: str) -> frozenset[str]:
+        """Return the paths that a mount of one of its directories shows, from there."""
+        found = self.paths(store)
+        if root == "/":
+            return found
+        return frozenset(path[len(root) :] for path in found if path.startswith(root + "/"))
+
+    def content(self, store: Store, root: str, entry: Entry) -> bytes | None:
+        """Return what a file holds, by its path in a directory of a filesystem."""
+        mount = Mount("/", store.part, root)
+        return self._oracle.content(self.devices[store.disk], entry, mount=mount)
+
+    def called(self, name: str) -> list[Store]:
+        """Return the filesystems that a name may mean, those that cannot be read too."""
+        return [store for store in (*self.parts, *self.closed) if _plain(name) in store.specs]
+
+    def hides(self, name: str) -> Unread | None:
+        """Return what cannot be read and is called so."""
+        return next((one for one in self.hidden if _plain(name) in one.specs), None)
+
+    def unread(self) -> str:
+        """Say what cannot be read."""
+        return ", ".join(map(str, self.hidden))
+
+    def several(self) -> str:
+        """Say that one of them has to be named."""
+        names = ", ".join(store.name for store in self.parts)
+        return (
+            f"several partitions hold a filesystem: {names}; name one of them with --partition, "
+            f"or say what is mounted where with --mount"
+        )
+
+
+Spot = tuple[int, Mount]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What is mounted where.
+
+    spots       by its point, a mount and the number of its disk
+    away        points of what is on no disk that can be read, and why
+    doubtful    paths of which the plan does not say where they are, and why
+    names       the names that an fstab accounts for
+    from_fstab  whether there was one
+    """
+
+    spots: dict[str, Spot] = field(default_factory=dict)
+    away: dict[str, str] = field(default_factory=dict)
+    doubtful: dict[str, str] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
+    from_fstab: bool = False
+
+    @property
+    def top(self) -> tuple[int, PartitionName]:
+        """The disk and the part of it that has the top of the tree; that must be known."""
+        disk, mount = self.spots["/"]
+        return disk, mount.partition
+
+    def trees(self, disks: Disks) -> list[Tree]:
+        """Return each disk's part of the guest's tree."""
+        found = []
+        for disk in range(len(disks.devices)):
+            own = [mount for at, mount in self.spots.values() if at == disk]
+            others = {
+                point: f"{point} is on disk {at + 1}"
+                for point, (at, _) in self.spots.items()
+                if at != disk
+            }
+            tree = tree_of(own, {**others, **self.away})
+            seen = f" ({disks.unread()})" if disks.hidden else ""
+            nowhere = f"no filesystem is known that shows there{seen}; name it with --mount"
+            found.append(replace(tree, nowhere=nowhere, doubtful=self.doubtful))
+        return found
+
+    def known(self, disks: Disks) -> frozenset[str]:
+        """Return the guest's paths of all files that are there."""
+        found: set[str] = set()
+        stores = {(store.disk, store.part): store for store in disks.parts}
+        for disk, tree in enumerate(self.trees(disks)):
+            for mount in tree.mounts:
+                store = stores.get((disk, mount.partition or 0))
+                if store is not None:
+                    seen = map(mount.outside, disks.paths(store))
+                    found.update(path for path in seen if path is not None)
+        return frozenset(found)
+
+    def accounts_for(self, hidden: Unread) -> bool:
+        """Tell whether it is known what something unreadable is for."""
+        return bool(hidden.specs & self.names)
+
+    def words(self, disks: Disks) -> str:
+        """Say what is mounted where."""
+        stores = {(s.disk, s.part): s.name for s in (*disks.parts, *disks.closed)}
+        return ", ".join(
+            f"{stores.get((disk, mount.partition or 0), f'partition {mount.partition}')} at {point}"
+            for point, (disk, mount) in sorted(self.spots.items())
+        )
+
+
+def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
+    """Return the plan that the user told; FilesystemError for what is not on the disks."""
+    plan = Plan()
+    every = [*disks.parts, *disks.closed]
+    for one in mounts:
+        if one.what.isdecimal():
+            found = [store for store in every if one.what == str(store.part)]
+        else:
+            is_name = one.what.startswith("/") or "=" in one.what
+            found = disks.called(one.what if is_name else f"/dev/{one.what}")
+        if len(found) != 1:
+            names = ", ".join(store.name for store in every) or "none"
+            several = "several filesystems are" if found else "no filesystem is"
+            raise FilesystemError(f"--mount {one}: {several} called so; there are: {names}")
+        plan.spots[one.point] = found[0].mount(one.point, one.root or "")
+    return plan
+
+
+def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
+    """Return a plan for each system on the disks that has an fstab, no two the same.
+
+    An fstab that says of another filesystem or subvolume that it is the top is a copy, in a
+    snapshot or a backup: it counts only if there is none that says it of its own. What was told
+    before counts more. `wanted` are paths that show whether a filesystem that fstab names and does
+    not mount by itself was mounted.
+    """
+    own: list[Plan] = []
+    copies: list[Plan] = []
+    for store in disks.parts:
+        for root in store.roots:
+            if fstab.PATH not in disks.below(store, root):
+                continue
+            raw, secret = (
+                disks.content(store, root, Entry(path, "", None))
+                for path in (fstab.PATH, fstab.CRYPTTAB)
+            )
+            if raw is None:
+                continue
+            plan = _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
+            found = own if plan.spots["/"] == store.mount("/", root) else copies
+            if plan not in found:
+                found.append(plan)
+    return own or copies
+
+
+class _Reading:
+    """One fstab, being read."""
+
+    def __init__(self, disks: Disks, store: Store, root: str, raw: bytes, secret: bytes) -> None:
+        self._disks = disks
+        self._lines = fstab.lines(raw)
+        self._ciphers = fstab.ciphers(secret)
+        top = next((line for line in self._lines if line.point == "/"), None)
+        own = fstab.numbered(top.spec) if top is not None else None
+        self._disk = own[0] if own is not None and own[1] == store.part else None
+        self._store, self._root = store, root
+
+    def plan(self, given: Plan, wanted: AbstractSet[str]) -> Plan:
+        """Return what it says, but for what was told."""
+        plan = Plan(from_fstab=True, names=frozenset(map(_plain, self._names())))
+        for line in self._lines:
+            if not line.is_bind and not line.is_optional:
+                self._enter(plan, line, self._device(line))
+        if "/" not in plan.spots:  # it is written for another name of the disk that it is on
+            plan.away.pop("/", None)
+            plan.spots["/"] = self._store.mount("/", self._root)
+        for line in self._lines:
+            if line.is_optional:
+                self._decide(plan, line, wanted)
+        for line in self._lines:
+            if line.is_bind:
+                self._bind(plan, line)
+        for point, spot in given.spots.items():
+            plan.away.pop(point, None)
+            plan.spots[point] = spot
+        return plan
+
+    def _names(self) -> Iterator[str]:
+        """Yield all names that the guest's own files account for."""
+        for line in self._lines:
+            yield self._name(line.spec)
+        for name in self._ciphers.values():
+            yield self._name(name)
+
+    def _name(self, spec: str) -> str:
+        """Return a name that holds for all guests; as it is, if there is none."""
+        found = fstab.numbered(spec)
+        if found is None or found[0] != self._disk:
+            return spec
+        part = f"partition {found[1]}" if found[1] else "whole disk"
+        return _place(self._store.disk, part)
+
+    @staticmethod
+    def _enter(plan: Plan, line: Line, found: Spot | str) -> None:
+        if isinstance(found, str):
+            plan.away[line.point] = found
+        else:
+            plan.spots[line.point] = found
+
+    def _device(self, line: Line) -> Spot | str:
+        """Return what a line mounts, or why that cannot be read."""
+        if not line.is_device:
+            return line.elsewhere()
+        stores = self._disks.called(self._name(line.spec))
+        where = f"{line.point} is on {line.spec}"
+        if len(stores) > 1:
+            return f"{where}, and several filesystems are called so"
+        if not stores:
+            return f"{where}, which is {self._obstacle(line.spec)}"
+        root = line.root()
+        if root is None:
+            return f"{where}, a subvolume that only its number names; say which with --mount"
+        if root and root not in stores[0].roots and len(stores[0].roots) > 1:
+            return f"{where}, which has no subvolume {root}"
+        return stores[0].mount(line.point, root)
+
+    def _obstacle(self, spec: str) -> str:
+        """Say why a device is not there."""
+        for name in (spec, self._ciphers.get(spec, spec)):
+            if (hidden := self._disks.hides(self._name(name))) is not None:
+                return f"not read here: {hidden}"
+        if self._disks.hidden:
+            return f"not seen, and may lie in what cannot be read: {self._disks.unread()}"
+        if len(self._disks.devices) > 1:
+            return "on none of these disks"
+        return "not on this disk; if it was recorded too, name that recording as well"
+
+    def _decide(self, plan: Plan, line: Line, wanted: AbstractSet[str]) -> None:
+        """Enter what is mounted on demand, if the files show that it was."""
+        found = self._device(line)
+        below = {path for path in wanted if is_below(path, line.point)}
+        apart = replace(plan, spots=dict(plan.spots))
+        self._enter(apart, line, found)
+        here, there = (len(below & one.known(self._disks)) for one in (plan, apart))
+        if not isinstance(found, str) and there > here:
+            plan.spots[line.point] = found
+        elif here == there and below:
+            unclear = f"{line.point} is mounted on demand only; if it was, say so with --mount"
+            plan.away[line.point] = found if isinstance(found, str) else unclear
+
+    def _bind(self, plan: Plan, line: Line) -> None:
+        """Enter a directory of the tree that shows in another place as well."""
+        for point in above(line.spec):
+            if point in plan.away:
+                plan.away[line.point] = plan.away[point]
+                return
+            if point in plan.spots:
+                disk, mount = plan.spots[point]
+                root = mount.inside(line.spec)
+                plan.spots[line.point] = disk, Mount(line.point, mount.partition, root)
+                break
+        if "rbind" not in line.options:
+            return
+        for point, (disk, mount) in list(plan.spots.items()):
+            if point not in {line.spec, line.point} and is_below(point, line.spec):
+                moved = line.point + point.removeprefix(line.spec.rstrip("/"))
+                plan.spots[moved] = disk, replace(mount, point=moved)
+
+
+def _specs(disk: int, where: str, specs: Iterable[str]) -> frozenset[str]:
+    """Return all names of something on a disk, so that they can be compared."""
+    return frozenset((_place(disk, where), *map(_plain, specs)))
+
+
+def _place(disk: int, where: str) -> str:
+    """Return how something is named by where it is, apart from all names of fstab."""
+    return f"{where} of {disk}"
+
+
+def _plain(name: str) -> str:
+    """Return a name so that it can be compared: of ids the case does not count."""
+    return name.lower() if "uuid" in name.lower() else name

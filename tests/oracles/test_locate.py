@@ -1,0 +1,305 @@
+"""The guest's tree is found: by what the user says, by its fstab, or by the files themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.errors import FilesystemError, ManifestError
+from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import Where, locate, locate_all
+from nbdproxy.oracles.mounts import PartitionName, Tree
+from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.quick import QUICK
+from tests.support.systems import LUKS, Part, disk, ident, manifest
+
+BOOT = Part({"/vmlinuz": "kernel", "/grub/grub.cfg": "menu"}, "boot")
+ROOT = {"/etc/passwd": "users", "/etc/hosts": "hosts", "/usr/bin/true": "true"}
+GUEST = {"/boot/vmlinuz": "kernel", "/boot/grub/grub.cfg": "menu", **ROOT}
+Make = Callable[..., MemoryDisk]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Make a disk of some partitions; what was made before is made from the same bytes."""
+    known: dict[str, bytes] = {}
+
+    def make(*parts: Part) -> MemoryDisk:
+        key = repr(parts)
+        if key not in known:
+            known[key] = disk(tmp_path_factory.mktemp("disk"), *parts)
+        return MemoryDisk(known[key])
+
+    return make
+
+
+def root(fstab: str | None, more: Mapping[str, str] | None = None, *folders: str) -> Part:
+    """The root of a system with an fstab."""
+    files = {**ROOT, **(more or {})}
+    if fstab is not None:
+        files["/etc/fstab"] = fstab
+    return Part(files, "root", folders=("/boot", "/home", "/var", *folders))
+
+
+def judged(
+    device: MemoryDisk, wanted: Mapping[str, str], where: Where | None = None
+) -> tuple[Tree, Findings]:
+    """Find the files of a guest, and judge them."""
+    tree, found = locate(QUICK, device, manifest(wanted), where or Where())
+    return tree, TreeFollower(QUICK, found, {}, tree).check(device, None)
+
+
+def placed(tree: Tree) -> dict[str, PartitionName]:
+    """What is mounted where."""
+    return {mount.point: mount.partition for mount in tree.mounts}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"UUID={ident(1)}",
+        f'UUID="{ident(1).upper()}"',
+        "LABEL=boot",
+        f"PARTUUID={ident(101)}",
+        r"PARTLABEL=part\0401",
+        f"/dev/disk/by-uuid/{ident(1)}",
+        "/dev/vda1",
+    ],
+)
+def test_an_fstab_names_filesystems_in_many_ways(made: Make, name: str) -> None:
+    top = "/dev/vda2" if name == "/dev/vda1" else "LABEL=root"
+    lines = (
+        f"# a comment\n\n{top} / ext4 defaults 0 1\n{name}\t/boot ext4 ro 0 2\nLABEL=s none swap"
+    )
+    device = made(BOOT, root(lines))
+    tree, found = judged(device, GUEST)
+    assert placed(tree) == {"/": 2, "/boot": 1}
+    assert (found.verdict, found.reason) == (Verdict.PASS, None)
+    assert list(found.conditions) == list(GUEST)
+
+
+def test_without_an_fstab_the_files_tell(made: Make) -> None:
+    tree, found = judged(made(BOOT, root(None)), GUEST)
+    assert placed(tree) == {"/": 2, "/boot": 1}
+    assert found.verdict is Verdict.PASS
+
+
+def test_a_file_that_is_gone_is_missed_where_it_belongs(made: Make) -> None:
+    wanted = {**GUEST, "/boot/initrd": "gone", "/etc/shadow": "gone"}
+    for fstab in (None, "LABEL=root / ext4\nLABEL=boot /boot ext4\n"):
+        tree, found = judged(made(BOOT, root(fstab)), wanted)
+        assert placed(tree) == {"/": 2, "/boot": 1}
+        lost = {p for p, c in found.conditions.items() if c is not Condition.WHOLE}
+        assert lost == {"/boot/initrd", "/etc/shadow"}
+        assert found.verdict is Verdict.FAIL
+
+
+def test_what_a_mount_hides_is_not_taken_for_what_is_mounted(made: Make) -> None:
+    """The root has an older /boot/vmlinuz below the mount point."""
+    below = {"/boot/vmlinuz": "kernel"}
+    empty = Part({"/vmlinuz": "former"}, "boot")
+    lines = "LABEL=root / ext4\nLABEL=boot /boot ext4\n"
+    tree, found = judged(made(empty, root(lines, below)), {**ROOT, **below})
+    assert placed(tree) == {"/": 2, "/boot": 1}
+    assert found.conditions["/boot/vmlinuz"] is Condition.DAMAGED
+    _, found = judged(made(empty, root(None, below)), {**ROOT, **below})
+    assert found.conditions["/boot/vmlinuz"] is Condition.CANNOT_BE_TOLD
+    assert found.verdict is Verdict.UNKNOWN
+    assert found.reason is not None and "also on partition 1" in found.reason
+
+
+NESTED = "LABEL=root / ext4\nLABEL=boot /boot ext4\nLABEL=var /var ext4\nLABEL=lib /var/lib ext4\n"
+
+
+def test_mount_points_are_nested(made: Make) -> None:
+    var = Part({"/log/syslog": "log", "/lib/hidden": "x"}, "var")
+    lib = Part({"/dpkg/status": "packages"}, "lib")
+    wanted = {**GUEST, "/var/log/syslog": "log", "/var/lib/dpkg/status": "packages"}
+    for fstab in (NESTED, None):
+        tree, found = judged(made(BOOT, root(fstab), var, lib), wanted)
+        assert placed(tree) == {"/": 2, "/boot": 1, "/var": 3, "/var/lib": 4}
+        assert found.verdict is Verdict.PASS
+    _, found = judged(made(BOOT, root(NESTED), var, lib), {**wanted, "/var/lib/hidden": "x"})
+    assert found.conditions["/var/lib/hidden"] is Condition.MISSING
+
+
+def test_what_lies_in_luks_cannot_be_told(made: Make) -> None:
+    luks = Part(raw=LUKS)
+    wanted = {**GUEST, "/home/u/letter": "dear", "/etc/shadow": "gone"}
+    _, found = judged(made(BOOT, root(None), luks), wanted)
+    assert found.conditions["/home/u/letter"] is Condition.CANNOT_BE_TOLD
+    assert found.conditions["/etc/shadow"] is Condition.MISSING  # beside files that are there
+    assert found.reason is not None and "partition 3 is LUKS1" in found.reason
+    for line in ("/dev/mapper/home /home ext4", "UUID=12 /home ext4"):
+        fstab = f"LABEL=root / ext4\nLABEL=boot /boot ext4\n{line}\n"
+        tree, found = judged(made(BOOT, root(fstab), luks), wanted)
+        assert found.conditions["/home/u/letter"] is Condition.CANNOT_BE_TOLD
+        assert "partition 3 is LUKS1" in tree.away["/home"]
+    crypttab = {"/etc/crypttab": "home PARTUUID=" + ident(103) + " none luks\n"}
+    fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4\n/dev/mapper/home /home ext4\n"
+    named = made(BOOT, root(fstab, crypttab), luks)
+    tree, found = judged(named, {**wanted, "/srv/new": "gone"})
+    assert "not read here: partition 3 is LUKS1" in tree.away["/home"]
+    assert found.conditions["/srv/new"] is Condition.MISSING  # nothing else can hide it
+    only = made(BOOT, root(fstab), luks)
+    _, found = judged(only, {**wanted, "/srv/new": "gone"})
+    assert found.conditions["/srv/new"] is Condition.CANNOT_BE_TOLD
+
+
+def test_what_an_fstab_puts_on_another_disk_cannot_be_told(made: Make) -> None:
+    fstab = (
+        "LABEL=root / ext4\nLABEL=boot /boot ext4\nUUID=77 /home xfs\n"
+        "tmpfs /tmp tmpfs\nserver:/x /net nfs4\n"
+    )
+    wanted = {
+        **GUEST,
+        "/home/u/a": "a",
+        "/tmp/b": "b",
+        "/net/c": "c",
+        "/run/d": "d",
+        "/homely": "x",
+    }
+    tree, found = judged(made(BOOT, root(fstab)), wanted)
+    told = {p for p, c in found.conditions.items() if c is Condition.CANNOT_BE_TOLD}
+    assert told == {"/home/u/a", "/tmp/b", "/net/c", "/run/d"}
+    assert found.conditions["/homely"] is Condition.MISSING
+    assert "UUID=77, which is not on this disk" in tree.away["/home"]
+    assert "tmpfs" in tree.away["/tmp"] and "network" in tree.away["/net"]
+
+
+def test_a_single_filesystem_is_told_by_its_fstab_too(made: Make) -> None:
+    fstab = "LABEL=root / ext4\nUUID=77 /home xfs\n"
+    _, found = judged(made(root(fstab)), {**ROOT, "/home/u/a": "a", "/srv/b": "b"})
+    assert found.conditions["/home/u/a"] is Condition.CANNOT_BE_TOLD
+    assert found.conditions["/srv/b"] is Condition.MISSING
+
+
+def test_the_user_says_what_is_mounted_where(made: Make) -> None:
+    device = made(BOOT, root(None), Part({"/u/letter": "dear"}, "home"))
+    wanted = {**GUEST, "/home/u/letter": "dear", "/boot/new": "n", "/srv/x": "x"}
+    mounts = (Told("1", "/boot"), Told("LABEL=root", "/"), Told("3", "/home"))
+    tree, found = judged(device, wanted, Where(mounts=mounts))
+    assert placed(tree) == {"/": 2, "/boot": 1, "/home": 3}
+    assert found.conditions["/boot/new"] is Condition.MISSING
+    deeper = Where(mounts=(Told("2", "/"), Told("3", "/home/me", "/u")))
+    _, found = judged(device, {**ROOT, "/home/me/letter": "dear"}, deeper)
+    assert found.verdict is Verdict.PASS
+    some = Where(mounts=(Told("3", "/home"),))  # the rest is looked for
+    assert placed(judged(device, wanted, some)[0]) == {"/": 2, "/boot": 1, "/home": 3}
+    fstab = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /efi ext4\n"))
+    over = Where(mounts=(Told("1", "/boot"),))
+    assert placed(judged(fstab, GUEST, over)[0])["/boot"] == 1
+    for wrong in (Told("7", "/"), Told("LABEL=nothing", "/")):
+        with pytest.raises(FilesystemError, match="no filesystem is called so; there are: part"):
+            judged(device, wanted, Where(mounts=(wrong,)))
+
+
+def test_a_bind_mount_shows_a_directory_twice(made: Make) -> None:
+    data = Part({"/www/index": "page", "/sub/x": "x"}, "data")
+    fstab = (
+        "LABEL=root / ext4\nLABEL=data /srv ext4\n/srv/www /var/www none bind\n"
+        "LABEL=boot /srv/boot ext4\n/srv /mnt none rbind\n"
+    )
+    wanted = {
+        **ROOT,
+        "/srv/www/index": "page",
+        "/var/www/index": "page",
+        "/mnt/boot/vmlinuz": "kernel",
+    }
+    tree, found = judged(made(BOOT, root(fstab, None, "/srv"), data), wanted)
+    assert found.verdict is Verdict.PASS
+    assert placed(tree)["/var/www"] == 3 and placed(tree)["/mnt/boot"] == 1
+
+
+def test_what_is_mounted_on_demand_is_told_by_the_files(made: Make) -> None:
+    fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4 noauto\n"
+    device = made(BOOT, root(fstab))
+    assert judged(device, GUEST)[1].verdict is Verdict.PASS
+    _, found = judged(device, {**ROOT, "/boot/new": "new"})
+    assert found.conditions["/boot/new"] is Condition.CANNOT_BE_TOLD
+    assert found.reason is not None and "--mount" in found.reason
+
+
+def test_of_several_systems_the_one_with_the_files_counts(made: Make) -> None:
+    other = Part({"/etc/fstab": "LABEL=other / ext4\n", "/etc/passwd": "others"}, "other")
+    device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"), other)
+    assert placed(judged(device, GUEST)[0]) == {"/": 2, "/boot": 1}
+    with pytest.raises(FilesystemError, match="--mount"):
+        judged(device, {"/etc/passwd": "users"})
+    assert placed(judged(device, {"/etc/passwd": "users"}, Where(mounts=(Told("3", "/"),)))[0]) == {
+        "/": 3
+    }
+
+
+def test_relative_paths_are_found_in_the_whole_tree(made: Make) -> None:
+    device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
+    tree, found = locate(QUICK, device, manifest({"grub/grub.cfg": "menu", "vmlinuz": "kernel"}))
+    assert [entry.path for entry in found.entries] == ["/boot/grub/grub.cfg", "/boot/vmlinuz"]
+    seen_elsewhere = {f"/mnt/guest{path}": text for path, text in GUEST.items()}
+    tree, found = locate(QUICK, device, manifest(seen_elsewhere))
+    assert {entry.path for entry in found.entries} == set(GUEST)
+    assert TreeFollower(QUICK, found, {}, tree).check(device, None).verdict is Verdict.PASS
+
+
+def test_a_manifest_of_nothing_is_refused(made: Make) -> None:
+    nothing = manifest({"/nowhere": "x"})
+    for device in (made(BOOT, root(None)), made(BOOT, root("LABEL=root / ext4\n"))):
+        with pytest.raises(ManifestError, match="--root"):
+            locate(QUICK, device, nothing)
+    with pytest.raises(FilesystemError, match="partition 3 is LUKS1"):
+        locate(QUICK, made(BOOT, root(None), Part(raw=LUKS)), nothing)
+    with pytest.raises(FilesystemError, match="partition 1 is LUKS1"):
+        locate(QUICK, made(Part(raw=LUKS)), nothing)
+    fstab = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
+    tree, _ = locate(QUICK, fstab, nothing, Where(root="/"))
+    assert placed(tree) == {"/": 2, "/boot": 1}
+
+
+def test_a_link_into_another_filesystem_cannot_be_told(made: Make) -> None:
+    fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4\n"
+    linked = Part(
+        {**ROOT, "/etc/fstab": fstab}, "root", folders=("/boot",), links={"/kernels": "/boot"}
+    )
+    _, found = judged(made(BOOT, linked), {**GUEST, "/kernels/vmlinuz": "kernel"})
+    assert found.conditions.pop("/kernels/vmlinuz") is Condition.CANNOT_BE_TOLD
+    assert set(found.conditions.values()) == {Condition.WHOLE}
+    assert found.verdict is Verdict.UNKNOWN
+
+
+def test_a_filesystem_that_breaks_loses_its_own_files_only(made: Make) -> None:
+    device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
+    tree, found = locate(QUICK, device, manifest(GUEST))
+    follower = TreeFollower(QUICK, found, {}, tree)
+    assert follower.check(device, None).verdict is Verdict.PASS
+    device.pwrite((1 << 20) + 1080, b"??")
+    now = follower.check(device, None)
+    assert now.verdict is Verdict.UNKNOWN
+    boot = {path for path, c in now.conditions.items() if c is Condition.CANNOT_BE_TOLD}
+    assert boot == {"/boot/vmlinuz", "/boot/grub/grub.cfg"}
+    device.pwrite(1 << 20, bytes(8 << 20))
+    now = follower.check(device, None)
+    assert now.verdict is Verdict.FAIL and now.conditions["/boot/vmlinuz"] is Condition.MISSING
+    assert now.reason is not None and "partition 1 reads all zeroes" in now.reason
+    assert now.conditions["/etc/passwd"] is Condition.WHOLE
+
+
+def test_the_disks_of_one_guest_are_looked_at_together(made: Make) -> None:
+    fstab = f"LABEL=root / ext4\nLABEL=boot /boot ext4\nUUID={ident(1)} /home ext4\n"
+    first, second = made(BOOT, root(fstab)), made(Part({"/u/a": "a"}, "home"))
+    wanted = manifest({**GUEST, "/home/u/a": "a", "/home/u/new": "n"})
+    (one, two), _ = locate_all(QUICK, [first, second], wanted)
+    assert placed(one) == {"/": 2, "/boot": 1} and not two.mounts
+    assert "several filesystems are called so" in two.away["/home"]
+    fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4\nLABEL=home /home ext4\n"
+    (one, two), found = locate_all(QUICK, [made(BOOT, root(fstab)), second], wanted)
+    assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
+    assert found == wanted
+    assert isinstance(one.of("/home/u/a"), str) and isinstance(two.of("/etc/passwd"), str)
+    (two, one), _ = locate_all(QUICK, [second, made(BOOT, root(fstab))], wanted)
+    assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
+    (one, two), _ = locate_all(QUICK, [made(BOOT, root(None)), second], wanted)
+    assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
