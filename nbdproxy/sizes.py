@@ -1,4 +1,4 @@
-"""Sizes as people write and read them: 4096, 4K, 10GiB."""
+"""Sizes as people write and read them: 4096, 4K, 10GiB; and how many there are of a thing."""
 
 from __future__ import annotations
 
@@ -31,3 +31,8 @@ def size_text(count: int) -> str:
             return f"{value:.3g} {unit}" if value % 1 else f"{int(value)} {unit}"
         value /= 1024
     return f"{value:.3g} TiB"
+
+
+def plural(count: int, word: str) -> str:
+    """Return "1 write" or "1,234 writes"."""
+    return f"{count:,} {word}{'' if count == 1 else 'es' if word.endswith('sh') else 's'}"

@@ -51,6 +51,16 @@ function load(group) {
   return run('sh', '-c', `for m in $(cat /modules/${group}.order); do insmod /modules/$m.ko; done`);
 }
 
+// What attach.pl answers to a command: an errno.
+const attachIn = fs.openSync('/attach.in', 'w'), attachOut = fs.openSync('/attach.out', 'r');
+
+function attach(...words) {
+  fs.writeSync(attachIn, words.join('\t') + '\n');
+  const count = fs.readSync(attachOut, buffer, 0, CHUNK, null);
+  if (count === 0) throw new Error('attach.pl ended');
+  return Number(buffer.latin1Slice(0, count));
+}
+
 const loaded = new Set();
 let daemon = null; // the program that serves what is mounted, if the kernel does not
 
@@ -62,10 +72,9 @@ function mount({ fs: kind, flags, options, length, load: wanted, program, probe 
   }
   folders = new Set();
   daemon = null;
-  const words = program ? [] : [kind, String(flags), options];
-  const attached = run('/tools/bin/perl', '/attach.pl', String(length), ...words);
-  if (attached.code !== 0) throw new Error(attached.said.trim());
-  if (!program) return { code: Number(attached.said), said: '' };
+  const code = attach('attach', length);
+  if (code !== 0) throw new Error(`${DISK} cannot be made anew (errno ${code})`);
+  if (!program) return { code: attach('mount', kind, flags, options), said: '' };
   const [first, ...rest] = probe;
   let done = first ? run('/tools/bin/' + first, ...rest, DISK) : { code: 0 };
   if (done.code === 0) done = run('/tools/bin/' + program, '-o', options, DISK, ROOT);
@@ -75,9 +84,9 @@ function mount({ fs: kind, flags, options, length, load: wanted, program, probe 
 
 // Unmounts, and waits until whatever served it has let go of the disk: a cache of it would stay.
 function umount() {
-  const ok = run('umount', ROOT).code === 0;
-  while (ok && daemon && run('pidof', daemon).code === 0) spawnSync('sleep', ['0.01']);
-  return { ok };
+  const code = attach('umount');
+  while (code === 0 && daemon && run('pidof', daemon).code === 0) spawnSync('sleep', ['0.01']);
+  return { code };
 }
 
 // What btrfs-progs say of the default subvolume of a Btrfs, of all, and of the snapshots.
@@ -144,9 +153,12 @@ function resolveName(place, path) {
   return found;
 }
 
-// The digest of a file and what zeroes are in it, block by block.
-function look(path, size) {
-  const hash = crypto.createHash('sha256');
+// The digests of a file and what zeroes are in it, block by block.
+function look(path, size, algorithm) {
+  const hashes = {}; // earlier versions are known by their SHA-256, whatever a manifest has
+  for (const name of new Set(['sha256', algorithm])) {
+    hashes[name] = crypto.createHash(name === 'blake2b' ? 'blake2b512' : name);
+  }
   const file = fs.openSync(path, 'r');
   let allZero = true, zeroBlock = false, at = 0;
   try {
@@ -159,7 +171,7 @@ function look(path, size) {
         got += count;
       }
       if (got === 0) break;
-      hash.update(buffer.subarray(0, got));
+      for (const hash of Object.values(hashes)) hash.update(buffer.subarray(0, got));
       for (let b = 0; b < got; b += BLOCK) {
         const end = Math.min(b + BLOCK, got);
         if (buffer.compare(ZEROES, 0, end - b, b, end) === 0) zeroBlock = true;
@@ -170,7 +182,9 @@ function look(path, size) {
   } finally {
     fs.closeSync(file);
   }
-  return { size, sha256: hash.digest('hex'), allZero, zeroBlock };
+  const digests = {};
+  for (const name in hashes) digests[name] = hashes[name].digest('hex');
+  return { size, digests, allZero, zeroBlock };
 }
 
 function describe(place, entry, limit) {
@@ -185,7 +199,7 @@ function describe(place, entry, limit) {
     if (!stat.isFile()) return { kind: 'other' };
     const found = { kind: 'file', size: stat.size, mode: stat.mode & 0o7777 };
     // What is sparse and larger than its disk would take for ever.
-    return stat.size > limit ? found : { ...found, ...look(path, stat.size) };
+    return stat.size > limit ? found : { ...found, ...look(path, stat.size, entry.algorithm) };
   } catch (error) {
     mustBeServed(error);
     return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code };
@@ -199,7 +213,7 @@ function judge({ manifest, place, limit }) {
   return {
     files: manifests.get(manifest).map((entry) => {
       const found = describe(place, entry, limit);
-      const whole = found.kind === 'file' && found.sha256 === entry.sha256;
+      const whole = found.digests && found.digests[entry.algorithm] === entry.digest;
       return whole && entry.mode === null ? 1 : found;
     }),
   };
@@ -247,7 +261,7 @@ function walk({ under, place, digests, limit }) {
         } else if (entry.isFile()) {
           const stat = fs.lstatSync(at);
           const found = { path, size: stat.size, mode: stat.mode & 0o7777 };
-          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size) } : found);
+          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size, 'sha256') } : found);
         }
       } catch (error) {
         mustBeServed(error);
@@ -266,6 +280,75 @@ function walk({ under, place, digests, limit }) {
   return { files, errors };
 }
 
+// What stands at a path of a place, no link followed; a code if it cannot be told.
+function seen(place, below) {
+  try {
+    const stat = fs.lstatSync(host(place, below), { bigint: true });
+    const found = { path: place.point + below, mode: Number(stat.mode), size: String(stat.size) };
+    const key = [String(stat.dev), String(stat.ino)];
+    const target = stat.isSymbolicLink()
+      ? text(fs.readlinkSync(host(place, below), { encoding: 'buffer' })) : null;
+    return { ...found, mtime: String(stat.mtimeNs), key, target };
+  } catch (error) {
+    mustBeServed(error);
+    return { path: place.point + below, code: error.code || String(error) };
+  }
+}
+
+function find({ path, place }) {
+  try {
+    const top = names(path).length === names(place.point).length;
+    return seen(place, top ? '' : resolveName(place, path));
+  } catch (error) {
+    mustBeServed(error);
+    return { path, code: error.code || String(error) };
+  }
+}
+
+// What is in a folder, in no order; `code` if names may be missing.
+function list({ path, place }) {
+  const folder = path.slice(place.point.length).replace(/\/$/, '');
+  try {
+    const raw = fs.readdirSync(host(place, folder), { encoding: 'buffer' });
+    const below = raw.map((name) => folder + '/' + text(name));
+    const mine = below.filter((one) => !place.covered.includes(place.point + one));
+    return { found: mine.map((one) => seen(place, one)), code: null };
+  } catch (error) {
+    mustBeServed(error);
+    return { found: [], code: error.code || String(error) };
+  }
+}
+
+// Whether the first bytes of the buffer are all zero.
+function isZero(length) {
+  for (let b = 0; b < length; b += BLOCK) {
+    const end = Math.min(b + BLOCK, length);
+    if (buffer.compare(ZEROES, 0, end - b, b, end) !== 0) return false;
+  }
+  return true;
+}
+
+// Some bytes of a file, in base64; '' if they are zeroes.
+function piece({ path, place, offset, length }) {
+  try {
+    const file = fs.openSync(host(place, path.slice(place.point.length)), 'r');
+    try {
+      let got = 0;
+      while (got < length) {
+        const count = fs.readSync(file, buffer, got, length - got, offset + got);
+        if (count === 0) break;
+        got += count;
+      }
+      return { got, data: isZero(got) ? '' : buffer.toString('base64', 0, got) };
+    } finally {
+      fs.closeSync(file);
+    }
+  } catch (error) {
+    mustBeServed(error);
+    return { code: error.code || String(error) };
+  }
+}
+
 const COMMANDS = {
   hello: () => ({ ok: true }),
   mount,
@@ -277,6 +360,9 @@ const COMMANDS = {
   judge,
   walk,
   read,
+  find,
+  list,
+  piece,
   fsck: ({ argv }) => run(...argv, DISK),
   subvolumes,
 };

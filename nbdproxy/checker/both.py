@@ -6,12 +6,14 @@ The kernel's word counts where it has one. That the quick oracle cannot tell is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.lab.cache import silent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
@@ -73,6 +75,10 @@ class BothOracles:
     def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         return self._kernel.content(device, entry, mount=mount)
+
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        """Open a mount to go through its files, as the kernel reads them."""
+        return self._kernel.browse(device, mount=mount)
 
     def examine(
         self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True

@@ -21,6 +21,7 @@ from nbdproxy.checker.guest import GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, LabError
 from nbdproxy.lab.kernel import MOUNT_PROGRAMS
+from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 
@@ -57,7 +58,7 @@ _EXT_BROKEN = (
     r"VFS: (?:Can't find|Found) ext4|[Ii]nvalid|bad geometry|too big|too large: |not valid|corrupt"
     r"|can't read group|not in group|[Cc]hecksum|inconsistent|smaller than|!= block size"
     r"|(?:error loading|inaccessible|required|both|no) journal|journal inode|no valid journal"
-    r"|no magic|too short|[Rr]ecovery failed|root inode|root dentry|orphan|comm .*: "
+    r"|no magic|too short|[Rr]ecovery failed|root inode|root dentry|orphan|enable quota|comm .*: "
 )
 _XFS_BROKEN = (
     r"magic number|sanity check failed|[Cc]orrupt|[Ff]ailed to read root inode|needs repair"
@@ -129,7 +130,7 @@ _EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
 
 
-class RefusedByKernelError(FilesystemError):
+class RefusedByKernelError(NotMountedError):
     """The kernel does not mount the filesystem."""
 
 

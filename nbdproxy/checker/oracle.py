@@ -14,12 +14,14 @@ replay is unknown. Not thread-safe.
 from __future__ import annotations
 
 import base64
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from nbdproxy.checker.browse import BROKEN, ShownByGuest
 from nbdproxy.checker.drivers import (
     NO_TIMES,
     READ_ONLY,
@@ -43,19 +45,17 @@ from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
-from nbdproxy.oracles.manifest import Entry, Manifest, link_entry
+from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
-_BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
-"""What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
 _ELSEWHERE = "EXDEV"
 """What the agent answers where a path leads out of its mount."""
 _SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
-ROOTS_MAX = 64
-"""Subvolumes of a Btrfs that are offered as a root; a year of hourly snapshots has thousands."""
+ROOTS_MAX, SNAPSHOTS_MAX = 64, 8
+"""So many subvolumes of a Btrfs, and so many snapshots, are offered as a root."""
 READ_RATE = 4 << 20
 """Bytes a second that a guest reads and digests at least."""
 
@@ -76,29 +76,29 @@ class KernelOracle:
     def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point.
 
-        Of Btrfs the default subvolume, the top level, the other subvolumes and then the snapshots,
-        each by its path from the top level; no more than `ROOTS_MAX`, and that some were left out
-        is told as progress. Raises FilesystemError if it does not mount.
+        Of Btrfs the default subvolume, the top level, other subvolumes and the topmost snapshots,
+        each by its path from the top level; that some were left out is told as progress. Raises
+        FilesystemError if it does not mount.
         """
         place = self.place(device, partition)
         if kind_of(place.device) is not FilesystemKind.BTRFS:
             return ("/",)
-        self._booted()
-        self._require("btrfs")
-        with self.mounted(place, root="/") as guest:
-            said = guest.ask("subvolumes", limit_s=_patience(place))
-        for done in said.values():
-            if done["code"]:
-                raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
-        found = subvolumes({which: done["said"] for which, done in said.items()})
-        if len(found) > ROOTS_MAX:
-            left = len(found) - ROOTS_MAX
-            self._progress(f"checker: {left} of {len(found)} Btrfs subvolumes are not looked at")
-        return tuple(found[:ROOTS_MAX])
+        roots, left_out = self._subvolumes(place)
+        if left_out:
+            count = len(roots) + len(left_out)
+            self._progress(f"checker: {len(left_out)} of {count} subvolumes are not looked at")
+        return tuple(roots)
 
     def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
-        """Return the paths of a mount's files and links."""
+        """Return the paths of a mount's files and links.
+
+        Of the top level of a Btrfs without those in subvolumes that `roots` leaves out.
+        """
         place = self.place(device, mount.partition)
+        if mount.root == "/" and kind_of(place.device) is FilesystemKind.BTRFS:
+            _, left_out = self._subvolumes(place)
+            points = [seen for path in left_out if (seen := mount.outside(path)) is not None]
+            mount = replace(mount, covered=(*mount.covered, *points))
         return [entry.path for entry in self._walk(place, mount, "/", digests=False)]
 
     def scan(
@@ -130,6 +130,16 @@ class KernelOracle:
         except (FilesystemError, GuestError):
             return None
         return None if found is None else base64.b64decode(found)
+
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownByGuest]:
+        """Open a mount to go through its files."""
+        place = self.place(device, mount.partition)
+        try:
+            with self.mounted(place, root=mount.root) as guest:
+                yield ShownByGuest(guest, place, _where(mount))
+        except GuestError as error:
+            raise FilesystemError(str(error)) from None
 
     def examine(
         self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
@@ -214,8 +224,8 @@ class KernelOracle:
             raise
         try:
             yield guest
-            if not guest.ask("umount", limit_s=_patience(place))["ok"]:
-                raise GuestError("the checker guest could not unmount the state")
+            if code := guest.ask("umount", limit_s=_patience(place))["code"]:
+                raise GuestError(f"the checker guest cannot unmount the state: {os.strerror(code)}")
         except BaseException:  # something may still be mounted
             self.close()
             raise
@@ -238,6 +248,17 @@ class KernelOracle:
             self._guest = CheckerGuest(self._lab)
         return self._guest
 
+    def _subvolumes(self, place: Slice) -> tuple[list[str], list[str]]:
+        """Return the subvolumes of a Btrfs that may be a root, and those that are left out."""
+        self._booted()
+        self._require("btrfs")
+        with self.mounted(place, root="/") as guest:
+            said = guest.ask("subvolumes", limit_s=_patience(place))
+        for done in said.values():
+            if done["code"]:
+                raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
+        return chosen({which: done["said"] for which, done in said.items()})
+
     def _walk(self, place: Slice, mount: Mount, under: str, *, digests: bool) -> list[Entry]:
         with self.mounted(place, root=mount.root) as guest:
             found = guest.ask(
@@ -252,7 +273,7 @@ class KernelOracle:
             path, code = found["errors"][0]
             raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
         entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
-        if digests and (endless := [entry for entry in entries if not entry.sha256]):
+        if digests and (endless := [entry for entry in entries if not entry.digest]):
             raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
         return entries
 
@@ -345,15 +366,20 @@ class KernelFollower:
         return Findings(verdict, {path: one.condition for path, one in outcomes.items()}, reason)
 
 
-def subvolumes(said: Mapping[str, str]) -> list[str]:
-    """Return the paths of all subvolumes from what btrfs-progs list (btrfs-subvolume(8)).
+def chosen(said: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return which subvolumes may be a root, and which are left out, as btrfs-progs list them.
 
-    The default one comes first, then the top level, and snapshots last.
+    The default one comes first, then the top level, and of the snapshots those with the shortest
+    paths last: a snapshot that a system was restored from may be the root, and of those that are
+    kept there may be thousands. See btrfs-subvolume(8).
     """
     [first] = _listed(said["first"]) or ["/"]  # "ID 5 (FS_TREE)" has no path
-    snapshots = set(_listed(said["snapshots"]))
-    others = sorted(_listed(said["all"]), key=lambda path: (path in snapshots, path))
-    return list(dict.fromkeys([first, "/", *others]))
+    kept = set(_listed(said["snapshots"])) - {first}
+    others = [path for path in sorted(_listed(said["all"])) if path not in kept]
+    snapshots = sorted(kept, key=lambda path: (path.count("/"), path))
+    every = list(dict.fromkeys([first, "/", *others]))
+    roots = [*every[:ROOTS_MAX], *snapshots[:SNAPSHOTS_MAX]]
+    return roots, [*every[ROOTS_MAX:], *snapshots[SNAPSHOTS_MAX:]]
 
 
 def _listed(said: str) -> list[str]:
@@ -373,9 +399,9 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
         return None
     if found["kind"] == "error" and found["code"] == _ELSEWHERE:
         return "a link leads to another filesystem"
-    if found["kind"] == "error" and found["code"] not in _BROKEN:
+    if found["kind"] == "error" and found["code"] not in BROKEN:
         return f"the kernel cannot read it ({found['code']})"
-    if found["kind"] == "file" and "sha256" not in found:
+    if found["kind"] == "file" and "digests" not in found:
         return "sparse and larger than its disk"
     if found["kind"] == "none" and hides:
         return "perhaps in an encrypted folder, for which the guest has no key"
@@ -397,7 +423,7 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
     result = conclude(
-        *(entry, found["size"], found["sha256"], set(earlier)),
+        *(entry, found["size"], found["digests"], set(earlier)),
         all_zero=found["allZero"],
         zero_block=found["zeroBlock"],
     )
@@ -410,12 +436,13 @@ def _entry(found: Any) -> Entry:
     path = _shown(found["path"])
     if "target" in found:
         return link_entry(path, _shown(found["target"]))
-    return Entry(path, found.get("sha256", ""), found["size"], found["mode"])
+    return Entry(path, found.get("digests", {}).get(SHA256, ""), found["size"], found["mode"])
 
 
 def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
-    return {"path": path, "sha256": entry.sha256, "link": is_link, "mode": entry.mode}
+    asked = {"path": path, "link": is_link, "mode": entry.mode}
+    return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
 
 
 def _where(mount: Mount) -> dict[str, object]:

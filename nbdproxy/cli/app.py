@@ -31,6 +31,7 @@ COMMANDS = {
     "explore": "explore:explore",
     "minimize": "minimize:minimize",
     "open": "open:open_",
+    "extract": "extract:extract",
     "timeline": "timeline:timeline",
     "convert": "convert:convert",
     "pack": "pack:pack",

@@ -12,13 +12,12 @@ from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.crash.audit import Auditor, timeline_on
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.persistence.model import Coverage, Options
-from nbdproxy.recording.meta import Fingerprint
+from nbdproxy.recording.meta import IMPORTED, Fingerprint
 from nbdproxy.report import audited
-from nbdproxy.server.assemble import ImageFormat
-from nbdproxy.server.qcow2 import is_qcow2
 from nbdproxy.server.stored import with_store
 
 
@@ -39,7 +38,7 @@ def audit(
     replaced, which is allowed; or it is a broken promise of what stands below nbdproxy. Look before
     anybody else writes to the store, and, if a host lost power, on a host that has forgotten its
     page cache. Exit code 1 if a promise was broken, or a place holds what it never may have; 2 if
-    that cannot be told, because the recording was cut off.
+    that cannot be told, because the recording was cut off or has no write.
 
     Examples:
 
@@ -50,14 +49,14 @@ def audit(
       nbdproxy audit run1 nbd://storage.example/disk --json
     """
     with RecordedSource(run) as source:
-        qcow2 = _is_guests_view(source, image, image_format)
+        form = _form(source, image, image_format)
         _refuse_what_never_reached_a_store(run, source)
 
         def work(store: ReadableDevice) -> int:
             return _audit(source, image, store, Options(coverage=covers, fsyncgate=fsyncgate), json)
 
         try:
-            code = with_store(image, work, qcow2=qcow2)
+            code = with_store(image, work, form=form)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
     raise typer.Exit(code)
@@ -68,9 +67,11 @@ def _audit(
 ) -> int:
     """Compare, print, and return the exit code."""
     if store.size != source.size:
+        told = format_of_file(Path(image))
+        is_of = "" if told is None else f" ({FORMATS[told].said}: --format {told})"
         raise UsageError(
             f"{image} has {store.size:,} bytes, and the disk that was recorded {source.size:,};"
-            f" name the store of this recording, or what it is with --format raw|qcow2"
+            f" name the store of this recording, or what it is with --format{is_of}"
         )
     timeline = timeline_on(source, store)
     with err.status("comparing") as status:
@@ -89,7 +90,7 @@ def _audit(
 
 
 def _refuse_what_never_reached_a_store(run: Path, source: RecordedSource) -> None:
-    if source.meta.policies == ("imported",):
+    if source.meta.policies == IMPORTED:
         raise UsageError(
             f"{run} was imported from a log: audit needs a recording of nbdproxy's own"
         )
@@ -109,12 +110,12 @@ def _is_changed(source: RecordedSource, image: str) -> bool:
         return False
 
 
-def _is_guests_view(source: RecordedSource, image: str, image_format: ImageFormat | None) -> bool:
-    """Tell whether a file is qcow2 and its guest's view is meant."""
+def _form(source: RecordedSource, image: str, said: ImageFormat | None) -> ImageFormat:
+    """Return how a store is read: the guest's view of a file where that was recorded."""
     if nbd_uri.is_uri(image):
-        if image_format is not None:
+        if said is not None:
             raise UsageError("--format is for files; an NBD server knows what it serves: drop it")
-        return False
-    if image_format is not None:
-        return image_format is ImageFormat.QCOW2
-    return source.meta.kind != "raw" and is_qcow2(Path(image))
+        return ImageFormat.RAW
+    if said is None and source.meta.kind != "raw":
+        said = format_of_file(Path(image))
+    return said or ImageFormat.RAW

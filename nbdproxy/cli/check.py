@@ -38,6 +38,7 @@ from nbdproxy.oracles.oracle import Digests, Oracle
 from nbdproxy.oracles.owners import owners
 from nbdproxy.oracles.partitions import slices
 from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.recording.reader import no_recording
 from nbdproxy.report import checked
 
 
@@ -82,7 +83,7 @@ def check(
     """
     wanted = None if files is None else manifest.load(files)
     with (
-        _disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
+        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
         err.status("looking at the filesystem") as status,
         opened(oracle, status.update) as judge,
     ):
@@ -111,12 +112,14 @@ def check(
 
 
 @contextmanager
-def _disk(
+def state_disk(
     where: Path,
     named: tuple[str | None, str | None, CacheMode | None, Failure | None],
     base: Path | None,
 ) -> Iterator[tuple[str, ReadableDevice, Timeline | None]]:
     """Yield what the state is called, its disk, and the timeline that it is of, if any."""
+    if where.is_dir() and not is_recording(where):
+        raise no_recording(where)
     if not is_recording(where):
         if any(named) or base is not None:
             raise UsageError(f"{where} is no recording: it has one state only; drop the options")

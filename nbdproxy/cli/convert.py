@@ -18,6 +18,7 @@ from nbdproxy.cli.console import err, print_json
 from nbdproxy.crash.log_end import Compared, compare
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.formats import FORMATS, format_of_file
 from nbdproxy.errors import RecordingError, UsageError
 from nbdproxy.recording.foreign.dm_log_writes import DmLog, DmLogWriter
 from nbdproxy.recording.foreign.exporting import to_dm_log, to_trlog
@@ -33,7 +34,6 @@ from nbdproxy.recording.foreign.importing import (
 from nbdproxy.recording.foreign.nbd_trlog import TransactionLog, TransactionLogWriter
 from nbdproxy.recording.meta import Fingerprint, absolute
 from nbdproxy.recording.reader import Recording
-from nbdproxy.server.qcow2 import is_qcow2
 from nbdproxy.sizes import parse_size
 
 
@@ -147,10 +147,11 @@ def _look_at_images(asked: _Asked) -> None:
             "name a copy made before, or drop one of them"
         )
     for image in dict.fromkeys(images):
-        if is_qcow2(image):
+        if (found := format_of_file(image)) is not None:
             err.print(
-                f"note: {image} is a qcow2 file, whose own bytes are read; if the log is of the "
-                f"disk in it, give a raw copy: qemu-img convert -O raw {image} raw.img",
+                f"note: {image} is {FORMATS[found].said}, whose own bytes are read; if the log is "
+                f"of the disk in it, give a raw copy: qemu-img convert -f {found} -O raw {image} "
+                "raw.img",
                 markup=False,
             )
         FileDisk(image, read_only=True).close()

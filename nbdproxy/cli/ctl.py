@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from nbdproxy.cli.console import err, out, plural, print_json
+from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
-from nbdproxy.sizes import size_text
+from nbdproxy.sizes import plural, size_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
@@ -68,7 +68,7 @@ def status(context: typer.Context, export: Export = None, json: Json = False) ->
             f"{size_text(one['held_bytes'])} held, {size_text(one['shown_bytes'])} faulty"
         )
         for rule, count in one["rules"].items():
-            out.print(f"  rule {rule} struck {count:,} times", markup=False)
+            out.print(f"  rule {rule} struck {plural(count, 'time')}", markup=False)
         if one["recording"] is not None:
             out.print(f"  recording to {one['recording']}, event {one['events']}", markup=False)
         if one["failure"] is not None:

@@ -32,6 +32,7 @@ from nbdproxy.crash.ranges import Losses, losses
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Replay, place, replay
 from nbdproxy.crash.story import Story, carriers, stories
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
@@ -46,9 +47,8 @@ from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import (
     CacheMode,
     Failure,
+    Taken,
     guarantee,
-    projectable,
-    recorded_under,
 )
 from nbdproxy.report import stories as report
 
@@ -125,9 +125,10 @@ def explain(
             tree, wanted = _wanted(asked, paths or [], files, where_of(root, partition, mount))
             told = stories(timeline, wanted, tree, progress=about, oracle=judge)
             found = [_told(asked, story, tree) for story in told if paths]
+            taken = taken_under(timeline, recorded_as)
         tell_differences(judge)
         if not paths:
-            _overview(source, told, recorded_as, json=json)
+            _overview(source, told, taken, json=json)
         _print(source, found, json=json)
     verdicts = {cell.worst.verdict for one in found for cell in one.replay.cells}
     raise typer.Exit(EXIT[merge(verdicts)])
@@ -227,15 +228,12 @@ def _chosen(wanted: Manifest, paths: list[str], *, from_manifest: bool) -> Manif
     return Manifest(tuple(known[path] for path in dict.fromkeys(paths)))
 
 
-def _overview(
-    source: RecordedSource, told: tuple[Story, ...], recorded_as: CacheMode | None, *, json: bool
-) -> None:
-    possible = projectable(recorded_under(source.table, recorded_as))
-    levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in possible]
+def _overview(source: RecordedSource, told: tuple[Story, ...], taken: Taken, *, json: bool) -> None:
+    levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in taken.tells]
     if json:
         print_json(report.overview_json(told, source))
     else:
-        for line in report.overview_lines(told, source, levels):
+        for line in report.overview_lines(told, source, taken):
             out.print(line, markup=False)
     asked = Level.FLUSHED if Level.FLUSHED in levels else Level.COMPLETED
     verdict = merge({Outcome(story.courses[asked].changes[-1].condition).verdict for story in told})

@@ -6,11 +6,19 @@ import shlex
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from xxhash import xxh3_64_hexdigest
 
 from nbdproxy.cli.choices import (
@@ -26,6 +34,7 @@ from nbdproxy.cli.choices import (
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
+from nbdproxy.cli.states import tree_of_disk
 from nbdproxy.crash.bench import Job
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.explore import Exploration, Tally
@@ -34,12 +43,14 @@ from nbdproxy.crash.judging import JudgePlan, ManifestPlan
 from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import earlier_digests, level_at, place
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.verdicts import About, Verdicts
 from nbdproxy.crash.workers import Runner, make_runner
-from nbdproxy.errors import UsageError
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.check import Verdict, candidates, only
 from nbdproxy.oracles.locate import Where
 from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import (
@@ -47,7 +58,6 @@ from nbdproxy.persistence.modes import (
     Failure,
     check_projection,
     guarantee,
-    recorded_under,
 )
 from nbdproxy.report import explored
 from nbdproxy.server.commands import CommandPlan
@@ -62,8 +72,10 @@ Check = Annotated[
         "--check",
         metavar="COMMAND",
         help="Pass if this shell command exits with 0, fail with 1, all else is unknown. It looks "
-        "at $uri, the state over NBD, or at $image, a raw file made if the command line names it; "
-        "$mark is the last mark before the cut.",
+        "at $uri, the state over NBD, or at what is made if the command line names it: $image, a "
+        "raw file of the disk; $fs, a raw file of the filesystem alone; $dir, a folder with all "
+        "its files (--oracle says who reads them). $part is the partition's number, $mark the "
+        "last mark before the cut.",
     ),
 ]
 TIME_LIMIT_S = 60.0
@@ -152,12 +164,14 @@ def explore(
 
       nbdproxy explore run1 --files npm.sha256 --states 2000
 
-      nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | my-check -'
+      nbdproxy explore run1 --every flush --check 'nbdcopy "$uri" - | ./my-check -'
+
+      nbdproxy explore run1 --every flush --check './my-check "$dir/app"'
 
       nbdproxy explore run1 --every write --db run1.db \
-          --check 'e2fsck -y -E journal_only "$image"; e2fsck -fn "$image" || exit 1'
+          --check 'e2fsck -y -E journal_only "$fs"; e2fsck -fn "$fs" || exit $(($? == 4 ? 1 : 2))'
 
-      nbdproxy explore run1 --at mark:ready --exhaustive --check ./check
+      nbdproxy explore run1 --at mark:ready --exhaustive --check ./my-check
     """
     if resume and db is None:
         raise UsageError(
@@ -171,9 +185,9 @@ def explore(
         source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
-        check_projection(recorded_under(source.table, recorded_as), [mode])
         timeline = Timeline(source)
         stack.callback(timeline.close)
+        check_projection(taken_under(timeline, recorded_as), [mode])
         where = where_of(root, partition, mount)
         options = _options(source, sector, covers, fsyncgate=fsyncgate, losses=loss or [])
         asked = at or (every.value if every else _usual_cut(failure))
@@ -191,7 +205,8 @@ def explore(
             **_what_is_explored(source, job, mode, failure),
             "at": asked,
             **_what_is_wished(wish),
-            "judge": check or f"files {explored.digest_of(judge)}{_by(oracle)}",
+            "judge": f"{check or f'files {explored.digest_of(judge)}'}{_by(oracle)}"
+            f"{_of(where) if check else ''}",
         }
         runner = _runner(job, workers, dask)
         stack.callback(runner.close)
@@ -303,15 +318,52 @@ def make_judge(
     if files is None:
         if check is None or not check.strip():
             raise UsageError("what shall be checked? name --files MANIFEST or --check COMMAND")
-        if oracle is not OracleName.QUICK:
-            raise UsageError("--oracle reads --files; a --check COMMAND looks for itself: drop one")
-        return CommandPlan(check, time_limit_s)
+        return _command(timeline, check, at, where, time_limit_s, oracle)
     cut = resolve(timeline.source, at or "before-exit")
     wanted = manifest.load(files)
     with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
         tree, wanted = place(timeline, wanted, cut, where, asked)
         earlier = earlier_digests(timeline, wanted, tree, asked)
     return ManifestPlan(wanted, tree, earlier, MAKERS[oracle])
+
+
+def _command(
+    timeline: Timeline,
+    check: str,
+    at: str | None,
+    where: Where,
+    time_limit_s: float,
+    oracle: OracleName,
+) -> CommandPlan:
+    """Return the judge of a command, with what it names found where the most is there."""
+    plan = CommandPlan(check, time_limit_s, where.partition)
+    if oracle is not OracleName.QUICK and not plan.names("dir"):
+        raise UsageError("--oracle reads --files, or what is in $dir: name either, or drop it")
+    cut = timeline.at(resolve(timeline.source, at or "before-exit").position)
+    if plan.names("dir"):
+        with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
+            tree = tree_of_disk(asked, cut, timeline, where)
+        plan = replace(plan, tree=tree, oracle=MAKERS[oracle])
+    if plan.names_part and where.partition is None:
+        plan = replace(plan, partition=_partition(timeline.at(timeline.source.events), cut))
+    return plan
+
+
+def _partition(best: ReadableDevice, cut: ReadableDevice) -> int:
+    """Return the only part of a disk that has a filesystem; FilesystemError if there is no one."""
+    try:
+        return only(candidates(best, None)).number
+    except FilesystemError as at_the_end:
+        try:
+            return only(candidates(cut, None)).number
+        except FilesystemError:
+            raise at_the_end from None
+
+
+def _of(where: Where) -> str:
+    """Say what a command's files are made from, if that was told."""
+    told = [f"--partition {where.partition}"] if where.partition is not None else []
+    return "".join(f" {one}" for one in [*told, *(f"--mount {one}" for one in where.mounts)])
 
 
 def _by(oracle: OracleName) -> str:
@@ -352,9 +404,10 @@ def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
 def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally:
     """Show on stderr how far it is."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     shown = err.is_terminal

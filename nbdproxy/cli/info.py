@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from json import loads
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +11,15 @@ import numpy as np
 import typer
 
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.persistence.modes import recorded_under
+from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.taken import taken_under
+from nbdproxy.crash.timeline import Timeline
+from nbdproxy.persistence.modes import CacheMode, Taken
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
-from nbdproxy.sizes import size_text
+from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural, size_text
 
 
 def info(
@@ -33,19 +37,21 @@ def info(
 
       nbdproxy info run1 --verify --json
     """
-    recording = Recording(run)
+    recording = RecordedSource(run)
     if verify:
         with err.status("checking payloads"):
             recording.verify()
-    facts = _facts(recording)
+    with closing(Timeline(recording)) as timeline:
+        taken = taken_under(timeline)
+    facts = _facts(recording, taken)
     if json:
         print_json(facts)
         return
     meta = recording.meta
-    out.print(f"{run}: {meta.image} ({size_text(meta.size)}), policy {', '.join(meta.policies)}",
-              markup=False)  # fmt: skip
-    out.print(f"recorded    {meta.started}, {facts['seconds']:.3f} s, by {meta.program}")
-    out.print(f"ended       {facts['ended']}", markup=False)
+    image, policies = printable(meta.image), printable(", ".join(meta.policies))
+    out.print(f"{run}: {image} ({size_text(meta.size)}), policy {policies}")
+    out.print(f"recorded    {meta.started}, {facts['seconds']:.3f} s, by {printable(meta.program)}")
+    out.print(f"ended       {printable(facts['ended'])}")
     if recording.missing:
         out.print(f"missing     {recording.missing}", markup=False)
     for name, counted in facts["requests"].items():
@@ -56,22 +62,35 @@ def info(
         )
     out.print(f"refused     {facts['refused']:,} before they reached the disk")
     out.print(f"clients     {facts['connections']:,}")
-    modes = ", ".join(facts["recorded_under"])
-    out.print(f"cache mode  one of {modes}: these look alike on the wire")
+    out.print(f"cache mode  {_cache_mode(taken)}")
     for fault in facts["faults"]:
-        what = f"{fault['action']} {fault['count']:,} times"
-        out.print(f"fault       {what} by {fault['rule'] or 'the policy'}", markup=False)
+        what = (
+            f"{fault['action']} {plural(fault['count'], 'time')} by {fault['rule'] or 'the policy'}"
+        )
+        out.print(f"fault       {printable(what)}")
     for note in facts["notes"]:
-        out.print(f"note        {note['time_s']:.3f} s {note['kind']} {note['text']}", markup=False)
+        text = printable(note["text"])
+        out.print(f"note        {note['time_s']:.3f} s {note['kind']} {text}")
 
 
 def _faults(recording: Recording) -> Counter[tuple[str | None, str]]:
     """Return how often each rule did what."""
-    texts = [loads(note.text) for note in recording.notes if note.kind is NoteKind.FAULT]
-    return Counter((text.get("rule"), text["action"]) for text in texts)
+    faults = [note.fields for note in recording.notes if note.kind is NoteKind.FAULT]
+    return Counter(
+        (str(f["rule"]) if f.get("rule") else None, str(f.get("action"))) for f in faults
+    )
 
 
-def _facts(recording: Recording) -> dict[str, Any]:
+def _cache_mode(taken: Taken) -> str:
+    """Say which it may have been, and why that cannot be told better."""
+    if len(taken.modes) == len(CacheMode):
+        return f"cannot be told: {taken.why or 'nothing was written'}"
+    modes = ", ".join(mode.value for mode in CacheMode if mode in taken.modes)
+    text = f"one of {modes}: these look alike on the wire"
+    return f"{text} ({taken.remark})" if taken.remark else text
+
+
+def _facts(recording: Recording, taken: Taken) -> dict[str, Any]:
     table = recording.table
     requests = {}
     for command in np.unique(table.command).tolist():
@@ -104,7 +123,7 @@ def _facts(recording: Recording) -> dict[str, Any]:
             {"rule": rule, "action": action, "count": count}
             for (rule, action), count in _faults(recording).items()
         ],
-        "recorded_under": sorted(mode.value for mode in recorded_under(table)),
+        "recorded_under": sorted(mode.value for mode in taken.modes),
         "notes": [
             {"seq": n.seq, "time_s": n.time_ns / 1e9, "kind": n.kind.value, "text": n.text}
             for n in recording.notes

@@ -14,7 +14,7 @@ import typer
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
 from nbdproxy.lab import guest, renames, sqlite_image
-from nbdproxy.lab.build import build_lab
+from nbdproxy.lab.build import Lab, build_lab
 from nbdproxy.lab.disk import FILESYSTEMS, PARTITION_TABLES, format_disk
 from nbdproxy.lab.marks import Marker
 from nbdproxy.lab.workloads import WORKLOADS, parse_ending, shell, workload_named
@@ -34,6 +34,17 @@ def _listed(manifests: Iterable[str]) -> str:
 
 def _tell(line: str) -> None:
     err.print(line, markup=False)
+
+
+def _built() -> Lab:
+    """Return the lab, telling what is built, which takes long the first time."""
+    with err.status("lab: looking for what is built") as status:
+
+        def tell(line: str) -> None:
+            _tell(line)
+            status.update(line)
+
+        return build_lab(progress=tell)
 
 
 @app.callback()
@@ -67,7 +78,7 @@ def build() -> None:
 
     Example: nbdproxy lab build
     """
-    made = build_lab(progress=_tell)
+    made = _built()
     err.print(f"the lab is in {made.cache}", markup=False)
 
 
@@ -105,7 +116,7 @@ def manifest(
     if project in _RENAMES:
         sys.stdout.write(dump(_RENAMES[project]()))
         return
-    manifests = build_lab(progress=_tell).manifests
+    manifests = _built().manifests
     if project not in manifests:
         raise UsageError(f"there is no project {project}; choose from {_listed(manifests)}")
     sys.stdout.buffer.write(manifests[project].read_bytes())
@@ -182,6 +193,15 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="Let the guest's kernel log its writes, too."),
     ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.001,
+            help="Give the guest up then.",
+            show_default="when it hangs",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Show all that the guest prints.")
     ] = False,
@@ -190,6 +210,9 @@ def run(
 
     Endings: cut powers off without writing anything back; sync and umount do that first; hang lets
     the host kill QEMU; wait:SECONDS idles before.
+
+    A guest that is slow is waited for. It is given up when it hangs: when for five minutes it
+    prints nothing and does nothing, or prints nothing in half an hour of the processor's time.
 
     With --control, the socket of nbdproxy serve --control, each line `committed N` or `mark NAME`
     that the guest prints becomes a mark, committed-N or NAME, for --at mark:NAME. A mark comes
@@ -221,7 +244,7 @@ def run(
         if fs not in FILESYSTEMS:
             raise UsageError(f"--fs: {fs!r} is unknown; choose from {', '.join(FILESYSTEMS)}")
         chosen = replace(chosen, fs=fs)
-    made = build_lab(progress=_tell)
+    made = _built()
     ending = parse_ending(end) if end is not None else None
     _tell(f"guest: booting, then {chosen.summary}")
     with (
@@ -249,6 +272,7 @@ def run(
             image_format=image_format,
             qmp=qmp,
             write_log=write_log,
+            time_limit_s=time_limit,
             on_line=show,
         )
     if marker is not None:

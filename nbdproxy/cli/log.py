@@ -18,6 +18,7 @@ from nbdproxy.recording.format import Kind
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.recording.reader import Event, command_name
+from nbdproxy.report.paths import printable
 from nbdproxy.requests import Command, CommandFlag, NbdErrno
 
 _COMMANDS = ("write", "write-zeroes", "trim", "flush")
@@ -78,8 +79,8 @@ def _note(note: Note) -> dict[str, Any]:
         "type": note.kind.value,
         "text": note.text,
     }
-    if note.kind is NoteKind.FAULT:
-        item |= {"fault": jsonlib.loads(note.text)}
+    if note.kind is NoteKind.FAULT and {"action", "command"} & note.fields.keys():
+        item |= {"fault": note.fields}
     return item
 
 
@@ -108,7 +109,7 @@ def _line(item: dict[str, Any]) -> str:
     if "fault" in item:
         return f"{head} {_fault(item['fault'])}"
     if "text" in item:
-        return f"{head} {item['text']}"
+        return f"{head} {printable(item['text'])}"
     place = f"{item['offset']:>14} + {item['length']:<10}" if "offset" in item else " " * 27
     if item["completed"] is None:
         outcome = "unanswered"
@@ -122,8 +123,9 @@ def _fault(fault: dict[str, Any]) -> str:
     """Return what a rule did, in words."""
     if "rule" not in fault:
         rest = ", ".join(f"{key} {value}" for key, value in fault.items() if key != "action")
-        return f"{fault['action']} {rest}".rstrip()
+        return printable(f"{fault.get('action')} {rest}".rstrip())
     where = f" {fault['seq']}" if "seq" in fault else ""
     place = f" at {fault['offset']} + {fault['length']}" if "offset" in fault else ""
     late = f" after {fault['delay_s']:g} s" if "delay_s" in fault else ""
-    return f"{fault['action']} of {fault['command']}{where}{place}{late} by {fault['rule']}"
+    text = f"{fault.get('action')} of {fault.get('command')}{where}{place}{late} by {fault['rule']}"
+    return printable(text)

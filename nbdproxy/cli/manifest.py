@@ -19,7 +19,7 @@ from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
-from nbdproxy.errors import ImageError, ManifestError, UsageError
+from nbdproxy.errors import ManifestError, UsageError
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import npm
 from nbdproxy.oracles.composite import scan
@@ -104,7 +104,11 @@ def manifest(
 
 
 def _to_json(entry: Entry) -> dict[str, object]:
-    found: dict[str, object] = {"path": entry.path, "sha256": entry.sha256, "size": entry.size}
+    found: dict[str, object] = {
+        "path": entry.path,
+        entry.algorithm: entry.digest,
+        "size": entry.size,
+    }
     if entry.mode is not None:
         found["mode"] = f"{entry.mode:o}"
     if entry.target is not None:
@@ -120,20 +124,10 @@ def _disk(where: str, base: Path | None) -> Iterator[ReadableDevice]:
     if is_recording(path):
         run, cut = where, "end"
     elif not at or path.exists():
-        with closing(_open_image(path)) as image:
+        with closing(FileDisk(path, read_only=True)) as image:
             yield image
         return
     with RecordedSource(Path(run), image=base) as source:
         state = StateId(resolve(source, cut).position, Level.RECEIVED, Choice.ALL)
         with closing(open_state(source, state)) as disk:
             yield disk
-
-
-def _open_image(path: Path) -> FileDisk:
-    try:
-        return FileDisk(path, read_only=True)
-    except ImageError as error:
-        if path.is_file() and path.stat().st_size % 512:
-            # Padding it, as for a disk, would change the user's file.
-            raise ManifestError(f"{path} is neither a folder nor a disk image") from None
-        raise error from None

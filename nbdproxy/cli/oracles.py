@@ -12,10 +12,11 @@ import typer
 
 from nbdproxy.checker.both import BothOracles
 from nbdproxy.checker.oracle import KernelOracle
-from nbdproxy.cli.console import err, plural
+from nbdproxy.cli.console import err
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.quick import QuickOracle
+from nbdproxy.sizes import plural
 
 
 class OracleName(Enum):

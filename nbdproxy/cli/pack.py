@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, print_json
@@ -66,8 +73,14 @@ def pack(
             err.print(f"note: {source.missing}", markup=False)
         extras = {}
         if files is not None:
-            manifest.load(files)
+            listed = manifest.load(files)
             extras[packed.FILES] = files
+            if manifest.is_dpkg(files):  # it has another name in there, which tells less
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+                extras[packed.FILES] = Path(folder, packed.FILES)
+                extras[packed.FILES].write_bytes(
+                    manifest.dump(listed).encode(errors="surrogateescape")
+                )
         own = run / packed.VERDICTS
         if db is not None or own.exists():
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
@@ -164,12 +177,17 @@ def _snapshot(db: Path, copy: Path) -> Path:
 @contextmanager
 def _shown() -> Iterator[packed.Progress]:
     """Show on stderr how far it is."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    columns = (
+        *(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+        ),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
+    )
     # Where nobody looks on, a bar would leave an empty line.
     quiet = not err.is_terminal
-    with Progress(
-        *columns, TimeRemainingColumn(), console=err, transient=True, disable=quiet
-    ) as bar:
+    with Progress(*columns, console=err, transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=None)
 
         def tell(what: str, done: int, total: int) -> None:

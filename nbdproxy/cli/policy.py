@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from nbdproxy.cli.console import err, out, plural, print_json
+from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
+from nbdproxy.report.paths import visible
 from nbdproxy.server.rehearsal import Rehearsal, explain, rehearse
+from nbdproxy.sizes import plural
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -64,7 +66,7 @@ def show(
         print_json(_facts(file))
         return
     for line in _page(file):
-        out.print(Text.from_markup(line) if line.startswith("[bold]") else Text(line))
+        out.print(Text.from_markup(line) if line.startswith("[bold]") else Text(visible(line)))
 
 
 @app.command()

@@ -13,19 +13,19 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.console import err, out, plural, set_up_logging
+from nbdproxy.cli.console import err, out, set_up_logging
+from nbdproxy.disks.formats import ImageFormat, format_of_file
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
 from nbdproxy.nbd.uri import is_uri, parse
 from nbdproxy.policy.compose import load_all
-from nbdproxy.server.assemble import ImageFormat, Plan, opened
+from nbdproxy.server.assemble import Plan, opened
 from nbdproxy.server.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
 from nbdproxy.server.export import Export
-from nbdproxy.server.qcow2 import is_qcow2
 from nbdproxy.server.service import Setting
 from nbdproxy.server.service import serve as serve_exports
 from nbdproxy.server.tls import ServerTls, server_tls
-from nbdproxy.sizes import size_text
+from nbdproxy.sizes import plural, size_text
 
 
 class Tls(StrEnum):
@@ -41,8 +41,8 @@ def serve(
         list[str],
         typer.Argument(
             metavar="IMAGE...",
-            help="A raw image file, a block device, a qcow2 file or an NBD URI; several are "
-            "several exports.",
+            help="A raw image file, a block device, an image of another format (qcow2, VMDK, VDI, "
+            "VHDX, ...) or an NBD URI; several are several exports.",
         ),
     ],
     socket: Annotated[
@@ -74,7 +74,8 @@ def serve(
         ImageFormat | None,
         typer.Option(
             "--format",
-            help="raw: serve the file's bytes, even if it is a qcow2; qcow2: the disk in it.",
+            help="raw: serve the file's bytes, even if it is a qcow2; qcow2, vmdk, ...: the disk "
+            "in it, as QEMU reads it.",
         ),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write.")] = False,
@@ -258,9 +259,10 @@ def _announce(plans: Sequence[Plan], exports: Sequence[Export], setting: Setting
         uri = setting.uri(export)
         out.print(uri, markup=False)
         out.file.flush()
-        below = plan.kind == "raw" and is_qcow2(Path(plan.image))
+        found = format_of_file(Path(plan.image)) if plan.kind == "raw" else None
+        below = found not in {None, ImageFormat.LUKS}
         monitor = "" if setting.qmp is None else f" -qmp unix:{setting.qmp},server=on,wait=off"
-        attach = _drive(setting, export, "qcow2" if below else "raw")
+        attach = _drive(setting, export, str(found) if below else "raw")
         err.print(f"attach QEMU with: {attach}{monitor}", markup=False)
 
 

@@ -10,7 +10,11 @@ from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.replay import level_at
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.errors import UsageError
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.oracles.locate import Where, survey_tree
+from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure
 
@@ -43,3 +47,21 @@ def choose(
         return StateId(position, Level.RECEIVED, Choice.ALL)
     level = level_at(timeline.table, position, mode, failure)
     return StateId(position, level, Choice.MUST)
+
+
+def tree_of_disk(
+    oracle: Oracle, disk: ReadableDevice, timeline: Timeline | None, where: Where
+) -> Tree:
+    """Return the guest's tree: where the most is there, at the end, or else in the state itself.
+
+    Raises FilesystemError if there is none, or it is not clear what is mounted where.
+    """
+    if timeline is None:
+        return survey_tree(oracle, disk, where)
+    try:
+        return survey_tree(oracle, timeline.at(timeline.source.events), where)
+    except FilesystemError as at_the_end:
+        try:
+            return survey_tree(oracle, disk, where)
+        except FilesystemError:
+            raise at_the_end from None

@@ -69,7 +69,7 @@ class Bench:
         self._share = job.share
         self._field: Field | None = None
         self._sharing: Sharing | None = None
-        self._last: dict[Choice, tuple[int, Change]] = {}
+        self._last: dict[Judge, tuple[int, Change]] = {}
 
     def judge(self, unit: Unit) -> list[Judged]:
         """Judge the states of a unit."""
@@ -97,19 +97,23 @@ class Bench:
         if near not in self._judges:
             others = list(self._judges.values())
             self._judges[near] = others[0].beside() if others else self._plan.open(self.timeline)
-        judgement, reads = self._judges[near].judge(state, self._changed(field, change))
-        self._last[near] = state.position, change
+        judge = self._judges[near]
+        judgement, reads = judge.judge(state, self._changed(judge, field, change))
+        self._last[judge] = state.position, change
         if reads is not None:
             self._sharing.add(change, (str(state), judgement), reads)
         return Judged(str(state), judgement, None, time.perf_counter() - began)
 
-    def _changed(self, field: Field, change: Change) -> Iterable[Extent] | None:
+    def _changed(self, judge: Judge, field: Field, change: Change) -> Iterable[Extent] | None:
         """Return where a state may differ from the one that the same judge saw before it."""
-        if change.reference not in self._last:
+        if judge not in self._last:
             return None
-        position, last = self._last[change.reference]
+        position, last = self._last[judge]
         size = field.state.options.sector
-        differing = np.unique(np.concatenate((last.sectors, change.sectors)))
+        sectors = [last.sectors, change.sectors]
+        if last.reference is not change.reference:
+            sectors.append(field.ends.sectors)
+        differing = np.unique(np.concatenate(sectors))
         found = [Extent(low * size, (high - low) * size) for low, high in runs(differing)]
         if position != field.state.position:
             found += self._between(position, field.state.position)

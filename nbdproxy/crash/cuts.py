@@ -11,7 +11,6 @@ to shut down. See `before_exit` for what is concluded then.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,7 +84,12 @@ def before_exit(source: Source) -> Cut:
     flushed = table.is_flush[rows] & (table.error[rows] == 0) & (table.completed[rows] < discs[-1])
     if len(rows) < 2 or not flushed.all():
         return Cut(text, source.events, "no two flushes stand before DISC: nothing was set aside")
-    return Cut(text, int(table.seq[rows[0]]), "2 flushes before DISC set aside as QEMU's own")
+    return Cut(
+        text,
+        int(table.seq[rows[0]]),
+        "2 flushes before DISC set aside as QEMU's own; if this was another client, ask with "
+        "--at end",
+    )
 
 
 def riskiest(source: Source) -> Cut:
@@ -107,13 +111,7 @@ def riskiest(source: Source) -> Cut:
 
 
 def _is_shutdown(note: Note) -> bool:
-    if note.kind is not NoteKind.QMP:
-        return False
-    try:
-        event = json.loads(note.text)
-    except ValueError:
-        return False
-    return isinstance(event, dict) and event.get("event") == "SHUTDOWN"
+    return note.kind is NoteKind.QMP and note.fields.get("event") == "SHUTDOWN"
 
 
 def _after_event(source: Source, text: str, value: str) -> Cut:

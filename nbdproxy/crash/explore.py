@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from nbdproxy.crash.bench import Judged, Unit
 from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.judging import Judgement, JudgePlan
+from nbdproxy.crash.naming import Choice
 from nbdproxy.crash.planning import Plan, visits_of
 from nbdproxy.crash.stages import Visit
 from nbdproxy.crash.verdicts import CHECKED, SAME_CONTENT, SAME_READS, Row, Verdicts
@@ -87,7 +88,7 @@ class Exploration:
         position, states = -1, list[str]()
         for number, visit in enumerate(visits_of(self._fields, self._plan)):
             if states and (visit.state.position != position or len(states) >= UNIT_STATES):
-                yield Unit(position, tuple(states))
+                yield self._unit(position, states)
                 states = []
             position = visit.state.position
             text = str(visit.state)
@@ -105,7 +106,13 @@ class Exploration:
             else:
                 self._same[first].append((number, visit))
         if states:
-            yield Unit(position, tuple(states))
+            yield self._unit(position, states)
+
+    def _unit(self, position: int, states: list[str]) -> Unit:
+        """Return states as a unit, those near one end of the cut first: less changes between."""
+        visits = {text: self._stages[text][1] for text in states}
+        ordered = sorted(states, key=lambda text: visits[text].change.reference is Choice.ALL)
+        return Unit(position, tuple(ordered))
 
     def _rows(self, judged: Judged) -> Iterator[Row]:
         number, visit = self._stages.pop(judged.state)

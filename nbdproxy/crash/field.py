@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,6 +64,24 @@ class Values:
     ragged: Mask
 
 
+class Mixture(NamedTuple):
+    """What a sector may hold that no single value is: parts of several requests.
+
+    `at` is the position of the sector in the field.
+    """
+
+    at: int
+    pin: Pin
+    digest: np.uint64
+
+
+FindMixtures = Callable[[StateId, Values], "tuple[list[Mixture], bool]"]
+"""Returns the mixtures of a field, and whether all of them were found."""
+
+_FEW_LOG10 = 7
+"""Mixtures are looked for where so few states can be listed one by one."""
+
+
 class Field:
     """What chance decides on at one cut.
 
@@ -78,6 +98,7 @@ class Field:
         rows: tuple[Rows, Rows],
         *,
         must_hash: int,
+        find_mixtures: FindMixtures = lambda _state, _values: ([], True),
     ) -> None:
         self.state = state
         self.timeline = timeline
@@ -105,11 +126,36 @@ class Field:
             Choice.MUST, self.sectors[differs], moved[differs], _add(must_hash, moved)
         )
         """How ALL differs from MUST."""
+        self._find_mixtures = find_mixtures
+
+    @cached_property
+    def _mixtures(self) -> tuple[list[Mixture], bool]:
+        values = self._single_values.astype(np.float64)
+        if self.values.ragged.any() and float(np.log10(values).sum()) > _FEW_LOG10:
+            return [], False
+        return self._find_mixtures(self.state, self.values)
+
+    @property
+    def mixtures(self) -> list[Mixture]:
+        """What sectors may hold besides their values, where states are few."""
+        return self._mixtures[0]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether values and mixtures are all that sectors may hold, so that states are counted."""
+        return self._mixtures[1]
+
+    @cached_property
+    def _single_values(self) -> Numbers:
+        return np.add.reduceat(self.first, self.start[:-1], dtype=np.int64)
 
     @cached_property
     def choices(self) -> Numbers:
         """For each sector the number of its different contents."""
-        return np.add.reduceat(self.first, self.start[:-1], dtype=np.int64)
+        found = self._single_values.copy()
+        for mixture in self.mixtures:
+            found[mixture.at] += 1
+        return found
 
     @cached_property
     def states_log10(self) -> float:
@@ -149,16 +195,29 @@ class Field:
         return self._changed(state, where, self._shown_named(state, where, rows))
 
     def pinned(self, entries: Numbers) -> tuple[StateId, Change]:
-        """Return the state in which these entries show, one for each sector of the field."""
-        differs = np.flatnonzero(self.values.digests[entries] != self._must)
-        shown = entries[differs]
+        """Return the state in which these entries show, one for each sector of the field.
+
+        Behind the entries of the values come the mixtures, numbered on.
+        """
+        count = len(self.values.rows)
+        mixed = [self.mixtures[entry - count] for entry in entries[entries >= count].tolist()]
+        single = entries < count
+        plain = np.flatnonzero(single)
+        plain = plain[self.values.digests[entries[plain]] != self._must[plain]]
+        shown = entries[plain]
         # A request that covers a sector in part is laid in its place among the others.
-        partly = self.values.ragged[differs] & np.isin(self.values.rows[shown], self.may)
-        state = replace(self.state, pins=self.pins(differs[~partly], shown[~partly]))
+        partly = self.values.ragged[plain] & np.isin(self.values.rows[shown], self.may)
+        pins = self.pins(plain[~partly], shown[~partly])
+        pins = tuple(sorted((*pins, *(one.pin for one in mixed)), key=lambda pin: pin.first))
+        state = replace(self.state, pins=pins)
         if partly.any():
-            parts = self._parts(differs[partly], shown[partly])
+            parts = self._parts(plain[partly], shown[partly])
             state = replace(state, choice=Choice.ONLY, parts=parts)
-        return state, self._changed(state, differs, shown)
+        where = np.concatenate((plain, np.flatnonzero(~single)))
+        where.sort()
+        # What is said of a mixture's sector is read, so any value of it will do.
+        stand_in = np.where(single[where], entries[where], self.values.must[where])
+        return state, self._changed(state, where, stand_in)
 
     def _parts(self, where: Numbers, entries: Numbers) -> tuple[Part, ...]:
         rows = self.values.rows[entries]

@@ -7,13 +7,14 @@ be there, what was there before the recording. A TRIM that must be there may als
 
 Guarantees: what the fields allow equals `nbdproxy.persistence.reference.allowed`.
 
-Not covered: where requests end inside a sector (`ragged`), each of them beside what must be there
-is a value, but not every combination of several; garbage after TRIM.
+Where requests end inside a sector (`ragged`), each of them beside what must be there is a value;
+combinations of several are `nbdproxy.crash.mixtures`. Not covered: garbage after TRIM.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from nbdproxy.crash.cells import NONE, Cells, Numbers, Rows, concurrent_pairs, expand
 from nbdproxy.crash.contents import Contents, mixed, sector_digests
 from nbdproxy.crash.field import Field, Values, first_of_content
+from nbdproxy.crash.mixtures import Mixtures
 from nbdproxy.crash.naming import BASE, Choice, Part, Pin, StateId
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import UsageError
@@ -42,6 +44,7 @@ class Fields:
         base = timeline.base()
         self.cells = Cells(table, options.sector, base.size, base.data_extents(0, base.size))
         self.contents = Contents(timeline, self.cells)
+        self._mixtures = Mixtures(timeline, self.cells)
         self._earlier, self._later = concurrent_pairs(table)
         self._is_trim = np.equal(table.command, Command.TRIM)
         self._fates = timeline.fates(options)
@@ -65,7 +68,14 @@ class Fields:
         ).astype(np.int32)
         values = self._values(state, may)
         durable = np.unique(self._owners[self._owners != NONE])
-        return Field(state, self.timeline, values, (may, durable), must_hash=self._hash)
+        return Field(
+            state,
+            self.timeline,
+            values,
+            (may, durable),
+            must_hash=self._hash,
+            find_mixtures=partial(self._mixtures.find, kept=self._kept),
+        )
 
     def _keep(self, state: StateId) -> None:
         """Bring what must be there, and its hash, up to a cut."""

@@ -53,7 +53,10 @@ class Judge(Protocol):
         ...
 
     def beside(self) -> Judge:
-        """Return another, for other states of the timeline, that shares what is costly to have."""
+        """Return another, for other states of the timeline, that shares what is costly to have.
+
+        One that would have nothing of its own returns itself.
+        """
         ...
 
     def close(self) -> None:

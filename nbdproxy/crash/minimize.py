@@ -6,7 +6,8 @@ so on (delta debugging: Zeller, Hildebrandt, "Simplifying and isolating failure-
 2002), first all of a request's together, then piece by piece, as long as the state fails.
 
 Guarantees: the result fails, and passes (or is unknown) if any one of its requests, and then any
-one of its runs of sectors, is given back. A single request that is enough is found if there is one
+one of its runs of sectors, is given back; where requests end inside a sector, it is given back as
+a whole. A single request that is enough is found if there is one
 among the first `SINGLES_MAX`. Not covered: a smaller set of several that is no subset of what was
 found.
 """
@@ -23,7 +24,7 @@ from nbdproxy.crash.cells import Numbers, runs
 from nbdproxy.crash.naming import BASE, Choice, Part, Pin, StateId
 from nbdproxy.crash.paint import NOTHING
 from nbdproxy.crash.presence import sectors_of
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.timeline import Segment, Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
 
@@ -55,10 +56,15 @@ class Minimum:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Sectors of one request that show the same other request, or a torn sector."""
+    """Sectors that show something else than ALL: of one request another, or a torn sector.
+
+    `row` is the request that is missing there; `others` are missing as well, where several end
+    inside a sector.
+    """
 
     row: int
     pin: Pin
+    others: tuple[int, ...] = ()
 
 
 def minimize(
@@ -77,7 +83,7 @@ def minimize(
     if search.fails([]):
         return search.result([])
     if not search.fails(pieces):
-        # Where requests end inside sectors, or tear them, pieces do not add up to the state.
+        # Where sectors are torn, pieces do not add up to the state.
         return Minimum(state, search.given, _lost(pieces), search.checks)
     return search.result(search.least(pieces))
 
@@ -174,14 +180,29 @@ def _pieces(timeline: Timeline, state: StateId) -> list[_Piece]:
         start, end = first * size, min(last * size, full.size)
         shown = _by_sector(given.segments(start, end), size)
         there = _by_sector(full.segments(start, end), size)
-        for sector, row in there.items():
+        for sector, parts in there.items():
             pin = torn.get(sector)
             if pin is not None:
-                found.append(_Piece(row, replace(pin, first=sector, last=sector)))
-            elif shown[sector] != row:
-                value = BASE if shown[sector] == NOTHING else int(table.seq[shown[sector]])
-                found.append(_Piece(row, Pin(sector, sector, value)))
+                found.append(_Piece(parts[-1][2], replace(pin, first=sector, last=sector)))
+            elif shown[sector] != parts:
+                row, *others = _missing(parts, shown[sector])
+                values = [
+                    (BASE if one == NOTHING else int(table.seq[one]), high - low)
+                    for low, high, one in shown[sector]
+                ]
+                pin = Pin(sector, sector, values[-1][0], mix=tuple(values[:-1]))
+                found.append(_Piece(row, pin, tuple(others)))
     return _merged(found)
+
+
+def _missing(parts: Sequence[Segment], shown: Sequence[Segment]) -> list[int]:
+    """Return the rows of a sector's parts that do not show where they should."""
+    found = [
+        row
+        for low, high, row in parts
+        if any(low < end and start < high and other != row for start, end, other in shown)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _touched(timeline: Timeline, state: StateId) -> Numbers:
@@ -200,12 +221,18 @@ def _touched(timeline: Timeline, state: StateId) -> Numbers:
     return np.unique(np.concatenate([np.arange(*span) for span in spans]))
 
 
-def _by_sector(segments: Iterator[tuple[int, int, int]], size: int) -> dict[int, int]:
-    """Return the row that shows at each sector; the last one where there are several in one."""
-    found = {}
+def _by_sector(segments: Iterator[Segment], size: int) -> dict[int, list[Segment]]:
+    """Return which rows show in each sector, and where in it."""
+    found: dict[int, list[Segment]] = {}
     for start, end, row in segments:
         for sector in range(start // size, -(-end // size)):
-            found[sector] = row
+            at = sector * size
+            low, high = max(start - at, 0), min(end - at, size)
+            parts = found.setdefault(sector, [])
+            if parts and parts[-1][2] == row:
+                parts[-1] = parts[-1][0], high, row
+            else:
+                parts.append((low, high, row))
     return found
 
 
@@ -216,11 +243,11 @@ def _merged(pieces: list[_Piece]) -> list[_Piece]:
         last = found[-1] if found else None
         if (
             last is not None
-            and last.row == piece.row
+            and (last.row, last.others) == (piece.row, piece.others)
             and last.pin.last + 1 == piece.pin.first
-            and (last.pin.front, last.pin.back) == (piece.pin.front, piece.pin.back)
+            and last.pin.value == piece.pin.value
         ):
-            found[-1] = _Piece(last.row, replace(last.pin, last=piece.pin.last))
+            found[-1] = replace(last, pin=replace(last.pin, last=piece.pin.last))
         else:
             found.append(piece)
     return found
@@ -228,7 +255,7 @@ def _merged(pieces: list[_Piece]) -> list[_Piece]:
 
 def _sectors(piece: _Piece) -> Iterator[_Piece]:
     for sector in range(piece.pin.first, piece.pin.last + 1):
-        yield _Piece(piece.row, replace(piece.pin, first=sector, last=sector))
+        yield replace(piece, pin=replace(piece.pin, first=sector, last=sector))
 
 
 def _grouped(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
@@ -246,7 +273,7 @@ def _joined(pieces: Sequence[_Piece]) -> tuple[Pin, ...]:
     merged: list[Pin] = []
     for piece in pieces:
         last = merged[-1] if merged else None
-        alike = last is not None and (last.front, last.back) == (piece.pin.front, piece.pin.back)
+        alike = last is not None and last.value == piece.pin.value
         if last is not None and alike and last.last + 1 == piece.pin.first:
             merged[-1] = replace(last, last=piece.pin.last)
         else:
@@ -255,7 +282,11 @@ def _joined(pieces: Sequence[_Piece]) -> tuple[Pin, ...]:
 
 
 def _lost(pieces: Sequence[_Piece]) -> tuple[Lost, ...]:
-    return tuple(Lost(p.row, p.pin.first, p.pin.last) for p in _merged(list(pieces)))
+    return tuple(
+        Lost(row, piece.pin.first, piece.pin.last)
+        for piece in _merged(list(pieces))
+        for row in (piece.row, *piece.others)
+    )
 
 
 def _without(timeline: Timeline, state: StateId, pieces: Sequence[_Piece]) -> StateId | None:

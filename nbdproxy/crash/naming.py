@@ -7,7 +7,8 @@
     s1234.flushed.draw7-12            state number 12 of those that seed 7 draws
     s1234.flushed.must~100-103=17     with the value that request 17 left in the disk's sectors
                                       100 to 103; `base` is what was there before the recording,
-                                      and `17_base` a torn sector, half of it one, half the other
+                                      and `17_base` a torn sector, half of it one, half the other;
+                                      `17x8_23x4_base` 8 bytes of 17, 4 of 23, and the rest base
 
 The number is the cut's position, the word behind it the `Level` that is kept. Options of the model
 follow, each after a `+` and only where it is not the default: `replied`, `fsyncgate`, `single` (no
@@ -68,16 +69,23 @@ class Pin:
     """The disk's sectors `first` to `last` hold what a request left there.
 
     `front` is the request's seq, or BASE; `back` is another one if the second half of each sector
-    is of that one, a torn sector.
+    is of that one, a torn sector. `mix` is what each sector begins with, where requests end inside
+    it: values and how many bytes of each; the rest is of `front`.
     """
 
     first: int
     last: int
     front: int
     back: int | None = None
+    mix: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def value(self) -> tuple[int, int | None, tuple[tuple[int, int], ...]]:
+        """What each sector holds, wherever it is."""
+        return self.front, self.back, self.mix
 
     def __str__(self) -> str:
-        value = _value(self.front)
+        value = "".join(f"{_value(one)}x{count}_" for one, count in self.mix) + _value(self.front)
         if self.back is not None:
             value += f"_{_value(self.back)}"
         return f"~{_range(self.first, self.last)}={value}"
@@ -118,11 +126,12 @@ class StateId:
 
 
 _RANGE = r"\d+(?:-\d+)?"
+_VALUE = r"(?:\d+|base)"
 _STATE_ID = re.compile(
     rf"s(?P<position>\d+)\.(?P<level>[a-z]+)\.(?:(?P<choice>must|all)"
     rf"|(?P<list>but|only)(?P<parts>\d+(?::{_RANGE})?(?:,\d+(?::{_RANGE})?)*)"
     rf"|draw(?P<seed>\d+)-(?P<number>\d+))"
-    rf"(?P<pins>(?:~{_RANGE}=(?:\d+|base)(?:_(?:\d+|base))?)*)"
+    rf"(?P<pins>(?:~{_RANGE}=(?:{_VALUE}x\d+_)*{_VALUE}(?:_{_VALUE})?)*)"
     r"(?P<replied>\+replied)?(?P<fsyncgate>\+fsyncgate)?(?P<single>\+single)?"
     r"(?:\+sector(?P<sector>\d+))?(?P<losses>(?:\+lost\d+)*)"
 )
@@ -184,8 +193,12 @@ def _pins(text: str) -> tuple[Pin, ...]:
     pins = []
     for word in text.split("~")[1:]:
         sectors, _, value = word.partition("=")
-        front, _, back = value.partition("_")
-        pins.append(Pin(*_bounds(sectors), _number(front), _number(back) if back else None))
+        words = [word.partition("x") for word in value.split("_")]
+        mix = tuple((_number(one), int(count)) for one, _, count in words if count)
+        front, *back = [_number(one) for one, _, count in words if not count]
+        if mix and (back or not all(count for _, count in mix)):
+            raise ValueError(text)
+        pins.append(Pin(*_bounds(sectors), front, back[0] if back else None, mix))
     if any(pin.first <= before.last for before, pin in pairwise(pins)):
         raise ValueError(text)
     return tuple(pins)

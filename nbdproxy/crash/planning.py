@@ -122,16 +122,23 @@ def make_plan(
     progress: Callable[[int], None] = lambda _: None,
 ) -> Plan:
     """Look at all cuts, and deal out the budget. Raises UsageError if `exhaustive` is too much."""
-    found = []
+    found, unlisted = [], []
     for number, position in enumerate(cuts):
         progress(number)
         field = fields.at(position)
         sizes = stages_of(field, wish).sizes()
         small = field.states_log10 < 18
         states = field.states if small or wish.exhaustive else None
+        if wish.exhaustive and not field.is_complete:
+            unlisted.append(position)
         found.append(CutPlan(position, field.states_log10, states, len(field.sectors), sizes, {}))
     if wish.exhaustive:
         _refuse_too_many(found, wish)
+        if unlisted:
+            raise UsageError(
+                f"--exhaustive cannot list all states at cut {unlisted[0]}: too many requests end "
+                "inside the same sectors; leave --exhaustive out"
+            )
     return Plan(wish, tuple(_deal(found, wish.budget)), cuts_possible)
 
 

@@ -65,6 +65,16 @@ class RecordedSource(Recording):
             yield low, high, position if position < 0 else position + low - int(saved.offset[row])
 
     @property
+    def offers_fua(self) -> bool | None:
+        """Whether a client could send FUA; None if that is not known."""
+        return self.meta.offers_fua
+
+    @property
+    def above_qcow2(self) -> bool:
+        """Whether the disk is what a guest sees of a qcow2 file, whose driver is below."""
+        return self.meta.kind == "qcow2"
+
+    @property
     def image(self) -> Path:
         """Where the image is looked for."""
         if self._image_given is not None:
@@ -118,11 +128,13 @@ class RecordedSource(Recording):
 
     def _check_raw(self) -> None:
         """Refuse an image whose bytes are not the disk's."""
-        copy = {
-            "qcow2": f"qemu-img convert -O raw {self.meta.image} base.img",
-            "nbd": f"nbdcopy '{self.meta.image}' base.img",
-        }.get(self.meta.kind)
-        if copy is not None:
+        kind = self.meta.kind
+        if kind != "raw":
+            copy = (
+                f"nbdcopy '{self.meta.image}' base.img"
+                if kind == "nbd"
+                else f"qemu-img convert -f {kind} -O raw {self.meta.image} base.img"
+            )
             raise ImageError(
                 f"this recording builds on {self.meta.image}, which is no raw image; if nothing "
                 f"else wrote to it since, copy it with: {copy}; then add --base base.img"

@@ -27,6 +27,7 @@ from nbdproxy.crash.causes import Cause, Kept, find_causes
 from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.source import Source
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.crash.unmapped import Unmapped
 from nbdproxy.errors import FilesystemError, ManifestError
@@ -46,9 +47,7 @@ from nbdproxy.persistence.modes import (
     Failure,
     check_projection,
     guarantee,
-    projectable,
     promised,
-    recorded_under,
 )
 from nbdproxy.recording.index import Mask, RequestTable
 
@@ -101,7 +100,8 @@ class Replay:
     """The table, for the files of `manifest`, with absolute paths, in the guest's `tree`.
 
     `below_qcow2` tells whether the disk that was recorded is a qcow2 file. `left_out` are the modes
-    that this recording tells nothing about.
+    that this recording tells nothing about, and `why` says why; `remark` says what was taken for
+    granted of the cache mode that it was recorded under.
     """
 
     manifest: Manifest
@@ -111,6 +111,8 @@ class Replay:
     left_out: tuple[CacheMode, ...]
     cells: tuple[Cell, ...]
     below_qcow2: bool = False
+    why: str = ""
+    remark: str = ""
 
 
 def replay(
@@ -140,10 +142,6 @@ def replay(
     that it lacks, ManifestError if none of the files was ever on the disk, and FilesystemError if
     even the fullest state cannot be read.
     """
-    recorded = recorded_under(source.table, recorded_as)
-    possible = projectable(recorded)
-    modes = possible if modes is None else modes
-    check_projection(recorded, modes)
     if cut is None:
         cut = resolve(source, at or "before-exit")
     cuts = dict.fromkeys(failures, cut)
@@ -151,6 +149,9 @@ def replay(
         cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
     timeline = Timeline(source)
     try:
+        taken = taken_under(timeline, recorded_as)
+        modes = taken.tells if modes is None else modes
+        check_projection(taken, modes)
         if tree is None:
             tree, manifest = place(timeline, manifest, cut, where, oracle)
         earlier = earlier_digests(timeline, manifest, tree, oracle)
@@ -160,8 +161,10 @@ def replay(
         below_qcow2 = is_qcow2(timeline.at(cut.position))
     finally:
         timeline.close()
-    left_out = tuple(mode for mode in CacheMode if mode not in possible)
-    return Replay(manifest, tree, cut, recorded, left_out, tuple(cells), below_qcow2)
+    return Replay(
+        *(manifest, tree, cut, taken.modes, taken.left_out, tuple(cells), below_qcow2),
+        *(taken.why, taken.remark),
+    )
 
 
 def level_at(table: RequestTable, t: int, mode: CacheMode, failure: Failure) -> Level:
@@ -326,7 +329,7 @@ def place(
 def earlier_digests(
     timeline: Timeline, manifest: Manifest, tree: Tree, oracle: Oracle = QUICK
 ) -> Digests:
-    """Return the digests that the manifest's paths had before the recording, if any."""
+    """Return the SHA-256 digests that the manifest's paths had before the recording, if any."""
     found: dict[str, tuple[str, ...]] = {}
     for mount, part in split(manifest, tree)[0].items():
         wanted = {entry.path for entry in part.entries}
@@ -335,5 +338,5 @@ def earlier_digests(
             before = oracle.scan(timeline.base(), folder, mount=mount)
         except FilesystemError:
             continue
-        found |= {entry.path: (entry.sha256,) for entry in before.entries if entry.path in wanted}
+        found |= {entry.path: (entry.digest,) for entry in before.entries if entry.path in wanted}
     return found

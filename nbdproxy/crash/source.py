@@ -37,6 +37,16 @@ class Source(Protocol):
         """The notes, in seq order."""
         ...
 
+    @property
+    def offers_fua(self) -> bool | None:
+        """Whether a client could send FUA; None if that is not known."""
+        ...
+
+    @property
+    def above_qcow2(self) -> bool:
+        """Whether the disk is what a guest sees of a qcow2 file, whose driver is below."""
+        ...
+
     def base(self) -> ReadableDevice:
         """Open the disk as it was before the first request; who asks for it closes it."""
         ...
@@ -64,6 +74,8 @@ class MemorySource:
     open_base: Callable[[], ReadableDevice]
     payload: bytes = b""
     notes: Sequence[Note] = field(default_factory=tuple)
+    offers_fua: bool | None = True
+    above_qcow2: bool = False
 
     def base(self) -> ReadableDevice:
         """Open the disk as it was before the first request."""

@@ -87,7 +87,7 @@ class Stages:
         """Whether all states are visited in the end: they are few, and each can be named."""
         field = self._field
         few = field.states_log10 < 18 and field.states <= self._few
-        return few and not (self._exhaustive or field.values.ragged.any())
+        return few and not self._exhaustive and field.is_complete
 
     def sizes(self) -> dict[Stage, int | None]:
         """Return how many states each stage has, in the stages' order; None is no end."""
@@ -231,5 +231,7 @@ class Stages:
                 at for at in here if field.first[at] and values.digests[at] != values.digests[must]
             ]
             choices.append([must, *others])
+        for number, mixture in enumerate(field.mixtures):
+            choices[mixture.at].append(len(values.rows) + number)
         for entries in itertools.product(*choices):
             yield field.pinned(np.array(entries, np.int64))

@@ -261,22 +261,28 @@ class _Pinned:
         if self.end > -(-timeline.source.size // self._sector) * self._sector:
             raise UsageError(f"state {state} is of another recording: its disk was larger")
         self.end = min(self.end, timeline.source.size)
-        values = [pin.front] if pin.back is None else [pin.front, pin.back]
-        self._rows = [
-            NOTHING if value == BASE else row_of(timeline.table, state, value) for value in values
-        ]
+        half = self._sector // 2
+        parts = [*pin.mix] if pin.back is None else [(pin.front, half)]
+        parts.append((pin.front if pin.back is None else pin.back, self._sector))
+        self._parts: list[Segment] = []
+        at = 0
+        for value, count in parts:
+            row = NOTHING if value == BASE else row_of(timeline.table, state, value)
+            self._parts.append((at, min(at + count, self._sector), row))
+            at += count
+        if at >= 2 * self._sector:
+            raise UsageError(f"state {state} has more bytes than a sector in {pin}")
 
     def segments(self, start: int, end: int) -> Iterator[tuple[int, int, int | None]]:
         """Yield all of [start, end) within the pin; None where the request's bytes end."""
-        if len(self._rows) == 1:
-            yield from self._value(start, end, self._rows[0])
+        if len(self._parts) == 1:
+            yield from self._value(start, end, self._parts[0][2])
             return
-        half = self._sector // 2
-        at = start
-        while at < end:
-            stop = min(end, (at // half + 1) * half)
-            yield from self._value(at, stop, self._rows[at // half % 2])
-            at = stop
+        for sector in range(start // self._sector * self._sector, end, self._sector):
+            for low, high, row in self._parts:
+                first, last = max(start, sector + low), min(end, sector + high)
+                if first < last:
+                    yield from self._value(first, last, row)
 
     def _value(self, start: int, end: int, row: int) -> Iterator[tuple[int, int, int | None]]:
         low, high = start, end

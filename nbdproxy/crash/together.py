@@ -18,6 +18,7 @@ from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.replay import replay as replay_one
+from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles.check import merge
@@ -28,7 +29,7 @@ from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Options
-from nbdproxy.persistence.modes import CacheMode, Failure, projectable, recorded_under
+from nbdproxy.persistence.modes import CacheMode, Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def replay_together(
     """Judge every asked-for cell, as `replay.replay` does for one recording."""
     if where.partition is not None and len(sources) > 1:
         raise UsageError("--partition is for one recording; say what is mounted where by --mount")
-    possible = [projectable(recorded_under(source.table, recorded_as)) for source in sources]
+    possible = [_told_modes(source, recorded_as) for source in sources]
     chosen = modes or [mode for mode in CacheMode if all(mode in some for some in possible)]
     cuts = instants(sources, at or "before-exit")
     trees, manifest = _place(sources, cuts, manifest, where, oracle)
@@ -78,6 +79,12 @@ def replay_together(
         )
     )
     return Together(_merged(each, manifest), each)
+
+
+def _told_modes(source: RecordedSource, recorded_as: CacheMode | None) -> tuple[CacheMode, ...]:
+    """Return the modes that a recording tells of."""
+    with closing(Timeline(source)) as timeline:
+        return taken_under(timeline, recorded_as).tells
 
 
 def instants(sources: Sequence[RecordedSource], text: str) -> list[Cut]:
@@ -164,6 +171,8 @@ def _merged(each: Sequence[Replay], manifest: Manifest) -> Replay:
         left_out=tuple(dict.fromkeys(mode for one in each for mode in one.left_out)),
         cells=tuple(cells),
         below_qcow2=any(one.below_qcow2 for one in each),
+        why="; ".join(dict.fromkeys(one.why for one in each if one.why)),
+        remark="; ".join(dict.fromkeys(one.remark for one in each if one.remark)),
     )
 
 

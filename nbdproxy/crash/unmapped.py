@@ -2,7 +2,7 @@
 
 QEMU keeps qcow2's tables in its memory until a flush. Data that was written into a new cluster
 then stands in the file, and no entry leads to it: the guest reads zeroes. That is proved by
-content: with such clusters in the holes of the file, it is what the manifest says.
+content: with such clusters in the holes of the file, it has the digest that the manifest says.
 
 Guarantees: a file is never said to be the guest's loss if its way, or its data, leads through a
 hole of the qcow2 file while something was written that nothing leads to: that cannot be told.
@@ -12,7 +12,6 @@ a kernel reads; of these too it cannot be told.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator
 
@@ -23,6 +22,7 @@ from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import ExtentSet
 from nbdproxy.oracles import check
+from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
 from nbdproxy.oracles.ext4.mounted import open_filesystem
@@ -121,7 +121,7 @@ class Unmapped:
             for offset, at, length in holes:
                 end = max(offset, min(offset + length, node.size))
                 content[offset:end] = self._read(tried[at // cluster] + at % cluster, end - offset)
-            if hashlib.sha256(content).hexdigest() == entry.sha256:
+            if manifests.digest([bytes(content)], entry.algorithm) == entry.digest:
                 self._places = tried
                 self._last = max(hosts, default=self._last)
                 return True

@@ -22,10 +22,10 @@ def write_sparse(disk: ReadableDevice, path: Path) -> None:
         for extent in disk.data_extents(0, disk.size):
             for offset in range(extent.offset, extent.end, _COPY):
                 data = disk.pread(offset, min(_COPY, extent.end - offset))
-                _write_blocks(file.fileno(), data, offset)
+                write_blocks(file.fileno(), data, offset)
 
 
-def _write_blocks(fd: int, data: bytes, offset: int) -> None:
+def write_blocks(fd: int, data: bytes, offset: int) -> None:
     """Write what is not zero, in runs of blocks."""
     start = at = 0
     while at < len(data):

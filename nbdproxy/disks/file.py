@@ -1,14 +1,14 @@
 """A disk in a raw file or on a block device.
 
-Guarantees: one process at a time writes it (flock), reads that are in the page cache never block
-(`try_pread_into`), zeroes and trims are done by fallocate where the filesystem can.
-Does not cover: image formats; a qcow2 file is bytes here.
+Guarantees: one program at a time writes it (`nbdproxy.disks.locks`), reads that are in the page
+cache never block (`try_pread_into`), zeroes and trims are done by fallocate where the filesystem
+can.
+Does not cover: image formats (`nbdproxy.disks.formats`); a qcow2 file is bytes here.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nbdproxy.disks import holes
 from nbdproxy.disks.fallocate import punch_hole, zero_range
+from nbdproxy.disks.locks import lock
 from nbdproxy.errors import ImageError
 from nbdproxy.extents import Extent
 
@@ -27,8 +28,7 @@ _CANNOT = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPE
 class FileDisk:
     """A raw file or block device as a `BlockDevice`.
 
-    Raises ImageError when it is missing, in use by another nbdproxy, empty, or its size is not a
-    multiple of 512 bytes.
+    Raises ImageError when it is missing, empty, or in use by another program.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -123,8 +123,12 @@ class FileDisk:
 def _open(path: Path, *, read_only: bool) -> int:
     try:
         # Opening a pipe would wait for somebody at its other end.
-        _check_kind(path, path.stat())
-        return os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        status = path.stat()
+        _check_kind(path, status)
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        if stat.S_ISBLK(status.st_mode) and not read_only:
+            flags |= os.O_EXCL  # open(2): fails if the device is mounted, or a part of it
+        return os.open(path, flags | os.O_CLOEXEC)
     except FileNotFoundError:
         raise ImageError(f"there is no image at {path}; check the path") from None
     except ImageError:
@@ -133,6 +137,11 @@ def _open(path: Path, *, read_only: bool) -> int:
         hint = "" if read_only else ", or serve it with --overlay or --read-only"
         raise ImageError(f"{path} may not be opened; check its permissions{hint}") from None
     except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ImageError(
+                f"{path} is in use on this machine: it, or a part of it, is mounted, belongs to "
+                "LVM or md, or is served already; end that first"
+            ) from None
         raise ImageError(f"{path} cannot be opened: {error.strerror}") from None
 
 
@@ -146,15 +155,4 @@ def _check_kind(path: Path, status: os.stat_result) -> None:
 def _check(path: Path, fd: int, size: int, *, read_only: bool) -> None:
     if size == 0:
         raise ImageError(f"{path} is empty; give it a size with: truncate -s 10G {path}")
-    if size % 512:
-        padded = -(-size // 512) * 512
-        raise ImageError(
-            f"{path} has {size} bytes, which is not a multiple of 512; "
-            f"pad it with: truncate -s {padded} {path}"
-        )
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ImageError(
-            f"{path} is in use by another nbdproxy; end that one first, or serve a copy"
-        ) from None
+    lock(path, fd, read_only=read_only)

@@ -25,7 +25,7 @@ PROJECTS = {path.name: path for path in sorted((Path(__file__).parent / "project
 """The npm projects that come with the package: `small` and `medium`."""
 
 _NEEDED = (
-    "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node", "npm", "perl",
+    "apt-cache", "apt-get", "busybox", "dpkg-deb", "ldd", "mke2fs", "node", "perl",
     "qemu-system-x86_64", "sqlite3",
 )  # fmt: skip
 _EXTRA = (

@@ -1,8 +1,9 @@
 """Runs one workload in one throw-away guest, from boot to its end.
 
-Guarantees: when `run` returns or raises, QEMU is gone; a guest that outlives its time limit, does
-not mount or whose workload fails raises `LabError` with the end of its serial output. The kernel,
-the initramfs and the tools disk are only read, so any number of guests may share them.
+Guarantees: when `run` returns or raises, QEMU is gone; a guest that hangs, outlives a time limit,
+does not mount or whose workload fails raises `LabError` with the end of its serial output. One that
+is only slow is waited for: see `accel.Pulse`. The kernel, the initramfs and the tools disk are only
+read, so any number of guests may share them.
 
 Does not cover the disk behind the target: hand in an image file or the URI of an NBD server.
 Plain blocking code: callers with an event loop run it in a thread.
@@ -48,6 +49,7 @@ DEVICES = {
 # Not only at a line's beginning: a workload's last line may lack its end; and a message of the
 # kernel may come before the mark's own end of line.
 _MARKED = re.compile(rf"{MARK} (\w+) ?(\S*?)(?:\[ *\d+\.\d+\] .*)?$")
+_KERNEL_SAYS = re.compile(r"\[ *\d+\.\d+\] ")
 _TOOLS_DEVICE = "/dev/vda"
 _TAIL_LINES = 25
 
@@ -89,7 +91,7 @@ def run(
     qmp: Path | None = None,
     write_log: Path | None = None,
     accelerator: str | None = None,
-    time_limit_s: float = 300,
+    time_limit_s: float | None = None,
     memory_mib: int = 1024,
     cpus: int = 2,
     extra: Sequence[str] = (),
@@ -103,8 +105,8 @@ def run(
     `write_log` is the file that the guest's kernel shall log its writes to: see `dm_log`.
     `on_line` gets each line of the serial port as it comes, those with a `MARK` too.
     `qmp` is where QEMU shall listen for its monitor protocol. `accelerator` is kvm or tcg, by
-    default what `accel.probe` finds. `extra` goes to QEMU as it is. SIGKILL of the caller is
-    covered by `timeout`, which ends QEMU at the limit even then.
+    default what `accel.probe` finds. `extra` goes to QEMU as it is. Without `time_limit_s` only a
+    hang ends it.
     """
     if cache_mode not in CACHE_MODES:
         raise LabError(f"no cache mode {cache_mode!r}; QEMU has {', '.join(CACHE_MODES)}")
@@ -206,7 +208,7 @@ class _Watch:
 
     workload: Workload
     ending: Ending
-    time_limit_s: float
+    time_limit_s: float | None
     on_line: Callable[[str], None]
     started_at: float = field(default_factory=time.monotonic)
     lines: list[str] = field(default_factory=list)
@@ -215,15 +217,21 @@ class _Watch:
 
     def follow(self, command: Sequence[str]) -> GuestRun:
         """Run QEMU to its end and judge it."""
-        with accel.running(command, self.time_limit_s) as process:
-            for line in _lines(process, self.started_at + self.time_limit_s):
-                self._take(line)
+        trouble = None
+        with accel.running(command) as process:
+            pulse = accel.Pulse(process.pid, self.ending.wait_s)
+            for line in _lines(process):
+                if line is not None:
+                    self._take(line)
+                    if not _KERNEL_SAYS.match(line):  # it may complain of a hang for ever
+                        pulse.beat()
                 if self.ending.how is End.HANG and "ending" in self.times:
                     accel.kill(process)
-            out_of_time = process.poll() is None
+                if trouble := self._trouble(pulse):
+                    break
         took = time.monotonic() - self.started_at
-        if out_of_time:
-            raise self._error(f"was not done after {self.time_limit_s:g} s, give it longer")
+        if trouble:
+            raise self._error(trouble)
         if "started" not in self.times:
             raise self._error("did not get as far as its workload, check the disk and its options")
         if self.status != 0:
@@ -239,6 +247,13 @@ class _Watch:
             command=tuple(command),
         )
 
+    def _trouble(self, pulse: accel.Pulse) -> str | None:
+        limit = self.time_limit_s
+        if limit is not None and time.monotonic() - self.started_at > limit:
+            return f"was not done after {limit:g} s, give it longer"
+        hang = pulse.trouble()
+        return f"hangs ({hang}), check the disk and what serves it" if hang else None
+
     def _take(self, line: str) -> None:
         self.lines.append(line)
         if found := _MARKED.search(line):
@@ -252,22 +267,25 @@ class _Watch:
         return LabError(f"the guest running {self.workload.name} {what}; its last words:\n{tail}")
 
 
-def _lines(process: subprocess.Popen[bytes], deadline: float) -> Iterator[str]:
-    """Yield what QEMU prints, line by line, until it ends or the deadline passes."""
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str | None]:
+    """Yield what QEMU prints, line by line, until it has ended; None where a tick passes."""
     assert process.stdout is not None
     pending = b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if not selector.select(left):
-                return
+        while True:
+            if not selector.select(accel.TICK_S):
+                yield None
+                continue
             data = os.read(process.stdout.fileno(), 1 << 16)
             if not data:
                 break
             *whole, pending = (pending + data).split(b"\n")
             for line in whole:
                 yield line.decode(errors="replace").rstrip("\r")
-        if pending:
-            yield pending.decode(errors="replace").rstrip("\r")
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=max(1.0, deadline - time.monotonic()))
+    if pending:
+        yield pending.decode(errors="replace").rstrip("\r")
+    while process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(accel.TICK_S)
+        yield None

@@ -44,8 +44,7 @@ _SPARE = 16 << 20  # bytes: room for the directories and the inode tables
 
 def fetch_npm(into: Path) -> None:
     """Put npm's JavaScript tree into `into/npm`."""
-    npm = tools.require(["npm"])["npm"]
-    tools.run_tool([npm, "pack", "--silent", f"npm@{NPM_VERSION}"], cwd=into)
+    tools.run_tool([*tools.npm_command(), "pack", "--silent", f"npm@{NPM_VERSION}"], cwd=into)
     packed = into / f"npm-{NPM_VERSION}.tgz"
     with tarfile.open(packed) as archive:
         _extract(archive, into)
@@ -102,8 +101,7 @@ def complete_lock(text: str, registry: str) -> str:
 
 
 def _registry() -> str:
-    npm = tools.require(["npm"])["npm"]
-    return tools.run_tool([npm, "config", "get", "registry"]).strip()
+    return tools.run_tool([*tools.npm_command(), "config", "get", "registry"]).strip()
 
 
 def files_below(root: Path) -> Iterator[Path]:

@@ -233,7 +233,7 @@ def render(
         f'  echo "{MARK} failed $1"; echo o > /proc/sysrq-trigger; while :; do sleep 60; done',
         "}",
         "wait_for() {",
-        "  n=0; until [ -b $1 ]; do n=$((n+1)); [ $n -gt 100 ] && fail $1; sleep 0.1; done",
+        "  n=0; until [ -b $1 ]; do n=$((n+1)); [ $n -gt 600 ] && fail $1; sleep 0.1; done",
         "}",
         f"wait_for {tools_disk}",
         f"mount -t ext4 -o ro {tools_disk} {TOOLS} || fail tools-disk",

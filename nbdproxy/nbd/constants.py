@@ -138,8 +138,8 @@ ALLOCATION = "base:allocation"
 ALLOCATION_ID = 1
 """The number we give it on each connection; the choice is the server's."""
 
-MIN_BLOCK = 512
-"""A sector: the atomic unit of the persistence model, so nothing smaller may be asked for."""
+MIN_BLOCK = 1
+"""Requests may begin and end at any byte: the specification's default."""
 
 MAX_MIN_BLOCK = 64 * 1024
 """The largest minimum block size that the specification allows a server."""

@@ -81,7 +81,8 @@ _NOT_SUPPORTED = """\
 - PEEK_EXPORT and RESIZE, which are no part of the specification.
 - Metadata contexts other than `base:allocation`. Queries for others find nothing and are no
   error.
-- Requests that are no multiples of the minimum block, and requests of length 0.
+- Requests of length 0; and, over a server with a minimum block above 1, requests that are no
+  multiples of it.
 - TLS for some exports only: it is off, allowed, or required for a whole server.
 - ERR_BLOCK_SIZE_REQD and ERR_EXT_HEADER_REQD in reply to GO: block sizes and extended headers are
   offered and never demanded.

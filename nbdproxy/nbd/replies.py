@@ -37,6 +37,9 @@ ARENA = 1024 * 1024
 _BLOCK = 4096
 """The grain of holes; a filesystem block, and far more than the headers that a hole costs."""
 
+_SHORTEST_HOLE = HOLE.size - DATA_HEAD.size
+"""A shorter hole would be longer on the wire than its data, for which there is room."""
+
 _ZEROES = bytes(64 * 1024)
 _ZERO_BLOCK = bytes(_BLOCK)
 _DF = int(CommandFlag.DF)
@@ -98,7 +101,7 @@ class Replies:
         if not self._chunked:
             return
         first, last = self._used - request.length, self._used
-        if _is_zero(self._current, first, last):
+        if request.length >= _SHORTEST_HOLE and _is_zero(self._current, first, last):
             self._cut_into_pieces(request, [(first, last)])
         elif request.length > _BLOCK and not request.flags & _DF:
             runs = list(_zero_runs(self._current, first, last, request.offset))

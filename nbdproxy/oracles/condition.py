@@ -14,13 +14,16 @@ another. Labels are made from what is there, as the expected content is not know
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 
-from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.manifest import SHA256, Entry
 
 BLOCK = 4096
 """Bytes of a block that counts as zeroed; a file's last, shorter block counts too."""
+
+EARLIER = SHA256
+"""The algorithm of earlier versions' digests, whatever a manifest has."""
 
 _ZEROES = bytes(BLOCK)
 
@@ -45,19 +48,21 @@ def classify(
 ) -> Condition:
     """Tell the condition of a file that has `size` bytes, read from `chunks` as far as needed.
 
-    `earlier` holds the digests (hex) of versions that the file had before. A file that is empty
-    and should not be is *empty*, even if an earlier version was empty as well.
+    `earlier` holds the SHA-256 digests (hex) of versions that the file had before. A file that is
+    empty and should not be is *empty*, even if an earlier version was empty as well.
     """
     if expected.size not in {None, size} and size and not earlier:
         return _by_size(expected, size)
-    digest = hashlib.sha256()
+    algorithms = {expected.algorithm, EARLIER} if earlier else {expected.algorithm}
+    hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
     zeroes = ZeroTally()
     for chunk in chunks:
-        digest.update(chunk)
+        for one in hashes.values():
+            one.update(chunk)
         zeroes.add(chunk)
     zeroes.end()
     return conclude(
-        *(expected, size, digest.hexdigest(), earlier),
+        *(expected, size, {name: one.hexdigest() for name, one in hashes.items()}, earlier),
         all_zero=zeroes.all_zero,
         zero_block=zeroes.zero_block,
     )
@@ -66,21 +71,22 @@ def classify(
 def conclude(
     expected: Entry,
     size: int,
-    sha256: str,
+    digests: Mapping[str, str],
     earlier: Collection[str],
     *,
     all_zero: bool,
     zero_block: bool,
 ) -> Condition:
-    """Tell the condition of a file from its digest, and from what blocks of it are zeroes.
+    """Tell the condition of a file from its digests, and from what blocks of it are zeroes.
 
-    `zero_block` is whether any aligned block is, the last, shorter one included.
+    `digests` has them by their algorithms: the expected one's and, if there are earlier ones, those
+    are EARLIER's. `zero_block` is whether any aligned block is, the last, shorter one included.
     """
-    if sha256 == expected.sha256:
+    if digests[expected.algorithm] == expected.digest:
         return Condition.WHOLE
     if size == 0:
         return Condition.EMPTY
-    if sha256 in earlier:
+    if earlier and digests[EARLIER] in earlier:
         return Condition.STALE
     if expected.size not in {None, size}:
         return _by_size(expected, size)

@@ -48,8 +48,8 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     entries = {entry.path: entry for entry in manifest.entries}
     if not plan.spots:
         first = _first(disks, manifest)
-        if first is None:
-            return plan
+        if first is None or (disks.hidden and not _is_shown_by_content(disks, first, entries)):
+            return plan  # what has the files may not have been seen
         plan.spots[first.point] = first.store.mount(first.point, first.root)
     while (more := _next(disks, plan, entries)) is not None:
         plan.spots[more.point] = more.store.mount(more.point, more.root)
@@ -156,6 +156,8 @@ def _is_shown_by_content(disks: Disks, guess: _Guess, entries: dict[str, Entry])
     for path in sorted(guess.files)[:_READ_MAX]:
         entry = replace(entries[path], path=path[len(guess.point.rstrip("/")) :])
         content = disks.content(guess.store, guess.root, entry)
-        if content is not None and manifests.digest([content]) == entry.sha256:
+        if content is None:
+            continue
+        if manifests.digest([content], entry.algorithm) == entry.digest:
             return True
     return False

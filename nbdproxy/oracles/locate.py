@@ -141,7 +141,7 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
                 check.candidates(device, None)  # says what it looked for
         raise FilesystemError(f"nothing can be read: {disks.unread()}")
     singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
-    if len(singles) == 1 and not given.spots:
+    if len(singles) == 1 and not disks.hidden and not given.spots:
         return singles[0], _resolved(singles[0], disks, manifest, where)
     if all(entry.path.startswith("/") for entry in manifest.entries):
         plan = guesses.by_files(disks, given, manifest)

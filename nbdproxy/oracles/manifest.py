@@ -7,6 +7,15 @@ a backslash has `\n`, `\r` and `\\` escaped in its name. The rest travels in com
 a symbolic link is a line `# symlink ["PATH", "TARGET"]` in JSON. Names that are not UTF-8 are
 carried as surrogate escapes.
 
+Other digests, and other programs' lists, are read as well, line by line: md5, sha1, sha224,
+sha384 and sha512, told by how many digits they have; lines that name it, `SHA256 (NAME) = DIGEST`
+(`--tag`, BSD, openssl), BLAKE2b of 512 bits among them; lines that end with NUL, whose names have
+no escapes (`-z`); `rpm --dump`, of which regular files and links are taken, with size and mode; and
+dpkg's lists of md5, whose names begin at the root, if the file is called `*md5sums`.
+
+Not covered: digests of as many digits as one of SHA's that are another's (`b2sum` without `--tag`,
+`b3sum`): no file is whole by such a list.
+
 Names may be absolute in the filesystem or stand below some directory of it; `resolve` finds out.
 """
 
@@ -16,6 +25,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +33,26 @@ from typing import NamedTuple
 
 from nbdproxy.errors import ManifestError
 
-LINE = re.compile(r"(\\?)([0-9a-fA-F]{64}) [ *](.+)", re.DOTALL)
+SHA256 = "sha256"
+BY_DIGITS = {32: "md5", 40: "sha1", 56: "sha224", 64: SHA256, 96: "sha384", 128: "sha512"}
+"""The algorithms, as hashlib calls them, by the hexadecimal digits that a line has."""
+TAGS = {
+    **{"SHA2-" + name[3:]: name for name in BY_DIGITS.values() if name.startswith("sha")},
+    **{name.upper(): name for name in BY_DIGITS.values()},
+    "BLAKE2b": "blake2b",
+}
+"""The names that lines give the algorithms; the last one of each is how `dump` writes it."""
+DIGITS = {name: digits for digits, name in BY_DIGITS.items()} | {"blake2b": 128}
+WEAK = frozenset({"md5", "sha1"})
+"""They tell a lost file as well as any, and prove nothing of one that somebody forged."""
+LINE = re.compile(r"(\\?)([0-9a-fA-F]+) [ *](.+)", re.DOTALL)
+TAGGED = re.compile(r"(\\?)([A-Za-z0-9-]+) ?\((.+)\) ?= ([0-9a-fA-F]+)", re.DOTALL)
+RPM = re.compile(
+    r"(?P<path>/.*) (?P<size>\d{1,19}) \d+ (?P<digest>[0-9a-f]*) (?P<mode>0[0-7]{1,7}) \S+ \S+ "
+    r"[01] [01] \S+ (?P<target>.+)"
+)
+VERIFIED = re.compile(r"(?:[.?SM5DLUGTPC]{8,9}|missing) +(?:[cdglr] )?/.*")
+"""A line of `rpm -V`, which tells what differs, and not what should be there."""
 SIZE = re.compile(r"# size (\d{1,19})")
 MODE = re.compile(r"# mode ([0-7]{1,4})")
 LINK = re.compile(r"# symlink (\[.*\])")
@@ -36,17 +65,19 @@ PAIRS = 200_000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file: its path, the SHA-256 of its content in hex, its size in bytes if known.
+    """One file: its path, the digest of its content in hex, its size in bytes if known.
 
     `mode` has its permission bits, if they matter. A `target` makes it a symbolic link that leads
-    there; then digest and size are those of the target.
+    there; then digest and size are those of the target. `algorithm` is the digest's, as hashlib
+    calls it.
     """
 
     path: str
-    sha256: str
+    digest: str
     size: int | None
     mode: int | None = None
     target: str | None = None
+    algorithm: str = SHA256
 
 
 def link_entry(path: str, target: str) -> Entry:
@@ -70,28 +101,39 @@ def load(path: Path) -> Manifest:
         raise ManifestError(
             f"{path}: {error.strerror}; write a manifest with `nbdproxy manifest` or `sha256sum`"
         ) from error
-    return parse(text, str(path))
+    return parse(text, str(path), from_root=is_dpkg(path))
 
 
-def parse(text: str, source: str) -> Manifest:
+def is_dpkg(path: Path) -> bool:
+    """Tell whether a file is called as dpkg's lists are: its names begin at the root."""
+    return path.name.endswith("md5sums")
+
+
+def parse(text: str, source: str, *, from_root: bool = False) -> Manifest:
     """Read a manifest; `source` names it in error messages.
+
+    With `from_root` its names begin at the filesystem's root, whether they say so or not.
 
     Raises ManifestError, with the line's number, for a line that is none, for a name with two
     digests, and for a manifest without entries.
     """
     entries: dict[str, Entry] = {}
     told = _NOTHING_TOLD
-    for number, line in enumerate(text.split("\n"), start=1):
+    raw = "\0" in text
+    lines = text.removesuffix("\0").split("\0") if raw else text.split("\n")
+    for number, line in enumerate(lines, start=1):
         where = f"{source}:{number}"
         entry = None
         if line.startswith("#"):
             told = _told(line.rstrip(), told)
             entry = _link(line.rstrip(), where)
         else:
-            if line.strip():
-                entry = replace(_entry(line, told.size, where), mode=told.mode)
+            if raw or line.strip():
+                entry = _entry(line, told, where, raw=raw)
             told = _NOTHING_TOLD
         if entry is not None:
+            if from_root:
+                entry = replace(entry, path="/" + entry.path.lstrip("/"))
             known = entries.setdefault(entry.path, entry)
             if known != entry:
                 raise ManifestError(
@@ -118,7 +160,10 @@ def dump(manifest: Manifest) -> str:
             lines.append(f"# mode {entry.mode:o}")
         name = entry.path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         mark = "" if name == entry.path else "\\"
-        lines.append(f"{mark}{entry.sha256}  {name}")
+        if entry.algorithm == SHA256:
+            lines.append(f"{mark}{entry.digest}  {name}")
+        else:
+            lines.append(f"{mark}{_TAG_OF[entry.algorithm]} ({name}) = {entry.digest}")
     return "".join(line + "\n" for line in lines)
 
 
@@ -180,12 +225,16 @@ def changes(manifest: Manifest, paths: Collection[str]) -> dict[tuple[str, str],
     }
 
 
-def digest(chunks: Iterable[bytes]) -> str:
-    """Return the SHA-256 of a stream, in hex."""
-    result = hashlib.sha256()
+def digest(chunks: Iterable[bytes], algorithm: str = SHA256) -> str:
+    """Return the digest of a stream, in hex."""
+    result = hashlib.new(algorithm, usedforsecurity=False)
     for chunk in chunks:
         result.update(chunk)
     return result.hexdigest()
+
+
+_TAG_OF = {name: tag for tag, name in TAGS.items()}
+_BY_TAG = {tag.upper(): name for tag, name in TAGS.items()}
 
 
 class _Told(NamedTuple):
@@ -223,19 +272,54 @@ def _link(comment: str, where: str) -> Entry | None:
         ) from None
 
 
-def _entry(line: str, size: int | None, where: str) -> Entry:
-    match = LINE.fullmatch(line.removesuffix("\r") if not line.startswith("\\") else line)
-    if match is None:
+def _entry(line: str, told: _Told, where: str, *, raw: bool) -> Entry | None:
+    """Return the entry of a line; None if it lists what is no file. `raw` names have no escapes."""
+    if not raw and not line.startswith("\\"):
+        line = line.removesuffix("\r")
+    if listed := RPM.fullmatch(line):
+        return _of_rpm(listed)
+    if plain := LINE.fullmatch(line):
+        escaped, found, name = plain.groups()
+        algorithm = BY_DIGITS.get(len(found))
+    elif tagged := TAGGED.fullmatch(line):
+        escaped, tag, name, found = tagged.groups()
+        algorithm = _BY_TAG.get(tag.upper())
+    else:
+        raise _no_line(line, where)
+    if algorithm is None or len(found) != DIGITS[algorithm]:
         raise ManifestError(
-            f"{where}: not a line of `sha256sum` output (64 hex digits, two spaces, a file name); "
-            f"mend or remove it"
+            f"{where}: a digest of {len(found)} hex digits is none that is read here "
+            f"({', '.join(DIGITS)}); write the line with one of these"
         )
-    escaped, digest, name = match.groups()
-    if escaped:
+    if escaped and not raw:
         name = _unescape(name, where)
     while name.startswith("./"):
         name = name[2:].lstrip("/")
-    return Entry(path=name, sha256=digest.lower(), size=size)
+    return Entry(name, found.lower(), told.size, told.mode, algorithm=algorithm)
+
+
+def _no_line(line: str, where: str) -> ManifestError:
+    if VERIFIED.fullmatch(line):
+        return ManifestError(
+            f"{where}: `rpm -V` tells what differs, and not what should be there; list that with: "
+            f"rpm -qa --dump"
+        )
+    return ManifestError(
+        f"{where}: not a line of `sha256sum` output (hex digits, two spaces, a file name), nor of "
+        f"`md5sum`, `--tag` or `rpm --dump`; mend or remove it"
+    )
+
+
+def _of_rpm(listed: re.Match[str]) -> Entry | None:
+    """Return the entry of a line of `rpm --dump`; folders, devices and ghosts have none."""
+    mode, found = int(listed["mode"], 8), listed["digest"]
+    if stat.S_ISLNK(mode):
+        return link_entry(listed["path"], listed["target"])
+    algorithm = BY_DIGITS.get(len(found))
+    if not stat.S_ISREG(mode) or algorithm is None or not found.strip("0"):
+        return None
+    size, permissions = int(listed["size"]), mode & PERMISSIONS
+    return Entry(listed["path"], found, size, permissions, algorithm=algorithm)
 
 
 def _unescape(name: str, where: str) -> str:

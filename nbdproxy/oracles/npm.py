@@ -107,7 +107,7 @@ def from_lock(lock: Path, tarballs: Tarballs, *, under: str = "", modes: bool = 
     front = under.rstrip("/") + "/" if under else ""
     return Manifest(
         tuple(
-            Entry(front + path, e.sha256, e.size, e.mode, e.target)
+            Entry(front + path, e.digest, e.size, e.mode, e.target)
             for path, e in sorted(entries.items())
         )
     )

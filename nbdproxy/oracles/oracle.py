@@ -8,10 +8,12 @@ in the guest's tree; `composite` asks for all of a tree. All paths are the guest
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
@@ -71,6 +73,14 @@ class Oracle(Protocol):
         """Return what a file holds, or where a symbolic link points; None if none is there.
 
         None also if it cannot be read. A guest hands out no more than CONTENT_MAX.
+        """
+        ...
+
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        """Open a mount to go through its files.
+
+        Raises NotMountedError if a kernel would not mount it, other FilesystemErrors if that cannot
+        be told or a guest failed.
         """
         ...
 

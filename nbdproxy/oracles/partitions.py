@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.formats import refuse_foreign
 from nbdproxy.extents import Extent
 from nbdproxy.oracles import lvm, qcow2
 from nbdproxy.oracles.filesystems import kind_of
@@ -112,13 +113,14 @@ class _VolumeDevice(LinearDevice):
 def slices(device: ReadableDevice) -> list[Slice]:
     """Return the whole disk, its partitions in the order of their numbers, and its volumes.
 
-    Raises Qcow2Error for a qcow2 file that cannot be read.
+    Raises Qcow2Error for a qcow2 file that cannot be read, ForeignFormatError for other images.
     """
     return look(device).slices
 
 
 def look(device: ReadableDevice) -> Layout:
-    """Return how a disk is divided; raises Qcow2Error as `slices` does."""
+    """Return how a disk is divided; raises Qcow2Error and ForeignFormatError as `slices` does."""
+    refuse_foreign(device)
     is_qcow2 = qcow2.is_qcow2(device)
     if is_qcow2:
         device = qcow2.Qcow2Device(device)

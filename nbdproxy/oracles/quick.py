@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles import check
+from nbdproxy.oracles.browse import ShownExt
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
@@ -57,6 +61,11 @@ class QuickOracle:
             return b"".join(filesystem.chunks(node)) if node.is_regular else None
         except FilesystemError:
             return None
+
+    @contextmanager
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownExt]:
+        """Open a mount to go through its files."""
+        yield ShownExt(device, mount)
 
     def examine(
         self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True

@@ -41,6 +41,8 @@ _NO_FILES = {
     "0x82",  # swap
 }
 """What partitions are meant for that hold no files, whatever is in them."""
+_DYNAMIC = {"0x42", "af9b60a0-1431-4f62-bc68-3311714a69ad"}
+"""What partitions of a Windows dynamic disk are for: volumes begin and go on anywhere in them."""
 _UNKNOWN = Signature("something unknown", Usage.FILESYSTEM)
 _DIVIDED = Signature("divided by a partition table", Usage.TABLE)
 _UDEV_SAFE = frozenset("#+-.:=@_")
@@ -168,6 +170,8 @@ def _obstacle(part: Slice, seen: list[Signature], kinds: list[FilesystemKind]) -
     """Say what a part is, if it cannot be read."""
     if wrapper := _wrapper(seen):
         return wrapper
+    if part.partition is not None and part.partition.kind in _DYNAMIC:
+        return "part of a Windows dynamic disk"
     names = [NAMES[kind] for kind in kinds] + [one.what for one in seen]
     if len(names) > 1:
         return f"{' and '.join(names)} at once"

@@ -36,13 +36,21 @@ def shown_after_write(
         case ActionKind.CORRUPT:
             return [(offset, flipped(data, action.bits, lot))]
         case ActionKind.TEAR:
-            written = _written(action, lot, -(-len(data) // SECTOR))
+            pieces = _in_sectors(offset, len(data))
+            written = _written(action, lot, len(pieces))
             return [
-                (offset + at, old[at : at + SECTOR])
-                for index, at in enumerate(range(0, len(data), SECTOR))
+                (start, old[start - offset : end - offset])
+                for index, (start, end) in enumerate(pieces)
                 if index not in written
             ]
     raise AssertionError(action.kind)
+
+
+def _in_sectors(offset: int, length: int) -> list[tuple[int, int]]:
+    """Return [offset, offset + length) cut where sectors of the disk begin."""
+    end = offset + length
+    cuts = range(offset // SECTOR * SECTOR + SECTOR, end, SECTOR)
+    return list(itertools.pairwise([offset, *cuts, end]))
 
 
 def flipped(data: bytes, bits: int, lot: Lot) -> bytes:

@@ -15,6 +15,9 @@ from typing import Any
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.format import VERSION
 
+IMPORTED = ("imported",)
+"""The `policies` of a recording that was made of another program's log."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
@@ -42,8 +45,9 @@ class Meta:
     policies       names of the policies in force
     started        the wall clock, ISO 8601 with its zone
     program        name and version of the recorder
-    kind           raw: the image's bytes are the disk; qcow2: its guest's view was recorded;
-                   nbd: the disk of another server
+    kind           raw: the image's bytes are the disk; nbd: the disk of another server; else the
+                   format of the image (qcow2, vmdk), whose guest's view was recorded
+    fua            whether clients were offered FUA; None in recordings that do not say
     """
 
     size: int
@@ -55,6 +59,14 @@ class Meta:
     started: str
     program: str
     kind: str = "raw"
+    fua: bool | None = None
+
+    @property
+    def offers_fua(self) -> bool | None:
+        """Whether a client could send FUA; None if that is not known."""
+        if self.fua is not None or self.kind == "nbd" or self.policies == IMPORTED:
+            return self.fua
+        return True  # files were never served without
 
     def dump(self) -> str:
         """Return the JSON text of META."""

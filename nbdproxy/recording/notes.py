@@ -5,8 +5,10 @@ A note is an event like any other and has a seq; it changes nothing on the disk.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from nbdproxy.recording.format import Kind
 
@@ -72,3 +74,12 @@ class Note:
     kind: NoteKind
     connection: int
     text: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The JSON object that the text is; empty if it is none."""
+        try:
+            found = json.loads(self.text)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}

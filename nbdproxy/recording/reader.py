@@ -317,15 +317,34 @@ def _payload(body: bytes) -> tuple[int, int]:
     return length, position
 
 
+def recordings_in(folder: Path) -> list[Path]:
+    """Return the recordings that stand in a folder, as serving several exports makes them."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [one for one in inside if events_path(one).is_file() and data_path(one).is_file()]
+
+
+def no_recording(folder: Path) -> RecordingError:
+    """Return what is said of a folder that is no recording."""
+    if inside := recordings_in(folder):
+        names = ", ".join(one.name for one in inside)
+        return RecordingError(
+            f"{folder} is not a recording, and has some in it ({names}): name one, such as "
+            f"{inside[0]}"
+        )
+    lacking = next(p for p in (events_path(folder), data_path(folder), folder) if not p.is_file())
+    return RecordingError(f"{folder} is not a recording: it has no file {lacking.name}")
+
+
 def _open(recording: Path, path: Path) -> StreamReader:
     try:
         return StreamReader(path)
     except FileNotFoundError:
         if not recording.exists():
             raise RecordingError(f"there is no recording at {recording}; check the path") from None
-        raise RecordingError(
-            f"{recording} is not a recording: it has no file {path.name}"
-        ) from None
+        raise no_recording(recording) from None
     except NotADirectoryError:
         raise RecordingError(f"{recording} is a file; a recording is a folder") from None
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from nbdproxy.persistence.model import Options
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
 from nbdproxy.report.paths import printable
-from nbdproxy.sizes import size_text
+from nbdproxy.sizes import plural, size_text
 
 SHOWN = 5
 """So many faults are listed; --json lists a thousand places of every fate but as-sent."""
@@ -59,16 +58,23 @@ class Report:
         named = list(self.recording.meta.policies)
         for note in self.recording.notes:
             if note.kind is NoteKind.POLICY:
-                told = _field(note.text, "policies")
+                told = note.fields.get("policies")
                 named += [str(name) for name in told] if isinstance(told, list) else []
         return [name for name in dict.fromkeys(named) if name != "passthrough"]
 
     @property
     def code(self) -> int:
-        """The exit code: 1 for a fault, 2 if that cannot be told."""
+        """The exit code: 1 for a fault, 2 if that cannot be told, as where nothing was recorded."""
+        if self.is_empty:
+            return 2
         if not self.faults:
             return 0
         return 1 if self.ended else 2
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was recorded that could be compared: no request, or only trims."""
+        return not any(size for fate, size in self.audit.sizes.items() if fate is not Fate.TRIMMED)
 
 
 def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
@@ -80,7 +86,7 @@ def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
         owners = OwnerMap(disk, tree_by_fstab(disk))
         for finding in faults[:LOOKED_UP]:
             for owner in owners.of(finding.extent):
-                found[" of ".join([str(owner.kind), *map(printable, owner.paths[:1])])] += 1
+                found[" of ".join([str(owner.kind), *owner.paths[:1]])] += 1
     return found
 
 
@@ -102,11 +108,12 @@ def lines(report: Report) -> Iterator[str]:
         yield from _told(report, finding)
     if len(faults) > SHOWN:
         yield ""
-        yield f"  and {len(faults) - SHOWN:,} more places; --json lists {LISTED:,}"
+        yield f"  and {plural(len(faults) - SHOWN, 'more place')}; --json lists {LISTED:,}"
     if report.owners:
         yield ""
         yield "what lives there: " + "; ".join(
-            f"{words} ({count:,})" for words, count in report.owners.most_common(PATHS_SHOWN)
+            f"{printable(words)} ({count:,})"
+            for words, count in report.owners.most_common(PATHS_SHOWN)
         )
     yield ""
     yield from _verdict(report)
@@ -166,6 +173,12 @@ _HELD = {
 def _verdict(report: Report) -> Iterator[str]:
     """Say who is convicted and who is cleared."""
     sizes = report.audit.sizes
+    if report.is_empty:
+        what = "nothing that was written is in the recording"
+        if sizes[Fate.TRIMMED]:
+            what = "there are only trims, and what they leave is up to the store"
+        yield f"It cannot be told whether a promise was broken: {what}."
+        return
     below = f"below nbdproxy, in {report.recording.meta.image}"
     if report.faults and not report.ended:
         yield (
@@ -232,22 +245,13 @@ def _own_faults(report: Report) -> Iterator[str]:
         f"done it on purpose: {', '.join(report.own_policies)}. Look there first."
     )
     rules = Counter(
-        str(_field(note.text, "rule") or "the policy")
+        str(note.fields.get("rule") or "the policy")
         for note in report.recording.notes
         if note.kind is NoteKind.FAULT
     )
     if rules:
         told = ", ".join(f"{rule} ({count:,})" for rule, count in rules.most_common(PATHS_SHOWN))
         yield f"Faults that it made: {told}."
-
-
-def _field(text: str, name: str) -> object:
-    """Return a field of a note's JSON; None if it has none, whatever the text is."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return None
-    return found.get(name) if isinstance(found, dict) else None
 
 
 def to_json(report: Report) -> dict[str, object]:
@@ -261,7 +265,7 @@ def to_json(report: Report) -> dict[str, object]:
         "compared": audit.compared,
         "never_sent": report.timeline.source.size - audit.compared,
         "bytes": {fate.value: audit.sizes[fate] for fate in Fate},
-        "broken": bool(audit.sizes[Fate.BROKEN]) if report.ended else None,
+        "broken": bool(audit.sizes[Fate.BROKEN]) if report.ended and not report.is_empty else None,
         "own_policies": report.own_policies,
         "changed_since": report.changed_since,
         "places": [_place(report, finding) for finding in audit.findings[:LISTED]],

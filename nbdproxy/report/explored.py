@@ -123,7 +123,8 @@ def _what_was_explored(report: Report) -> Iterator[str]:
     largest = max(plan.cuts, key=lambda cut: cut.states_log10)
     total = _total(plan)
     hang = f"{largest.sectors:,} sectors hang" if largest.sectors != 1 else "1 sector hangs"
-    yield f"  the model {total} states; at most {hang} on chance at one cut"
+    states = "1 state" if total == "1" else f"{total} states"
+    yield f"  the model {states}; at most {hang} on chance at one cut"
     stages = report.verdicts.count("stage")
     yield f"  visited   {tally.visited:,}: " + ", ".join(
         f"{stages[stage]:,} {stage.value}" for stage in Stage if stage in stages

@@ -35,7 +35,7 @@ def to_json(losses: Losses) -> dict[str, object]:
             }
             for one in losses.ranges
         ],
-        "metadata": [{"what": printable(piece.what), **_piece(piece)} for piece in losses.way],
+        "metadata": [{"what": piece.what, **_piece(piece)} for piece in losses.way],
     }
 
 

@@ -16,6 +16,8 @@ from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.owners import Owner, OwnerMap
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import command_name
+from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural
 
 OWNERS_MAX = 8
 """So many owners of one missing piece are listed."""
@@ -67,6 +69,9 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
     state, table, source = minimum.state, timeline.table, timeline.source
     size = state.options.sector
     start, end = lost.first * size, min((lost.last + 1) * size, source.size)
+    if lost.row != NOTHING:  # it may begin or end inside its sectors
+        offset = int(table.offset[lost.row])
+        start, end = max(start, offset), min(end, offset + int(table.length[lost.row]))
     extent = Extent(start, end - start)
     found = tuple(owners.of(extent))
     sectors = lost.last - lost.first + 1
@@ -105,7 +110,7 @@ def lines(told: Told, run: str, base: str) -> Iterator[str]:
         yield from _lines(missing)
     yield ""
     opened = f"nbdproxy open {run} --state {minimum.state}{base}"
-    yield f"after {minimum.checks:,} checks; look at it: {opened}"
+    yield f"after {plural(minimum.checks, 'check')}; look at it: {opened}"
 
 
 def _lines(missing: Missing) -> Iterator[str]:
@@ -119,7 +124,7 @@ def _lines(missing: Missing) -> Iterator[str]:
         part = "all of it" if all_of_it else f"{missing.sectors:,} of its sectors"
         yield f"    missing: {part}, {where}"
     for owner in missing.owners[:OWNERS_MAX]:
-        yield f"    there:   {owner.words()}"
+        yield f"    there:   {printable(owner.words())}"
     if len(missing.owners) > OWNERS_MAX:
         yield f"             and {len(missing.owners) - OWNERS_MAX:,} more"
     if missing.blame is not None:

@@ -25,6 +25,8 @@ def to_json(
         "files": len(result.manifest.entries),
         "recorded_under": sorted(mode.value for mode in result.recorded_under),
         "left_out": [mode.value for mode in result.left_out],
+        "why_left_out": result.why or None,
+        "remark": result.remark or None,
         "cells": [
             {
                 "mode": cell.mode.value,

@@ -13,9 +13,10 @@ from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level
-from nbdproxy.persistence.modes import CacheMode, Failure, guarantee
+from nbdproxy.persistence.modes import CacheMode, Failure, Taken, guarantee
 from nbdproxy.report import lost
 from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural
 
 CARRIERS_SHOWN = 6
 """So many requests are listed; --json has all."""
@@ -29,8 +30,9 @@ _CALLED = {
 }
 
 _ADVICE = {
-    Cause.NEVER_SENT: "The guest still had it in memory: no cache mode can help. Let the "
-    "application fsync the file and its directory, or sync before the power goes.",
+    Cause.NEVER_SENT: "No request had carried it as it should be: the guest still had it in "
+    "memory, or what is expected is not of this disk. No cache mode can help. Let the application "
+    "fsync the file and its directory, or sync before the power goes.",
     Cause.MAPPING_NEVER_SENT: "Its data was written, and the qcow2 table that leads to it was in "
     "QEMU's memory. An fsync would have made QEMU write the table; a raw image has none.",
     Cause.CANNOT_BE_TOLD: "Who lost it cannot be told: a state that keeps more cannot be judged "
@@ -215,12 +217,10 @@ def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
     return told
 
 
-def overview_lines(
-    stories: Sequence[Story], source: Source, levels: Sequence[Level]
-) -> Iterator[str]:
-    """Yield when everything is safe, for people; `levels` are those that the recording can tell."""
+def overview_lines(stories: Sequence[Story], source: Source, taken: Taken) -> Iterator[str]:
+    """Yield when everything is safe, for people; `taken` says of which modes that can be told."""
     rows = overview(stories)
-    yield f"of {len(stories):,} files, so many are whole in what was"
+    yield f"of {plural(len(stories), 'file')}, so many are whole in what was"
     yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
     steps = range(len(rows))
     if len(rows) > INSTANTS_SHOWN:
@@ -233,18 +233,21 @@ def overview_lines(
     yield "What was answered, writethrough and directsync keep when the host loses power; what was"
     yield "flushed, none and writeback keep as well; unsafe keeps nothing for certain."
     for level, modes in (
-        (Level.FLUSHED, "none and writeback"),
-        (Level.COMPLETED, "writethrough and directsync"),
+        (Level.FLUSHED, (CacheMode.NONE, CacheMode.WRITEBACK)),
+        (Level.COMPLETED, (CacheMode.WRITETHROUGH, CacheMode.DIRECTSYNC)),
     ):
-        if level not in levels:
-            yield f"Recorded under writethrough or directsync, so {modes} cannot be told."
+        names = " and ".join(mode.value for mode in modes)
+        if not set(modes) & set(taken.tells):
+            yield f"Of {names} nothing can be told: {taken.why}."
             continue
         since = [story.courses[level].since for story in stories]
         safe = [position for position in since if position is not None]
         if len(safe) == len(stories):
-            yield f"Under {modes} everything is safe from {_at(max(safe), source)} on."
+            yield f"Under {names} everything is safe from {_at(max(safe), source)} on."
         else:
-            yield f"Under {modes} {len(stories) - len(safe):,} files are never safe."
+            yield f"Under {names} {plural(len(stories) - len(safe), 'file')} never became safe."
+    if taken.remark:
+        yield f"Note: {taken.remark}."
 
 
 def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]:
@@ -263,7 +266,7 @@ def to_json(told: Told, source: Source) -> dict[str, object]:
     story = told.story
     mount = told.replay.tree.of(story.entry.path)
     return {
-        "path": printable(story.entry.path),
+        "path": story.entry.path,
         "size": story.entry.size,
         "partition": mount.partition if isinstance(mount, Mount) else None,
         "created": _instant(story.courses[Level.RECEIVED].created, source),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from rich.markup import escape
 from rich.table import Table
 
 from nbdproxy.crash.replay import Cell, Outcome, Replay
@@ -9,6 +12,10 @@ from nbdproxy.crash.source import Source
 from nbdproxy.crash.together import Together
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import WEAK
+from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.report.paths import printable
+from nbdproxy.sizes import plural
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}
 
@@ -22,7 +29,7 @@ def render(result: Replay, source: Source) -> Table:
         table.add_column("\n".join(modes), overflow="fold")
     for index, failure in enumerate(dict.fromkeys(cell.failure for cell in result.cells)):
         cut = next(cell.cut for cell in result.cells if cell.failure is failure)
-        when = f"{cut.text}, {cut.time_ns(source) / 1e9:.1f} s"
+        when = f"{escape(printable(cut.text))}, {cut.time_ns(source) / 1e9:.1f} s"
         table.add_row(f"{failure.value}\n{when}", *(column[index] for column in groups.values()))
     return table
 
@@ -47,7 +54,7 @@ def lost_files(result: Replay) -> list[str]:
                 cell.failure.value,
                 one.condition.value,
                 one.cause.value if one.cause else "-",
-                path.encode(errors="surrogateescape").decode(errors="backslashreplace"),
+                printable(path),
             )
         )
         for cell in result.cells
@@ -61,14 +68,20 @@ def footnotes(together: Together) -> list[str]:
     result = together.table
     total = len(result.manifest.entries)
     notes = [
-        f"{total:,} files. Each cell: the worst state that the model allows, who lost the files, "
-        "and the best state where it differs."
+        f"{plural(total, 'file')}. Each cell: the worst state that the model allows, who lost the "
+        "files, and the best state where it differs."
     ]
     empty = sum(entry.size == 0 for entry in result.manifest.entries)
     if empty > 10 and empty * 5 > total:
         notes.append(
             f"{empty:,} files of the manifest are empty: was it made when they were lost already?"
         )
+    weak = Counter(e.algorithm for e in result.manifest.entries if e.algorithm in WEAK)
+    notes += [
+        f"{plural(count, 'file')} compared by {algorithm}: that shows what was lost, and proves "
+        f"nothing where somebody may have forged a file"
+        for algorithm, count in weak.items()
+    ]
     mounts = [
         mount.words if len(together.each) == 1 else f"{mount.words} of disk {number}"
         for number, one in enumerate(together.each, start=1)
@@ -86,9 +99,13 @@ def footnotes(together: Together) -> list[str]:
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)
         notes.append(
-            f"left out: {left}; this recording was taken with the guest's write cache off and has "
-            "none of the guest's flushes; record again with cache=none or writeback to judge them"
+            f"left out: {left}; {result.why}; if you know QEMU's cache mode then, --recorded-as "
+            f"says it"
+            if len(result.recorded_under) == len(CacheMode)
+            else f"left out: {left}; {result.why}"
         )
+    if result.remark:
+        notes.append(result.remark)
     reasons = {end.reason for c in result.cells for end in (c.worst, c.best) if end.reason}
     return notes + sorted(reasons)
 

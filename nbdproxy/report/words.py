@@ -9,21 +9,25 @@ from nbdproxy.crash.causes import Cause
 from nbdproxy.crash.replay import Cell, Replay
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.sizes import plural
 
 _BLAME = {
-    Cause.NEVER_SENT: "were lost in the guest, which had not sent them to any disk (no fsync): "
-    "no cache mode could have saved them",
-    Cause.MAPPING_NEVER_SENT: "had been written, and the qcow2 table that leads to them was still "
-    "in QEMU's memory (no flush had come): it dies with QEMU, and they read as zeroes",
-    Cause.CANNOT_BE_TOLD: "were lost by someone who cannot be told: what would show it cannot be "
+    Cause.NEVER_SENT: "{were} lost in the guest, which had not sent {them} to any disk (no fsync): "
+    "no cache mode could have saved {them}",
+    Cause.MAPPING_NEVER_SENT: "had been written, and the qcow2 table that leads to {them} was "
+    "still in QEMU's memory (no flush had come): it dies with QEMU, and {they} read as zeroes",
+    Cause.CANNOT_BE_TOLD: "{were} lost by someone who cannot be told: what would show it cannot be "
     "judged here",
-    Cause.CHANGED_BY_GUEST: "were changed or removed by the guest itself: nobody lost them",
-    Cause.SENT_UNANSWERED: "were still on their way to the disk, and nobody had promised anything",
-    Cause.UNFLUSHED: "had been written and not flushed: a volatile write cache may lose them",
-    Cause.FLUSH_IN_FLIGHT: "were being flushed at that very moment: the flush came too late",
-    Cause.FLUSHED_THEN_LOST: "were lost although they were durable: "
+    Cause.CHANGED_BY_GUEST: "{were} changed or removed by the guest itself: nobody lost {them}",
+    Cause.SENT_UNANSWERED: "{were} still on the way to the disk, and nobody had promised anything",
+    Cause.UNFLUSHED: "had been written and not flushed: a volatile write cache may lose {them}",
+    Cause.FLUSH_IN_FLIGHT: "{were} being flushed at that very moment: the flush came too late",
+    Cause.FLUSHED_THEN_LOST: "{were} lost although durable: "
     "the cache mode, or the store below, broke its promise",
 }
+
+
+_NO_TRACE = {Condition.MISSING, Condition.DAMAGED, Condition.STALE}
 
 
 def sentences(result: Replay) -> list[str]:
@@ -34,17 +38,21 @@ def sentences(result: Replay) -> list[str]:
     if never_seen(result):
         return [
             "Whose fault: that cannot be told, because none of the files was ever seen on this "
-            "disk; either the guest never sent them, or --root, the manifest or the disk is wrong."
+            "disk as the manifest has it; either the guest never sent them, or --root, the "
+            "manifest or the disk is wrong."
         ]
     shown = cells.get(CacheMode.NONE) or next(iter(cells.values()))
     return [_fault(shown), _saved(cells)]
 
 
 def never_seen(result: Replay) -> bool:
-    """Tell whether even the fullest states have none of the files."""
-    missing = {Condition.MISSING}
+    """Tell whether even the fullest states have no trace of what the manifest says.
+
+    A file of another content is no trace of it: it may be of another version, or another digest.
+    """
     return all(
-        cell.best.conditions.keys() - {Condition.CANNOT_BE_TOLD} == missing
+        (traces := cell.best.conditions.keys() - {Condition.CANNOT_BE_TOLD})
+        and traces <= _NO_TRACE
         and Cause.CHANGED_BY_GUEST not in cell.best.causes
         for cell in result.cells
     )
@@ -55,28 +63,41 @@ def _fault(cell: Cell) -> str:
     if not total:
         return f"Whose fault: that cannot be told, because {cell.worst.reason}."
     if whole == total:
-        return (
-            f"Whose fault: nobody's; all {total:,} files are whole under cache={cell.mode.value}."
-        )
+        all_of_it = "the file is" if total == 1 else f"all {total:,} files are"
+        return f"Whose fault: nobody's; {all_of_it} whole under cache={cell.mode.value}."
     causes = cell.worst.causes.most_common()
     unknown = cell.worst.conditions[Condition.CANNOT_BE_TOLD]
     if not causes:
         return (
             f"Whose fault: as far as can be told nobody's; what became of {unknown:,} of "
-            f"{total:,} files cannot be told."
+            f"{plural(total, 'file')} cannot be told."
         )
     main, lost = causes[0]
-    text = f"Whose fault: {lost:,} of {total:,} files {_BLAME[main]}"
+    text = f"Whose fault: {lost:,} of {plural(total, 'file')} {_blame(main, lost)}"
     for cause, count in causes[1:]:
-        text += f"; {count:,} more {_BLAME[cause]}"
+        text += f"; {count:,} more {_blame(cause, count)}"
     if unknown:
         text += f"; what became of {unknown:,} more cannot be told"
     return text + "."
 
 
+def _blame(cause: Cause, count: int) -> str:
+    """Say what became of so many files."""
+    return _BLAME[cause].format(
+        were="was" if count == 1 else "were",
+        them="it" if count == 1 else "them",
+        they="it would" if count == 1 else "they",
+    )
+
+
 def _saved(cells: dict[CacheMode, Cell]) -> str:
     by_count: dict[tuple[int, int], list[str]] = {}
+    unknown = [mode.value for mode, cell in cells.items() if not cell.worst.files]
+    if len(unknown) == len(cells):
+        return "Which cache mode would have saved how many cannot be told either."
     for mode, cell in cells.items():
+        if not cell.worst.files:
+            continue
         ends = tuple(end.conditions[Condition.WHOLE] for end in (cell.worst, cell.best))
         by_count.setdefault((ends[0], ends[1]), []).append(mode.value)
     total = max(len(cell.worst.files) for cell in cells.values())
@@ -84,9 +105,11 @@ def _saved(cells: dict[CacheMode, Cell]) -> str:
     for (worst, best), modes in sorted(by_count.items(), reverse=True):
         perhaps = f" (at best {best:,})" if best > worst else ""
         parts.append(f"{_and(modes)} {worst:,}{perhaps}")
+    if unknown:
+        parts.append(f"of {_and(unknown)} it cannot be told")
     return (
         f"Had the host lost power then, these cache modes would certainly have saved, "
-        f"of {total:,} files: {'; '.join(parts)}."
+        f"of {plural(total, 'file')}: {'; '.join(parts)}."
     )
 
 

@@ -1,7 +1,7 @@
 """Puts an export together: image, overlay, before-images, cache, policy, recording.
 
 The image is a raw file or block device, the disk of another NBD server, or the guest's view of a
-qcow2 file, which is the disk of a qemu-storage-daemon of ours.
+file of another format, which is the disk of a qemu-storage-daemon of ours.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import datetime
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 
@@ -19,30 +18,25 @@ import trio
 from nbdproxy import __version__
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import ImageError, UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.nbd.constants import TransmissionFlag
+from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta, absolute
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.server.export import Export
+from nbdproxy.server.guests_view import guests_view
 from nbdproxy.server.places import find_places
 from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
-from nbdproxy.server.qcow2 import guests_view, is_qcow2
 from nbdproxy.server.upstream import Upstream, connected
 from nbdproxy.server.upstream_disk import UpstreamDisk
 
 _END_S = 10
 """Seconds that a server below has at the end to make durable what it was sent."""
-
-
-class ImageFormat(StrEnum):
-    """How the bytes of an image are taken."""
-
-    RAW = "raw"
-    QCOW2 = "qcow2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +55,8 @@ class Plan:
 
     @property
     def kind(self) -> str:
-        """What the image is, in the recording's words: raw, qcow2 or nbd."""
-        if nbd_uri.is_uri(self.image):
-            return "nbd"
-        return "qcow2" if self.image_format is ImageFormat.QCOW2 else "raw"
+        """What the image is, in the recording's words: nbd, or its format."""
+        return "nbd" if nbd_uri.is_uri(self.image) else str(self.image_format or ImageFormat.RAW)
 
     @property
     def keeps_below(self) -> bool:
@@ -102,20 +94,21 @@ async def _connect(plan: Plan, stack: AsyncExitStack) -> Upstream | None:
     if plan.kind == "raw":
         return None
     if plan.kind == "nbd":
-        if plan.image_format is ImageFormat.QCOW2:
+        if plan.image_format not in {None, ImageFormat.RAW}:
             raise UsageError(
-                "--format qcow2 is for files; serve the file with qemu-nbd -f qcow2, and name the "
-                "URI of that"
+                f"--format {plan.image_format} is for files; serve the file with qemu-nbd -f "
+                f"{plan.image_format}, and name the URI of that"
             )
         where = nbd_uri.parse(plan.image)
     else:
-        view = guests_view(Path(plan.image), read_only=plan.keeps_below)
+        form = ImageFormat(plan.kind)
+        view = guests_view(Path(plan.image), form, read_only=plan.keeps_below)
         where = await stack.enter_async_context(view)
     return await stack.enter_async_context(connected(where, plan.image))
 
 
 def _lose(plan: Plan, export: Export, reason: str) -> None:
-    if plan.kind == "qcow2":
+    if plan.kind != "nbd":
         what = f"the qemu-storage-daemon that reads {plan.image} for nbdproxy is lost"
         todo = f"check the file with: qemu-img check {plan.image}"
     else:
@@ -141,7 +134,7 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
     if upstream is not None and not plan.overlay:
         read_only |= bool(upstream.info.flags & TransmissionFlag.READ_ONLY)
     try:
-        recorder = _record(plan, disk) if plan.record is not None else None
+        recorder = _record(plan, disk, upstream) if plan.record is not None else None
     except BaseException:
         disk.close()
         raise
@@ -156,6 +149,10 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
         disk.close()
         raise ImageError(f"{plan.image} is too large for that here; serve it as it is") from None
     direct = upstream if not plan.overlay else None
+    offered = None
+    if upstream is not None:
+        hint = upstream.info.flags & TransmissionFlag.ROTATIONAL
+        offered = upstream.info if direct else ExportInfo("", disk.size, WRITABLE | hint)
     return Export(
         plan.name,
         stack,
@@ -165,7 +162,7 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
         recorder=recorder,
         preserver=preserver,
         power=power,
-        offered=direct.info if direct is not None else None,
+        offered=offered,
         remote=direct,
         seed=plan.seed,
         places=places,
@@ -176,8 +173,8 @@ def _open_disk(plan: Plan, upstream: Upstream | None) -> BlockDevice:
     if upstream is not None:
         return UpstreamDisk(upstream)
     image = Path(plan.image)
-    if plan.image_format is None and is_qcow2(image):
-        raise ImageError(_explain_qcow2(image))
+    if plan.image_format is None and (found := format_of_file(image)) is not None:
+        raise ImageError(_explain(image, found))
     return FileDisk(image, read_only=plan.keeps_below)
 
 
@@ -211,8 +208,9 @@ def _fingerprint(plan: Plan) -> Fingerprint | None:
         return None
 
 
-def _record(plan: Plan, disk: BlockDevice) -> RecordingWriter:
+def _record(plan: Plan, disk: BlockDevice, upstream: Upstream | None) -> RecordingWriter:
     assert plan.record is not None
+    below = None if plan.overlay else upstream
     try:
         data = tuple((e.offset, e.length) for e in disk.data_extents(0, disk.size))
     except OSError as error:
@@ -227,13 +225,24 @@ def _record(plan: Plan, disk: BlockDevice) -> RecordingWriter:
         started=datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
         program=f"nbdproxy {__version__}",
         kind=plan.kind,
+        fua=below is None or bool(below.info.flags & TransmissionFlag.SEND_FUA),
     )
     return RecordingWriter(plan.record, meta)
 
 
-def _explain_qcow2(image: Path) -> str:
+def _explain(image: Path, found: ImageFormat) -> str:
+    said = FORMATS[found].said
+    if found is ImageFormat.LUKS:
+        return (
+            f"{image} is {said}; add --format raw if it is the guest that opens it, or, if QEMU "
+            "does, serve it with qemu-nbd and its key, and name the URI of that"
+        )
+    own = (
+        f"QEMU opens it with format={found},file.driver=nbd"
+        if found is ImageFormat.QCOW2
+        else "the file's own bytes"
+    )
     return (
-        f"{image} is a qcow2 file; add --format qcow2 to serve the guest's disk in it (QEMU opens "
-        "it with format=raw), or --format raw to stand below it (QEMU opens it with "
-        "format=qcow2,file.driver=nbd)"
+        f"{image} is {said}; add --format {found} to serve the guest's disk in it (QEMU opens "
+        f"it with format=raw), or --format raw to stand below it ({own})"
     )

@@ -185,6 +185,8 @@ class Batches:
         where = batch.connection
         self._ledger.note(NoteKind.FAULT, fault_note(request, seq, decision), connection=where)
         kind = decision.kind
+        if kind is not ActionKind.CUT:
+            self._count(request)
         if kind is ActionKind.HANG:
             return
         if kind is ActionKind.CUT:
@@ -196,7 +198,6 @@ class Batches:
         elif request.command not in _RECORDED:
             batch.jobs.append(Job(request, decision=decision, regime=batch.regime))
         else:
-            self._count(request)
             handling = self._handle_as(request)
             if kind is ActionKind.LIE:
                 flush = request.command == _FLUSH
@@ -211,7 +212,9 @@ class Batches:
                 self._postpone(request, seq, batch, handling, decision)
 
     def _count(self, request: Request) -> None:
-        if request.command == _WRITE:
+        if request.command == _READ:
+            self.counters.reads += 1
+        elif request.command == _WRITE:
             self.counters.writes += 1
             self.counters.written += request.length
         elif request.command == _FLUSH:

@@ -3,7 +3,12 @@
 The command is run by a shell, with these variables:
 
     uri       the state as an NBD export of its own; what is written to it is forgotten afterwards
-    image     the state as a raw file, made only if the command names it; it may be changed
+    image     the state as a raw file, and
+    fs        the filesystem alone as one, without the rest of the disk, and
+    part      the number of the partition that it is on, 0 if there is none: made only if the
+              command names them; the files may be changed
+    dir       a folder with all files of the state, made only if the command names it; what cannot
+              be read, as a kernel could not read it either, is not in it
     mark      the name of the last mark before the cut, empty if there is none
     position  the cut, and
     state     the state's id: only if the command line names them
@@ -20,18 +25,26 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nbdproxy.crash.judging import Judge, Judgement, ReadSet
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.disks.copying import write_sparse
+from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.scratch import scratch_folder
-from nbdproxy.extents import Extent
-from nbdproxy.oracles.check import Verdict
+from nbdproxy.disks.traced import TracedDisk
+from nbdproxy.disks.working import WorkingImage
+from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.oracles.check import Verdict, candidates, only
+from nbdproxy.oracles.extract import extract
+from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.oracle import Oracle
+from nbdproxy.oracles.partitions import Slice
+from nbdproxy.oracles.quick import QuickOracle
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.states import StateServer
 
@@ -42,10 +55,16 @@ _TAIL = 4096
 
 @dataclass(frozen=True, slots=True)
 class CommandPlan:
-    """Judge states by a shell command that may take `time_limit_s` seconds for each."""
+    """Judge states by a shell command that may take `time_limit_s` seconds for each.
+
+    `partition` has what `fs` and `part` are of; `tree` is what `dir` shows, and `oracle` reads it.
+    """
 
     command: str
     time_limit_s: float
+    partition: int | None = None
+    tree: Tree = field(default_factory=Tree)
+    oracle: Callable[[], Oracle] = QuickOracle
 
     def open(self, timeline: Timeline) -> Judge:
         """Return the judge, for the states of a timeline."""
@@ -60,6 +79,11 @@ class CommandPlan:
         known = {"position": str(state.position), "state": str(state)}
         return {name: value for name, value in known.items() if self.names(name)}
 
+    @property
+    def names_part(self) -> bool:
+        """Whether the command asks for one filesystem of the disk."""
+        return self.names("fs") or self.names("part")
+
     def names(self, variable: str) -> bool:
         """Tell whether the command uses a variable."""
         return re.search(rf"\$\{{?{variable}\b", self.command) is not None
@@ -72,18 +96,23 @@ def last_mark(timeline: Timeline, position: int) -> str:
 
 
 class _CommandJudge:
+    """Judges states; what files it makes of them it keeps from one to the next."""
+
     def __init__(self, plan: CommandPlan, timeline: Timeline) -> None:
         self._plan = plan
         self._timeline = timeline
         self._stack = ExitStack()
         self._server = self._stack.enter_context(StateServer(timeline))
-        self._wants_image = plan.names("image")
-        self._begun = ExitStack()  # what the state at hand needs: its image and its command
+        self._files: dict[str, WorkingImage] = {}
+        self._part: tuple[int, int] | None = None  # where on the disk `fs` was last
+        self._are_current = False
+        self._oracle: Oracle | None = None
+        self._read = ExtentSet()  # what `dir` was made from,
+        self._refused: str | None = None  # and why a kernel would not mount it
+        self._begun = ExitStack()  # what the state at hand needs: its files and its command
 
     def judge(
-        self,
-        state: StateId,
-        changed: Iterable[Extent] | None,  # noqa: ARG002
+        self, state: StateId, changed: Iterable[Extent] | None
     ) -> tuple[Judgement, ReadSet | None]:
         name = str(state)
         environment = {
@@ -92,30 +121,87 @@ class _CommandJudge:
             **self._plan.told(state),
             "mark": last_mark(self._timeline, state.position),
         }
-        if self._wants_image:
+        with self._begun:
+            try:
+                made = self._made(state, changed)
+            except OSError as error:
+                return Judgement(Verdict.UNKNOWN, _unwritable(error)), None
+            except FilesystemError as error:
+                return Judgement(Verdict.UNKNOWN, str(error)), None
+            if self._refused is not None:
+                return Judgement(Verdict.FAIL, self._refused), None
+            self._server.shelf.watch(name)
+            judgement = self._run({**environment, **made})
+            reads = self._server.shelf.reads(name)
+        for extent in self._read:
+            reads.add(extent.offset, extent.end)
+        if made.keys() - {"dir"}:
             # A whole copy is read, so nothing can be said about what the command looked at.
-            return self._run_on_image(state, environment), None
-        self._server.shelf.watch(name)
-        judgement = self._run(environment)
-        reads = self._server.shelf.reads(name)
+            return judgement, None
         judgement = replace(judgement, looked=bool(reads))
         # What it made of a state's name is not in what it read, and a late answer may come in time.
         tells = judgement.verdict is not Verdict.UNKNOWN and not self._plan.names("state")
         return judgement, reads if tells else None
 
-    def _run_on_image(self, state: StateId, environment: dict[str, str]) -> Judgement:
-        with self._begun:
-            try:
-                with _undisturbed():
-                    folder = self._begun.enter_context(
-                        tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch_folder())
-                    )
-                image = Path(folder) / "image"
-                write_sparse(self._timeline.open(state), image)
-            except OSError as error:
-                reason = f"the image could not be written: {error.strerror}"
-                return Judgement(Verdict.UNKNOWN, reason)
-            return self._run({**environment, "image": str(image)})
+    def _made(self, state: StateId, changed: Iterable[Extent] | None) -> dict[str, str]:
+        """Make what the command names of a state, and return the variables for it."""
+        # Whatever ends this early leaves files that are of no state.
+        changed = list(changed) if changed is not None and self._are_current else None
+        self._are_current, self._read, self._refused = False, ExtentSet(), None
+        disk = self._timeline.open(state)
+        made: dict[str, str] = {}
+        if self._plan.names("image"):
+            made["image"] = self._file("image", disk, changed)
+        if self._plan.names_part:
+            part = only(candidates(disk, self._plan.partition))
+            made["part"] = str(part.number)
+            if self._plan.names("fs"):
+                made["fs"] = self._file("fs", part.device, self._within(part, changed))
+        if self._plan.names("dir"):
+            made["dir"] = self._folder(disk)
+        self._are_current = True
+        return made
+
+    def _folder(self, disk: ReadableDevice) -> str:
+        """Extract all files; raises FilesystemError where it cannot be told what they are."""
+        if self._oracle is None:
+            self._oracle = self._plan.oracle()
+            self._stack.callback(self._oracle.close)
+        with _undisturbed():
+            folder = self._begun.enter_context(
+                tempfile.TemporaryDirectory(
+                    prefix="nbdproxy-", dir=scratch_folder(), ignore_cleanup_errors=True
+                )
+            )
+        traced = TracedDisk(disk)
+        try:
+            found = extract(self._oracle, traced, self._plan.tree, ["/"], Path(folder))
+        except UsageError as error:
+            raise FilesystemError(str(error)) from None
+        if found.doubtful:
+            path, why = found.doubtful[0]
+            raise FilesystemError(f"{path}: {why}")
+        self._read, self._refused = traced.reads, found.refused
+        return folder
+
+    def _file(self, name: str, disk: ReadableDevice, changed: Iterable[Extent] | None) -> str:
+        if name not in self._files:
+            with _undisturbed():
+                self._files[name] = WorkingImage()
+                self._stack.callback(self._files[name].close)
+        self._files[name].bring(disk, changed)
+        with _undisturbed():
+            return str(self._begun.enter_context(self._files[name].lent()))
+
+    def _within(self, part: Slice, changed: Iterable[Extent] | None) -> list[Extent] | None:
+        """Return the same in bytes of a part of the disk; None if that cannot be told."""
+        where = (part.offset, part.length) if part.is_direct else None
+        before, self._part = self._part, where
+        if changed is None or where is None or where != before:
+            return None
+        start, end = part.offset, part.offset + part.length
+        cut = ((max(one.offset, start), min(one.end, end)) for one in changed)
+        return [Extent(low - start, high - low) for low, high in cut if low < high]
 
     def _run(self, environment: dict[str, str]) -> Judgement:
         with tempfile.TemporaryFile() as output:
@@ -139,12 +225,17 @@ class _CommandJudge:
             return _judgement(code, _last_line(output.fileno()))
 
     def beside(self) -> Judge:
-        """Return itself: it keeps nothing between two states."""
+        """Return itself: files are large, and one set of them has to do."""
         return self
 
     def close(self) -> None:
         self._begun.close()
         self._stack.close()
+
+
+def _unwritable(error: OSError) -> str:
+    where = f"make room in {scratch_folder()}, or name another folder with TMPDIR"
+    return f"the state could not be written to a file: {error.strerror}; {where}"
 
 
 def _judgement(code: int, said: str) -> Judgement:

@@ -192,7 +192,7 @@ class Job:
 
 @dataclass(slots=True)
 class Counters:
-    """What passed, for the summary at the end; bytes of writes."""
+    """What clients asked for, whatever rules made of it; bytes of writes."""
 
     reads: int = 0
     writes: int = 0

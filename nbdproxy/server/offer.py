@@ -28,10 +28,12 @@ def offer(
     always = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY
     # All our clients share one connection below, so its cache is one for them all.
     always |= TransmissionFlag.CAN_MULTI_CONN
+    # Nothing to be able to do, but a fact that schedulers go by.
+    flags = flags & (offered.flags | always) | offered.flags & TransmissionFlag.ROTATIONAL
     return ExportInfo(
         name,
         size,
-        flags & (offered.flags | always),
+        flags,
         description,
         min_block=max(MIN_BLOCK, offered.min_block),
         preferred=min(max(PREFERRED_BLOCK, offered.preferred), _power_of_two(most)),

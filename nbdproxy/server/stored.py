@@ -1,4 +1,4 @@
-"""A store as it is now, read from ordinary code: a raw file, a qcow2 file, or an NBD server."""
+"""A store as it is now, read from ordinary code: a file of some format, or an NBD server."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ import trio
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.formats import ImageFormat
 from nbdproxy.errors import ImageError
 from nbdproxy.nbd import uri as nbd_uri
-from nbdproxy.server.qcow2 import guests_view
+from nbdproxy.server.guests_view import guests_view
 from nbdproxy.server.upstream import connected
 from nbdproxy.server.upstream_disk import UpstreamDisk
 
 _T = TypeVar("_T")
 
 
-def with_store(image: str, work: Callable[[ReadableDevice], _T], *, qcow2: bool = False) -> _T:
-    """Return what `work` makes of a store: a path or an NBD URI, a qcow2 file as its guest sees it.
+def with_store(
+    image: str, work: Callable[[ReadableDevice], _T], *, form: ImageFormat = ImageFormat.RAW
+) -> _T:
+    """Return what `work` makes of a store: a path or an NBD URI.
 
-    Nothing is written to it. Raises ImageError if it cannot be read.
+    A file of a format is read as its guest sees it. Nothing is written to it. Raises ImageError if
+    it cannot be read.
     """
-    if nbd_uri.is_uri(image) or qcow2:
-        return _with_server(image, work)
+    if nbd_uri.is_uri(image) or form is not ImageFormat.RAW:
+        return _with_server(image, work, form)
     disk = FileDisk(Path(image), read_only=True)
     try:
         return work(disk)
@@ -35,7 +39,7 @@ def with_store(image: str, work: Callable[[ReadableDevice], _T], *, qcow2: bool 
         disk.close()
 
 
-def _with_server(image: str, work: Callable[[ReadableDevice], _T]) -> _T:
+def _with_server(image: str, work: Callable[[ReadableDevice], _T], form: ImageFormat) -> _T:
     done: list[_T] = []
     failed: list[Exception] = []
 
@@ -57,7 +61,7 @@ def _with_server(image: str, work: Callable[[ReadableDevice], _T]) -> _T:
         if nbd_uri.is_uri(image):
             await with_uri(nbd_uri.parse(image))
             return
-        async with guests_view(Path(image), read_only=True) as where:
+        async with guests_view(Path(image), form, read_only=True) as where:
             await with_uri(where)
 
     try:

@@ -55,6 +55,9 @@ _LONGEST = 1 << 30
 
 _NOTHING = memoryview(bytearray())
 
+_HUNG_UP = (BrokenPipeError, ConnectionResetError)
+"""How it shows that the server closed the connection, if we were sending or it had not read all."""
+
 
 @dataclass(slots=True, eq=False)
 class _Pending:
@@ -101,6 +104,14 @@ class Upstream:
 
     async def negotiate(self) -> None:
         """Agree on an export; raises ProtocolError or OSError."""
+        try:
+            await self._negotiate()
+        except _HUNG_UP:
+            if self._uri.tls:
+                raise  # what TLS has to do with it is said with the error
+            raise self._closed() from None
+
+    async def _negotiate(self) -> None:
         buffer = memoryview(bytearray(_BUFFER))
         end = 0
         while not self._ready:
@@ -139,6 +150,8 @@ class Upstream:
         """Take replies until cancelled or the server is gone."""
         try:
             await self._take_replies()
+        except _HUNG_UP:
+            self.lose(str(self._closed()))
         except (OSError, ProtocolError) as error:
             self.lose(str(error))
 
@@ -150,6 +163,8 @@ class Upstream:
                 self._posted = trio.Event()
                 parts, self._outbox = self._outbox, []
                 await self._wire.send(parts)
+        except _HUNG_UP:
+            self.lose(str(self._closed()))
         except OSError as error:
             self.lose(str(error))
 
@@ -373,10 +388,10 @@ async def _connect(uri: NbdUri) -> socket.socket:
 
 
 def _check(info: ExportInfo) -> None:
-    if not 0 < info.size <= MAX_EXPORT_SIZE or info.size % max(512, info.min_block):
+    if not 0 < info.size <= MAX_EXPORT_SIZE or info.size % info.min_block:
         raise ProtocolError(
-            f"its export has {info.size} bytes, and must have a multiple of "
-            f"{max(512, info.min_block)}, which is not 0"
+            f"its export has {info.size} bytes, and must have a multiple of {info.min_block}, "
+            "which is not 0"
         )
 
 

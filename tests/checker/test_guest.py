@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Thread, Timer
 
@@ -16,11 +17,13 @@ import pytest
 from nbdproxy.checker.guest import AgentPort, CheckerGuest, GuestError
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.overlay import OverlayDisk
+from nbdproxy.lab import accel
 from nbdproxy.lab.disk import format_disk
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import ONLY
+from tests.support.serving import until
 from tests.support.states import files, opened
 
 CONTENT = bytes(range(1, 251)) * 80
@@ -109,6 +112,21 @@ def test_time_without_a_processor_does_not_count() -> None:
         timer.start()
         assert port.ask("hello", 0.2) == {"a": 1}
         timer.join()
+
+
+def test_what_wants_a_processor_and_has_none_is_starved() -> None:
+    busy = ["taskset", "-c", "0", "sh", "-c", "while :; do :; done"]
+    with ExitStack() as stack:
+        pair, sleeper = (
+            [subprocess.Popen(busy) for _ in range(2)],
+            subprocess.Popen(["sleep", "60"]),
+        )
+        for process in (*pair, sleeper):
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        until(lambda: sum(map(accel.starved_s, pair)) > 0.4, "they wait for each other")
+        assert accel.starved_s(sleeper) < 0.4
+    assert accel.starved_s(sleeper) == 0
 
 
 @pytest.fixture

@@ -174,6 +174,7 @@ def test_no_words_are_no_verdict(driver: Driver, code: int) -> None:
         (EXT, errno.EINVAL, "EXT4-fs (vdb1): bad geometry: block count 9 exceeds size of device"),
         (EXT, errno.EIO, "EXT4-fs (vdb1): can't read group descriptor 1"),
         (EXT, errno.EINVAL, "EXT4-fs (vdb1): error loading journal"),
+        (EXT, errno.EINVAL, "EXT4-fs warning (device vdb1): Failed to enable quota tracking"),
         (XFS, errno.EUCLEAN, "XFS (vdb1): log mount/recovery failed: error -117"),
         (XFS, errno.EINVAL, "XFS (vdb1): Failed to read root inode 0x80, error 22"),
         (BTRFS, errno.EINVAL, "BTRFS error (device vdb1): superblock checksum mismatch"),

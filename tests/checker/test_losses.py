@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +18,11 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.story import carriers, stories
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.extract import extract
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Tree
 from nbdproxy.persistence.model import Level
+from nbdproxy.server.commands import CommandPlan
 
 pytestmark = pytest.mark.lab
 
@@ -115,3 +118,33 @@ def test_a_state_that_is_the_same_where_it_was_read_is_not_mounted_again(
     assert 0 < sum(extent.length for extent in reads) < disk.size // 4
     again = follower.check(disk, reads[-1:])
     assert again == first and again is not first
+
+
+def test_files_are_had_out_of_a_state(
+    timeline: Timeline, kernel: KernelOracle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By extract, and by a check that asks for them; in a state, and in one that has less."""
+    out = tmp_path / "out"
+    out.mkdir()
+    end = timeline.at(timeline.source.events)
+    found = extract(kernel, end, Tree(), ["/d", "/d/gone"], out)
+    assert (out / "d" / "b").read_bytes() == CONTENT
+    assert (out / "d" / "small").read_bytes() == CONTENT[:300]
+    assert found.lost == [("/d/gone", "it is not there")]
+    assert (found.doubtful, found.skipped, found.refused) == ([], [], None)
+    with kernel.browse(end, mount=ONLY) as view:
+        assert view.find(b"/") is not None
+        file = view.find(b"/d/b")
+        assert file is not None
+        assert (out / "d" / "b").stat().st_mtime_ns == file.mtime_ns
+    monkeypatch.setattr(kernel, "close", lambda: None)
+    check = 'cmp -s -n 300 "$dir/d/b" "$dir/d/small"'
+    judge = CommandPlan(check, 60, oracle=lambda: kernel).open(timeline)
+    seq = next(seq for seq in timeline.table.seq.tolist() if seq > timeline.source.events // 2)
+    states = [StateId(cut, Level.RECEIVED, Choice.ALL) for cut in (timeline.source.events, seq)]
+    with closing(judge):
+        (whole, reads), (less, _) = (judge.judge(state, None) for state in states)
+    assert whole.verdict is Verdict.PASS, whole.reason
+    assert reads is not None
+    assert list(reads)
+    assert less.verdict is not Verdict.PASS

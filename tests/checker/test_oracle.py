@@ -21,7 +21,7 @@ from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.filesystems import kind_of
 from nbdproxy.oracles.locate import locate
-from nbdproxy.oracles.manifest import Entry, Manifest, digest, link_entry
+from nbdproxy.oracles.manifest import DIGITS, Entry, Manifest, digest, link_entry
 from nbdproxy.oracles.mounts import ONLY, Mount, Tree
 from nbdproxy.oracles.quick import QUICK
 from tests.support import conditions, places
@@ -59,6 +59,23 @@ def test_it_says_what_the_quick_one_says_of_every_condition(
             follower = oracle.follow(wanted, earlier={}, mount=ONLY)
             found += follower.check(disk, None).conditions.values()
         assert found == [Condition.WHOLE, Condition.DAMAGED]
+
+
+@pytest.mark.parametrize("algorithm", sorted(DIGITS))
+def test_every_digest_tells_every_condition(
+    kernel: KernelOracle, shown: conditions.Shown, algorithm: str
+) -> None:
+    other = digest([conditions.CONTENT], algorithm)
+    wanted = Manifest(
+        tuple(
+            e if e.target is not None else replace(e, digest=other, algorithm=algorithm)
+            for e in shown.manifest.entries
+        )
+    )
+    for oracle in (kernel, QUICK):
+        follower = oracle.follow(wanted, earlier=shown.earlier, mount=ONLY)
+        found = follower.check(opened(shown.image), None)
+        assert found == Findings(Verdict.FAIL, shown.expected)
 
 
 def test_nothing_of_the_state_before_is_seen(kernel: KernelOracle, shown: conditions.Shown) -> None:

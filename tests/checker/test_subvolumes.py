@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.checker.oracle import KernelOracle, subvolumes
+from nbdproxy.checker.oracle import SNAPSHOTS_MAX, KernelOracle, chosen
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import locate
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import ONLY, Mount
 from tests.support.states import cut_off, files
@@ -79,6 +80,9 @@ def test_a_mount_without_options_shows_the_default_subvolume(
     shown = tuple(path.replace("\\n", "\n") for path in others)
     assert judged(kernel, disk, files(top=b"t\n"), ONLY) == {Condition.WHOLE}
     assert kernel.roots(disk, None) == ("/", *shown)
+    assert {"/top", "/@/var/v", "/before/etc/passwd"} < set(
+        kernel.paths(disk, mount=Mount(root="/"))
+    )
 
     image = tmp_path / "image"
     image.write_bytes(disk.pread(0, disk.size))
@@ -88,14 +92,31 @@ def test_a_mount_without_options_shows_the_default_subvolume(
     assert judged(kernel, changed, files(top=b"t\n"), ONLY) == {Condition.MISSING}
     assert judged(kernel, changed, files(top=b"t\n"), Mount(root="/")) == {Condition.WHOLE}
     assert kernel.roots(changed, None) == ("/@", "/", *shown[1:])
+    tree, resolved = locate(kernel, changed, files(**ROOT_FILES))
+    assert [mount.root for mount in tree.mounts] == ["/@"]
+    assert resolved == files(**ROOT_FILES)
     # What came later in the guest's life was another disk with the same name: it is forgotten.
     assert judged(kernel, disk, files(top=b"t\n"), ONLY) == {Condition.WHOLE}
 
 
-def test_snapshots_come_last() -> None:
-    said = {
-        "first": "ID 5 (FS_TREE)\n",
-        "all": "ID 256 gen 9 top level 5 path a path b\nID 257 gen 9 top level 5 path @\n",
-        "snapshots": "ID 256 gen 9 cgen 9 top level 5 otime 2026-11-30 21:00:00 path a path b\n",
+def said(all_of: list[str], snapshots: list[str], first: str = "") -> dict[str, str]:
+    """What btrfs-progs print of some subvolumes."""
+    shown = f"ID 256 gen 9 top level 5 path {first}\n" if first else "ID 5 (FS_TREE)\n"
+    time = "otime 2026-11-30 21:00:00"
+    return {
+        "first": shown,
+        "all": "".join(f"ID 256 gen 9 top level 5 path {path}\n" for path in all_of),
+        "snapshots": "".join(
+            f"ID 9 gen 9 cgen 9 top level 5 {time} path {path}\n" for path in snapshots
+        ),
     }
-    assert subvolumes(said) == ["/", "/@", "/a path b"]
+
+
+def test_snapshots_come_last_and_only_the_topmost_are_taken() -> None:
+    kept = [f".snapshots/{number}/snapshot" for number in range(1, 1000)]
+    listed = ["a path b", "@home", "@", *kept]
+    roots, left_out = chosen(said(listed, ["@", *kept]))
+    assert roots[:4] == ["/", "/@home", "/a path b", "/@"]
+    assert len(roots) == 3 + SNAPSHOTS_MAX and len(left_out) == 1000 - SNAPSHOTS_MAX
+    roots, left_out = chosen(said(listed, ["@", *kept], first=kept[7]))
+    assert roots[:2] == [f"/{kept[7]}", "/"] and f"/{kept[7]}" not in left_out

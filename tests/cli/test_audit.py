@@ -116,6 +116,22 @@ def test_who_lies_itself_says_so(tmp_path: Path, policy: str, fault: str) -> Non
     assert "are cleared" not in said
 
 
+@pytest.mark.parametrize("flushes", [0, 2])
+def test_a_recording_without_a_write_tells_nothing(tmp_path: Path, flushes: int) -> None:
+    image = new_image(tmp_path / "image")
+    with ForkedServer(tmp_path, image, "--record", tmp_path / "run") as server:
+        with server.client() as client:
+            for _ in range(flushes):
+                client.flush()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0, server.log
+    assert audit(tmp_path / "run", image, code=2)["broken"] is None
+    said = nbdproxy("audit", tmp_path / "run", image, code=2).stdout
+    assert "cannot be told whether a promise was broken" in said
+    assert "nothing that was written is in the recording" in said
+    assert "No promise was broken" not in said
+
+
 def test_what_no_flush_covered_may_be_lost(tmp_path: Path) -> None:
     run, image = above(tmp_path, "drop-unflushed")
     found = audit(run, image, code=0)

@@ -96,7 +96,7 @@ DISC = (8, NoteKind.DISC, 1, "")
 def test_before_exit_sets_two_flushes_aside_and_never_a_third(make_source: MakeSource) -> None:
     cut = resolve(make_source(EXIT, notes=[CONNECT, DISC], events=9), "before-exit")
     assert cut.position == 4
-    assert cut.note == "2 flushes before DISC set aside as QEMU's own"
+    assert cut.note.startswith("2 flushes before DISC set aside as QEMU's own; if this was")
 
 
 def test_before_exit_is_exact_with_a_shutdown_event(make_source: MakeSource) -> None:

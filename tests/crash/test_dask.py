@@ -153,6 +153,8 @@ def test_a_state_that_kills_every_worker_is_unknown_and_no_other(
 ) -> None:
     # Results that were not fetched are lost with a worker: then another unit is suspected first.
     cluster.ensure(4)
+    with Client(cluster.scheduler_address) as client:
+        client.wait_for_workers(4, timeout=120)  # else the state may kill all that there are
     rows = expected[random_one.run][:12]
     deadly = rows[2].state
     case = judged_by(random_one, f'test "$state" != "{deadly}" || kill -9 $PPID; {ODD}')

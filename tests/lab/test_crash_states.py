@@ -6,9 +6,11 @@ before its cut, and asks for all that was promised by then.
 
 from __future__ import annotations
 
+import functools
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,17 @@ def record(folder: Path, workload: str, end: str) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Recordings of workloads that end with a cut, each made once."""
+
+    @functools.cache
+    def once(workload: str) -> Path:
+        return record(tmp_path_factory.mktemp(workload), workload, "cut")
+
+    return once
+
+
 def explore(run: Path, *options: str, code: int) -> dict[str, object]:
     """Explore at every flush; return what --json prints."""
     done = nbdproxy(
@@ -47,9 +60,11 @@ def explore(run: Path, *options: str, code: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(("workload", "may_lose"), [("sqlite-full", 1), ("sqlite-wal-full", 0)])
-def test_full_loses_nothing_in_any_state(tmp_path: Path, workload: str, may_lose: int) -> None:
+def test_full_loses_nothing_in_any_state(
+    recorded: Callable[[str], Path], workload: str, may_lose: int
+) -> None:
     """By SQLite's design the last commit of a rollback journal may be undone, and only that."""
-    run = record(tmp_path, workload, "cut")
+    run = recorded(workload)
     check = f"{CHECK} --may-lose {may_lose}"
     found = explore(run, "--check", check, "--states", "45", "--seed", "3", code=0)
     # Where a cut has few states, each is visited once, and that may be fewer than were asked for.
@@ -87,8 +102,10 @@ def test_off_loses_and_the_loss_is_one_write(tmp_path: Path) -> None:
         nbdproxy(*checked, code=committed)
 
 
-def test_a_guest_boots_on_a_state_and_says_the_same(tmp_path: Path) -> None:
-    run = record(tmp_path, "sqlite-wal-full", "cut")
+def test_a_guest_boots_on_a_state_and_says_the_same(
+    recorded: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = recorded("sqlite-wal-full")
     served = tmp_path / "served"
     served.mkdir()
     with ForkedServer(served, run, command="timeline") as server:

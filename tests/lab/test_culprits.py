@@ -87,7 +87,6 @@ def test_qcow2s_table_died_with_qemu(tmp_path: Path) -> None:
             cache_mode="none",
             image_format="qcow2",
             extra=("-action", "reboot=reset"),
-            time_limit_s=90,
         )
         server.signal(signal.SIGTERM)
         assert server.wait() == 0, server.log

@@ -142,7 +142,6 @@ def run(lab: Lab, target: Path | str, log: Path, ending: str) -> guest.GuestRun:
         ending=workloads.parse_ending(ending),
         cache_mode="none",
         write_log=log,
-        time_limit_s=150,
     )
 
 

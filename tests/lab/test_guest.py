@@ -45,7 +45,6 @@ def test_what_is_synced_is_whole(lab: Lab, tmp_path: Path) -> None:
         workload,
         image,
         ending=workloads.parse_ending("sync"),
-        time_limit_s=90,
         on_line=said.append,
     )
     assert run.exit_status == 0
@@ -72,7 +71,6 @@ def test_a_killed_qemu_on_nvme_in_a_partition(lab: Lab, tmp_path: Path) -> None:
         partition=1,
         cache_mode="none",
         qmp=qmp,
-        time_limit_s=90,
         on_line=lambda _line: seen.append(qmp.is_socket()),
     )
     assert run.exit_status == -9
@@ -95,7 +93,6 @@ def test_a_workload_that_fails_is_an_error(lab: Lab, tmp_path: Path) -> None:
             lab,
             workloads.shell("echo cannot do this; exit 7"),
             image,
-            time_limit_s=90,
         )
 
 

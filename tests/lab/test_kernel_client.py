@@ -93,7 +93,6 @@ def test_a_partition_of_an_export_with_a_name(lab: Lab, tmp_path: Path) -> None:
             ending=workloads.parse_ending("umount"),
             device="nbd",
             partition=1,
-            time_limit_s=90,
         )
     assert "/dev/nbd0p1 /mnt ext4" in run.serial
 

@@ -71,7 +71,7 @@ def in_guest(script: str, image: Path, second: Path | None = None) -> None:
     if second is not None:
         drive = f"if=none,id=second,format=raw,file={second}"
         extra = ("-drive", drive, "-device", "virtio-blk-pci,drive=second,addr=6")
-    guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), time_limit_s=180, extra=extra)
+    guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), cpus=1, extra=extra)
 
 
 def volumes(disk: ReadableDevice) -> list[Volume]:

@@ -18,7 +18,6 @@ from nbdproxy.lab.workloads import End, Ending
 GUEST = pytest.mark.lab
 MIB = 1 << 20
 CUT = Ending(End.CUT)
-LIMIT_S = 90
 ROWS = range(1, databases.ROWS + 1)
 
 
@@ -28,7 +27,7 @@ def lab() -> Lab:
 
 
 def check(lab: Lab, image: Path) -> databases.SqliteCheck:
-    run = guest.run(lab, workloads.sqlite_check(), image, time_limit_s=LIMIT_S)
+    run = guest.run(lab, workloads.sqlite_check(), image, cpus=1)
     return databases.checked(run.serial)
 
 
@@ -52,7 +51,7 @@ def test_what_was_committed_is_found_after_a_cut(
         workload,
         image,
         ending=CUT,
-        time_limit_s=LIMIT_S,
+        cpus=1,
         on_line=lambda line: told.append(databases.committed(line)),
     )
     assert [number for number in told if number] == list(range(1, 31))
@@ -118,7 +117,7 @@ def test_a_disk_that_cannot_be_mounted_is_told_and_ends_well(lab: Lab, tmp_path:
 def test_fsync_is_ok_on_a_healthy_disk(lab: Lab, tmp_path: Path) -> None:
     image = tmp_path / "disk.img"
     disk.format_disk(image, 32 * MIB)
-    run = guest.run(lab, workloads.fsync_probe(attempts=4), image, time_limit_s=LIMIT_S)
+    run = guest.run(lab, workloads.fsync_probe(attempts=4), image, cpus=1)
     assert fsyncs.probed(run.serial) == {
         "open": "ok",
         "write 1": "ok",

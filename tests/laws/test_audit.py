@@ -6,14 +6,19 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.audit import Audit, Auditor, Fate
+from nbdproxy.crash.audit import FAULTS, Audit, Auditor, Fate
+from nbdproxy.crash.fields import Fields
 from nbdproxy.crash.naming import Choice, StateId
+from nbdproxy.crash.stages import Stages
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.persistence import reference
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.persistence.reference import BASE, ZERO, Completed, Received
 from nbdproxy.requests import Command
+from tests.laws.test_cuts_of import contents as ragged_contents
+from tests.laws.test_cuts_of import make_timeline as make_ragged
+from tests.laws.test_cuts_of import ragged_logs, visits_of
 from tests.laws.test_enumeration import contents, make_timeline
 from tests.support.logs import SECTOR, SECTORS, logs, options
 
@@ -109,3 +114,16 @@ def test_what_a_store_may_hold_is_what_the_rules_allow(
     for fate in set(Fate) - {Fate.AS_SENT}:
         assert audit.sizes[fate] == SECTOR * list(found.values()).count(fate)
     assert audit.compared == SECTOR * len(wanted)
+
+
+@given(ragged_logs(), options, ragged_contents, st.data())
+@settings(max_examples=40, deadline=None)
+def test_no_legal_disk_breaks_a_promise_where_requests_end_inside_sectors(
+    log: Log, chosen: Options, content: list[int], data: st.DataObject
+) -> None:
+    timeline = make_ragged(log, content, SECTOR // 4)
+    field = Fields(timeline, Level.FLUSHED, chosen).at(len(log))
+    visit = data.draw(st.sampled_from(list(visits_of(Stages(field, seed=7)))))
+    disk = timeline.open(visit.state)
+    audit = Auditor(timeline, MemoryDisk(disk.pread(0, disk.size)), chosen).run()
+    assert not [one for one in audit.findings if one.fate in FAULTS], str(visit.state)

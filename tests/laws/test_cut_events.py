@@ -256,7 +256,7 @@ def test_without_qmp_the_last_two_flushes_before_disc_count_as_qemus(image: Path
     source = RecordedSource(image.parent / "run")
     cut = resolve(source, "before-exit")
     flushes = source.table.seq[source.table.is_flush]
-    assert cut.note == "2 flushes before DISC set aside as QEMU's own"
+    assert cut.note.startswith("2 flushes before DISC set aside as QEMU's own; if this was")
     assert cut.position == flushes[0]
     assert len(flushes) == 2
     source.close()

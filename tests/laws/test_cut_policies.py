@@ -16,6 +16,7 @@ requests that hang, for which the load would wait.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
@@ -34,7 +35,7 @@ from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import Command
 from tests.support.forked import ForkedServer
 from tests.support.serving import until
-from tests.support.workload import SECTOR, SIZE, Load, make_image
+from tests.support.workload import SECTOR, Load, make_image, some_size
 
 HEAD = 'summary = "s"\nimitates = "i"\n[cache]\nholds = true\n'
 CUT = '[cut]\nat = ["exit"]\n'
@@ -87,11 +88,13 @@ FSYNCGATE = '[[rule]]\naction = "fsyncgate"\nprobability = 0.2\n'
 def run(folder: Path, seed: int, policy: str) -> None:
     """Run a load under a policy until it is ended in the middle."""
     dice = random.Random(seed)
-    make_image(folder / "image", dice)
+    make_image(folder / "image", dice, some_size(seed))
     (folder / "mine.toml").write_text(policy)
     options = ("--policy", folder / "mine.toml", "--seed", str(seed), "--record", folder / "run")
     with ForkedServer(folder, folder / "image", *options) as server:
-        load = Load(server.client, seed, dice.randrange(1, 5), reconnects=True)
+        load = Load(
+            server.client, seed, dice.randrange(1, 5), reconnects=True, size=some_size(seed)
+        )
         enough = dice.randrange(5, 900)
         until(lambda: load.sent >= enough, "enough was sent")
         server.signal(signal.SIGTERM)
@@ -109,31 +112,36 @@ def differing(folder: Path, level: Level, choice: Choice, options: Options) -> l
     state = disk.pread(0, disk.size)
     disk.close()
     source.close()
-    places = range(0, SIZE, SECTOR)
+    places = range(0, len(image), SECTOR)
     return [at // SECTOR for at in places if image[at : at + SECTOR] != state[at : at + SECTOR]]
 
 
 def illegal(folder: Path) -> list[int]:
-    """The sectors whose content rule 6 does not allow; as slow and plain as can be."""
+    """The sectors whose content rule 6 does not allow; as slow and plain as can be.
+
+    Where requests end inside a sector, each stretch between two ends is judged for itself.
+    """
     image = (folder / "image").read_bytes()
     source = RecordedSource(folder / "run")
     table, end = source.table, source.events
     safe, there = durable(table, end), sent(table, end)
     base = source.base()
     wrong = []
-    for at in range(0, SIZE, SECTOR):
+    ends = np.concatenate((table.offset, table.offset + table.length))
+    bounds = np.unique(np.concatenate((ends, range(0, len(image), SECTOR), [len(image)])))
+    for at, stop in itertools.pairwise(bounds.tolist()):
         rows = np.flatnonzero(there & (table.offset <= at) & (table.offset + table.length > at))
         last_safe = max((int(table.seq[row]) for row in rows if safe[row]), default=-1)
-        contents = [base.pread(at, SECTOR)] if last_safe < 0 else []
+        contents = [base.pread(at, stop - at)] if last_safe < 0 else []
         for row in rows:
             if int(table.completed[row]) < last_safe and int(table.completed[row]) != NEVER:
                 continue  # it happens before a durable one
-            content = bytearray(SECTOR)
+            content = bytearray(stop - at)
             if table.command[row] == Command.WRITE:
                 inside = at - int(table.offset[row])
                 source.read_payload(int(table.position[row]) + inside, memoryview(content))
             contents.append(bytes(content))
-        if image[at : at + SECTOR] not in contents:
+        if image[at:stop] not in contents:
             wrong.append(at // SECTOR)
     base.close()
     source.close()
@@ -193,12 +201,12 @@ def test_the_loads_are_worth_their_name(tmp_path: Path) -> None:
 def test_policies_that_change_under_load_lose_nothing(tmp_path: Path, seed: int) -> None:
     """Writes, FUA and flushes are in flight whenever another policy comes into force."""
     dice = random.Random(seed)
-    make_image(tmp_path / "image", dice)
+    make_image(tmp_path / "image", dice, some_size(seed))
     (tmp_path / "mine.toml").write_text(HEAD + FSYNCGATE.replace("0.2", "1e-9") + LATE)
     names = ["passthrough", "drop-unflushed", "reordering-cache", str(tmp_path / "mine.toml")]
     options = ("--control", tmp_path / "ctl", "--record", tmp_path / "run")
     with ForkedServer(tmp_path, tmp_path / "image", *options) as server:
-        load = Load(server.client, seed, dice.randrange(1, 5))
+        load = Load(server.client, seed, dice.randrange(1, 5), size=some_size(seed))
         for number in range(10):
             enough = load.sent + dice.randrange(1, 60)
             until(lambda enough=enough: load.sent >= enough, "the load goes on")  # type: ignore[misc]

@@ -8,6 +8,7 @@ leaves is undefined, so each piece of it may have been done or not.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -234,6 +235,53 @@ def test_inside_sectors_only_what_the_rules_allow(
                 same = disks.setdefault(visit.change.hash, disk)
                 assert same == disk, f"{visit.state} has the hash of another disk"
         assert len(set(disks.values())) == len(disks), "a disk has two hashes"
+
+
+@given(ragged_logs(), options, contents)
+@settings(max_examples=20, deadline=None)
+def test_inside_sectors_all_that_the_rules_allow_is_listed(
+    log: list[Received | Completed], chosen: Options, content: list[int]
+) -> None:
+    unit = 512 // QUARTERS
+    timeline = make_timeline(log, content, unit)
+    base = tuple(content[-1 - at] for at in range(UNITS))
+    for level in (Level.FLUSHED, Level.NOTHING):
+        fields = Fields(timeline, level, chosen)
+        for t in range(len(log) + 1):
+            must = reference.kept(log, t, level, chosen)
+            sectors = []
+            for first in range(0, UNITS, QUARTERS):
+                here = base[first : first + QUARTERS]
+                items = items_of(log, t, must, content, first // QUARTERS)
+                values = sector_values(items, here + (0,) * (QUARTERS - len(here)))
+                sectors.append({value[: len(here)] for value in values})
+            count = math.prod(map(len, sectors))
+            field = fields.at(t)
+            if count > 2000 or not field.is_complete:
+                continue
+            assert field.states == count, (t, level)
+            visits = list(Stages(field, exhaustive=True).visits(Stage.EXHAUSTIVE))
+            assert len({visit.change.hash for visit in visits}) == len(visits) == count
+            expected = {sum(parts, ()) for parts in itertools.product(*sectors)}
+            assert {units_of(timeline, visit, unit) for visit in visits} == expected
+
+
+def test_two_requests_in_one_sector_are_four_disks() -> None:
+    """Neither is named by the other's absence: each may be there or not."""
+    log: Log = [Received(Command.WRITE, 4, 1), Completed(0), Received(Command.WRITE, 6, 1)]
+    timeline = make_timeline(log, list(range(1, 31)), 512 // QUARTERS)
+    field = Fields(timeline, Level.FLUSHED, Options()).at(3)
+    assert field.is_complete
+    assert field.states == 4
+    stages = Stages(field)
+    assert stages.small
+    found = {str(visit.state) for visit in Stages(field, exhaustive=True).visits(Stage.EXHAUSTIVE)}
+    assert found == {
+        "s3.flushed.must",
+        "s3.flushed.only0:0",
+        "s3.flushed.only2:0",
+        "s3.flushed.must~1=0x128_basex128_2x128_base",
+    }
 
 
 @given(ragged_logs(), options, contents)

@@ -29,9 +29,10 @@ from nbdproxy.server.preserve import PreservingDisk
 from tests.support.images import write_sparse
 
 SECTOR = 512
-SIZES = (SECTOR, 3 * SECTOR, 17 * SECTOR, 64 * 1024 + SECTOR)
+SIZES = (1, 3 * SECTOR, 17 * SECTOR + 1, 64 * 1024 + 100)
 Operation = tuple[str, int, int, int]
-"""What, first sector and sectors (both reduced to fit), and a byte to write."""
+"""What, first unit and units (both reduced to fit), and a byte to write; the unit is a sector, or
+100 bytes, by whether the byte is even."""
 
 operations = st.lists(
     st.tuples(
@@ -121,9 +122,9 @@ DISKS: list[MakeDisk] = [memory, file, overlay, volatile_memory, volatile_file, 
 def change(disk: BlockDevice, reference: bytearray, operation: Operation) -> None:
     """Do one operation to both, and compare what can be seen of its range."""
     what, first, count, byte = operation
-    sectors = disk.size // SECTOR
-    offset = first % sectors * SECTOR
-    length = (1 + count % (sectors - first % sectors)) * SECTOR
+    unit = 100 if byte % 2 else SECTOR
+    offset = first * unit % disk.size
+    length = min((1 + count) * unit, disk.size - offset)
     after = bytes(length)
     if what == "write":
         after = bytes([byte]) * (length - 1) + b"\x01"
@@ -170,7 +171,7 @@ def test_a_disk_is_a_bytearray(
         reference = bytearray(content)
         for operation in changes:
             change(disk, reference, operation)
-            offset = operation[1] % (size // SECTOR) * SECTOR
+            offset = operation[1] * 100 % size
             assert_extents_cover(disk, reference, offset, size - offset)
         assert disk.pread(0, size) == reference
         assert_extents_cover(disk, reference, 0, size)

@@ -27,6 +27,7 @@ from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.persistence.reference import Completed, Received
+from nbdproxy.report.minimized import tell
 from nbdproxy.requests import Command
 from tests.laws.test_cuts_of import make_timeline as make_ragged
 from tests.laws.test_cuts_of import ragged_logs, visits_of
@@ -309,3 +310,22 @@ def test_a_single_request_is_found_although_two_others_come_first() -> None:
     found = minimize(bench_of(timeline, state, MadeUpPlan(fails)), state)
     assert found.lost == (Lost(6, 6, 6),)
     assert str(found.state) == "s8.flushed.but6"
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_of_several_requests_inside_one_sector_the_one_that_is_missing_is_named(lost: int) -> None:
+    """Also where another shows behind it in the same sector."""
+    log: Log = [Received(Command.WRITE, 4 + at, 1) for at in range(3)]
+    timeline = make_ragged(log, [1, 2, 3, *[9] * 27], SECTOR // 4)
+    state = parse_state_id(f"s3.flushed.but{lost}")
+    full = whole(timeline, full_of(state))
+
+    def fails(disk: bytes) -> bool:
+        at = SECTOR + lost * SECTOR // 4
+        return disk[at] != full[at]
+
+    found = minimize(bench_of(timeline, state, MadeUpPlan(fails)), state)
+    assert found.lost == (Lost(lost, 1, 1),)
+    assert str(found.state) == f"s3.flushed.but{lost}"
+    (missing,) = tell(timeline, found).missing
+    assert missing.extent == missing.request == (SECTOR + lost * SECTOR // 4, SECTOR // 4)

@@ -2,7 +2,8 @@
 
 Writes, flushes that land or fail, FUA writes and write-backs come in any order, each landing in
 two halves with writes in between, and a power cut lets some pieces survive. The reference keeps
-every write for ever and asks for each sector of each. Not covered: several threads at once.
+every write for ever and asks for each sector of each, which has a few bytes here. Not covered:
+several threads at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from nbdproxy.disks import held as held_module
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.disks.volatile import Ticket, VolatileDisk
 
-S = 512
+S = 7
+"""Bytes that are looked at together: the cache knows no sectors."""
 BASE = 0xFE
 
 

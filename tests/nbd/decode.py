@@ -59,7 +59,7 @@ class _Stream:
 
 
 def decode(
-    stream: bytes, style: int, sent: Iterable[Sent], *, min_block: int = 512
+    stream: bytes, style: int, sent: Iterable[Sent], *, min_block: int = 1
 ) -> dict[int, Answer]:
     """What the requests, whose cookies differ, were told; AssertionError for a wrong stream."""
     asked = {request.cookie: request for request in sent}

@@ -57,14 +57,15 @@ class Result:
 
 
 def states(disk: bytes | bytearray, offset: int, end: int) -> list[tuple[int, int]]:
-    """Extents of whole sectors of a disk: 3 where it is zero, 0 elsewhere."""
+    """Extents of a disk in steps of a sector: 3 where it is zero, 0 elsewhere."""
     found: list[tuple[int, int]] = []
     for at in range(offset, end, SECTOR):
-        flags = 0 if any(disk[at : at + SECTOR]) else 3
+        size = min(SECTOR, end - at)
+        flags = 0 if any(disk[at : at + size]) else 3
         if found and found[-1][1] == flags:
-            found[-1] = (found[-1][0] + SECTOR, flags)
+            found[-1] = (found[-1][0] + size, flags)
         else:
-            found.append((SECTOR, flags))
+            found.append((size, flags))
     return found
 
 

@@ -279,7 +279,7 @@ class Terms(NamedTuple):
     flags: int
     style: int = SIMPLE
     contexts: bool = False
-    min_block: int = 512
+    min_block: int = 1
     max_payload: int = MAX_PAYLOAD
 
 

@@ -69,8 +69,8 @@ def test_every_picture_of_blocks_comes_back_as_it_was(style: ReplyStyle, count: 
 
 
 @CHUNKED
-@pytest.mark.parametrize("head", [0, 512, 1024, 3584])
-@pytest.mark.parametrize("tail", [0, 512, 3584])
+@pytest.mark.parametrize("head", [0, 1, 512, 3584])
+@pytest.mark.parametrize("tail", [0, 1, 3584])
 @pytest.mark.parametrize("zero_ends", [False, True])
 def test_holes_are_whole_blocks_of_the_disk(
     style: ReplyStyle, head: int, tail: int, zero_ends: bool
@@ -115,6 +115,18 @@ def test_what_is_all_zero_is_one_hole_however_short(style: ReplyStyle, length: i
     if style is not ReplyStyle.SIMPLE:
         assert answer.pieces == [(decode.HOLE, 512, length)]
         assert size < 200
+
+
+@CHUNKED
+@pytest.mark.parametrize("length", range(1, 9))
+@pytest.mark.parametrize("arena", [0, 44, 45, 60, 80, 1000])
+def test_a_few_zeroes_are_no_hole_where_that_would_be_longer(
+    style: ReplyStyle, length: int, arena: int
+) -> None:
+    answer, size = read(style, bytes(length), offset=7, arena=arena)
+    assert answer.data == bytes(length)
+    assert answer.pieces == [(decode.HOLE if length >= 4 else decode.DATA, 7, length)]
+    assert size <= read(style, b"\1" * length, offset=7, arena=arena)[1]
 
 
 @CHUNKED

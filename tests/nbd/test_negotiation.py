@@ -128,7 +128,7 @@ def test_size_flags_and_block_sizes_are_always_told(number: int) -> None:
     replies = negotiate(go(b"disk", number=number))
     assert told(replies, number) == {
         Info.EXPORT: struct.pack(">QH", SIZE, int(WRITABLE)),
-        Info.BLOCK_SIZE: struct.pack(">III", 512, 4096, 32 * 1024 * 1024),
+        Info.BLOCK_SIZE: struct.pack(">III", 1, 4096, 32 * 1024 * 1024),
     }
     assert kinds(replies)[:3] == [INFO, INFO, ACK]
 

@@ -75,6 +75,15 @@ def test_an_earlier_version_is_stale_whatever_its_length() -> None:
     assert condition(CONTENT[:50], earlier=[b"another"]) is Condition.SHORT
 
 
+def test_earlier_versions_are_known_whatever_digest_the_manifest_has() -> None:
+    expected = hashlib.md5(CONTENT).hexdigest()
+    entry = Entry("/f", expected, len(CONTENT), algorithm="md5")
+    earlier = [digest(b"earlier")]
+    assert classify(entry, len(CONTENT), [CONTENT], earlier) is Condition.WHOLE
+    assert classify(entry, 7, [b"earlier"], earlier) is Condition.STALE
+    assert classify(entry, 7, [b"another"], earlier) is Condition.SHORT
+
+
 @given(
     st.sampled_from([CONTENT, ZERO_START, ZERO_TAIL, ZERO_ACROSS, bytes(len(CONTENT))]),
     st.lists(st.integers(0, len(CONTENT)), max_size=8),

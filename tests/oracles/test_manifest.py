@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from nbdproxy.errors import ManifestError
 from nbdproxy.oracles.manifest import (
     Entry,
     Manifest,
+    digest,
     dump,
     from_directory,
     link_entry,
@@ -74,8 +76,78 @@ def test_parse_reads_what_sha256sum_writes(folder: Path, tmp_path: Path) -> None
         manifest = tmp_path / "manifest"
         manifest.write_bytes(done.stdout)
         listed = from_directory(folder).entries
-        expected = {(e.path, e.sha256) for e in listed if e.target is None}
-        assert {(e.path, e.sha256) for e in load(manifest).entries} == expected
+        expected = {(e.path, e.digest) for e in listed if e.target is None}
+        assert {(e.path, e.digest) for e in load(manifest).entries} == expected
+
+
+@pytest.mark.parametrize("options", [(), ("--tag",), ("--zero",), ("--tag", "--zero")])
+@pytest.mark.parametrize(
+    ("tool", "algorithm"),
+    [
+        *((f"{name}sum", name) for name in ("md5", "sha1", "sha224", "sha256", "sha384", "sha512")),
+        ("b2sum", "blake2b"),
+    ],
+)
+def test_parse_reads_what_every_such_program_writes(
+    folder: Path, tmp_path: Path, tool: str, algorithm: str, options: tuple[str, ...]
+) -> None:
+    if tool == "b2sum" and "--tag" not in options:
+        return  # as many digits as sha512's, so it has to be named
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    names = [f"./{path.relative_to(folder)}" for path in files]
+    done = subprocess.run(
+        [tool, *options, "--", *names], cwd=folder, capture_output=True, check=True
+    )
+    manifest = tmp_path / "manifest"
+    manifest.write_bytes(done.stdout)
+    expected = {
+        Entry(str(path.relative_to(folder)), digest([path.read_bytes()], algorithm), None)
+        for path in files
+    }
+    found = load(manifest)
+    assert {replace(e, algorithm="sha256") for e in found.entries} == expected
+    assert {e.algorithm for e in found.entries} == {algorithm}
+    again = subprocess.run(
+        [tool, "--check", "--strict"],
+        input=dump(found).encode("utf-8", "surrogateescape"),
+        cwd=folder,
+        capture_output=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+
+
+def test_openssl_and_bsd_write_it_their_way() -> None:
+    text = f"SHA256(a b)= {A}\nSHA2-256(c)= {A}\nSHA256 (d (1)) = {A}\n"
+    assert paths(parse(text, "test")) == ["a b", "c", "d (1)"]
+
+
+def test_dpkgs_lists_begin_at_the_root(tmp_path: Path) -> None:
+    for name in ("bash.md5sums", "md5sums"):
+        file = tmp_path / name
+        file.write_text(f"{'c' * 32}  bin/bash\n{'d' * 32}  usr/share/a b\n")
+        assert load(file).entries == (
+            Entry("/bin/bash", "c" * 32, None, algorithm="md5"),
+            Entry("/usr/share/a b", "d" * 32, None, algorithm="md5"),
+        )
+
+
+RPM = f"""\
+/etc 4096 1690000000 {"0" * 64} 040755 root root 0 0 0 X
+/etc/a b.conf 12 1690000000 {A} 0100644 root root 1 0 0 X
+/usr/bin/su 40 1690000000 {"c" * 32} 0104755 root root 0 0 0 X
+/usr/lib/l.so 13 1690000000 {"0" * 64} 0120777 root root 0 0 0 to there.so
+/var/log/ghost 0 1690000000 {"0" * 64} 0100600 root root 0 0 0 X
+/dev/null 0 1690000000  020666 root root 0 0 259 X
+"""
+
+
+def test_rpms_dump_has_files_and_links() -> None:
+    assert parse(RPM, "test").entries == (
+        Entry("/etc/a b.conf", A, 12, 0o644),
+        Entry("/usr/bin/su", "c" * 32, 40, 0o4755, algorithm="md5"),
+        link_entry("/usr/lib/l.so", "to there.so"),
+    )
 
 
 def test_sizes_and_names_survive(folder: Path, tmp_path: Path) -> None:
@@ -138,8 +210,13 @@ def test_a_comment_belongs_to_the_next_line_only() -> None:
         ("", "m: the manifest is empty"),
         ("# size 4\n", "m: the manifest is empty"),
         (f"{A}  a\nnonsense\n", "m:2: not a line"),
-        (f"{A[:-1]}  a\n", "m:1: not a line"),
+        (f"{A[:-1]}  a\n", "m:1: a digest of 63 hex digits is none"),
         (f"{A}  \n", "m:1: not a line"),
+        (f"SHA256 (a) = {A[:-1]}\n", "m:1: a digest of 63 hex digits is none"),
+        (f"BLAKE2b-256 (a) = {A}\n", "m:1: a digest of 64 hex digits is none"),
+        ("S.5....T.  c /etc/passwd\n", "m:1: `rpm -V` tells what differs"),
+        ("missing     /etc/passwd\n", "m:1: `rpm -V` tells what differs"),
+        (f"\0{A}  a\0", "m:1: not a line"),
         (f"\\{A}  a\\b\n", "m:1: the name has an escape"),
         (f"{A}  a\n{B}  ./a\n", "m:2: 'a' already stands above"),
         ('# symlink ["a"]\n', "m:1: a symbolic link is written as"),

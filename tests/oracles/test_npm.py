@@ -81,7 +81,7 @@ def test_files_programs_and_their_links(project: Project) -> None:
         "/app/node_modules/a/node_modules/.bin/b": "../b/b.js",
     }
     program = found["/app/node_modules/@s/tool/cli.js"]
-    assert program.sha256 == digest([b"#!/usr/bin/env node\nx\r\n"])
+    assert program.digest == digest([b"#!/usr/bin/env node\nx\r\n"])
 
 
 def test_what_is_not_unpacked(project: Project) -> None:
@@ -203,7 +203,7 @@ def test_tarballs_that_nobody_should_unpack(
         project.entries()
     project.packages.clear()
     project.add("node_modules/a", tarball({"one": bytes(3 << 20), "two": b"2"}))
-    assert project.entries()["node_modules/a/one"].sha256 == digest([bytes(3 << 20)])
+    assert project.entries()["node_modules/a/one"].digest == digest([bytes(3 << 20)])
     monkeypatch.setattr("nbdproxy.oracles.npm.UNPACKED_MAX", 3 << 20)
     with pytest.raises(ManifestError, match="none that npm would take"):
         project.entries()

@@ -228,6 +228,15 @@ def test_partitions_of_an_array_are_copies(
     assert f"UUID={UUID}" in found.hidden[1].specs
 
 
+def test_a_partition_of_a_windows_dynamic_disk_is_not_read_as_it_begins(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR.replace("type=83", "type=42"), small)
+    assert [str(hidden) for hidden in survey(disk).hidden] == [
+        "partition 1 is part of a Windows dynamic disk"
+    ]
+
+
 def test_partitions_that_only_the_backup_names_are_not_what_linux_sees(
     run: Run, blank: Callable[[int], Path], small: bytes
 ) -> None:

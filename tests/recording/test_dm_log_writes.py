@@ -7,6 +7,7 @@ The logs are packed here from the format's description, not by the writer. Real 
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -222,7 +223,7 @@ def test_the_disk_is_as_large_as_said(tmp_path: Path) -> None:
         (("--size", "1M"), "the log writes up to byte 1049088, and the disk would have 1048576"),
         (("--base", base), "name the right base"),
         (("--base", base, "--size", "2M"), "is not the size of"),
-        (("--size", "1000"), "is no size of a disk"),
+        (("--size", "0"), "is no size of a disk"),
         (("--size", "many"), "is no size; write for example 10G"),
     ):
         done = convert(path, tmp_path / "no", "--to", "nbdproxy", *words, code=2)
@@ -391,3 +392,20 @@ def test_memory_does_not_grow_with_the_payloads(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert len(Recording(tmp_path / "back").table) == sum(sizes) // LONGEST
     shutil.rmtree(tmp_path)  # half a gigabyte, which pytest would keep for three runs
+
+
+@pytest.mark.parametrize("fua", [False, True])
+def test_a_long_discard_is_listed_in_pieces_that_replay_log_does_not_leave_out(fua: bool) -> None:
+    """Its `zero_range` returns at once for more than `max_zero_size`, which is 128 MiB."""
+    most, file = 128 << 20, io.BytesIO()
+    log_ = DmLogWriter(file)
+    log_.discard(4096, 2 * most + 512, fua=fua)
+    log_.finish()
+    data = file.getvalue()
+    found = [struct.unpack_from("<QQQQ", data, at) for at in range(512, len(data), 512)]
+    flags = DISCARD | (FUA if fua else 0)
+    assert found[:-1] == [
+        (8, most // 512, flags, 0),
+        (8 + most // 512, most // 512, flags, 0),
+        (8 + 2 * most // 512, 1, flags, 0),
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nbdproxy.crash.causes import Cause
 from nbdproxy.crash.cuts import Cut
 from nbdproxy.crash.naming import Choice, StateId
@@ -42,7 +44,7 @@ def test_the_main_cause_is_told_first_and_each_mode_with_what_it_saves() -> None
         table({CacheMode.NONE: (worst, best), CacheMode.WRITETHROUGH: (best, best)})
     )
     assert fault.startswith("Whose fault: 2 of 3 files had been written and not flushed")
-    assert "; 1 more were lost in the guest" in fault
+    assert "; 1 more was lost in the guest" in fault
     assert saved.endswith("of 3 files: writethrough 2; none 0 (at best 2).")
 
 
@@ -61,6 +63,32 @@ def test_files_that_the_guest_removed_were_seen() -> None:
     removed = outcome(GONE, GONE, GONE)
     fault, _ = sentences(table({CacheMode.NONE: (removed, removed)}))
     assert "3 of 3 files were changed or removed by the guest itself" in fault
+
+
+@pytest.mark.parametrize("other", [Condition.DAMAGED, Condition.STALE])
+def test_nobody_is_blamed_where_every_file_is_another_than_the_manifests(other: Condition) -> None:
+    """As with a manifest of another version, or of digests that are another algorithm's."""
+    wrong = outcome(FileOutcome(other, Cause.NEVER_SENT), MISSING, MISSING)
+    (only,) = sentences(table({CacheMode.NONE: (wrong, wrong)}))
+    assert "that cannot be told" in only
+    assert "lost in the guest" not in only
+
+
+def test_a_mode_that_could_not_be_judged_saves_no_number() -> None:
+    some, unknown = outcome(ZEROED, WHOLE, WHOLE), outcome()
+    told = sentences(table({CacheMode.NONE: (some, some), CacheMode.UNSAFE: (unknown, unknown)}))
+    assert told[1].endswith("of 3 files: none 2; of unsafe it cannot be told.")
+    told = sentences(table({CacheMode.NONE: (unknown, unknown)}))
+    assert "0" not in told[1]
+    assert "cannot be told" in told[1]
+
+
+def test_one_file_is_spoken_of_as_one() -> None:
+    fault, saved = sentences(table({CacheMode.NONE: (outcome(EMPTY), outcome(EMPTY))}))
+    assert "1 of 1 file was lost in the guest, which had not sent it to any disk" in fault
+    assert saved.endswith("of 1 file: none 0.")
+    one = outcome(WHOLE)
+    assert "nobody's; the file is whole" in sentences(table({CacheMode.NONE: (one, one)}))[0]
 
 
 def test_without_host_power_loss_there_is_nothing_to_say() -> None:

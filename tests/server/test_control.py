@@ -71,10 +71,11 @@ def test_status(image: Path) -> None:
         assert export["size"] == SIZE
         assert export["policies"] == ["bad-sectors"]
         assert (export["writes"], export["flushes"], export["written_bytes"]) == (1, 1, SECTOR)
+        assert export["reads"] == 1
         assert export["rules"] == {"bad-sectors/unreadable": 1}
         assert not export["paused"]
         words = ctl(image, "status").stdout
-        assert "rule bad-sectors/unreadable struck 1 times" in words
+        assert "rule bad-sectors/unreadable struck 1 time" in words
         client.disc()
         end(server)
 

@@ -127,6 +127,23 @@ def test_what_the_server_cannot_is_not_offered(tmp_path: Path, offer: str) -> No
         assert proxy.stop() == 0
 
 
+@pytest.mark.parametrize("options", [(), ("--overlay",), ("--policy", "drop-unflushed")])
+@pytest.mark.parametrize("is_rotational", [True, False])
+def test_a_rotating_disk_stays_one(
+    image: Path, tmp_path: Path, options: tuple[str, ...], is_rotational: bool
+) -> None:
+    answer = f"is_rotational=exit {0 if is_rotational else 3}"
+    size = (f"get_size=echo {SIZE}", f"pread=head -c $3 {image}")
+    with (
+        nbdkit(tmp_path, "eval", *size, answer) as below,
+        Proxy(tmp_path / "proxy", below.uri, *options) as proxy,
+        proxy.client() as client,
+        nbd.NbdClient(below.uri) as direct,
+    ):
+        assert bool(client.flags & ROTATIONAL) == is_rotational
+        assert bool(direct.flags & ROTATIONAL) == is_rotational
+
+
 def test_what_a_server_can_is_offered(image: Path, tmp_path: Path) -> None:
     with qemu_nbd(tmp_path, image) as below, Proxy(tmp_path / "proxy", below.uri) as proxy:
         client = proxy.client()
@@ -164,6 +181,7 @@ def test_an_overlay_may_be_written_above_a_read_only_server(image: Path, tmp_pat
         assert client.read(0, 512) == b"A" * 512
 
 
+ROTATIONAL = 16
 BLOCKS = ("blocksize-preferred=64K", "blocksize-error-policy=error")
 
 
@@ -208,7 +226,7 @@ def test_an_overlay_hides_the_servers_block_sizes(tmp_path: Path, options: tuple
         Proxy(tmp_path / "proxy", below.uri, "--overlay", *options) as proxy,
     ):
         with proxy.client() as client:
-            assert client.block_sizes == (512, 4096, 32 * MIB)
+            assert client.block_sizes == (1, 4096, 32 * MIB)
             client.write(1024, b"A" * 512)
             client.write(33 * MIB + 512, b"B" * 1024)
             read = client.read(512, 32 * MIB)

@@ -111,9 +111,9 @@ def ext4_case(folder: Path) -> Case:
     (folder / "image").write_bytes(images[0])
     with ForkedServer(folder, folder / "image", "--record", str(folder / "run")) as server:
         client = server.client()
-        ext4.replay_stage(client, *images[:2])
+        ext4.replay_stage(client, images[0], images[1])
         client.flush()
-        ext4.replay_stage(client, *images[1:])
+        ext4.replay_stage(client, images[1], images[2])
         client.disc()
         server.signal(signal.SIGTERM)
         server.wait()

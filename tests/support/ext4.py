@@ -37,10 +37,10 @@ def stages(folder: Path) -> list[bytes]:
     return found
 
 
-def replay_stage(client: NbdClient, before: bytes, after: bytes) -> None:
-    """Write the blocks that differ, and wait for the replies."""
+def replay_stage(client: NbdClient, before: bytes, after: bytes, *, offset: int = 0) -> None:
+    """Write the blocks that differ, from an offset on, and wait for the replies."""
     ops = [
-        Op(WRITE, at, data=after[at : at + BLOCK])
+        Op(WRITE, offset + at, data=after[at : at + BLOCK])
         for at in range(0, SIZE, BLOCK)
         if before[at : at + BLOCK] != after[at : at + BLOCK]
     ]

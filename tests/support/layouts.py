@@ -24,7 +24,7 @@ from tests.support.serving import tool
 
 MIB = 1 << 20
 LOST = ("unflushed.bin", "unsent.bin")
-LOST_SIZE = 20_000
+LOST_SIZE = 10_000  # so little that it is in one piece with all of them
 ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 FAT_ID, EXT_ID = "4C5D-1A2B", "7d0f1a54-3c5e-4d0c-9a47-1f54b1f5c001"
 UBUNTU_ID, FEDORA_ID, OPENSUSE_ID = (f"c1a4c6a2-5f39-4b56-8c2f-8a1b5a3e7c0{n}" for n in "abc")
@@ -75,6 +75,10 @@ class Layout:
         ]
         _, number, inside = max(found)
         return number, inside
+
+    def kind_of(self, path: str) -> str:
+        """Return what a path is on."""
+        return self.partitions[self.place(path)[0] - 1].kind
 
     def files(self) -> dict[str, bytes]:
         """Return the content of every file of the guest, by its path."""
@@ -190,13 +194,13 @@ def _disk(layout: Layout, folder: Path, work: Path) -> Path:
     places = []
     for number, part in enumerate(layout.partitions, start=1):
         table += f"start={at * MIB // 512}, size={part.size * MIB // 512}, type={part.type}\n"
-        image = _blank(work / f"{number}.img", part.size)
+        image = blank(work / f"{number}.img", part.size)
         tree = work / str(number)
         _write_tree(layout, number, tree)
         _MAKERS[part.kind](image, tree, part.ident)
         places.append((at, image))
         at += part.size
-    _blank(disk, at + 1)
+    blank(disk, at + 1)
     subprocess.run(["/sbin/sfdisk", "-q", disk], input=table.encode(), check=True)
     for start, image in places:
         tool("dd", f"if={image}", f"of={disk}", "bs=1M", f"seek={start}", "conv=notrunc,sparse")
@@ -204,7 +208,7 @@ def _disk(layout: Layout, folder: Path, work: Path) -> Path:
     return disk
 
 
-def _blank(path: Path, size: int) -> Path:
+def blank(path: Path, size: int) -> Path:
     path.touch()
     os.truncate(path, size * MIB)
     return path

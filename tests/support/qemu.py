@@ -16,9 +16,15 @@ from tests.support.serving import DEADLINE_S, until
 
 
 class Qemu:
-    """QEMU with one disk at an NBD Unix socket. `events` is a monitor for the server under test."""
+    """QEMU with one disk at an NBD Unix socket. `events` is a monitor for the server under test.
 
-    def __init__(self, folder: Path, nbd: Path, *, image_format: str = "raw") -> None:
+    `reconnect_s` is how long it waits for a server that went to come back.
+    """
+
+    def __init__(
+        self, folder: Path, nbd: Path, *, image_format: str = "raw", reconnect_s: int = 0
+    ) -> None:
+        wire = f"driver=nbd,node-name=wire,server.type=unix,server.path={nbd}"
         self.events = folder / "qmp-events"
         own = folder / "qmp-own"
         self.process = subprocess.Popen(
@@ -26,7 +32,7 @@ class Qemu:
                 *("qemu-system-x86_64", "-M", "none", "-S", "-nodefaults", "-display", "none"),
                 *("-qmp", f"unix:{self.events},server=on,wait=off"),
                 *("-qmp", f"unix:{own},server=on,wait=off"),
-                *("-blockdev", f"driver=nbd,node-name=wire,server.type=unix,server.path={nbd}"),
+                *("-blockdev", f"{wire},reconnect-delay={reconnect_s}"),
                 *("-blockdev", f"driver={image_format},node-name=disk,file=wire"),
             ],
             stdin=subprocess.DEVNULL,

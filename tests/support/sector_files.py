@@ -8,10 +8,12 @@ it holds its magic, there is no filesystem.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
@@ -75,6 +77,9 @@ class SectorFiles:
         found = self._files(device).get(entry.path)
         return None if found is None else bytes([int(found)])
 
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+        raise NotImplementedError("nobody goes through sectors as files")
+
     def examine(
         self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
@@ -99,7 +104,7 @@ class SectorFiles:
         conditions: dict[str, Condition] = {}
         for entry in manifest.entries:
             found = there.get(entry.path)
-            if found == entry.sha256:
+            if found == entry.digest:
                 conditions[entry.path] = Condition.WHOLE
             elif found is None:
                 conditions[entry.path] = Condition.MISSING

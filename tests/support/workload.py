@@ -3,7 +3,8 @@
 Every sector that a WRITE sends begins with the write's own number, so an image tells which write
 stands where. `Load` also keeps a log of its own of what was sent and answered, in an order that is
 never more optimistic than the truth: a request is noted before it is sent, a reply after it was
-read. That log judges an image without believing the recording.
+read. That log judges an image without believing the recording. An unaligned load begins and ends
+its requests at any byte, and has no such log.
 """
 
 from __future__ import annotations
@@ -44,16 +45,21 @@ def stamp(content: bytes, at: int) -> int:
     return int(number)
 
 
-def make_image(path: Path, dice: random.Random) -> None:
+def make_image(path: Path, dice: random.Random, size: int = SIZE) -> None:
     """Make an image with data in some blocks, and holes between them."""
     with path.open("wb") as file:
-        file.truncate(SIZE)
         for block in range(SIZE // BLOCK):
             if dice.random() < 0.6:
                 first = block * BLOCK // SECTOR
                 file.seek(block * BLOCK)
                 for at in range(first, first + BLOCK // SECTOR):
                     file.write(sector(_BASE + at, at))
+        file.truncate(size)
+
+
+def some_size(seed: int) -> int:
+    """Return a disk's size for a seed: every other one is cut short inside its last sector."""
+    return SIZE - (seed * 37 % (SECTOR - 1) + 1) * (seed % 2)
 
 
 def is_base(number: int) -> bool:
@@ -71,9 +77,14 @@ class Load:
         connections: int,
         *,
         reconnects: bool = False,
+        size: int = SIZE,
     ) -> None:
-        """Begin at once. With `reconnects`, a lost connection is not the end of the server."""
+        """Begin at once. With `reconnects`, a lost connection is not the end of the server.
+
+        A disk of another `size` than whole sectors gets an unaligned load.
+        """
         self._connect = connect
+        self.size = size
         self._reconnects = reconnects
         self.sent = 0
         """How many requests were sent, counted before they are."""
@@ -110,6 +121,11 @@ class Load:
                         return
         except BaseException as error:
             self._failures.append(error)
+
+    @property
+    def is_unaligned(self) -> bool:
+        """Whether requests begin and end at any byte."""
+        return self.size % SECTOR > 0
 
     def note_sent(self, event: Received, number: int) -> int:
         """Put a request that is about to be sent into the log; return its place."""
@@ -176,6 +192,8 @@ class _Connection:
         (command,) = dice.choices(_COMMANDS, _WEIGHTS)
         if command == FLUSH:
             return Op(FLUSH), 0
+        if self._load.is_unaligned:
+            return self._unaligned(command), 1
         count = dice.choice((1, 1, 2, 3, 8, 8, 16, 40))
         room = 24 if count <= 16 and dice.random() < 0.5 else SECTORS
         first = dice.randrange(room - count + 1)
@@ -185,6 +203,17 @@ class _Connection:
         number = dice.randrange(1, _BASE)
         data = b"".join(sector(number, at) for at in range(first, first + count))
         return Op(WRITE, first * SECTOR, data=data, flags=flags), number
+
+    def _unaligned(self, command: int) -> Op:
+        """Return a request for any bytes, near others more often than not."""
+        dice = self._dice
+        length = dice.choice((1, 7, 100, 511, 512, 513, 1500, 4096, 20000))
+        room = 8192 if length < 8192 and dice.random() < 0.6 else self._load.size
+        offset = dice.choice((dice.randrange(room - length + 1), room - length))
+        flags = FUA if command != READ and dice.random() < 0.25 else 0
+        if command != WRITE:
+            return Op(command, offset, length, flags=flags)
+        return Op(WRITE, offset, data=dice.randbytes(length), flags=flags)
 
     def _collect(self, count: int) -> None:
         for _ in range(count):

@@ -13,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.oracles.ext4 import directory, inode, mapping, superblock
+from nbdproxy.oracles.ext4 import directory, inode, superblock
 from nbdproxy.oracles.ext4.directory import Directory
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
+from nbdproxy.oracles.ext4.lookup import Folder, Parsed
+from nbdproxy.oracles.ext4.mapping import BlockTree, ReadBlock, Run
 from nbdproxy.oracles.mounts import ONLY, Mount
 
 ROOT = 2
@@ -37,10 +39,11 @@ class Filesystem:
         """
         self.device = device
         self.superblock = superblock.parse(device)
-        self.tables = superblock.inode_tables(device, self.superblock)
+        self.tables, self._fixed = superblock.groups(device, self.superblock)
         self._blocks: dict[int, bytes] = {}
         self._inodes: dict[int, Inode] = {}
-        self._directories: dict[int, Directory] = {}
+        self._folders: dict[int, Folder] = {}
+        self._parsed: Parsed = {}
         self._point = _names(mount.point)
         self._root = _names(mount.root)
         self._covered = {tuple(_names(point)) for point in mount.covered}
@@ -75,52 +78,69 @@ class Filesystem:
             found = self._inodes[number] = self._read_inode(number)
         return found
 
-    def runs(self, node: Inode) -> list[mapping.Run]:
+    def tree(self, node: Inode, read_block: ReadBlock) -> BlockTree:
+        """Return what tells where a file's blocks are, reading its own blocks as told."""
+        return BlockTree(self.superblock, self._fixed, node, read_block)
+
+    def runs(self, node: Inode) -> list[Run]:
         """Return where the written blocks of a file are; empty for content in the inode."""
         if node.flags & InodeFlag.INLINE_DATA:
             return []
-        return mapping.runs(self.superblock, node, self.block)
+        return self.tree(node, self.block).runs()
 
     def chunks(self, node: Inode) -> Iterator[bytes]:
         """Yield a file's content, all `node.size` bytes of it, in pieces of at most 1 MiB."""
+        at = 0
+        for start, data in self.pieces(node):
+            yield from _zeroes(start - at)
+            yield data
+            at = start + len(data)
+        yield from _zeroes(node.size - at)
+
+    def pieces(self, node: Inode) -> Iterator[tuple[int, bytes]]:
+        """Yield what of a file's content is stored, each with its offset; the rest is zeroes."""
         if node.flags & InodeFlag.ENCRYPT:
             raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
         if node.flags & InodeFlag.VERITY and node.is_regular:
             raise UnsupportedError(f"inode {node.number} has fs-verity, which is not verified here")
         if node.flags & InodeFlag.INLINE_DATA:
-            yield from self._inline(node)
+            yield 0, b"".join(inode.inline_parts(node))[: node.size]
             return
         size = self.superblock.block_size
-        at = 0
         for run in self.runs(node):
-            start = min(run.logical * size, node.size)
-            yield from _zeroes(start - at)
-            at = start
             end = min((run.logical + run.blocks) * size, node.size)
             shift = (run.physical - run.logical) * size
-            while at < end:
-                step = min(CHUNK, end - at)
-                yield self.device.pread(at + shift, step)
-                at += step
-        yield from _zeroes(node.size - at)
+            for at in range(run.logical * size, end, CHUNK):
+                yield at, self.device.pread(at + shift, min(CHUNK, end - at))
 
-    def directory(self, node: Inode) -> Directory:
-        """Return the names in a directory."""
-        found = self._directories.get(node.number)
-        if found is None:
-            found = self._directories[node.number] = self._read_directory(node)
-        return found
+    def listing(self, node: Inode) -> Directory:
+        """Return all names that stand in a directory, found by a kernel or not."""
+        return self._list(node)
 
     def child(self, node: Inode, name: bytes) -> int | None:
         """Return the number of the inode that a directory has under a name; None if none.
 
-        Raises CorruptError if the name could stand in a part that cannot be read.
+        Raises CorruptError where the kernel answers with an error, UnsupportedError where its
+        answer cannot be told.
         """
-        names = self.directory(node)
-        number = names.names.get(name)
-        if number is None and not names.is_complete:
-            raise CorruptError(f"inode {node.number}, a directory, is broken")
+        number = self.folder(node).find(name)
+        if number is None:
+            return None
+        sb = self.superblock
+        is_valid = sb.first_inode <= number <= sb.inodes and number not in sb.hidden_inodes
+        if number == node.number or not (is_valid or number == ROOT):
+            raise CorruptError(f"a name refers to inode {number}, which none may have")
         return number
+
+    def folder(self, node: Inode) -> Folder:
+        """Return what looks names up in a directory; it is kept for the next call."""
+        found = self._folders.get(node.number)
+        if found is None:
+            if len(self._folders) >= CACHED_INODES_MAX:
+                self._folders.clear()
+            found = Folder(self.superblock, node, self.block, self.tree, self._parsed)
+            self._folders[node.number] = found
+        return found
 
     def lookup(self, path: bytes, *, follow_last: bool = True) -> Inode | None:
         """Return what a guest's absolute path leads to, links followed; None if nothing.
@@ -151,6 +171,8 @@ class Filesystem:
                 return None
             node = self.inode(number)
             if not node.is_symlink or (not todo and not follow_last):
+                if node.is_directory and node in way:
+                    return None  # it contains itself: the kernel does not go there
                 way.append(node)
                 names.append(name)
                 continue
@@ -185,11 +207,8 @@ class Filesystem:
         seen = {top.number}
         while todo:
             path, node = todo.pop()
-            names = self.directory(node)
-            if not names.is_complete:
-                raise CorruptError(f"{_shown(path)}: the directory is broken")
             below = []
-            for name, number in sorted(names.names.items()):
+            for name, number in sorted(self._found(path, node).items()):
                 full = path + b"/" + name
                 if self._covered and tuple(_split(full)) in self._covered:
                     continue
@@ -205,14 +224,15 @@ class Filesystem:
         """Return where a symbolic link points to."""
         if node.flags & InodeFlag.ENCRYPT:
             raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
-        is_fast = node.size < len(node.block_map) and not node.flags & (
-            InodeFlag.EXTENTS | InodeFlag.INLINE_DATA
-        )
-        if is_fast:
-            return node.block_map[: node.size]
-        if node.size > self.superblock.block_size:
-            raise CorruptError(f"inode {node.number}, a symbolic link, is too long")
-        return b"".join(self.chunks(node))
+        if node.is_fast_symlink:
+            return node.block_map[: min(node.size, len(node.block_map) - 1)].split(b"\0")[0]
+        if node.flags & InodeFlag.INLINE_DATA:
+            return b"".join(self.chunks(node)).split(b"\0")[0]
+        first = self.tree(node, self.block).find(0)
+        if first is None:
+            raise CorruptError(f"inode {node.number}, a symbolic link, has no content")
+        content = self.block(first)
+        return content[: min(node.size, len(content) - 1)].split(b"\0")[0]
 
     def _top(self) -> Inode | None:
         """Return the directory that shows at the mount point; None if it is not there."""
@@ -247,7 +267,10 @@ class Filesystem:
         block, start = divmod(self.inode_offset(number), sb.block_size)
         if block >= sb.blocks:
             raise CorruptError(f"inode {number} is outside the disk")
-        return inode.parse(sb, number, self.block(block)[start : start + sb.inode_size])
+        node = inode.parse(sb, number, self.block(block)[start : start + sb.inode_size])
+        if node.has_block_map:
+            self.tree(node, self.block).check()
+        return node
 
     def _named(self, path: bytes, number: int) -> Inode:
         try:
@@ -255,36 +278,33 @@ class Filesystem:
         except CorruptError as error:
             raise CorruptError(f"{_shown(path)}: {error}") from error
 
-    def _inline(self, node: Inode) -> Iterator[bytes]:
-        content = b"".join(inode.inline_parts(node))[: node.size]
-        yield content
-        yield from _zeroes(node.size - len(content))
+    def _found(self, path: bytes, node: Inode) -> dict[bytes, int]:
+        """Return the names in a directory; raises where they are not the ones that are found."""
+        listed = self._list(node)
+        if not listed.is_complete:
+            raise CorruptError(f"{_shown(path)}: the directory is broken")
+        folder = self.folder(node)
+        if not listed.is_plain or any(
+            folder.find(name) != number for name, number in listed.names.items()
+        ):
+            raise UnsupportedError(f"{_shown(path)}: the directory has names that are not found")
+        return listed.names
 
-    def _read_directory(self, node: Inode) -> Directory:
+    def _list(self, node: Inode) -> Directory:
         if node.flags & InodeFlag.ENCRYPT:
             raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
         if node.flags & InodeFlag.INLINE_DATA:
             first, second = inode.inline_parts(node)
-            return directory.parse_inline([first[4:], second])  # 4 bytes name the parent
-        size = self.superblock.block_size
-        if node.size > len(self.tables) * self.superblock.blocks_per_group * size:
-            raise CorruptError(f"inode {node.number}, a directory, has an impossible size")
-        blocks = (
-            chunk[at : at + size]
-            for chunk in self._directory_chunks(node)
-            for at in range(0, len(chunk), size)
-        )
-        return directory.parse(self.superblock, node, blocks)
+            return directory.parse_inline(self.superblock, [first[4:], second])
+        return directory.parse(self.superblock, node, self._directory_blocks(node))
 
-    def _directory_chunks(self, node: Inode) -> Iterator[bytes]:
+    def _directory_blocks(self, node: Inode) -> Iterator[tuple[int, bytes]]:
         # A hole in a directory holds no names; the kernel skips it.
         size = self.superblock.block_size
-        end = -(-node.size // size)
+        end = node.size // size
         for run in self.runs(node):
-            count = min(run.blocks, end - run.logical)
-            for first in range(0, count, CHUNK // size):
-                step = min(CHUNK // size, count - first)
-                yield self.device.pread((run.physical + first) * size, step * size)
+            for index in range(run.logical, min(run.logical + run.blocks, end)):
+                yield index, self.block(run.physical + index - run.logical)
 
 
 def _zeroes(length: int) -> Iterator[bytes]:

@@ -28,7 +28,7 @@ def metadata_extents(device: ReadableDevice) -> list[Extent]:
     found = filesystem.superblock
     size = found.block_size
     tables = -(-found.inodes_per_group * found.inode_size // size)
-    blocks = [(found.first_data_block, 1), *((block, 1) for block in sb.descriptor_blocks(found))]
+    blocks = [(found.own_block, 1), *((block, 1) for block in sb.descriptor_blocks(found))]
     for raw in sb.descriptors(device, found):
         blocks.append((sb.block_number(found, raw, sb.BLOCK_BITMAP), 1))
         blocks.append((sb.block_number(found, raw, sb.INODE_BITMAP), 1))

@@ -1,7 +1,9 @@
 """From a file's blocks to the disk's: extent trees and the older indirect blocks.
 
-Source: "ext4 Disk Layout", section The Contents of inode.i_block. What is not mapped, and what is
-mapped but unwritten, reads as zeroes: both are simply absent from the result.
+Source: "ext4 Disk Layout", section The Contents of inode.i_block, and the behaviour of Linux 6.1. A
+block of the tree that leads only to what is behind the file's end is not read, as no reader of the
+file comes there. What is not mapped, and what is mapped but unwritten, reads as zeroes: both are
+simply absent from the result.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from nbdproxy.oracles.ext4.checksum import crc32c
-from nbdproxy.oracles.ext4.faults import CorruptError
+from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
+from nbdproxy.oracles.watched import Reads
 
 EXTENT_MAGIC = 0xF30A
 EXTENT_ENTRY = 12
 WRITTEN_MAX = 32768  # a longer length means: less this, and not yet written
-UNWRITTEN = -1
 DEPTH_MAX = 5
 DIRECT = 12
 
@@ -33,110 +35,213 @@ class Run(NamedTuple):
     blocks: int
 
 
-def runs(sb: Superblock, inode: Inode, read_block: ReadBlock) -> list[Run]:
-    """Return the written blocks of a file in ascending order, neighbours joined.
+class Extent(NamedTuple):
+    """An entry of an extent tree's leaf."""
 
-    Raises CorruptError where the kernel would: a checksum, a magic number, an impossible block.
+    logical: int
+    physical: int
+    blocks: int
+    is_written: bool
+
+
+class Child(NamedTuple):
+    """An entry of an extent tree's inner node: where blocks from `logical` on are found."""
+
+    logical: int
+    physical: int
+
+
+class BlockTree:
+    """One file's tree of blocks.
+
+    Raises CorruptError where the kernel would fail: a checksum, a magic number, a block that is
+    outside of the disk or in `fixed`, which are those that no file may have.
     """
-    walker = _Walker(sb, inode, read_block)
-    result: list[Run] = []
-    end = 0
-    for run in walker.extents() if inode.flags & InodeFlag.EXTENTS else walker.indirect():
-        if run.logical < end:
-            raise walker.corrupt("its extents overlap")
-        end = run.logical + run.blocks
-        if run.physical == UNWRITTEN:
-            continue
-        if run.physical <= sb.first_data_block or run.physical + run.blocks > sb.blocks:
-            raise walker.corrupt("a block is outside the disk")
-        if result:
-            last = result[-1]
-            if (run.logical, run.physical) == (last.logical + last.blocks, sum(last[1:])):
-                result[-1] = last._replace(blocks=last.blocks + run.blocks)
-                continue
-        result.append(run)
-    return result
 
-
-class _Walker:
-    """Walks one file's tree of blocks; yields runs that may be unwritten or wrong."""
-
-    def __init__(self, sb: Superblock, inode: Inode, read_block: ReadBlock) -> None:
+    def __init__(self, sb: Superblock, fixed: Reads, inode: Inode, read_block: ReadBlock) -> None:
         self._sb = sb
+        self._fixed = fixed
         self._inode = inode
         self._read_block = read_block
         self._fan = sb.block_size // 4
         self._blocks = -(-inode.size // sb.block_size)
 
-    def corrupt(self, what: str) -> CorruptError:
-        """Return the error for this file."""
+    def check(self) -> None:
+        """Look at what stands in the inode itself, as the kernel does before anything is read."""
+        if self._inode.flags & InodeFlag.EXTENTS:
+            (depth,) = struct.unpack_from("<H", self._inode.block_map, 6)
+            self._entries(self._inode.block_map, depth, None)
+        else:
+            self._check_pointers(struct.unpack_from("<12I", self._inode.block_map))
+
+    def runs(self) -> list[Run]:
+        """Return the written blocks of a file in ascending order, neighbours joined."""
+        result: list[Run] = []
+        end = 0
+        for run in self._extents() if self._inode.flags & InodeFlag.EXTENTS else self._indirect():
+            if run.logical < end:
+                raise self._corrupt("its extents overlap")
+            end = run.logical + run.blocks
+            if not run.is_written:
+                continue
+            if result:
+                last = result[-1]
+                if run[:2] == (last.logical + last.blocks, last.physical + last.blocks):
+                    result[-1] = last._replace(blocks=last.blocks + run.blocks)
+                    continue
+            result.append(Run(*run[:3]))
+        return result
+
+    def find(self, logical: int) -> int | None:
+        """Return where one block of the file is, reading only what leads there; None for a hole.
+
+        Raises UnsupportedError for a block that is unwritten.
+        """
+        if not self._inode.flags & InodeFlag.EXTENTS:
+            return self._find_pointer(logical)
+        node, parent = self._inode.block_map, None
+        depth = self._depth()
+        while True:
+            last: Extent | Child | None = None
+            for entry in self._entries(node, depth, parent):
+                if entry.logical > logical and (last is not None or not depth):
+                    break
+                last = entry
+            if isinstance(last, Child):
+                depth, parent = depth - 1, last.logical
+                node = self._child(last.physical)
+                continue
+            if last is None or logical >= last.logical + last.blocks:
+                return None
+            if not last.is_written:
+                raise UnsupportedError(f"inode {self._inode.number} has unwritten blocks")
+            return last.physical + logical - last.logical
+
+    def _corrupt(self, what: str) -> CorruptError:
         return CorruptError(f"inode {self._inode.number} is broken: {what}")
 
-    def extents(self) -> Iterator[Run]:
-        """Yield the leaves of the extent tree."""
+    def _extents(self) -> Iterator[Extent]:
+        yield from self._leaves(self._inode.block_map, self._depth(), None)
+
+    def _depth(self) -> int:
         (depth,) = struct.unpack_from("<H", self._inode.block_map, 6)
         if depth > DEPTH_MAX:
-            raise self.corrupt("its extent tree is too deep")
-        yield from self._node(self._inode.block_map, depth)
+            raise self._corrupt("its extent tree is too deep")
+        return int(depth)
 
-    def indirect(self) -> Iterator[Run]:
+    def _leaves(self, node: bytes, depth: int, parent: int | None) -> Iterator[Extent]:
+        for index, entry in enumerate(self._entries(node, depth, parent)):
+            if isinstance(entry, Extent):
+                yield entry
+            elif self._blocks and (not index or entry.logical < self._blocks):
+                yield from self._leaves(self._child(entry.physical), depth - 1, entry.logical)
+
+    def _entries(self, node: bytes, depth: int, parent: int | None) -> list[Extent | Child]:
+        """Return what a node holds, all of it checked; `parent` is where it is said to begin."""
+        magic, count, room, found_depth = struct.unpack_from("<HHHH", node)
+        if (
+            magic != EXTENT_MAGIC
+            or found_depth != depth
+            or not count <= room <= len(node) // EXTENT_ENTRY - 1
+            or not room
+            or (depth and not count)
+        ):
+            raise self._corrupt("its extent tree has a bad node")
+        found: list[Extent | Child] = []
+        end = 0
+        for at in range(EXTENT_ENTRY, EXTENT_ENTRY * (count + 1), EXTENT_ENTRY):
+            entry: Extent | Child
+            if depth:
+                logical, low, high = struct.unpack_from("<IIH", node, at)
+                entry, blocks = Child(logical, high << 32 | low), 1
+            else:
+                logical, blocks, high, low = struct.unpack_from("<IHHI", node, at)
+                is_written = blocks <= WRITTEN_MAX
+                blocks -= 0 if is_written else WRITTEN_MAX
+                entry = Extent(logical, high << 32 | low, blocks, is_written)
+            if not blocks or logical + blocks > 1 << 32:
+                raise self._corrupt("it has an impossible extent")
+            if logical < end:
+                raise self._corrupt("its extents overlap")
+            self._require_valid(entry.physical, blocks)
+            end = logical + blocks
+            found.append(entry)
+        if found and parent is not None and found[0].logical != parent:
+            raise self._corrupt("its extent tree has a node in the wrong place")
+        return found
+
+    def _child(self, number: int) -> bytes:
+        block = self._read_block(number)
+        if self._sb.has_checksums:
+            tail = EXTENT_ENTRY * (struct.unpack_from("<H", block, 4)[0] + 1)
+            if tail + 4 > len(block):
+                raise self._corrupt("its extent tree has a bad node")
+            if struct.unpack_from("<I", block, tail)[0] != crc32c(self._inode.seed, block[:tail]):
+                raise self._corrupt("an extent block's checksum is wrong")
+        return block
+
+    def _indirect(self) -> Iterator[Extent]:
         """Yield the blocks of a file that has twelve direct and three indirect pointers."""
         pointers = struct.unpack("<15I", self._inode.block_map)
         for logical, physical in enumerate(pointers[:DIRECT]):
             if physical and logical < self._blocks:
-                yield Run(logical, physical, 1)
+                self._require_valid(physical, 1)
+                yield Extent(logical, physical, 1, is_written=True)
         logical = DIRECT
         for level, physical in enumerate(pointers[DIRECT:], start=1):
             if physical and logical < self._blocks:
                 yield from self._pointers(physical, level, logical)
             logical += self._fan**level
 
-    def _node(self, node: bytes, depth: int) -> Iterator[Run]:
-        magic, entries, room, found_depth = struct.unpack_from("<HHHH", node)
-        if (
-            magic != EXTENT_MAGIC
-            or found_depth != depth
-            or not entries <= room <= len(node) // EXTENT_ENTRY - 1
-            or (depth and not entries)
-        ):
-            raise self.corrupt("its extent tree has a bad node")
-        for at in range(EXTENT_ENTRY, EXTENT_ENTRY * (entries + 1), EXTENT_ENTRY):
-            if depth:
-                low, high = struct.unpack_from("<IH", node, at + 4)
-                yield from self._node(self._child(high << 32 | low), depth - 1)
-                continue
-            logical, length, high, low = struct.unpack_from("<IHHI", node, at)
-            if length == 0:
-                raise self.corrupt("it has an empty extent")
-            if length > WRITTEN_MAX:
-                yield Run(logical, UNWRITTEN, length - WRITTEN_MAX)
-            else:
-                yield Run(logical, high << 32 | low, length)
-
-    def _child(self, number: int) -> bytes:
-        block = self._metadata(number)
-        if self._sb.has_checksums:
-            tail = EXTENT_ENTRY * (struct.unpack_from("<H", block, 4)[0] + 1)
-            if tail + 4 > len(block):
-                raise self.corrupt("its extent tree has a bad node")
-            if struct.unpack_from("<I", block, tail)[0] != crc32c(self._inode.seed, block[:tail]):
-                raise self.corrupt("an extent block's checksum is wrong")
-        return block
-
-    def _pointers(self, number: int, level: int, logical: int) -> Iterator[Run]:
+    def _pointers(self, number: int, level: int, logical: int) -> Iterator[Extent]:
         step = self._fan ** (level - 1)
-        for index, physical in enumerate(struct.unpack(f"<{self._fan}I", self._metadata(number))):
+        for index, physical in enumerate(self._pointer_block(number)):
             here = logical + index * step
             if here >= self._blocks:
                 return
             if not physical:
                 continue
             if level == 1:
-                yield Run(here, physical, 1)
+                yield Extent(here, physical, 1, is_written=True)
             else:
                 yield from self._pointers(physical, level - 1, here)
 
-    def _metadata(self, number: int) -> bytes:
-        if not self._sb.first_data_block < number < self._sb.blocks:
-            raise self.corrupt("a block is outside the disk")
-        return self._read_block(number)
+    def _find_pointer(self, logical: int) -> int | None:
+        pointers = struct.unpack("<15I", self._inode.block_map)
+        if logical < DIRECT:
+            number, level = pointers[logical], 0
+        else:
+            logical -= DIRECT
+            level = 1
+            while level < 3 and logical >= self._fan**level:
+                logical -= self._fan**level
+                level += 1
+            number = pointers[DIRECT + level - 1]
+        while number and level:
+            level -= 1
+            index, logical = divmod(logical, self._fan**level)
+            if index >= self._fan:
+                raise self._corrupt("it is too long")
+            number = self._pointer_block(number)[index]
+        if number:
+            self._require_valid(number, 1)
+        return number or None
+
+    def _pointer_block(self, number: int) -> tuple[int, ...]:
+        if not 0 < number < self._sb.blocks:
+            raise self._corrupt("a block is outside the disk")
+        found = struct.unpack(f"<{self._fan}I", self._read_block(number))
+        self._check_pointers(found)
+        return found
+
+    def _check_pointers(self, pointers: tuple[int, ...]) -> None:
+        for pointer in set(pointers):
+            if pointer:
+                self._require_valid(pointer, 1)
+
+    def _require_valid(self, block: int, blocks: int) -> None:
+        end = block + blocks
+        if block <= self._sb.first_data_block or end > self._sb.blocks:
+            raise self._corrupt("a block is outside the disk")
+        if self._fixed.meets(block, end):
+            raise self._corrupt("a block of it belongs to the filesystem")

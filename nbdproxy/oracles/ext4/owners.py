@@ -20,7 +20,7 @@ import numpy.typing as npt
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import ExtentMap
-from nbdproxy.oracles.ext4 import mapping, superblock
+from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.mounted import open_filesystem
@@ -28,7 +28,6 @@ from nbdproxy.oracles.ext4.superblock import Incompat, RoCompat
 
 BITMAP_IS_ABSENT = 0x2  # a flag of a group's descriptor: its block bitmap was never written
 FLAGS = 0x12
-RESERVED = 0xCE  # in the superblock: blocks kept behind the descriptors for a larger filesystem
 
 
 class OwnerKind(StrEnum):
@@ -182,8 +181,6 @@ def _fixed(filesystem: Filesystem) -> Iterator[tuple[int, int, OwnerKind, int]]:
     sb = filesystem.superblock
     tables = -(-sb.inodes_per_group * sb.inode_size // sb.block_size)
     descriptors = superblock.descriptor_blocks(sb)
-    raw = filesystem.device.pread(superblock.OFFSET, superblock.LENGTH)
-    (reserved,) = struct.unpack_from("<H", raw, RESERVED)
     for block in descriptors:
         yield block, 1, OwnerKind.DESCRIPTORS, 0
     for group, raw in enumerate(superblock.descriptors(filesystem.device, sb)):
@@ -195,11 +192,12 @@ def _fixed(filesystem: Filesystem) -> Iterator[tuple[int, int, OwnerKind, int]]:
         first = group * sb.inodes_per_group + 1
         yield filesystem.tables[group], tables, OwnerKind.INODE_TABLE, first
         if superblock.has_backup(sb, group):
-            block = sb.first_data_block + group * sb.blocks_per_group
+            block = sb.first_data_block + group * sb.blocks_per_group if group else sb.own_block
             yield block, 1, OwnerKind.SUPERBLOCK, 0
             if not sb.incompat & Incompat.META_BG:
                 yield block + 1, len(descriptors), OwnerKind.DESCRIPTORS, 0
-                yield block + 1 + len(descriptors), reserved, OwnerKind.UNKNOWN, 0
+                behind = block + 1 + len(descriptors)
+                yield behind, sb.reserved_descriptors, OwnerKind.UNKNOWN, 0
 
 
 def _bitmaps(filesystem: Filesystem) -> dict[int, bytes]:
@@ -227,7 +225,7 @@ def _tree(filesystem: Filesystem, paths: dict[int, list[str]]) -> Iterator[Inode
         try:
             node = filesystem.inode(number)
             yield node
-            names = filesystem.directory(node).names if node.is_directory else {}
+            names = filesystem.listing(node).names if node.is_directory else {}
         except FilesystemError:
             continue
         for name, below in names.items():
@@ -254,7 +252,7 @@ def _claim_blocks(
     if not (node.is_regular or node.is_directory or node.is_symlink):
         return
     try:
-        found = mapping.runs(filesystem.superblock, node, read_block)
+        found = filesystem.tree(node, read_block).runs()
     except FilesystemError:
         return
     for run in found:

@@ -14,12 +14,17 @@ from enum import IntEnum
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.oracles.ext4.checksum import ONES, crc32c
 from nbdproxy.oracles.ext4.faults import NoFilesystemError, RefusedError, refusal
+from nbdproxy.oracles.watched import Reads
 
 OFFSET = 1024
 LENGTH = 1024
 MAGIC = b"\x53\xef"
 HAS_JOURNAL = 0x4
+DIR_INDEX = 0x20
 SPARSE_SUPER2 = 0x200
+UNSIGNED_HASH = 0x2  # a flag: bytes of names count as unsigned in their hash
+STRICT_ENCODING = 0x1
+UTF8_12_1 = 1  # the one encoding there is
 
 
 class Incompat(IntEnum):
@@ -80,12 +85,29 @@ class Superblock:
     inode_size: int
     descriptor_size: int
     first_meta_bg: int
+    reserved_descriptors: int
     backup_groups: tuple[int, int]
     compat: int
     incompat: int
     ro_compat: int
     journal_inode: int
     seed: int
+    cluster_size: int
+    first_inode: int
+    hidden_inodes: frozenset[int]
+    hash_seed: bytes
+    has_unsigned_hash: bool
+    has_strict_names: bool
+
+    @property
+    def has_index(self) -> bool:
+        """Whether directories may have an index."""
+        return bool(self.compat & DIR_INDEX)
+
+    @property
+    def own_block(self) -> int:
+        """The block that the superblock stands in."""
+        return OFFSET // self.block_size
 
     @property
     def has_checksums(self) -> bool:
@@ -129,6 +151,11 @@ def parse(device: ReadableDevice) -> Superblock:
     if revision == 0:
         inode_size, compat, incompat, ro_compat = 128, 0, 0, 0
     _check_features(incompat, ro_compat)
+    encoding, encoding_flags = struct.unpack_from("<HH", raw, 0x27C)
+    _require(
+        not incompat & Incompat.CASEFOLD or encoding == UTF8_12_1,
+        "the encoding of its names is unknown",
+    )
     if ro_compat & RoCompat.METADATA_CSUM:
         (found,) = struct.unpack_from("<I", raw, 0x3FC)
         _require(found == crc32c(ONES, raw[:0x3FC]), "its checksum is wrong")
@@ -155,12 +182,19 @@ def parse(device: ReadableDevice) -> Superblock:
         inode_size=inode_size,
         descriptor_size=descriptor_size,
         first_meta_bg=struct.unpack_from("<I", raw, 0x104)[0],
+        reserved_descriptors=struct.unpack_from("<H", raw, 0xCE)[0],
         backup_groups=struct.unpack_from("<II", raw, 0x24C),
         compat=compat,
         incompat=incompat,
         ro_compat=ro_compat,
         journal_inode=struct.unpack_from("<I", raw, 0xE0)[0],
         seed=_seed(raw, incompat),
+        cluster_size=_cluster_size(raw, ro_compat, block_size),
+        first_inode=struct.unpack_from("<I", raw, 0x54)[0] if revision else 11,
+        hidden_inodes=_hidden_inodes(raw),
+        hash_seed=raw[0xEC:0xFC],
+        has_unsigned_hash=bool(raw[0x160] & UNSIGNED_HASH),
+        has_strict_names=bool(encoding_flags & STRICT_ENCODING),
     )
     _require(
         inodes_per_group > 0 and inodes == inodes_per_group * result.groups,
@@ -169,15 +203,29 @@ def parse(device: ReadableDevice) -> Superblock:
     return result
 
 
-def inode_tables(device: ReadableDevice, sb: Superblock) -> list[int]:
-    """Return the first block of each group's inode table; verifies the descriptors' checksums."""
-    tables = []
+def groups(device: ReadableDevice, sb: Superblock) -> tuple[list[int], Reads]:
+    """Return the first block of each group's inode table, and which blocks no file may have.
+
+    Those are what mke2fs put there, except for the journal. Verifies the descriptors' checksums.
+    """
+    tables, fixed = [], []
+    length = -(-sb.inodes_per_group * sb.inode_size // sb.block_size)
+    count = len(descriptor_blocks(sb))
     for group, raw in enumerate(descriptors(device, sb)):
         table = block_number(sb, raw, INODE_TABLE)
         if not sb.first_data_block <= table < sb.blocks:
             raise refusal(f"the inode table of group {group} is outside of it")
         tables.append(table)
-    return tables
+        fixed.append((table, table + length))
+        for field in (BLOCK_BITMAP, INODE_BITMAP):
+            block = block_number(sb, raw, field)
+            fixed.append((block, block + 1))
+        if has_backup(sb, group) and not sb.incompat & Incompat.META_BG:
+            start = sb.first_data_block + group * sb.blocks_per_group
+            fixed.append((start, start + 1 + count + sb.reserved_descriptors))
+    if sb.incompat & Incompat.META_BG:
+        fixed += [(block, block + 1) for block in descriptor_blocks(sb)]
+    return tables, Reads(fixed)
 
 
 def block_number(sb: Superblock, descriptor: bytes, field: int) -> int:
@@ -242,6 +290,19 @@ def _seed(raw: bytes, incompat: int) -> int:
     return crc32c(ONES, raw[0x68:0x78])
 
 
+def _cluster_size(raw: bytes, ro_compat: int, block_size: int) -> int:
+    if not ro_compat & RoCompat.BIGALLOC:
+        return block_size
+    (log_size,) = struct.unpack_from("<I", raw, 0x1C)
+    _require(log_size <= 20 and 1024 << log_size >= block_size, "its cluster size is impossible")
+    return 1024 << int(log_size)
+
+
+def _hidden_inodes(raw: bytes) -> frozenset[int]:
+    """Return the inodes that no name may lead to: quota files and the orphan file."""
+    return frozenset(struct.unpack_from("<I", raw, at)[0] for at in (0x240, 0x244, 0x26C, 0x280))
+
+
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise refusal(what)
@@ -256,9 +317,11 @@ def _descriptor_is_sound(sb: Superblock, group: int, raw: bytes) -> bool:
 
 def _descriptor_block(sb: Superblock, index: int, per_block: int) -> int:
     if not sb.incompat & Incompat.META_BG or index < sb.first_meta_bg:
-        return sb.first_data_block + 1 + index
+        return sb.own_block + 1 + index
     group = index * per_block
-    return sb.first_data_block + group * sb.blocks_per_group + has_backup(sb, group)
+    # With blocks of 1 KiB that are counted from 0, the superblock is the second of group 0.
+    behind = has_backup(sb, group) + (not index and sb.own_block > sb.first_data_block)
+    return sb.first_data_block + group * sb.blocks_per_group + behind
 
 
 def _is_power(number: int, base: int) -> bool:

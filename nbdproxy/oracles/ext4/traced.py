@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from nbdproxy.oracles.ext4.directory import Directory
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
@@ -66,10 +65,18 @@ class Index:
             self.at.setdefault(block, set()).add(key)
         self._blocks[key] = blocks
 
+    def add(self, key: Key, blocks: Iterable[int]) -> None:
+        """Say that an answer was made from these blocks as well."""
+        known = self._blocks.setdefault(key, set())
+        for block in blocks:
+            if block not in known:
+                known.add(block)
+                self.at.setdefault(block, set()).add(key)
+
     def drop(self, key: Key) -> None:
         """Forget an answer."""
         self.put(key, set())
-        del self._blocks[key]
+        self._blocks.pop(key, None)
 
 
 @dataclass(slots=True)
@@ -78,6 +85,35 @@ class Way:
 
     inodes: set[int] = field(default_factory=set)
     names: set[tuple[int, bytes]] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Answers:
+    """What names of one directory were found to be, and the blocks that each was read from.
+
+    `shared` is how many blocks all of them depend on, as far as is noted.
+    """
+
+    found: dict[bytes, int | Failure | None] = field(default_factory=dict)
+    blocks: dict[bytes, set[int]] = field(default_factory=dict)
+    names: defaultdict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
+    shared: int = 0
+
+    def put(self, name: bytes, found: int | Failure | None, blocks: set[int]) -> None:
+        """Keep an answer."""
+        self.drop(name)
+        self.found[name], self.blocks[name] = found, blocks
+        for block in blocks:
+            self.names[block].add(name)
+
+    def drop(self, name: bytes) -> None:
+        """Forget an answer."""
+        self.found.pop(name, None)
+        for block in self.blocks.pop(name, ()):
+            names = self.names[block]
+            names.discard(name)
+            if not names:
+                del self.names[block]
 
 
 class TracedFilesystem(Filesystem):
@@ -90,7 +126,7 @@ class TracedFilesystem(Filesystem):
         self._way = Way()
         self._ways: dict[int, Way] = {}
         self._nodes: dict[int, Inode | Failure] = {}
-        self._names: dict[int, Directory | Failure] = {}
+        self._answers: dict[int, Answers] = {}
         self._through: defaultdict[int, set[int]] = defaultdict(set)
         self._asked: defaultdict[int, defaultdict[bytes, set[int]]] = defaultdict(
             lambda: defaultdict(set)
@@ -115,13 +151,10 @@ class TracedFilesystem(Filesystem):
     def child(self, node: Inode, name: bytes) -> int | None:
         """Return the number under a name; raises as `Filesystem.child` does."""
         self._way.names.add((node.number, name))
-        return super().child(node, name)
-
-    def directory(self, node: Inode) -> Directory:
-        """Return the names in a directory."""
-        found = self._names.get(node.number)
-        if found is None:
-            found = self._read_names(node)
+        answers = self._answers.setdefault(node.number, Answers())
+        if name not in answers.found:
+            self._ask(node, name, answers)
+        found = answers.found[name]
         if isinstance(found, Failure):
             raise found.error()
         return found
@@ -144,9 +177,12 @@ class TracedFilesystem(Filesystem):
         """Take note of changed blocks; return the files to follow and those to judge again."""
         self._blocks.clear()
         kinds: dict[Kind, set[int]] = {kind: set() for kind in Kind}
+        touched: defaultdict[int, set[int]] = defaultdict(set)
         for block in changed:
             for kind, number in self.index.at.get(block, ()):
                 kinds[kind].add(number)
+                if kind is Kind.DIRECTORY:
+                    touched[number].add(block)
         stale = kinds[Kind.PATH]
         for number in kinds[Kind.INODE]:
             before = self._nodes[number]
@@ -154,13 +190,14 @@ class TracedFilesystem(Filesystem):
             if now == before:
                 continue
             if _is_directory(before) and _is_directory(now):
-                if number in self._names:
+                if number in self._answers:
                     kinds[Kind.DIRECTORY].add(number)
+                    self._folders.pop(number, None)
                 continue
             stale |= self._through[number]
             self._forget_names(number)
         for number in kinds[Kind.DIRECTORY]:
-            stale |= self._renew_names(number)
+            stale |= self._renew_names(number, touched[number])
         return stale, kinds[Kind.CONTENT]
 
     def blocks_of(self, ranges: Iterable[Range]) -> set[int]:
@@ -183,33 +220,52 @@ class TracedFilesystem(Filesystem):
         self._nodes[number] = found
         return found
 
-    def _read_names(self, node: Inode) -> Directory | Failure:
+    def _ask(self, node: Inode, name: bytes, answers: Answers) -> None:
+        """Look a name up, and note what the answer was read from."""
         outer = self._watched.take()
-        found: Directory | Failure
+        found: int | Failure | None
         try:
-            found = self._read_directory(node)
+            found = super().child(node, name)
         except (CorruptError, UnsupportedError) as error:
             found = Failure(type(error), str(error))
-        self.index.put((Kind.DIRECTORY, node.number), self.blocks_of(self._watched.take()))
+        blocks = self.blocks_of(self._watched.take())
         self._watched.ranges = outer
-        self._names[node.number] = found
-        return found
+        answers.put(name, found, blocks)
+        key = (Kind.DIRECTORY, node.number)
+        self.index.add(key, blocks)
+        folder = self._folders.get(node.number)
+        if folder is not None and len(folder.shared) != answers.shared:
+            self.index.add(key, folder.shared)
+            answers.shared = len(folder.shared)
 
-    def _renew_names(self, number: int) -> set[int]:
-        """Read a directory again; return the files whose names in it lead elsewhere now."""
-        before, node = self._names.get(number), self._nodes[number]
-        if before is None:
+    def _renew_names(self, number: int, touched: set[int]) -> set[int]:
+        """Look up again what was read from these blocks; return the files that it leads elsewhere.
+
+        Everything is looked up again if all of the directory depends on one of them.
+        """
+        answers, node = self._answers.get(number), self._nodes[number]
+        if answers is None:
             return set()  # it is no directory any more
         assert isinstance(node, Inode)
-        now = self._read_names(node)
+        folder = self._folders.get(number)
+        if folder is None or not folder.shared.isdisjoint(touched):
+            self._folders.pop(number, None)
+            names = set(answers.found)
+            answers.shared = 0
+            self.index.put((Kind.DIRECTORY, number), set())
+        else:
+            names = {name for block in touched for name in answers.names.get(block, ())}
         stale: set[int] = set()
-        for name, files in self._asked[number].items():
-            if _answer(before, name) != _answer(now, name):
-                stale |= files
+        for name in names:
+            before = answers.found[name]
+            self._ask(node, name, answers)
+            if answers.found[name] != before:
+                stale |= self._asked[number][name]
         return stale
 
     def _forget_names(self, number: int) -> None:
-        if self._names.pop(number, None) is not None:
+        self._folders.pop(number, None)
+        if self._answers.pop(number, None) is not None:
             self.index.drop((Kind.DIRECTORY, number))
 
     def _replace_way(self, file: int, way: Way) -> None:
@@ -224,6 +280,8 @@ class TracedFilesystem(Filesystem):
             files.discard(file)
             if not files:
                 del self._asked[number][name]
+                if number in self._answers:
+                    self._answers[number].drop(name)
                 if not self._asked[number]:
                     del self._asked[number]
                     self._forget_names(number)
@@ -237,11 +295,3 @@ class TracedFilesystem(Filesystem):
 
 def _is_directory(found: Inode | Failure) -> bool:
     return isinstance(found, Inode) and found.is_directory
-
-
-def _answer(names: Directory | Failure, name: bytes) -> object:
-    """Return what looking for a name comes to: a number, or none, or an error."""
-    if isinstance(names, Failure):
-        return names
-    number = names.names.get(name)
-    return number, number is not None or names.is_complete

@@ -39,6 +39,10 @@ END_MARK = "dm-log-writes-end"
 ZERO_PIECE = 8 * 1024 * 1024
 """The longest entry of zeroes in bytes: a replayer takes an entry into memory as a whole."""
 
+DISCARD_PIECE = 128 * 1024 * 1024
+"""The longest discard in bytes: `replay-log` leaves longer ones out, and says nothing, where its
+disk cannot discard and it has to write zeroes."""
+
 _SUPER = struct.Struct("<8sQQI")
 _ENTRY = struct.Struct("<QQQQ")
 _SECTOR_MAX = 1 << 23
@@ -195,8 +199,9 @@ class DmLogWriter:
         self._entry(LogFlag.FLUSH, 0, 0)
 
     def discard(self, offset: int, length: int, *, fua: bool) -> None:
-        """Append a discard."""
-        self._entry(LogFlag.DISCARD | (LogFlag.FUA if fua else 0), offset, length)
+        """Append discards, in pieces."""
+        for at, count in pieces(offset, length, DISCARD_PIECE):
+            self._entry(LogFlag.DISCARD | (LogFlag.FUA if fua else 0), at, count)
 
     def write(self, offset: int, length: int, data: Iterator[memoryview], *, fua: bool) -> None:
         """Append a write; the parts of `data` have `length` bytes together."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.format import data_path, events_path
+from nbdproxy.recording.reader import no_recording
 
 DM_MAGIC = struct.pack("<Q", 0x6A736677736872)
 TRLOG_MAGICS = (struct.pack(">I", 0x25609514), struct.pack(">I", 0x25609513))
@@ -45,7 +46,7 @@ def look(path: Path) -> LogFormat:
     if path.is_dir():
         if events_path(path).exists() and data_path(path).exists():
             return LogFormat.NBDPROXY
-        raise RecordingError(f"{path} is not a recording: it lacks `events` or `data`; check it")
+        raise no_recording(path)
     try:
         with path.open("rb") as file:
             start = file.read(len(DM_MAGIC))

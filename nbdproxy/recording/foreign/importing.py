@@ -35,7 +35,7 @@ from nbdproxy.recording.foreign.formats import (
     said,
 )
 from nbdproxy.recording.foreign.nbd_trlog import FLAGS, Answered, Asked, TransactionLog, take
-from nbdproxy.recording.meta import Ending, Fingerprint, Meta
+from nbdproxy.recording.meta import IMPORTED, Ending, Fingerprint, Meta
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import command_name
 from nbdproxy.recording.writer import RecordingWriter
@@ -77,8 +77,8 @@ def disk_size(touches: Touches, base: Base | None, size: int | None) -> int:
         size = base.size
     if size is None:
         return max(-(-touches.end // _ROUND), 1) * _ROUND
-    if size <= 0 or size % 512:
-        raise UsageError(f"--size {size} is no size of a disk; give a multiple of 512 bytes")
+    if size <= 0:
+        raise UsageError(f"--size {size} is no size of a disk; give its bytes, such as 10G")
     if touches.end > size:
         raise UsageError(
             f"the log writes up to byte {touches.end}, and the disk would have {size}; "
@@ -95,7 +95,7 @@ def meta_of(size: int, base: Base | None) -> Meta:
         overlay=True,
         data=() if base is None else base.data,
         base=Fingerprint(size, 0) if base is None else base.fingerprint,
-        policies=("imported",),
+        policies=IMPORTED,
         started=datetime.now().astimezone().isoformat(timespec="milliseconds"),
         program=f"nbdproxy {__version__}",
     )

@@ -1,4 +1,4 @@
-"""The guest's disk in a qcow2 file: qemu-storage-daemon reads and writes the format for us."""
+"""The guest's disk in an image file: qemu-storage-daemon reads and writes the format for us."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pathlib import Path
 
 import trio
 
+from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.errors import ImageError
 from nbdproxy.nbd.uri import NbdUri
-
-QCOW2_MAGIC = b"QFI\xfb"
 
 _DAEMON = "qemu-storage-daemon"
 _START_S = 10
@@ -25,28 +24,17 @@ _END_S = 10
 _RETRY_S = 0.01
 
 
-def is_qcow2(image: Path) -> bool:
-    """Tell it before the size is looked at: a new qcow2 file is no multiple of 512 bytes."""
-    try:
-        if not (image.is_file() or image.is_block_device()):
-            return False
-        with image.open("rb") as file:
-            return file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC
-    except OSError:
-        return False  # opening it for good will say why
-
-
 @asynccontextmanager
-async def guests_view(image: Path, *, read_only: bool) -> AsyncIterator[NbdUri]:
-    """Serve what a guest would see of a qcow2 file, for as long as the block runs."""
-    if not image.exists():
-        raise ImageError(f"there is no image at {image}; check the path")
-    if not is_qcow2(image):
-        raise ImageError(f"{image} is not a qcow2 file; check the path, or drop --format qcow2")
-    with tempfile.TemporaryDirectory(prefix="nbdproxy-qcow2-") as folder:
+async def guests_view(image: Path, form: ImageFormat, *, read_only: bool) -> AsyncIterator[NbdUri]:
+    """Serve what a guest would see of an image file, for as long as the block runs.
+
+    Raises ImageError if the file has another format, or QEMU cannot open it.
+    """
+    _check(image, form, read_only=read_only)
+    with tempfile.TemporaryDirectory(prefix=f"nbdproxy-{form}-") as folder:
         path = Path(folder, "socket")
         said = Path(folder, "stderr")
-        daemon = _start(image, path, said, read_only=read_only)
+        daemon = _start(image, form, path, said, read_only=read_only)
         try:
             await _wait_until_up(daemon, path, said, image)
             yield NbdUri(socket=str(path))
@@ -55,16 +43,39 @@ async def guests_view(image: Path, *, read_only: bool) -> AsyncIterator[NbdUri]:
                 await trio.to_thread.run_sync(_end, daemon)
 
 
-def _start(image: Path, path: Path, said: Path, *, read_only: bool) -> subprocess.Popen[bytes]:
+def _check(image: Path, form: ImageFormat, *, read_only: bool) -> None:
+    if not image.exists():
+        raise ImageError(f"there is no image at {image}; check the path")
+    found = format_of_file(image)
+    if found is not form:
+        what = "" if found is None else f" but {FORMATS[found].said}"
+        raise ImageError(
+            f"{image} is not {FORMATS[form].said}{what}; check the path, or drop --format {form}"
+        )
+    if form is ImageFormat.LUKS:
+        raise ImageError(
+            f"{image} is {FORMATS[form].said}, and its key is needed: serve it with qemu-nbd "
+            "(--object secret,... --image-opts driver=luks,key-secret=...) and name the URI of that"
+        )
+    if not (read_only or FORMATS[form].writable):
+        raise ImageError(
+            f"{image} is {FORMATS[form].said}, which QEMU can only read; add --read-only or "
+            "--overlay"
+        )
+
+
+def _start(
+    image: Path, form: ImageFormat, path: Path, said: Path, *, read_only: bool
+) -> subprocess.Popen[bytes]:
     program = shutil.which(_DAEMON)
     if program is None:
         raise ImageError(
-            f"{_DAEMON} is not installed, and qcow2 needs it: apt-get install qemu-system-common "
+            f"{_DAEMON} is not installed, and {form} needs it: apt-get install qemu-system-common "
             "(or qemu-utils)"
         )
     common = {"read-only": read_only, "discard": "unmap"}
     file = {"driver": "file", "filename": str(image.absolute()), **common}
-    node = {"driver": "qcow2", "node-name": "disk", "file": file, **common}
+    node = {"driver": str(form), "node-name": "disk", "file": file, **common}
     export = {"type": "nbd", "id": "disk", "node-name": "disk", "name": ""}
     command = [
         *(program, "--blockdev", json.dumps(node)),

@@ -1,0 +1,361 @@
+"""From a name to an inode number, as Linux 6.1 looks it up in a directory.
+
+A directory with an index is searched through it: the name's hash leads to one block, and only if
+the next begins with the same hash, to that. What is not read on that way does not matter. Where the
+index makes no sense, the kernel goes through all blocks one after the other, as it does without an
+index, and begins with the block in which it last found something that way. So which name it finds
+beside a block that ends the search depends on what was asked for before: that is not guessed, but
+UnsupportedError.
+
+Source: "ext4 Disk Layout", sections Linear Directories and Hash Tree Directories, and the behaviour
+of Linux 6.1. Not covered: directories that are encrypted.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nbdproxy.oracles.ext4 import casefold, directory, inode
+from nbdproxy.oracles.ext4.checksum import crc32c
+from nbdproxy.oracles.ext4.directory import BROKEN, ENTRY, Leaf
+from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
+from nbdproxy.oracles.ext4.hashes import HashVersion, name_hash
+from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
+from nbdproxy.oracles.ext4.mapping import BlockTree, ReadBlock
+from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
+
+NAME_MAX = 255
+ROOT_INFO = 24  # behind "." and ".."
+NODE_ENTRIES = 8  # behind an entry without a name that fills the block
+BLOCK_MASK = 0x0FFFFFFF
+READ_AHEAD = 8  # so many blocks at once are looked for, before the first of them is searched
+KEPT_MAX = 4096
+_SEVERAL = -2
+_HASHED = {HashVersion.LEGACY, HashVersion.HALF_MD4, HashVersion.TEA}
+
+
+class _BadIndexError(Exception):
+    """The index makes no sense: all blocks are to be searched."""
+
+
+class Node(NamedTuple):
+    """A block of an index, from where its entries begin: hashes and blocks by turns."""
+
+    limit: int
+    used: int
+    words: tuple[int, ...]
+
+    def hash(self, at: int) -> int:
+        """Return the least hash that an entry leads to."""
+        return self.words[2 * at]
+
+    def block(self, at: int) -> int:
+        """Return the block of the directory that an entry leads to."""
+        return self.words[2 * at + 1] & BLOCK_MASK
+
+
+@dataclass(slots=True)
+class _Frame:
+    node: Node
+    at: int
+
+
+class Kept(NamedTuple):
+    """What was made of a block; `verified` is whether its checksum is right, if it has one."""
+
+    raw: bytes
+    seed: int
+    leaf: Leaf
+    verified: bool
+
+
+Parsed = dict[int, Kept]
+"""By block of the disk; for the same content only."""
+
+
+class Linear(NamedTuple):
+    """All blocks of a directory searched: what each name comes to, and what ends the search.
+
+    `is_broken` is whether some block does; `is_single` whether there is but one block.
+    """
+
+    numbers: dict[bytes, int]
+    doubtful: frozenset[bytes]
+    is_broken: bool
+    is_single: bool
+
+
+class Folder:
+    """One directory. `shared` are the blocks of the disk that all its names depend on."""
+
+    def __init__(
+        self,
+        sb: Superblock,
+        node: Inode,
+        read_block: ReadBlock,
+        tree: Callable[[Inode, ReadBlock], BlockTree],
+        parsed: Parsed,
+    ) -> None:
+        if node.flags & InodeFlag.ENCRYPT:
+            raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
+        self.shared: set[int] = set()
+        self._sb = sb
+        self._node = node
+        self._read_block = read_block
+        self._tree = tree(node, self._read_shared)
+        self._parsed = parsed
+        self._is_folded = bool(node.flags & InodeFlag.CASEFOLD and sb.incompat & Incompat.CASEFOLD)
+        self._places: dict[int, int | None] = {}
+        self._nodes: dict[int, tuple[bytes, Node]] = {}
+        self._linear: Linear | None = None
+
+    def find(self, name: bytes) -> int | None:
+        """Return the number of the inode under a name; None if none is.
+
+        Raises CorruptError where the kernel answers with an error, UnsupportedError where its
+        answer cannot be told.
+        """
+        if len(name) > NAME_MAX:
+            return None
+        folded = name
+        if self._is_folded:
+            known = casefold.fold(name)
+            if not known.is_certain or not (known.is_valid or not self._sb.has_strict_names):
+                raise self._doubt("how its names are compared is not certain")
+            folded = known.name
+        if self._node.flags & InodeFlag.INLINE_DATA:
+            return self._inline(folded)
+        if self._node.flags & InodeFlag.INDEX and self._sb.has_index:
+            try:
+                return self._indexed(folded)
+            except _BadIndexError:
+                if self._sb.has_checksums:
+                    # Then the kernel takes blocks of the index as verified that it never verified.
+                    raise self._doubt("its index makes no sense, with right checksums") from None
+        return self._search_all(folded)
+
+    def _corrupt(self, what: str) -> CorruptError:
+        return CorruptError(f"inode {self._node.number}, a directory, is broken: {what}")
+
+    def _doubt(self, what: str) -> UnsupportedError:
+        return UnsupportedError(f"inode {self._node.number}, a directory, cannot be told: {what}")
+
+    def _read_shared(self, number: int) -> bytes:
+        self.shared.add(number)
+        return self._read_block(number)
+
+    # One block after the other.
+
+    def _inline(self, name: bytes) -> int | None:
+        first, second = inode.inline_parts(self._node)
+        for part in (first[4:], second):  # 4 bytes name the parent
+            leaf = directory.search(self._sb, part, is_folded=self._is_folded)
+            number = self._in_leaf(leaf, name)
+            if number == BROKEN:
+                raise self._corrupt("an entry of it makes no sense")
+            if number is not None:
+                return number
+        return None
+
+    def _search_all(self, name: bytes) -> int | None:
+        found = self._linear = self._linear or self._all()
+        if name in found.doubtful:
+            raise self._doubt("how its names are compared is not certain")
+        number = found.numbers.get(name)
+        if number is None:
+            if found.is_broken:
+                raise self._corrupt("a block of it makes no sense")
+            return None
+        if number == _SEVERAL or (found.is_broken and not found.is_single and number != BROKEN):
+            raise self._doubt("which block is searched first depends on what was asked before")
+        if number == BROKEN:
+            raise self._corrupt("an entry of it makes no sense")
+        return number
+
+    def _all(self) -> Linear:
+        numbers: dict[bytes, int] = {}
+        doubtful: set[bytes] = set()
+        is_broken = False
+        count = self._node.size // self._sb.block_size
+        try:
+            runs = self._tree.runs()
+        except CorruptError:
+            if count > READ_AHEAD:
+                raise self._doubt("some of its blocks are not found") from None
+            raise
+        places = [
+            (run.logical + i, run.physical + i)
+            for run in runs
+            for i in range(min(run.blocks, count - run.logical))
+        ]
+        for logical, physical in places:
+            raw = self._read_shared(physical)
+            kept = self._keep(physical, raw)
+            is_leaf = not directory.is_inner(self._sb, self._node, logical, raw)
+            if is_leaf and not kept.verified:
+                is_broken = True
+                continue
+            is_broken |= not kept.leaf.is_sound
+            doubtful |= kept.leaf.doubtful
+            for name, number in kept.leaf.numbers.items():
+                if numbers.setdefault(name, number) != number:
+                    numbers[name] = _SEVERAL
+        return Linear(numbers, frozenset(doubtful), is_broken, len(places) <= 1)
+
+    def _in_leaf(self, leaf: Leaf, name: bytes) -> int | None:
+        """Return what a search of one block comes to: BROKEN if that is an error."""
+        if name in leaf.doubtful:
+            raise self._doubt("how its names are compared is not certain")
+        number = leaf.numbers.get(name)
+        return BROKEN if number is None and not leaf.is_sound else number
+
+    def _keep(self, physical: int, raw: bytes) -> Kept:
+        known = self._parsed.get(physical)
+        if known is None or known.raw != raw or known.seed != self._node.seed:
+            leaf = directory.search(self._sb, raw, is_folded=self._is_folded)
+            verified = not self._sb.has_checksums or directory.checksum_is_right(self._node, raw)
+            if len(self._parsed) >= KEPT_MAX:
+                self._parsed.clear()
+            known = self._parsed[physical] = Kept(raw, self._node.seed, leaf, verified)
+        return known
+
+    # Through the index.
+
+    def _indexed(self, name: bytes) -> int | None:
+        frames, wanted = self._probe(name)
+        while True:
+            top = frames[-1]
+            number = self._in_leaf(self._leaf(top.node.block(top.at)), name)
+            if number == BROKEN:
+                raise _BadIndexError
+            if number is not None:
+                return number
+            if not self._next(frames, wanted):
+                return None
+
+    def _probe(self, name: bytes) -> tuple[list[_Frame], int]:
+        """Follow the name's hash through the index; return the way, and the hash."""
+        sb = self._sb
+        raw = self._index_block(0)
+        version, info_length, levels, flags = struct.unpack_from("<4B", raw, ROOT_INFO + 4)
+        if version not in _HASHED:
+            raise _BadIndexError
+        wanted = name_hash(version, name, sb.hash_seed, is_unsigned=sb.has_unsigned_hash)
+        if flags & 1 or levels >= (3 if sb.incompat & Incompat.LARGEDIR else 2):
+            raise _BadIndexError
+        tail = 8 if sb.has_checksums else 0
+        start = ROOT_INFO + info_length
+        node = self._entries(0, raw, start, (sb.block_size - start - tail) // 8)
+        blocks = [0]
+        frames: list[_Frame] = []
+        while True:
+            if not 0 < node.used <= node.limit:
+                raise _BadIndexError
+            frame = _Frame(node, _before(node, wanted))
+            frames.append(frame)
+            block = node.block(frame.at)
+            if block in blocks:
+                raise _BadIndexError
+            if len(frames) > levels:
+                return frames, wanted
+            blocks.append(block)
+            raw = self._index_block(block)
+            limit = (sb.block_size - NODE_ENTRIES - tail) // 8
+            node = self._entries(block, raw, NODE_ENTRIES, limit)
+
+    def _next(self, frames: list[_Frame], wanted: int) -> bool:
+        """Go on to the next block if it begins with the same hash."""
+        level = len(frames) - 1
+        while True:
+            frame = frames[level]
+            frame.at += 1
+            if frame.at < frame.node.used:
+                if 2 * frame.at >= len(frame.node.words):
+                    raise self._doubt("its index leads out of itself")
+                break
+            if not level:
+                return False
+            level -= 1
+        if frame.node.hash(frame.at) & ~1 != wanted:
+            return False
+        for below in range(level + 1, len(frames)):
+            above = frames[below - 1]
+            block = above.node.block(above.at)
+            node = self._entries(block, self._index_block(block), NODE_ENTRIES, None)
+            frames[below] = _Frame(node, 0)
+        return True
+
+    def _entries(self, block: int, raw: bytes, start: int, limit: int | None) -> Node:
+        known = self._nodes.get(block)
+        if known is None or known[0] != raw:
+            limit_said, used = struct.unpack_from("<HH", raw, start)
+            words = struct.unpack_from(f"<{(len(raw) - start) // 8 * 2}I", raw, start)
+            known = self._nodes[block] = raw, Node(limit_said, used, words)
+        if limit is not None and known[1].limit != limit:
+            raise _BadIndexError
+        return known[1]
+
+    def _index_block(self, logical: int) -> bytes:
+        raw = self._read(logical)
+        length = ENTRY.unpack_from(raw)[1]
+        if logical and directory.record_length(length, len(raw)) != len(raw):
+            raise self._corrupt("its index leads to a block that is not of it")
+        if self._sb.has_checksums and not self._index_is_right(raw):
+            raise self._corrupt("the checksum of its index is wrong")
+        return raw
+
+    def _leaf(self, logical: int) -> Leaf:
+        raw = self._read(logical)
+        kept = self._keep(self._places[logical] or 0, raw)
+        length = directory.record_length(ENTRY.unpack_from(raw)[1], len(raw))
+        # One that might be of the index is not verified: its checksum would stand elsewhere.
+        if not kept.verified and logical and length != len(raw):
+            raise self._corrupt("the checksum of a block is wrong")
+        return kept.leaf
+
+    def _read(self, logical: int) -> bytes:
+        if logical >= self._node.size // self._sb.block_size:
+            raise self._corrupt("its index leads behind its end")
+        if logical not in self._places:
+            self._places[logical] = self._tree.find(logical)
+        physical = self._places[logical]
+        if physical is None:
+            raise self._corrupt("its index leads to a hole")
+        return self._read_block(physical)
+
+    def _index_is_right(self, raw: bytes) -> bool:
+        size = len(raw)
+        length = directory.record_length(ENTRY.unpack_from(raw)[1], size)
+        if length == size:
+            start = NODE_ENTRIES
+        elif length == directory.ENTRY_MIN:
+            second = directory.record_length(ENTRY.unpack_from(raw, length)[1], size)
+            reserved, _, info_length = struct.unpack_from("<IBB", raw, ROOT_INFO)
+            if second != size - length or reserved or info_length != 8:
+                return False
+            start = ROOT_INFO + info_length
+        else:
+            return False
+        limit, count = struct.unpack_from("<HH", raw, start)
+        tail = start + 8 * limit
+        if tail + 8 > size:
+            return False
+        covered = raw[start : start + 8 * count] if start + 8 * count <= size else b""
+        value = crc32c(self._node.seed, raw[:start] + covered)
+        value = crc32c(value, raw[tail : tail + 4] + bytes(4))
+        return bool(value == struct.unpack_from("<I", raw, tail + 4)[0])
+
+
+def _before(node: Node, wanted: int) -> int:
+    """Return the last entry whose hash is not above `wanted`, by the kernel's binary search."""
+    low, high = 1, node.used - 1
+    while low <= high:
+        middle = low + (high - low) // 2
+        if node.words[2 * middle] > wanted:
+            high = middle - 1
+        else:
+            low = middle + 1
+    return low - 1
