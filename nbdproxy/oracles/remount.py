@@ -17,7 +17,7 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
-from nbdproxy.oracles.ext4.mounted import check_root
+from nbdproxy.oracles.ext4.mounted import check_mount
 from nbdproxy.oracles.ext4.replayed import ReplayedDevice
 from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
@@ -148,7 +148,7 @@ class Remount:
         self.view.take()
         try:
             filesystem = Filesystem(self.view)
-            check_root(filesystem)
+            check_mount(filesystem)
         finally:
             read = self.view.take()
             self._top = {at for low, high in read for at in range(low // size, -(-high // size))}

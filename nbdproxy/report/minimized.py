@@ -69,6 +69,9 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
     state, table, source = minimum.state, timeline.table, timeline.source
     size = state.options.sector
     start, end = lost.first * size, min((lost.last + 1) * size, source.size)
+    if lost.row != NOTHING:  # it may begin or end inside its sectors
+        offset = int(table.offset[lost.row])
+        start, end = max(start, offset), min(end, offset + int(table.length[lost.row]))
     extent = Extent(start, end - start)
     found = tuple(owners.of(extent))
     sectors = lost.last - lost.first + 1

@@ -27,6 +27,7 @@ from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.persistence.reference import Completed, Received
+from nbdproxy.report.minimized import tell
 from nbdproxy.requests import Command
 from tests.laws.test_cuts_of import make_timeline as make_ragged
 from tests.laws.test_cuts_of import ragged_logs, visits_of
@@ -326,3 +327,5 @@ def test_of_several_requests_inside_one_sector_the_one_that_is_missing_is_named(
     found = minimize(bench_of(timeline, state, MadeUpPlan(fails)), state)
     assert found.lost == (Lost(lost, 1, 1),)
     assert str(found.state) == f"s3.flushed.but{lost}"
+    (missing,) = tell(timeline, found).missing
+    assert missing.extent == missing.request == (SECTOR + lost * SECTOR // 4, SECTOR // 4)

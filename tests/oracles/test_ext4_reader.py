@@ -303,6 +303,22 @@ def test_wrong_group_descriptors_and_roots_are_refused(make_image: Make, load: L
         open_filesystem(disk)
 
 
+def test_what_only_a_mount_for_writing_reads_is_verified(
+    make_image: Make, debugfs: Debugfs, load: Load
+) -> None:
+    # Linux 6.1 mounts none of these for writing; for reading it does not look at them.
+    image = make_image("-t", "ext4", "-b", "1024", "-O", "quota,project,mmp")
+    open_filesystem(load(image))
+    told = debugfs(image, ["stats", "bmap <3> 0", "bmap <4> 0"])
+    blocks = re.findall(r"^MMP block number: +(\d+)|^(\d+)$", told, re.MULTILINE)
+    assert len(blocks) == 3
+    for block in (int("".join(one)) for one in blocks):
+        disk = load(image)
+        disk.zero(block * 1024, 1024, may_punch=False)
+        with pytest.raises(RefusedError, match="multiple mount|quota"):
+            open_filesystem(disk)
+
+
 def test_nothing_is_no_filesystem(run: Callable[..., str], tmp_path: Path) -> None:
     for size in (0, 1024, 1 << 20):
         with pytest.raises(NoFilesystemError):

@@ -94,7 +94,10 @@ class Superblock:
     seed: int
     cluster_size: int
     first_inode: int
-    hidden_inodes: frozenset[int]
+    quota_inodes: tuple[int, int, int]
+    """Of users, groups and projects; 0 where there is none."""
+    orphan_file: int
+    mmp_block: int
     hash_seed: bytes
     has_unsigned_hash: bool
     has_strict_names: bool
@@ -108,6 +111,11 @@ class Superblock:
     def own_block(self) -> int:
         """The block that the superblock stands in."""
         return OFFSET // self.block_size
+
+    @property
+    def hidden_inodes(self) -> frozenset[int]:
+        """The inodes that no name may lead to: quota files and the orphan file."""
+        return frozenset((*self.quota_inodes, self.orphan_file))
 
     @property
     def has_checksums(self) -> bool:
@@ -150,12 +158,7 @@ def parse(device: ReadableDevice) -> Superblock:
     inode_size, _, compat, incompat, ro_compat = struct.unpack_from("<HHIII", raw, 0x58)
     if revision == 0:
         inode_size, compat, incompat, ro_compat = 128, 0, 0, 0
-    _check_features(incompat, ro_compat)
-    encoding, encoding_flags = struct.unpack_from("<HH", raw, 0x27C)
-    _require(
-        not incompat & Incompat.CASEFOLD or encoding == UTF8_12_1,
-        "the encoding of its names is unknown",
-    )
+    _check_features(raw, incompat, ro_compat)
     if ro_compat & RoCompat.METADATA_CSUM:
         (found,) = struct.unpack_from("<I", raw, 0x3FC)
         _require(found == crc32c(ONES, raw[:0x3FC]), "its checksum is wrong")
@@ -191,10 +194,12 @@ def parse(device: ReadableDevice) -> Superblock:
         seed=_seed(raw, incompat),
         cluster_size=_cluster_size(raw, ro_compat, block_size),
         first_inode=struct.unpack_from("<I", raw, 0x54)[0] if revision else 11,
-        hidden_inodes=_hidden_inodes(raw),
+        quota_inodes=_quota_inodes(raw, ro_compat),
+        orphan_file=struct.unpack_from("<I", raw, 0x280)[0],
+        mmp_block=struct.unpack_from("<Q", raw, 0x168)[0],
         hash_seed=raw[0xEC:0xFC],
         has_unsigned_hash=bool(raw[0x160] & UNSIGNED_HASH),
-        has_strict_names=bool(encoding_flags & STRICT_ENCODING),
+        has_strict_names=bool(raw[0x27E] & STRICT_ENCODING),
     )
     _require(
         inodes_per_group > 0 and inodes == inodes_per_group * result.groups,
@@ -268,7 +273,7 @@ def has_backup(sb: Superblock, group: int) -> bool:
     return any(_is_power(group, base) for base in (3, 5, 7))
 
 
-def _check_features(incompat: int, ro_compat: int) -> None:
+def _check_features(raw: bytes, incompat: int, ro_compat: int) -> None:
     if incompat & Incompat.JOURNAL_DEV:
         raise NoFilesystemError("no filesystem found: this is an external ext4 journal")
     if incompat & ~KNOWN_INCOMPAT:
@@ -281,6 +286,11 @@ def _check_features(incompat: int, ro_compat: int) -> None:
             f"the filesystem has features this reader does not know "
             f"(ro_compat {ro_compat & ~KNOWN_RO_COMPAT:#x}); ask with --oracle kernel"
         )
+    (encoding,) = struct.unpack_from("<H", raw, 0x27C)
+    _require(
+        not incompat & Incompat.CASEFOLD or encoding == UTF8_12_1,
+        "the encoding of its names is unknown",
+    )
 
 
 def _seed(raw: bytes, incompat: int) -> int:
@@ -298,9 +308,11 @@ def _cluster_size(raw: bytes, ro_compat: int, block_size: int) -> int:
     return 1024 << int(log_size)
 
 
-def _hidden_inodes(raw: bytes) -> frozenset[int]:
-    """Return the inodes that no name may lead to: quota files and the orphan file."""
-    return frozenset(struct.unpack_from("<I", raw, at)[0] for at in (0x240, 0x244, 0x26C, 0x280))
+def _quota_inodes(raw: bytes, ro_compat: int) -> tuple[int, int, int]:
+    if not ro_compat & RoCompat.QUOTA:
+        return (0, 0, 0)
+    users, groups, projects = (struct.unpack_from("<I", raw, at)[0] for at in (0x240, 0x244, 0x26C))
+    return users, groups, projects
 
 
 def _require(condition: bool, what: str) -> None:
