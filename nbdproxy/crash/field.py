@@ -109,7 +109,8 @@ class Field:
     @cached_property
     def choices(self) -> Numbers:
         """For each sector the number of its different contents."""
-        return np.add.reduceat(self.first, self.start[:-1], dtype=np.int64)
+        counted: Numbers = np.add.reduceat(self.first, self.start[:-1], dtype=np.int64)
+        return counted
 
     @cached_property
     def states_log10(self) -> float:
@@ -258,7 +259,8 @@ def _newest(entries: Numbers, there: Mask, counts: Numbers) -> Numbers:
     """Return for each run of `counts` entries the last that is there."""
     if not len(entries):
         return entries
-    return np.maximum.reduceat(np.where(there, entries, -1), np.cumsum(counts) - counts)
+    newest: Numbers = np.maximum.reduceat(np.where(there, entries, -1), np.cumsum(counts) - counts)
+    return newest
 
 
 def _change(
