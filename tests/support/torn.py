@@ -140,8 +140,8 @@ def in_guest(kernel: KernelOracle) -> Grow:
         with kernel.mounted(kernel.place(MemoryDisk(before), None)) as guest:
             done = guest.ask("fsck", argv=["/tools/bin/node", "-e", _AGENT, json.dumps(job)])
             assert done["code"] == 0, done["said"]
-            synced = guest._disk.pread(0, SIZE)
-        return synced, guest._disk.pread(0, SIZE)
+            synced = guest.pread(0, SIZE)
+        return synced, guest.pread(0, SIZE)
 
     return grow
 
