@@ -27,6 +27,7 @@ from nbdproxy.crash.replay import earlier_digests
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.formats import refuse_foreign
 from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import candidates
@@ -125,6 +126,7 @@ def state_disk(
             raise UsageError(f"{where} is no recording: it has one state only; drop the options")
         disk = FileDisk(where, read_only=True)
         try:
+            refuse_foreign(disk)
             yield str(where), disk, None
         finally:
             disk.close()

@@ -19,6 +19,7 @@ from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.formats import refuse_foreign
 from nbdproxy.errors import ManifestError, UsageError
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import npm
@@ -125,6 +126,7 @@ def _disk(where: str, base: Path | None) -> Iterator[ReadableDevice]:
         run, cut = where, "end"
     elif not at or path.exists():
         with closing(FileDisk(path, read_only=True)) as image:
+            refuse_foreign(image)
             yield image
         return
     with RecordedSource(Path(run), image=base) as source:

@@ -72,7 +72,7 @@ def before_exit(source: Source) -> Cut:
         return Cut(text, shutdowns[-1], "QEMU's SHUTDOWN event")
     connections = [note.connection for note in source.notes if note.kind is NoteKind.CONNECT]
     if len(source.table):
-        connections.append(int(source.table.connection.max()))
+        connections.append(int(np.max(source.table.connection)))
     last = max(connections, default=0)
     discs = [n.seq for n in source.notes if n.kind is NoteKind.DISC and n.connection == last]
     if not discs:

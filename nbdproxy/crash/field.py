@@ -147,7 +147,8 @@ class Field:
 
     @cached_property
     def _single_values(self) -> Numbers:
-        return np.add.reduceat(self.first, self.start[:-1], dtype=np.int64)
+        counted: Numbers = np.add.reduceat(self.first, self.start[:-1], dtype=np.int64)
+        return counted
 
     @cached_property
     def choices(self) -> Numbers:
@@ -317,7 +318,8 @@ def _newest(entries: Numbers, there: Mask, counts: Numbers) -> Numbers:
     """Return for each run of `counts` entries the last that is there."""
     if not len(entries):
         return entries
-    return np.maximum.reduceat(np.where(there, entries, -1), np.cumsum(counts) - counts)
+    newest: Numbers = np.maximum.reduceat(np.where(there, entries, -1), np.cumsum(counts) - counts)
+    return newest
 
 
 def _change(

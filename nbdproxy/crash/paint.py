@@ -68,7 +68,7 @@ def _paint(
         high[part] = np.searchsorted(bounds, offset + lengths[rows[part]])
         level[part] = np.frexp(np.subtract(high[part], low[part], dtype=np.float64))[1] - 1
     owners = np.full(len(bounds), NOTHING, np.int32)
-    for k in range(int(level.max()), -1, -1):
+    for k in range(int(np.max(level)), -1, -1):
         for part in _chunks(len(rows)):
             at = np.flatnonzero(level[part] == k)
             np.maximum.at(owners, low[part][at], rows[part][at])

@@ -92,23 +92,28 @@ class ForeignFormatError(FilesystemError):
     """The bytes of a disk are those of an image file, whose format is not read here."""
 
 
-def format_of(read: Read, size: int) -> ImageFormat | None:
-    """Return the format that an image of `size` bytes says it has, None for raw bytes."""
+def format_of(read: Read, size: int, *, footers: bool = True) -> ImageFormat | None:
+    """Return the format that an image of `size` bytes says it has, None for raw bytes.
+
+    Without `footers` only the first sector is read.
+    """
     for found, known in FORMATS.items():
         for at, magic in known.magics:
+            if at < 0 and not footers:
+                continue
             where = at if at >= 0 else size + at
             if where >= 0 and read(where, len(magic)) == magic:
                 return found
     return ImageFormat.QCOW2 if read(0, len(_QCOW)) == _QCOW else None
 
 
-def format_of_device(device: ReadableDevice) -> ImageFormat | None:
+def format_of_device(device: ReadableDevice, *, footers: bool = True) -> ImageFormat | None:
     """Return what `format_of` tells of a disk; may raise OSError as its reads do."""
 
     def read(offset: int, length: int) -> bytes:
         return device.pread(offset, max(0, min(length, device.size - offset)))
 
-    return format_of(read, device.size)
+    return format_of(read, device.size, footers=footers)
 
 
 def format_of_file(image: Path) -> ImageFormat | None:
@@ -128,12 +133,12 @@ def format_of_file(image: Path) -> ImageFormat | None:
         return None  # opening it for good will say why
 
 
-def refuse_foreign(device: ReadableDevice) -> None:
+def refuse_foreign(device: ReadableDevice, *, footers: bool = True) -> None:
     """Raise ForeignFormatError for a disk whose bytes are an image file that is not read here.
 
     A disk that is encrypted with LUKS as a whole is a disk: a guest does that, too.
     """
-    found = format_of_device(device)
+    found = format_of_device(device, footers=footers)
     if found not in {None, ImageFormat.QCOW2, ImageFormat.LUKS}:
         raise ForeignFormatError(
             f"this is {FORMATS[found].said}, and its bytes are not the disk's; copy the disk with: "

@@ -98,9 +98,8 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
         if is_sole and _is_shown_by_content(disks, guess, entries):
             return guess
     for guess in found:
-        if not plan.from_fstab:
-            why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
-            plan.doubtful |= dict.fromkeys(guess.files, why)
+        why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
+        plan.doubtful |= dict.fromkeys(guess.files, why)
     return None
 
 

@@ -2,7 +2,7 @@
 
 It says of every state exactly what `check` says, and keeps what it read to say it: the blocks of
 the mount, of each inode and directory on the way to a file, and of each file's content. Only what
-changed is read again. What it cannot follow so closely (several partitions with a filesystem, a
+changed is read again. What it cannot follow so closely (a filesystem in pieces on the disk, a
 manifest of relative paths, an error inside the oracle) it leaves to `check`, every time.
 
 Costs about as much as `check` for the first state, and memory for one entry per block of each file.

@@ -246,7 +246,7 @@ def _covered_below(
     received_ = options.coverage is Coverage.RECEIVED
     if options.multi_conn:
         return int(table.seq[flying[-1]]) if received_ else t
-    limit = np.zeros(int(table.connection.max()) + 1, np.int64)
+    limit = np.zeros(int(np.max(table.connection)) + 1, np.int64)
     np.maximum.at(limit, table.connection[flying], table.seq[flying] if received_ else t)
     return limit
 

@@ -14,6 +14,7 @@ from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.fsck import concluded
+from nbdproxy.oracles.watched import Reads
 
 SIZE = 4096
 
@@ -32,12 +33,11 @@ def test_where_the_two_differ_is_noted_and_what_one_cannot_tell_is_not() -> None
 
 
 class Says:
-    """A follower that says the same of every state."""
+    """A follower that says the same of every state, and that it read some of it."""
 
-    reads = None
-
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, reads: Reads | None = None) -> None:
         self.findings = findings
+        self.reads = reads
 
     def check(
         self,
@@ -45,6 +45,14 @@ class Says:
         changed: Iterable[Extent] | None,  # noqa: ARG002
     ) -> Findings:
         return self.findings
+
+
+def test_what_both_read_is_told_in_order() -> None:
+    """Whoever shares verdicts between states looks it up by bisection."""
+    passed = Findings(Verdict.PASS, {"/a": Condition.WHOLE})
+    quick, kernel = Says(passed, Reads([(0, 8), (512, 520)])), Says(passed, Reads([(4, 16)]))
+    found = Pair(BothOracles(), quick, kernel).reads
+    assert found is not None and found.ranges() == [(0, 16), (512, 520)]
 
 
 def test_what_the_quick_oracle_alone_calls_whole_does_not_pass() -> None:

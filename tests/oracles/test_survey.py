@@ -101,6 +101,47 @@ def test_what_cannot_be_read_is_named(
         assert ("LABEL=top" in found.hidden[0].specs) == (what == "LUKS2")
 
 
+def test_luks2_is_known_by_its_second_header(
+    run: Run, blank: Callable[[int], Path], load: Load, tmp_path: Path
+) -> None:
+    path, key = blank(32), tmp_path / "key"
+    key.write_text("secret")
+    run(*QUICK_LUKS.split(), "luks2", path, key)
+    disk = load(path)
+    whole = survey(disk)
+    disk.pwrite(0, bytes(4096))
+    assert survey(disk) == whole
+    disk.pwrite(16384, bytes(4096))
+    assert [hidden.what for hidden in survey(disk).hidden] == ["something unknown"]
+
+
+OLD_MD = struct.pack("<III16xi12xI", 0xA92B4EFC, 0, 90, 5, 3)
+SIGNS = {
+    "a member of an md array (RAID5)": ("linux_raid_member", -65536, OLD_MD),
+    "a member of an Intel RAID": ("isw_raid_member", -1024, b"Intel Raid ISM Cfg Sig. 1.3.00"),
+    "a member of a DDF RAID": ("ddf_raid_member", -512, b"\xde\x11\xde\x11\0\0\0\x0001.00.00"),
+    "part of a DRBD": ("drbd", -4096, bytes(60) + b"\x83\x74\x02\x6d"),
+    "VDO": ("vdo", 0, b"dmvdo001"),
+    "an LVM snapshot, which is kept as differences": ("DM_snapshot_cow", 0, b"SnAp"),
+    "a volume of VMFS": ("VMFS_volume_member", MIB, b"\x0d\xd0\x01\xc0"),
+    "zonefs": ("zonefs", 0, b"SFOZ"),
+    "UFS": ("ufs", 65536 + 1372, b"\x19\x01\x54\x19"),
+    "ReFS": ("ReFS", 0, b"\0\0\0ReFS\0"),
+    "cramfs": ("cramfs", 0, b"\x45\x3d\xcd\x28"),
+}
+
+
+@pytest.mark.parametrize("what", SIGNS)
+def test_signatures_are_those_of_blkid(what: str, run: Run, blank: Callable[[int], Path]) -> None:
+    path = blank(4)
+    kind, at, raw = SIGNS[what]
+    disk = MemoryDisk(4 * MIB)
+    disk.pwrite(at % disk.size, raw)
+    path.write_bytes(disk.pread(0, disk.size))
+    assert blkid(run, path)["TYPE"] == kind
+    assert [hidden.what for hidden in survey(disk).hidden] == [what]
+
+
 def test_nothing_hides_in_swap_and_in_what_reads_zeroes(
     run: Run, blank: Callable[[int], Path], load: Load
 ) -> None:

@@ -234,7 +234,7 @@ def _block(recording: Recording) -> int:
     table = recording.table
     rows = table.is_modifying & (table.error == 0)
     columns = (table.offset[rows], table.length[rows])
-    return reduce(gcd, (int(np.gcd.reduce(column)) for column in columns if len(column)), 0)
+    return reduce(gcd, (gcd(*np.unique(column).tolist()) for column in columns), 0)
 
 
 def _check_sectors(recording: Recording, rows: Mask) -> None:

@@ -1,0 +1,61 @@
+"""A guest's tree on Btrfs: its fstab mounts subvolumes, and files are found where it has them."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from nbdproxy.checker.oracle import KernelOracle
+from nbdproxy.disks.overlay import OverlayDisk
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.composite import TreeFollower, scan
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import Where, locate, survey_tree
+from nbdproxy.oracles.plans import Told
+from tests.support.states import cut_off, files
+
+pytestmark = pytest.mark.lab
+
+UUID = "2f4a61f4-7c1e-4b8e-9d0e-6a1b0c9d8e7f"
+MAKE = f"""
+export PATH=/tools/bin:$PATH; b='btrfs subvolume'
+$b create @; $b create @home; mkdir @/etc @/home @home/u
+echo 'UUID={UUID} / btrfs defaults,subvol=@ 0 0' > @/etc/fstab
+$b snapshot @ before
+echo 'UUID={UUID} /home btrfs subvol=@home 0 0' >> @/etc/fstab
+echo p > @/etc/passwd; echo 1 > @home/u/1.js; sync
+"""
+THERE = {"etc/passwd": b"p\n", "home/u/1.js": b"1\n"}
+
+
+@pytest.fixture(scope="module")
+def disk(kernel: KernelOracle, tmp_path_factory: pytest.TempPathFactory) -> OverlayDisk:
+    path = tmp_path_factory.mktemp("btrfs") / "image"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", "-U", UUID, path], check=True, capture_output=True)
+    return cut_off(kernel, path, MAKE)
+
+
+def test_files_of_each_subvolume_are_found_and_missed(
+    kernel: KernelOracle, disk: OverlayDisk
+) -> None:
+    wanted = files(**THERE, **{"etc/gone": b"x", "home/gone": b"x"})
+    tree, found = locate(kernel, disk, wanted)
+    assert [(mount.point, mount.root) for mount in tree.mounts] == [
+        ("/", "/@"),
+        ("/home", "/@home"),
+    ]
+    said = TreeFollower(kernel, found, {}, tree).check(disk, None)
+    lost = {path for path, condition in said.conditions.items() if condition is Condition.MISSING}
+    assert lost == {"/etc/gone", "/home/gone"}
+    assert said.verdict is Verdict.FAIL and len(said.conditions) == 4
+    listed = scan(kernel, disk, "/", survey_tree(kernel, disk))
+    assert {entry.path for entry in listed.entries} == {"/etc/fstab", *(f"/{p}" for p in THERE)}
+
+
+def test_subvolumes_are_told_too(kernel: KernelOracle, disk: OverlayDisk) -> None:
+    mounts = (Told("0", "/", "/@"), Told(f"UUID={UUID}", "/home", "/@home"))
+    tree, found = locate(kernel, disk, files(**THERE), Where(mounts=mounts))
+    assert TreeFollower(kernel, found, {}, tree).check(disk, None).verdict is Verdict.PASS
