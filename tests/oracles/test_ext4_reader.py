@@ -315,7 +315,7 @@ def test_what_only_a_mount_for_writing_reads_is_verified(
     for block in (int("".join(one)) for one in blocks):
         disk = load(image)
         disk.zero(block * 1024, 1024, may_punch=False)
-        with pytest.raises(RefusedError, match="multiple mount|quota"):
+        with pytest.raises(RefusedError, match=r"multiple mount|quota"):
             open_filesystem(disk)
 
 
