@@ -6,6 +6,7 @@ import os
 import re
 import stat
 import struct
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,16 @@ Make = Callable[..., Path]
 Debugfs = Callable[[Path, Sequence[str]], str]
 Load = Callable[[Path], MemoryDisk]
 
+# Debian 13's mke2fs refuses the option of Debian 12's, which does not know the other.
+_MKE2FS = subprocess.run(
+    ["mke2fs", "-V"],
+    env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
+    capture_output=True,
+    text=True,
+    check=True,
+).stderr
+REVISION_0 = "-r 0" if _MKE2FS < "mke2fs 1.47.1" else "-E revision=0"
+
 KINDS = [
     "-t ext4 -b 4096",
     "-t ext4 -b 1024",
@@ -42,7 +53,7 @@ KINDS = [
     "-t ext4 -b 65536 -O ^has_journal",
     "-t ext3 -b 1024",
     "-t ext2 -b 4096",
-    "-t ext2 -b 1024 -r 0",
+    f"-t ext2 -b 1024 {REVISION_0}",
 ]
 
 
