@@ -331,14 +331,14 @@ def test_nothing_is_no_filesystem(run: Callable[..., str], tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("index", "wanted"), [(3, CorruptError), (200, UnsupportedError)])
 def test_a_pointer_to_nowhere_ends_a_file_or_leaves_it_unknown(
-    make_image: Make, debugfs: Debugfs, load: Load, tmp_path: Path, index: int, wanted: type
+    make_image: Make, debugfs: Debugfs, tmp_path: Path, index: int, wanted: type
 ) -> None:
     """Beside the file's own pointers: the kernel fails once, and then no more."""
     data = tmp_path / "data"
     data.write_bytes(b"D" * 20_000)
     image = make_image("-t", "ext2", "-b", "1024")
     debugfs(image, [f"write {data} f"])
-    disk = load(image)
+    disk = MemoryDisk(image.read_bytes())
     node = open_filesystem(disk).lookup(b"/f")
     assert node is not None
     (pointers,) = struct.unpack_from("<I", node.block_map, 48)
