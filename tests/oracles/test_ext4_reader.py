@@ -338,3 +338,24 @@ def test_nothing_is_no_filesystem(run: Callable[..., str], tmp_path: Path) -> No
     run("mke2fs", "-q", "-F", "-O", "journal_dev", "-b", "4096", journal, "8M")
     with pytest.raises(NoFilesystemError, match="external"):
         open_filesystem(MemoryDisk(journal.read_bytes()))
+
+
+@pytest.mark.parametrize(("index", "wanted"), [(3, CorruptError), (200, UnsupportedError)])
+def test_a_pointer_to_nowhere_ends_a_file_or_leaves_it_unknown(
+    make_image: Make, debugfs: Debugfs, tmp_path: Path, index: int, wanted: type
+) -> None:
+    """Beside the file's own pointers: the kernel fails once, and then no more."""
+    data = tmp_path / "data"
+    data.write_bytes(b"D" * 20_000)
+    image = make_image("-t", "ext2", "-b", "1024")
+    debugfs(image, [f"write {data} f"])
+    disk = MemoryDisk(image.read_bytes())
+    node = open_filesystem(disk).lookup(b"/f")
+    assert node is not None
+    (pointers,) = struct.unpack_from("<I", node.block_map, 48)
+    disk.pwrite(pointers * 1024 + 4 * index, b"\xff\xff\xff\x7f")
+    filesystem = open_filesystem(disk)
+    node = filesystem.lookup(b"/f")
+    assert node is not None
+    with pytest.raises(wanted):
+        list(filesystem.chunks(node))
