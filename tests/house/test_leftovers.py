@@ -40,9 +40,10 @@ EVERYTHING = """
         tmp_path / "out", tmp_path / "err",
     )
     ours = [tmp_path / name for name in ("a", "b", "c", "d")]
-    for folder in ours:
+    for folder in ours:  # an image for each, as each locks its own
         folder.mkdir()
-    kept = [kind(folder, image) for kind, folder in zip(lower.KINDS.values(), ours)]
+        (folder / "image").write_bytes(bytes(1 << 20))
+    kept = [start(own, own / "image") for start, own in zip(lower.KINDS.values(), ours)]
     tool("qemu-nbd", "--fork", "-t", "--read-only", "-f", "raw", "-k", tmp_path / "s1", image)
     tool(
         "qemu-storage-daemon", "--daemonize",
