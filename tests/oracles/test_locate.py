@@ -215,6 +215,40 @@ def test_a_bind_mount_shows_a_directory_twice(made: Make) -> None:
     assert placed(tree)["/var/www"] == 3 and placed(tree)["/mnt/boot"] == 1
 
 
+def test_what_is_bound_is_mounted_before_what_binds_it(made: Make) -> None:
+    data = Part({"/store/app/x": "x"}, "data")
+    fstab = (
+        "LABEL=root / ext4\n/data/app /srv/app none bind\n/mnt/store /data none bind\n"
+        "LABEL=data /mnt ext4\n"
+    )
+    device = made(root(fstab, None, "/data/app", "/srv/app", "/mnt"), data)
+    wanted = {**ROOT, "/mnt/store/app/x": "x", "/data/app/x": "x", "/srv/app/x": "x"}
+    assert judged(device, wanted)[1].verdict is Verdict.PASS
+
+
+def test_what_is_mounted_at_a_link_is_where_the_link_leads(made: Make) -> None:
+    links = {"/app": "srv/app", "/way": "/app/../app", "/loop": "loop"}
+    fstab = (
+        "LABEL=root / ext4\nLABEL=data /way/ ext4\nLABEL=boot /app/boot ext4\n"
+        "/way/www /www none bind\nLABEL=gone /loop ext4\n"
+    )
+    top = Part({**ROOT, "/etc/fstab": fstab}, "root", folders=("/srv/app", "/www"), links=links)
+    device = made(BOOT, top, Part({"/www/index": "page", "/boot/none": ""}, "data"))
+    wanted = {
+        **ROOT,
+        "/srv/app/www/index": "page",
+        "/way/www/index": "page",
+        "/www/index": "page",
+        "/srv/app/boot/vmlinuz": "kernel",
+    }
+    assert judged(device, wanted)[1].verdict is Verdict.PASS
+    told = Where(mounts=(Told("2", "/"), Told("3", "/app")))
+    assert judged(device, {**ROOT, "/srv/app/www/index": "page"}, told)[1].verdict is Verdict.PASS
+    assert judged(device, {**wanted, "/loop/x": ""})[1].conditions["/loop/x"] is (
+        Condition.CANNOT_BE_TOLD
+    )
+
+
 def test_what_is_mounted_on_demand_is_told_by_the_files(made: Make) -> None:
     fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4 noauto\n"
     device = made(BOOT, root(fstab))
