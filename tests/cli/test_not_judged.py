@@ -1,4 +1,4 @@
-"""Two disks of a guest, of which one cannot be judged: nothing is said to be well for that."""
+"""A part of a guest that cannot be judged: nothing is said to be well, or lost, for that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nbdproxy.oracles.manifest import dump
 from tests.support.nbd_client import FUA, WRITE, NbdClient, Op
 from tests.support.proxies import Proxy
 from tests.support.serving import nbdproxy, tool
-from tests.support.systems import MIB, Part, disk, manifest
+from tests.support.systems import LUKS, MIB, Part, disk, manifest
 
 BLOCK = 4096
 FSTAB = "LABEL=root / ext4 defaults 0 1\nLABEL=home /home ext4 defaults 0 2\n"
@@ -76,3 +76,17 @@ def test_recordings_without_a_mode_in_common_are_no_empty_table(
     assert "these recordings have no cache mode in common" in said
     assert "every write carries FUA" in said and "below qcow2" in said
     assert "--recorded-as" in said
+
+
+def test_what_may_be_in_something_unread_is_not_missed(tmp_path: Path) -> None:
+    image, files = tmp_path / "disk.img", tmp_path / "files"
+    image.write_bytes(disk(tmp_path / "disk", Part(SYSTEM), Part(raw=LUKS)))
+    files.write_text(dump(manifest(HOME)))
+    said = nbdproxy("check", image, "--files", files, "--no-fsck", code=2).stdout
+    assert "1 cannot-be-told" in said and "partition 2 is LUKS1" in said
+    said = nbdproxy("check", image, "--files", files, "--partition", "1", "--list", code=1).stdout
+    assert "missing        /home/u.txt" in said  # all are on that one: so it was said
+    said = nbdproxy("extract", image, "/home/u.txt", "-o", tmp_path / "one", code=2).stdout
+    assert "unknown  /home/u.txt: it is not there, but perhaps in what cannot be read" in said
+    words = ("extract", image, "/home/u.txt", "--mount", "1:/", "-o", tmp_path / "two")
+    assert "lost     /home/u.txt: it is not there" in nbdproxy(*words, code=1).stdout
