@@ -7,6 +7,7 @@ so, and for no other.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -280,6 +281,7 @@ class _Reading:
         for line in self._lines:
             if line.is_bind:
                 self._bind(plan, line)
+        self._avoid_links(plan, given, wanted)
         for point, spot in given.spots.items():
             plan.away.pop(point, None)
             plan.spots[point] = spot
@@ -347,6 +349,34 @@ class _Reading:
         elif here == there and below:
             unclear = f"{line.point} is mounted on demand only; if it was, say so with --mount"
             plan.away[line.point] = found if isinstance(found, str) else unclear
+
+    def _avoid_links(self, plan: Plan, given: Plan, wanted: AbstractSet[str]) -> None:
+        """Take back what is mounted at, or bound from, a path with a link: it shows elsewhere."""
+        for line in self._lines:
+            ends = (line.point, line.spec) if line.is_bind else (line.point,)
+            if line.point in given.spots or not any(self._has_link(plan, end) for end in ends):
+                continue
+            why = f"fstab mounts {line.spec} at {line.point}, which leads through a link"
+            plan.spots.pop(line.point, None)
+            plan.away[line.point] = f"{why}; say with --mount where it shows"
+            known = plan.known(self._disks)
+            sure = {posixpath.dirname(path) for path in known}
+            for path in wanted - known:
+                if posixpath.dirname(path) not in sure:
+                    plan.doubtful.setdefault(path, plan.away[line.point])
+
+    def _has_link(self, plan: Plan, path: str) -> bool:
+        """Tell whether a path, or one above it, is no directory where it is mounted or bound."""
+        stores = {(store.disk, store.part): store for store in self._disks.parts}
+        for step in above(path):
+            points = [point for point in plan.spots if point != step and is_below(step, point)]
+            if not points:
+                continue
+            disk, mount = plan.spots[max(points, key=len)]
+            store = stores.get((disk, mount.partition or 0))
+            if store is not None and mount.inside(step) in self._disks.paths(store):
+                return True
+        return False
 
     def _bind(self, plan: Plan, line: Line) -> None:
         """Enter a directory of the tree that shows in another place as well."""

@@ -90,3 +90,12 @@ def test_what_may_be_in_something_unread_is_not_missed(tmp_path: Path) -> None:
     assert "unknown  /home/u.txt: it is not there, but perhaps in what cannot be read" in said
     words = ("extract", image, "/home/u.txt", "--mount", "1:/", "-o", tmp_path / "two")
     assert "lost     /home/u.txt: it is not there" in nbdproxy(*words, code=1).stdout
+
+
+def test_a_command_is_told_what_its_folder_lacks(
+    disks: tuple[bytes, bytes], tmp_path: Path
+) -> None:
+    run = recorded(tmp_path, disks, bytes(len(disks[1])), flags=0) / "system.img"
+    words = ("explore", run, "--at", "end", "--states", "1", "--workers", "1")
+    done = nbdproxy(*words, "--check", 'test -e "$dir/etc/passwd"', code=None)
+    assert "note: not in $dir is what cannot be read: /home is on LABEL=home" in done.stderr

@@ -215,6 +215,21 @@ def test_a_bind_mount_shows_a_directory_twice(made: Make) -> None:
     assert placed(tree)["/var/www"] == 3 and placed(tree)["/mnt/boot"] == 1
 
 
+def test_what_shows_behind_a_link_cannot_be_told(made: Make) -> None:
+    links = {"/opt": "/var/opt", "/pub": "srv"}
+    fstab = "LABEL=root / ext4\nLABEL=boot /opt ext4\n/pub/www /www none bind\n"
+    files = {**ROOT, "/etc/fstab": fstab, "/srv/www/page": "hello"}
+    system = Part(files, "root", folders=("/boot", "/var/opt", "/www"), links=links)
+    seen = {"/var/opt/vmlinuz": "kernel", "/www/page": "hello"}
+    tree, found = judged(made(BOOT, system), {**ROOT, **seen})
+    assert {found.conditions[path] for path in seen} == {Condition.CANNOT_BE_TOLD}
+    assert found.conditions["/etc/passwd"] is Condition.WHOLE
+    assert "at /opt, which leads through a link" in tree.doubtful["/var/opt/vmlinuz"]
+    told = Where(mounts=(Told("1", "/opt"), Told("2", "/www", "/srv/www")))
+    _, found = judged(made(BOOT, system), {**ROOT, "/www/page": "hello"}, told)
+    assert found.verdict is Verdict.PASS
+
+
 def test_what_is_mounted_on_demand_is_told_by_the_files(made: Make) -> None:
     fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4 noauto\n"
     device = made(BOOT, root(fstab))
