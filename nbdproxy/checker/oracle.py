@@ -245,7 +245,11 @@ class KernelOracle:
         if self._guest is None:
             self._lab = self._lab or build_lab(progress=self._progress)
             self._progress("checker: booting a guest")
-            self._guest = CheckerGuest(self._lab)
+            try:
+                self._guest = CheckerGuest(self._lab)
+            except GuestError:  # a boot says nothing of the state, so it is tried once more
+                self._progress("checker: booting a guest once more")
+                self._guest = CheckerGuest(self._lab)
         return self._guest
 
     def _subvolumes(self, place: Slice) -> tuple[list[str], list[str]]:

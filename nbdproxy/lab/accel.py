@@ -42,8 +42,11 @@ _BUSY = 1 / 60
 TICK_S = 1.0
 """How often one looks."""
 
+# Without no_timer_check a kernel that is emulated on a busy host may panic in its first second:
+# it waits for a timer's interrupt by counting, and gives up.
 _KERNEL_LINE = (
-    "console=ttyS0 panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on cryptomgr.notests"
+    "console=ttyS0 panic=-1 quiet mitigations=off nokaslr no_timer_check random.trust_cpu=on "
+    "cryptomgr.notests"
 )
 # Under KVM, QEMU 7.2 aborts on some nested hosts when it passes all of the host's features on.
 _CPU = {TCG: "max,la57=off", KVM: "qemu64"}

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,9 +40,10 @@ EVERYTHING = """
         tmp_path / "out", tmp_path / "err",
     )
     ours = [tmp_path / name for name in ("a", "b", "c", "d")]
-    for folder in ours:
+    for folder in ours:  # an image for each, as each locks its own
         folder.mkdir()
-    kept = [kind(folder, image) for kind, folder in zip(lower.KINDS.values(), ours)]
+        (folder / "image").write_bytes(bytes(1 << 20))
+    kept = [start(own, own / "image") for start, own in zip(lower.KINDS.values(), ours)]
     tool("qemu-nbd", "--fork", "-t", "--read-only", "-f", "raw", "-k", tmp_path / "s1", image)
     tool(
         "qemu-storage-daemon", "--daemonize",
@@ -56,21 +59,30 @@ HANG = """
 """
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder with a short name: sockets lie deep below it, and their paths may not be long."""
+    with tempfile.TemporaryDirectory(prefix="left-") as name:
+        yield Path(name)
+
+
 def run(folder: Path, body: str, *options: str) -> subprocess.Popen[bytes]:
     """A test run of one test that starts things and then hangs; returns when it does."""
     test, ready = folder / "test_one.py", folder / "ready"
     test.write_text(PRELUDE + body + HANG.format(ready=str(ready)))
     words = ["-p", "no:cacheprovider", "-p", "tests.conftest", "--basetemp", str(folder / "t")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *words, *options, str(test)],
-        cwd=ROOT,
-        env={**os.environ, "SCRATCH": str(folder)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    with (folder / "said").open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *words, *options, str(test)],
+            cwd=ROOT,
+            env={**os.environ, "SCRATCH": str(folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+        )
     try:
-        until(lambda: ready.exists() or process.poll() is not None, "the test hangs")
-        assert process.poll() is None
+        until(lambda: ready.exists() or process.poll() is not None, "the test hangs", 120)
+        assert process.poll() is None, (folder / "said").read_text()
     except BaseException:
         process.kill()
         raise
@@ -81,41 +93,41 @@ def assert_nothing_left(folder: Path) -> None:
     until(lambda: not processes_with(str(folder)), "all that it started is gone")
 
 
-def test_a_killed_run_leaves_no_server_of_any_kind(tmp_path: Path) -> None:
-    with run(tmp_path, DAEMON + EVERYTHING) as process:
-        assert len(processes_with(str(tmp_path))) >= 13
+def test_a_killed_run_leaves_no_server_of_any_kind(scratch: Path) -> None:
+    with run(scratch, DAEMON + EVERYTHING) as process:
+        assert len(processes_with(str(scratch))) >= 13
         process.kill()
-    assert_nothing_left(tmp_path)
+    assert_nothing_left(scratch)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_told_to_end_leaves_nothing(tmp_path: Path, number: int) -> None:
-    with run(tmp_path, DAEMON) as process:
-        assert len(processes_with(str(tmp_path))) >= 3
+def test_a_run_that_is_told_to_end_leaves_nothing(scratch: Path, number: int) -> None:
+    with run(scratch, DAEMON) as process:
+        assert len(processes_with(str(scratch))) >= 3
         process.send_signal(number)
-    assert_nothing_left(tmp_path)
+    assert_nothing_left(scratch)
 
 
-def test_a_worker_that_is_killed_leaves_nothing_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_leaves_nothing_while_the_run_goes_on(scratch: Path) -> None:
     note = "    Path({!r}).write_text(str(__import__('os').getpid()))\n".format(
-        str(tmp_path / "pid")
+        str(scratch / "pid")
     )
-    with run(tmp_path, DAEMON + note, "-n", "1", "--maxfail=1") as process:
-        daemons = processes_with(str(tmp_path / "t"))
+    with run(scratch, DAEMON + note, "-n", "1", "--maxfail=1") as process:
+        daemons = processes_with(str(scratch / "t"))
         assert daemons
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-        until(lambda: not daemons & processes_with(str(tmp_path / "t")), "the daemon is gone")
+        os.kill(int((scratch / "pid").read_text()), signal.SIGKILL)
+        until(lambda: not daemons & processes_with(str(scratch / "t")), "the daemon is gone")
         process.kill()
-    assert_nothing_left(tmp_path)
+    assert_nothing_left(scratch)
 
 
-def test_a_killed_run_leaves_no_workers(tmp_path: Path) -> None:
-    with run(tmp_path, DAEMON, "-n", "1") as process:
+def test_a_killed_run_leaves_no_workers(scratch: Path) -> None:
+    with run(scratch, DAEMON, "-n", "1") as process:
         process.kill()
-    assert_nothing_left(tmp_path)
+    assert_nothing_left(scratch)
 
 
-def test_a_test_that_takes_too_long_leaves_nothing(tmp_path: Path) -> None:
-    with run(tmp_path, DAEMON, "--timeout=2", "--timeout-method=thread") as process:
+def test_a_test_that_takes_too_long_leaves_nothing(scratch: Path) -> None:
+    with run(scratch, DAEMON, "--timeout=2", "--timeout-method=thread") as process:
         process.wait(60)
-    assert_nothing_left(tmp_path)
+    assert_nothing_left(scratch)

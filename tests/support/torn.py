@@ -21,7 +21,6 @@ from uuid import UUID
 
 import numpy as np
 
-from nbdproxy.checker.guest import CheckerGuest
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError
@@ -133,19 +132,16 @@ process.exit(spawnSync('sync').status);
 """
 
 
-def in_guest(guest: CheckerGuest) -> Grow:
-    """Return what grows directories in a checker guest."""
+def in_guest(kernel: KernelOracle) -> Grow:
+    """Return what grows directories in the checker guest."""
 
     def grow(recipe: Recipe, steps: list[Step], before: bytes) -> tuple[bytes, bytes]:
-        guest.show(MemoryDisk(before))
-        done = guest.ask("mount", fs="ext4", options="rw", load=False, program=None, probe=())
-        assert done["code"] == 0, done
         job = {"width": recipe.width, "contents": CONTENTS, "steps": steps}
-        done = guest.ask("fsck", argv=["/tools/bin/node", "-e", _AGENT, json.dumps(job)])
-        assert done["code"] == 0, done["said"]
-        synced = guest._disk.pread(0, SIZE)
-        assert guest.ask("umount")["ok"]
-        return synced, guest._disk.pread(0, SIZE)
+        with kernel.mounted(kernel.place(MemoryDisk(before), None)) as guest:
+            done = guest.ask("fsck", argv=["/tools/bin/node", "-e", _AGENT, json.dumps(job)])
+            assert done["code"] == 0, done["said"]
+            synced = guest.pread(0, SIZE)
+        return synced, guest.pread(0, SIZE)
 
     return grow
 
@@ -356,9 +352,7 @@ def compare(
     kernel: KernelOracle, recipe: Recipe, rng: random.Random, count: int, tally: Tally
 ) -> None:
     """Draw disks of a recipe, and ask both oracles of them; the quick one incrementally."""
-    with kernel.mounted(kernel.place(MemoryDisk(formatted(recipe, rng)), None)) as guest:
-        pass
-    grown = world(recipe, in_guest(guest), rng)
+    grown = world(recipe, in_guest(kernel), rng)
     states = drawn(grown, rng)
     real = [kernel.follow(m, earlier={}, mount=ONLY) for m in grown.manifests]
     quick = [QUICK.follow(m, earlier={}, mount=ONLY) for m in grown.manifests]

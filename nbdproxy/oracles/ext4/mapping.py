@@ -65,6 +65,7 @@ class BlockTree:
         self._read_block = read_block
         self._fan = sb.block_size // 4
         self._blocks = -(-inode.size // sb.block_size)
+        self._is_doubtful = False  # a block of pointers that was read holds impossible ones
 
     def check(self) -> None:
         """Look at what stands in the inode itself, as the kernel does before anything is read."""
@@ -72,10 +73,16 @@ class BlockTree:
             (depth,) = struct.unpack_from("<H", self._inode.block_map, 6)
             self._entries(self._inode.block_map, depth, None)
         else:
-            self._check_pointers(struct.unpack_from("<12I", self._inode.block_map))
+            for pointer in struct.unpack_from("<12I", self._inode.block_map):
+                if pointer:
+                    self._require_valid(pointer, 1)
 
     def runs(self) -> list[Run]:
-        """Return the written blocks of a file in ascending order, neighbours joined."""
+        """Return the written blocks of a file in ascending order, neighbours joined.
+
+        Raises UnsupportedError if the kernel might read them or not.
+        """
+        self._is_doubtful = False
         result: list[Run] = []
         end = 0
         for run in self._extents() if self._inode.flags & InodeFlag.EXTENTS else self._indirect():
@@ -90,12 +97,13 @@ class BlockTree:
                     result[-1] = last._replace(blocks=last.blocks + run.blocks)
                     continue
             result.append(Run(*run[:3]))
+        self._raise_doubt()
         return result
 
     def find(self, logical: int) -> int | None:
         """Return where one block of the file is, reading only what leads there; None for a hole.
 
-        Raises UnsupportedError for a block that is unwritten.
+        Raises UnsupportedError for one that is unwritten, or that the kernel might read or not.
         """
         if not self._inode.flags & InodeFlag.EXTENTS:
             return self._find_pointer(logical)
@@ -202,11 +210,13 @@ class BlockTree:
             if not physical:
                 continue
             if level == 1:
+                self._require_valid(physical, 1)
                 yield Extent(here, physical, 1, is_written=True)
             else:
                 yield from self._pointers(physical, level - 1, here)
 
     def _find_pointer(self, logical: int) -> int | None:
+        self._is_doubtful = False
         pointers = struct.unpack("<15I", self._inode.block_map)
         if logical < DIRECT:
             number, level = pointers[logical], 0
@@ -225,19 +235,30 @@ class BlockTree:
             number = self._pointer_block(number)[index]
         if number:
             self._require_valid(number, 1)
+        self._raise_doubt()
         return number or None
+
+    def _raise_doubt(self) -> None:
+        """Raise UnsupportedError if a block of pointers that was read is not wholly right.
+
+        The kernel fails when it reads such a block, and no more once it has kept it.
+        """
+        if self._is_doubtful:
+            raise UnsupportedError(
+                f"inode {self._inode.number} has a block of pointers that are not all possible"
+            )
 
     def _pointer_block(self, number: int) -> tuple[int, ...]:
         if not 0 < number < self._sb.blocks:
             raise self._corrupt("a block is outside the disk")
         found = struct.unpack(f"<{self._fan}I", self._read_block(number))
-        self._check_pointers(found)
+        self._is_doubtful |= not all(self._is_valid(one, 1) for one in {number, *found} - {0})
         return found
 
-    def _check_pointers(self, pointers: tuple[int, ...]) -> None:
-        for pointer in set(pointers):
-            if pointer:
-                self._require_valid(pointer, 1)
+    def _is_valid(self, block: int, blocks: int) -> bool:
+        end = block + blocks
+        is_inside = self._sb.first_data_block < block and end <= self._sb.blocks
+        return is_inside and not self._fixed.meets(block, end)
 
     def _require_valid(self, block: int, blocks: int) -> None:
         end = block + blocks
