@@ -113,8 +113,20 @@ function below(place, path) {
   return parts;
 }
 
+// Throws if a link is on the way to the directory that shows: it may lead out of the mount.
+function mustBeStraight(place) {
+  let here = '';
+  for (const name of names(place.root)) {
+    here += '/' + name;
+    if (folders.has(here)) continue;
+    if (fs.lstatSync(bytes(ROOT + here)).isSymbolicLink()) throw failed('EXDEV');
+    folders.add(here);
+  }
+}
+
 // Where a guest's absolute path leads, from the mount point; throws as the kernel does.
 function resolve(place, path) {
+  mustBeStraight(place);
   let parts = below(place, path), here = '', left = LINKS_MAX;
   while (parts.length) {
     const part = parts.shift();
@@ -270,6 +282,7 @@ function walk({ under, place, digests, limit }) {
     }
   };
   try {
+    mustBeStraight(place);
     const isAbove = (place.point + '/').startsWith(under === '/' ? '/' : under + '/');
     const top = isAbove ? '' : resolve(place, under);
     if (fs.lstatSync(host(place, top)).isDirectory()) visit(top);

@@ -348,7 +348,7 @@ class KernelFollower:
                 )["files"]
         except RefusedByKernelError as error:
             lost = {entry.path: Condition.UNREADABLE for entry in self._manifest.entries}
-            return Findings(Verdict.FAIL, lost, str(error), refused=True)
+            return Findings(Verdict.FAIL, lost, str(error))
         except FilesystemError as error:
             return Findings(Verdict.UNKNOWN, reason=str(error))
         return self._findings(found, place)

@@ -21,7 +21,15 @@ from nbdproxy.cli.oracles import (
     opened,
     tell_differences,
 )
-from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
+from nbdproxy.cli.states import (
+    State,
+    StateAt,
+    StateFailure,
+    StateMode,
+    at_the_end_or_here,
+    choose,
+    tree_of_disk,
+)
 from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.replay import earlier_digests
 from nbdproxy.crash.timeline import Timeline
@@ -32,7 +40,7 @@ from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.composite import TreeFollower, split
-from nbdproxy.oracles.locate import Where, below, locate, survey_tree
+from nbdproxy.oracles.locate import Where, below, locate
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Digests, Oracle
@@ -149,24 +157,25 @@ def _placed(
 ) -> tuple[Tree, Manifest | None]:
     """Return the tree, found when all was sent or else here, and the manifest with its paths.
 
-    What cannot be read is no reason to give up: it is said of the filesystem.
+    That it is not found is no reason to give up: of the files it is said why they cannot be told.
     """
-    good = disk if timeline is None else timeline.at(timeline.source.events)
-    if wanted is not None and all(entry.path.startswith("/") for entry in wanted.entries):
-        where = replace(where, root=where.root or "/")  # paths are not changed to fit a bad state
-    failure: FilesystemError | ManifestError | None = None
-    for device in (good,) if good is disk else (good, disk):
+    if wanted is None:
         try:
-            if wanted is None:
-                return survey_tree(judge, device, where), None
-            return locate(judge, device, wanted, where)
-        except (FilesystemError, ManifestError) as error:
-            failure = failure or error
-    if where.mounts or (wanted is not None and where.root is None):
-        assert failure is not None
-        raise failure
-    tree = Tree((Mount(partition=where.partition),))
-    return tree, wanted if wanted is None else below(where.root or "/", wanted)
+            return tree_of_disk(judge, disk, timeline, where), None
+        except FilesystemError:
+            if where.mounts:
+                raise
+            return Tree((Mount(partition=where.partition),)), None
+    if all(entry.path.startswith("/") for entry in wanted.entries):
+        where = replace(where, root=where.root or "/")  # paths are not changed to fit a bad state
+    try:
+        return at_the_end_or_here(
+            disk, timeline, lambda device: locate(judge, device, wanted, where)
+        )
+    except (FilesystemError, ManifestError) as error:
+        if where.mounts or where.root is None:
+            raise
+        return Tree((), nowhere=str(error)), below(where.root, wanted)
 
 
 def _asked(

@@ -343,6 +343,9 @@ def _command(
     if plan.names("dir"):
         with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
             tree = tree_of_disk(asked, cut, timeline, where)
+        lacking = [*tree.away.values(), *([tree.loose] if tree.loose else [])]
+        for one in lacking:
+            err.print(f"note: not in $dir is what cannot be read: {one}")
         plan = replace(plan, tree=tree, oracle=MAKERS[oracle])
     if plan.names_part and where.partition is None:
         plan = replace(plan, partition=_partition(timeline.at(timeline.source.events), cut))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -11,12 +12,14 @@ from nbdproxy.crash.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.replay import level_at
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles.locate import Where, survey_tree
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure
+
+T = TypeVar("T")
 
 State = Annotated[
     str | None, typer.Option(metavar="ID", help="A state's id, as replay --json tells it.")
@@ -56,12 +59,22 @@ def tree_of_disk(
 
     Raises FilesystemError if there is none, or it is not clear what is mounted where.
     """
+    return at_the_end_or_here(disk, timeline, lambda device: survey_tree(oracle, device, where))
+
+
+def at_the_end_or_here(
+    disk: ReadableDevice, timeline: Timeline | None, find: Callable[[ReadableDevice], T]
+) -> T:
+    """Return what is found when all has been sent, or else in the state itself.
+
+    Raises what `find` raises: FilesystemError or ManifestError.
+    """
     if timeline is None:
-        return survey_tree(oracle, disk, where)
+        return find(disk)
     try:
-        return survey_tree(oracle, timeline.at(timeline.source.events), where)
-    except FilesystemError as at_the_end:
+        return find(timeline.at(timeline.source.events))
+    except (FilesystemError, ManifestError) as at_the_end:
         try:
-            return survey_tree(oracle, disk, where)
-        except FilesystemError:
+            return find(disk)
+        except (FilesystemError, ManifestError):
             raise at_the_end from None

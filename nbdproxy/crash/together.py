@@ -16,20 +16,23 @@ from datetime import datetime
 from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import Cell, Outcome, Replay
+from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
 from nbdproxy.crash.replay import replay as replay_one
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.errors import FilesystemError, ManifestError, UsageError
+from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
 from nbdproxy.oracles.check import merge
 from nbdproxy.oracles.composite import split
+from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import ANYWHERE, Where, locate_all
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Options
-from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.persistence.modes import CacheMode, Failure, Taken
+
+_UNKNOWN = FileOutcome(Condition.CANNOT_BE_TOLD, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,13 @@ def replay_together(
     progress: Callable[[StateId], None] = lambda _: None,
     oracle: Oracle = QUICK,
 ) -> Together:
-    """Judge every asked-for cell, as `replay.replay` does for one recording."""
+    """Judge every asked-for cell, as `replay.replay` does for one recording.
+
+    Raises ProjectionError also if there is no mode that all recordings tell of.
+    """
     if where.partition is not None and len(sources) > 1:
         raise UsageError("--partition is for one recording; say what is mounted where by --mount")
-    possible = [_told_modes(source, recorded_as) for source in sources]
-    chosen = modes or [mode for mode in CacheMode if all(mode in some for some in possible)]
+    chosen = modes or _in_common([_taken(source, recorded_as) for source in sources])
     cuts = instants(sources, at or "before-exit")
     trees, manifest = _place(sources, cuts, manifest, where, oracle)
     each = tuple(
@@ -81,10 +86,25 @@ def replay_together(
     return Together(_merged(each, manifest), each)
 
 
-def _told_modes(source: RecordedSource, recorded_as: CacheMode | None) -> tuple[CacheMode, ...]:
-    """Return the modes that a recording tells of."""
+def _taken(source: RecordedSource, recorded_as: CacheMode | None) -> Taken:
     with closing(Timeline(source)) as timeline:
-        return taken_under(timeline, recorded_as).tells
+        return taken_under(timeline, recorded_as)
+
+
+def _in_common(every: Sequence[Taken]) -> list[CacheMode]:
+    """Return the modes that all recordings tell of."""
+    found = [mode for mode in CacheMode if all(mode in one.tells for one in every)]
+    if not found:
+        known = "; ".join(
+            f"disk {number} tells of {', '.join(mode.value for mode in one.tells)} only ({one.why})"
+            for number, one in enumerate(every, start=1)
+            if one.why
+        )
+        raise ProjectionError(
+            f"these recordings have no cache mode in common: {known}; judge each for itself, or "
+            f"say QEMU's cache mode of then with --recorded-as, if you know it"
+        )
+    return found
 
 
 def instants(sources: Sequence[RecordedSource], text: str) -> list[Cut]:
@@ -162,7 +182,8 @@ def _merged(each: Sequence[Replay], manifest: Manifest) -> Replay:
         cell: Cell = some[0]
         verdict = merge({one.verdict for one in some})
         worst, best = (
-            _outcome([getattr(one, end) for one in some], manifest) for end in ("worst", "best")
+            _outcome([getattr(one, end) for one in some], each, manifest)
+            for end in ("worst", "best")
         )
         cells.append(replace(cell, verdict=verdict, worst=worst, best=best))
     return replace(
@@ -176,9 +197,15 @@ def _merged(each: Sequence[Replay], manifest: Manifest) -> Replay:
     )
 
 
-def _outcome(some: Sequence[Outcome], manifest: Manifest) -> Outcome:
-    """Return what the disks together hold; files of one that cannot be judged are left out."""
-    files = {path: found for one in some for path, found in one.files.items()}
+def _outcome(some: Sequence[Outcome], each: Sequence[Replay], manifest: Manifest) -> Outcome:
+    """Return what the disks together hold: of one that cannot be judged, no file can be told.
+
+    Without files, as for one disk, if that is so of all of them.
+    """
+    files: dict[str, FileOutcome] = {}
+    if any(one.files for one in some):
+        for one, replay in zip(some, each, strict=True):
+            files |= one.files or {entry.path: _UNKNOWN for entry in replay.manifest.entries}
     reasons = dict.fromkeys(one.reason for one in some if one.reason is not None)
     return Outcome(
         some[0].state,

@@ -47,14 +47,13 @@ class Findings:
     """The verdict, the condition of each file by its path in the manifest, and what is doubtful.
 
     `conditions` is empty if the filesystem as a whole could not be judged. `reason` says why a
-    verdict is unknown, or why a single file is. `refused` is set where a kernel did not mount it,
-    which loses all files, and `reason` is what it said.
+    verdict is unknown, why a single file is, or what a kernel said that did not mount it, which
+    loses all files.
     """
 
     verdict: Verdict
     conditions: dict[str, Condition] = field(default_factory=dict)
     reason: str | None = None
-    refused: bool = False
 
 
 class Outcome(NamedTuple):

@@ -86,7 +86,7 @@ def extract(
     wanted = [shown(absolute(os.path.normpath(path))) for path in dict.fromkeys(paths)]
     fd = os.open(folder, _FOLDER)
     try:
-        writer = _Writer(fd, found, tell)
+        writer = _Writer(fd, found, tell, tree.loose)
         for mount in tree.mounts:
             mine = [path for path in wanted if mount.holds(path) or is_below(mount.point, path)]
             if not mine:
@@ -125,8 +125,11 @@ def _note_away(found: Extracted, tree: Tree, wanted: Sequence[str]) -> None:
 
 
 class _Writer:
-    def __init__(self, fd: int, found: Extracted, tell: Callable[[Extracted], None]) -> None:
+    def __init__(
+        self, fd: int, found: Extracted, tell: Callable[[Extracted], None], loose: str
+    ) -> None:
         self._fd = fd
+        self._loose = loose
         self._found = found
         self._tell = tell
         self._made: list[Found] = []
@@ -138,6 +141,10 @@ class _Writer:
             top = view.find(absolute(path))
         except FilesystemError as error:
             self._found.note(path, error)
+            return
+        if top is None and self._loose:
+            why = f"it is not there, but perhaps in what cannot be read here: {self._loose}"
+            self._found.doubtful.append((path, why))
             return
         if top is None:
             self._found.lost.append((path, "it is not there"))

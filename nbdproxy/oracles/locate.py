@@ -23,7 +23,7 @@ from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, by_fstab, told
+from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, Unread, by_fstab, told
 from nbdproxy.oracles.quick import QUICK
 
 
@@ -92,11 +92,12 @@ def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE)
             "several systems are on the disk, each with an fstab of its own; say what is mounted "
             "where with --mount"
         )
-    if plans:
-        return plans[0].trees(disks)[0]
-    if given.spots:
-        return given.trees(disks)[0]
-    return Tree((Mount(partition=check.only(check.candidates(device, None)).key),))
+    if plans or given.spots:
+        plan = plans[0] if plans else given
+    else:
+        plan = Plan({"/": (0, Mount(partition=check.only(check.candidates(device, None)).key))})
+    (tree,) = plan.trees(disks)
+    return replace(tree, loose=", ".join(map(str, _loose(disks, plan))))
 
 
 def tree_by_fstab(device: ReadableDevice) -> Tree | None:
@@ -147,8 +148,10 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
         plan = guesses.by_files(disks, given, manifest)
         if plan.spots:
             return plan, manifest
-    if where.root is not None:
+    if where.root is not None and len(disks.parts) > 1:
         raise FilesystemError(disks.several())
+    if where.root is not None:
+        raise _matches_nothing(disks)
     found = _most(disks, singles, manifest, where)
     if found is None:
         raise _matches_nothing(disks)
@@ -184,7 +187,7 @@ def _most(
 def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
     """Return the trees of a plan, with the files of which it does not say where they are."""
     trees = plan.trees(disks)
-    loose = [hidden for hidden in disks.hidden if not plan.accounts_for(hidden)]
+    loose = _loose(disks, plan)
     known = plan.known(disks) if loose or plan.from_fstab else frozenset()
     sure = {posixpath.dirname(entry.path) for entry in manifest.entries if entry.path in known}
     doubtful = dict(plan.doubtful)
@@ -197,6 +200,11 @@ def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
             seen = ", ".join(map(str, loose))
             doubtful[entry.path] = f"perhaps in what cannot be read here: {seen}"
     return [replace(tree, doubtful=doubtful) for tree in trees]
+
+
+def _loose(disks: Disks, plan: Plan) -> list[Unread]:
+    """Return what cannot be read and is mounted nobody knows where."""
+    return [hidden for hidden in disks.hidden if not plan.accounts_for(hidden)]
 
 
 def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:

@@ -74,12 +74,15 @@ class Tree:
     away      mount points of what cannot, and why
     doubtful  paths of which it is not known where they are, and why
     nowhere   why a path that is below no mount point cannot be told
+    loose     what cannot be read and is mounted nobody knows where: what is not there may be in it.
+              Only of a tree that was made for no manifest; else `doubtful` says it of its files
     """
 
     mounts: tuple[Mount, ...] = (ONLY,)
     away: Mapping[str, str] = field(default_factory=dict)
     doubtful: Mapping[str, str] = field(default_factory=dict)
     nowhere: str = "no filesystem is known that shows there; name it with --mount"
+    loose: str = ""
 
     def of(self, path: str) -> Mount | str:
         """Return the mount that has an absolute path, or why that cannot be told."""

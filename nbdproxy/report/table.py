@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.source import Source
@@ -29,8 +29,10 @@ def render(result: Replay, source: Source) -> Table:
         table.add_column("\n".join(modes), overflow="fold")
     for index, failure in enumerate(dict.fromkeys(cell.failure for cell in result.cells)):
         cut = next(cell.cut for cell in result.cells if cell.failure is failure)
-        when = f"{escape(printable(cut.text))}, {cut.time_ns(source) / 1e9:.1f} s"
-        table.add_row(f"{failure.value}\n{when}", *(column[index] for column in groups.values()))
+        when = f"{printable(cut.text)}, {cut.time_ns(source) / 1e9:.1f} s"
+        # Consoles take plain text for what it is: only what is made here has colours.
+        cells = (Text.from_markup(column[index]) for column in groups.values())
+        table.add_row(Text(f"{failure.value}\n{when}"), *cells)
     return table
 
 

@@ -1,19 +1,24 @@
-"""A guest's tree on Btrfs: its fstab mounts subvolumes, and files are found where it has them."""
+"""A guest's tree by a kernel: on Btrfs an fstab mounts subvolumes; what shows may be a folder."""
 
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from nbdproxy.checker.oracle import KernelOracle
+from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import TreeFollower, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, survey_tree
+from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.quick import QUICK
 from tests.support.states import cut_off, files
+from tests.support.systems import Part, filesystem
 
 pytestmark = pytest.mark.lab
 
@@ -59,3 +64,18 @@ def test_subvolumes_are_told_too(kernel: KernelOracle, disk: OverlayDisk) -> Non
     mounts = (Told("0", "/", "/@"), Told(f"UUID={UUID}", "/home", "/@home"))
     tree, found = locate(kernel, disk, files(**THERE), Where(mounts=mounts))
     assert TreeFollower(kernel, found, {}, tree).check(disk, None).verdict is Verdict.PASS
+
+
+def test_what_is_shown_through_a_link_cannot_be_told(kernel: KernelOracle, tmp_path: Path) -> None:
+    part = Part({"/srv/www/page": "hello"}, links={"/near": "srv", "/far": "/srv"})
+    ext4 = MemoryDisk(filesystem(tmp_path, part, 1))
+    wanted = files(**{"www/page": b"hello"})
+    for oracle in (QUICK, kernel):
+        said = {
+            root: TreeFollower(oracle, wanted, {}, Tree((Mount("/www", root=f"{root}/www"),)))
+            .check(ext4, None)
+            .verdict
+            for root in ("/srv", "/near", "/far")
+        }
+        unknown = Verdict.UNKNOWN
+        assert said == {"/srv": Verdict.PASS, "/near": unknown, "/far": unknown}

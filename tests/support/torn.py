@@ -333,7 +333,7 @@ class Tally:
     def add(self, state: State, quick: Findings, kernel: Findings) -> None:
         """Compare what the two say of a state."""
         self.states += 1
-        if quick.conditions and kernel.refused:
+        if quick.conditions and "refuses to mount" in str(kernel.reason):
             self.differences.append(f"{state.title}: the kernel refuses it: {kernel.reason}")
         if not quick.conditions or not kernel.conditions:
             return
