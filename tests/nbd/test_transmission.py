@@ -264,7 +264,7 @@ def test_a_request_without_its_magic_ends_the_connection(style: int, at: int) ->
 @STYLES
 def test_every_combination_is_judged_as_the_specification_says(style: int) -> None:
     told = spec.flags_told(WRITABLE, style, contexts=style != spec.SIMPLE)
-    terms = spec.Terms(SIZE, told, style, style != spec.SIMPLE)
+    terms = spec.Terms(SIZE, told, style, style != spec.SIMPLE, min_block=512)
     offsets, lengths, flags = (0, 256, SIZE - 512, SIZE), (0, 512, 1024), (0, 1, 2, 4, 8, 16, 65)
     for command, offset, length, flag in itertools.product(range(9), offsets, lengths, flags):
         if command == Command.DISC:
