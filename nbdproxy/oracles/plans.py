@@ -22,6 +22,8 @@ from nbdproxy.oracles.mounts import Mount, PartitionName, Tree, above, is_below,
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.survey import Part, survey
 
+LINKS_MAX = 40
+"""So many symbolic links Linux follows in a path: path_resolution(7)."""
 IN_MEMORY = ("/dev/", "/proc/", "/run/", "/sys/")
 """What a Linux system always keeps in memory, though no fstab says so; see file-hierarchy(7)."""
 
@@ -121,6 +123,16 @@ class Disks:
         mount = Mount("/", store.part, root)
         return self._oracle.content(self.devices[store.disk], entry, mount=mount)
 
+    def link(self, store: Store, path: str) -> str | None:
+        """Return where a link leads that is no link to a file; None if a path is none."""
+        if path not in self.paths(store):
+            return None
+        entry = Entry(path, "", None)
+        if self.content(store, "/", entry) is not None:
+            return None
+        target = self.content(store, "/", replace(entry, target=""))
+        return None if target is None else target.decode("utf-8", "surrogateescape")
+
     def called(self, name: str) -> list[Store]:
         """Return the filesystems that a name may mean, those that cannot be read too."""
         return [store for store in (*self.parts, *self.closed) if _plain(name) in store.specs]
@@ -196,6 +208,43 @@ class Plan:
                     found.update(path for path in seen if path is not None)
         return frozenset(found)
 
+    def real(self, disks: Disks, path: str) -> str:
+        """Return where a path leads, links to folders followed; as it is, where they go on."""
+        names, at = path.split("/")[::-1], "/"
+        links = 0
+        while names and links <= LINKS_MAX:
+            step = posixpath.normpath(posixpath.join(at, names.pop()))
+            target = self._link(disks, step)
+            if target is None:
+                at = step
+                continue
+            links += 1
+            names += target.split("/")[::-1]
+            at = "/" if target.startswith("/") else at
+        return path if names else at
+
+    def _link(self, disks: Disks, path: str) -> str | None:
+        for point in above(posixpath.dirname(path)):
+            if point in self.away:
+                return None
+            if point in self.spots:
+                disk, mount = self.spots[point]
+                wanted = disk, mount.partition or 0
+                found = (s for s in disks.parts if (s.disk, s.part) == wanted)
+                store = next(found, None)
+                return None if store is None else disks.link(store, mount.inside(path))
+        return None
+
+    def alias(self, disks: Disks) -> None:
+        """Enter what is mounted at a link at the place that it leads to, too: it is there."""
+        for point in sorted({*self.spots, *self.away}):
+            real = self.real(disks, point)
+            if point in self.away:
+                self.away.setdefault(real, self.away[point])
+            elif real not in self.away:
+                disk, mount = self.spots[point]
+                self.spots.setdefault(real, (disk, replace(mount, point=real)))
+
     def accounts_for(self, hidden: Unread) -> bool:
         """Tell whether it is known what something unreadable is for."""
         return bool(hidden.specs & self.names)
@@ -224,6 +273,7 @@ def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
             several = "several filesystems are" if found else "no filesystem is"
             raise FilesystemError(f"--mount {one}: {several} called so; there are: {names}")
         plan.spots[one.point] = found[0].mount(one.point, one.root or "")
+    plan.alias(disks)
     return plan
 
 
@@ -275,16 +325,15 @@ class _Reading:
         if "/" not in plan.spots and not self._is_of_hidden():
             plan.away.pop("/", None)  # it is written for another name of the disk that it is on
             plan.spots["/"] = self._store.mount("/", self._root)
+        plan.alias(self._disks)
         for line in self._lines:
             if line.is_optional:
                 self._decide(plan, line, wanted)
-        for line in self._lines:
-            if line.is_bind:
-                self._bind(plan, line)
-        self._avoid_links(plan, given, wanted)
+        self._bind_all(plan)
         for point, spot in given.spots.items():
             plan.away.pop(point, None)
             plan.spots[point] = spot
+        plan.alias(self._disks)
         return plan
 
     def _names(self) -> Iterator[str]:
@@ -358,33 +407,18 @@ class _Reading:
             unclear = f"{line.point} is mounted on demand only; if it was, say so with --mount"
             plan.away[line.point] = found if isinstance(found, str) else unclear
 
-    def _avoid_links(self, plan: Plan, given: Plan, wanted: AbstractSet[str]) -> None:
-        """Take back what is mounted at, or bound from, a path with a link: it shows elsewhere."""
-        for line in self._lines:
-            ends = (line.point, line.spec) if line.is_bind else (line.point,)
-            if line.point in given.spots or not any(self._has_link(plan, end) for end in ends):
-                continue
-            why = f"fstab mounts {line.spec} at {line.point}, which leads through a link"
-            plan.spots.pop(line.point, None)
-            plan.away[line.point] = f"{why}; say with --mount where it shows"
-            known = plan.known(self._disks)
-            sure = {posixpath.dirname(path) for path in known}
-            for path in wanted - known:
-                if posixpath.dirname(path) not in sure:
-                    plan.doubtful.setdefault(path, plan.away[line.point])
-
-    def _has_link(self, plan: Plan, path: str) -> bool:
-        """Tell whether a path, or one above it, is no directory where it is mounted or bound."""
-        stores = {(store.disk, store.part): store for store in self._disks.parts}
-        for step in above(path):
-            points = [point for point in plan.spots if point != step and is_below(step, point)]
-            if not points:
-                continue
-            disk, mount = plan.spots[max(points, key=len)]
-            store = stores.get((disk, mount.partition or 0))
-            if store is not None and mount.inside(step) in self._disks.paths(store):
-                return True
-        return False
+    def _bind_all(self, plan: Plan) -> None:
+        """Enter bind mounts: what one shows is mounted before it, as systemd.mount(5) has it."""
+        left = [line for line in self._lines if line.is_bind]
+        while left:
+            ready = (
+                line
+                for line in left
+                if not any(is_below(line.spec, o.point) for o in left if o is not line)
+            )
+            line = next(ready, left[0])
+            left.remove(line)
+            self._bind(plan, replace(line, spec=plan.real(self._disks, line.spec)))
 
     def _bind(self, plan: Plan, line: Line) -> None:
         """Enter a directory of the tree that shows in another place as well."""

@@ -58,11 +58,6 @@ def test_an_empty_image(tmp_path: Path) -> None:
     assert "truncate -s" in serve(tmp_path / "empty")
 
 
-def test_an_image_of_odd_size(tmp_path: Path) -> None:
-    (tmp_path / "odd").write_bytes(bytes(1000))
-    assert "truncate -s 1024" in serve(tmp_path / "odd")
-
-
 def test_a_qcow2_file_without_format(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     tool("qemu-img", "create", "-q", "-f", "qcow2", path, "1M")

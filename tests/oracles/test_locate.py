@@ -224,19 +224,38 @@ def test_a_bind_mount_shows_a_directory_twice(made: Make) -> None:
     assert placed(tree)["/var/www"] == 3 and placed(tree)["/mnt/boot"] == 1
 
 
-def test_what_shows_behind_a_link_cannot_be_told(made: Make) -> None:
-    links = {"/opt": "/var/opt", "/pub": "srv"}
-    fstab = "LABEL=root / ext4\nLABEL=boot /opt ext4\n/pub/www /www none bind\n"
-    files = {**ROOT, "/etc/fstab": fstab, "/srv/www/page": "hello"}
-    system = Part(files, "root", folders=("/boot", "/var/opt", "/www"), links=links)
-    seen = {"/var/opt/vmlinuz": "kernel", "/www/page": "hello"}
-    tree, found = judged(made(BOOT, system), {**ROOT, **seen})
-    assert {found.conditions[path] for path in seen} == {Condition.CANNOT_BE_TOLD}
-    assert found.conditions["/etc/passwd"] is Condition.WHOLE
-    assert "at /opt, which leads through a link" in tree.doubtful["/var/opt/vmlinuz"]
-    told = Where(mounts=(Told("1", "/opt"), Told("2", "/www", "/srv/www")))
-    _, found = judged(made(BOOT, system), {**ROOT, "/www/page": "hello"}, told)
-    assert found.verdict is Verdict.PASS
+def test_what_is_bound_is_mounted_before_what_binds_it(made: Make) -> None:
+    data = Part({"/store/app/x": "x"}, "data")
+    fstab = (
+        "LABEL=root / ext4\n/data/app /srv/app none bind\n/mnt/store /data none bind\n"
+        "LABEL=data /mnt ext4\n"
+    )
+    device = made(root(fstab, None, "/data/app", "/srv/app", "/mnt"), data)
+    wanted = {**ROOT, "/mnt/store/app/x": "x", "/data/app/x": "x", "/srv/app/x": "x"}
+    assert judged(device, wanted)[1].verdict is Verdict.PASS
+
+
+def test_what_is_mounted_at_a_link_is_where_the_link_leads(made: Make) -> None:
+    links = {"/app": "srv/app", "/way": "/app/../app", "/loop": "loop"}
+    fstab = (
+        "LABEL=root / ext4\nLABEL=data /way/ ext4\nLABEL=boot /app/boot ext4\n"
+        "/way/www /www none bind\nLABEL=gone /loop ext4\n"
+    )
+    top = Part({**ROOT, "/etc/fstab": fstab}, "root", folders=("/srv/app", "/www"), links=links)
+    device = made(BOOT, top, Part({"/www/index": "page", "/boot/none": ""}, "data"))
+    wanted = {
+        **ROOT,
+        "/srv/app/www/index": "page",
+        "/way/www/index": "page",
+        "/www/index": "page",
+        "/srv/app/boot/vmlinuz": "kernel",
+    }
+    assert judged(device, wanted)[1].verdict is Verdict.PASS
+    told = Where(mounts=(Told("2", "/"), Told("3", "/app")))
+    assert judged(device, {**ROOT, "/srv/app/www/index": "page"}, told)[1].verdict is Verdict.PASS
+    assert judged(device, {**wanted, "/loop/x": ""})[1].conditions["/loop/x"] is (
+        Condition.CANNOT_BE_TOLD
+    )
 
 
 def test_what_is_mounted_on_demand_is_told_by_the_files(made: Make) -> None:
