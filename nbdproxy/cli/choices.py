@@ -93,7 +93,8 @@ def where_of(root: str | None, partition: int | None, mounts: list[str] | None) 
                 f"--mount 1:/boot or --mount vg/home:/home"
             )
         root_of = found[3] and posixpath.normpath(posixpath.join("/", found[3]))
-        told.append(Told(found[1], posixpath.normpath(found[2]), root_of))
+        point = posixpath.normpath(f"/{found[2].lstrip('/')}")
+        told.append(Told(found[1], point, root_of))
     if told and partition is not None:
         raise UsageError("--partition says that all files are on it; drop it, or --mount")
     return Where(root, partition, tuple(told))

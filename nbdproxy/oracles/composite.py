@@ -21,6 +21,7 @@ from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
 from nbdproxy.oracles.oracle import Digests, Follower, Oracle
 from nbdproxy.oracles.watched import Range, Reads
+from nbdproxy.sizes import plural
 
 
 class TreeFollower:
@@ -75,8 +76,7 @@ class TreeFollower:
             }
             reasons += [one.reason] if one.reason is not None else []
         for reason, count in Counter(self._unknown.values()).items():
-            files = "1 file" if count == 1 else f"{count:,} files"
-            reasons.append(f"{files} cannot be told: {reason}")
+            reasons.append(f"{plural(count, 'file')} cannot be told: {reason}")
         verdicts = {one.verdict for one in found}
         verdicts |= {Verdict.UNKNOWN} if self._unknown else set()
         in_order = {e.path: conditions[e.path] for e in self._manifest.entries}

@@ -73,7 +73,7 @@ def lines(raw: bytes) -> list[Line]:
     for fields in _fields(raw):
         if len(fields) < 3 or not fields[1].startswith("/") or fields[2] in {"swap", "ignore"}:
             continue
-        spec, point, kind = fields[0], posixpath.normpath(fields[1]), fields[2]
+        spec, point, kind = fields[0], posixpath.normpath(f"/{fields[1].lstrip('/')}"), fields[2]
         options = dict(
             option.partition("=")[::2]
             for option in (fields[3] if len(fields) > 3 else "defaults").split(",")

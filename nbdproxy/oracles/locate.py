@@ -112,7 +112,7 @@ def below(root: str, manifest: Manifest) -> Manifest:
     """Put every path of a manifest below a directory of the guest."""
     return Manifest(
         tuple(
-            replace(entry, path=posixpath.join("/", root, entry.path.lstrip("/")))
+            replace(entry, path=posixpath.join(f"/{root.lstrip('/')}", entry.path.lstrip("/")))
             for entry in manifest.entries
         )
     )

@@ -56,6 +56,8 @@ VERIFIED = re.compile(r"(?:[.?SM5DLUGTPC]{8,9}|missing) +(?:[cdglr] )?/.*")
 SIZE = re.compile(r"# size (\d{1,19})")
 MODE = re.compile(r"# mode ([0-7]{1,4})")
 LINK = re.compile(r"# symlink (\[.*\])")
+REPEATED = re.compile(r"/(?:\./|/)+")
+"""What stands in a path where a single slash says the same."""
 PERMISSIONS = 0o7777
 ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
 CHUNK = 1 << 20
@@ -293,8 +295,9 @@ def _entry(line: str, told: _Told, where: str, *, raw: bool) -> Entry | None:
         )
     if escaped and not raw:
         name = _unescape(name, where)
+    name = REPEATED.sub("/", name)
     while name.startswith("./"):
-        name = name[2:].lstrip("/")
+        name = name[2:]
     return Entry(name, found.lower(), told.size, told.mode, algorithm=algorithm)
 
 

@@ -119,6 +119,7 @@ def tree_of(mounts: Iterable[Mount], away: Mapping[str, str] | None = None) -> T
 
 def above(path: str) -> Iterator[str]:
     """Yield an absolute path and all directories above it, the longest first."""
+    path = "/" + path.lstrip("/")  # POSIX leaves open what two slashes at the beginning mean
     yield path
     while path != "/":
         path = posixpath.dirname(path)

@@ -298,7 +298,7 @@ def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
             if raw is None:
                 continue
             plan = _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
-            found = own if plan.spots["/"] == store.mount("/", root) else copies
+            found = own if plan.spots.get("/") == store.mount("/", root) else copies
             if plan not in found:
                 found.append(plan)
     return own or copies
@@ -322,8 +322,8 @@ class _Reading:
         for line in self._lines:
             if not line.is_bind and not line.is_optional:
                 self._enter(plan, line, self._device(line))
-        if "/" not in plan.spots:  # it is written for another name of the disk that it is on
-            plan.away.pop("/", None)
+        if "/" not in plan.spots and not self._is_of_hidden():
+            plan.away.pop("/", None)  # it is written for another name of the disk that it is on
             plan.spots["/"] = self._store.mount("/", self._root)
         plan.alias(self._disks)
         for line in self._lines:
@@ -375,11 +375,19 @@ class _Reading:
             return f"{where}, which has no subvolume {root}"
         return stores[0].mount(line.point, root)
 
+    def _is_of_hidden(self) -> bool:
+        """Tell whether the top is something that cannot be read: this is a copy of its fstab."""
+        return any(line.point == "/" and self._hidden(line.spec) for line in self._lines)
+
+    def _hidden(self, spec: str) -> Unread | None:
+        """Return what a device is, or is made from, if that cannot be read."""
+        names = (spec, self._ciphers.get(spec, spec))
+        return next(filter(None, (self._disks.hides(self._name(name)) for name in names)), None)
+
     def _obstacle(self, spec: str) -> str:
         """Say why a device is not there."""
-        for name in (spec, self._ciphers.get(spec, spec)):
-            if (hidden := self._disks.hides(self._name(name))) is not None:
-                return f"not read here: {hidden}"
+        if (hidden := self._hidden(spec)) is not None:
+            return f"not read here: {hidden}"
         if self._disks.hidden:
             return f"not seen, and may lie in what cannot be read: {self._disks.unread()}"
         if len(self._disks.devices) > 1:

@@ -150,6 +150,15 @@ def test_what_lies_in_luks_cannot_be_told(made: Make) -> None:
     assert found.conditions["/srv/new"] is Condition.CANNOT_BE_TOLD
 
 
+def test_a_copy_of_a_root_that_cannot_be_read_is_not_the_root(made: Make) -> None:
+    fstab = "/dev/mapper/root / ext4\nLABEL=boot /boot ext4\n"
+    crypttab = {"/etc/crypttab": "root PARTUUID=" + ident(103) + " none luks\n"}
+    tree, found = judged(made(BOOT, root(fstab, crypttab), Part(raw=LUKS)), GUEST)
+    assert "not read here: partition 3 is LUKS1" in tree.away["/"]
+    assert found.conditions["/etc/passwd"] is Condition.CANNOT_BE_TOLD
+    assert found.conditions["/boot/vmlinuz"] is Condition.WHOLE
+
+
 def test_what_an_fstab_puts_on_another_disk_cannot_be_told(made: Make) -> None:
     fstab = (
         "LABEL=root / ext4\nLABEL=boot /boot ext4\nUUID=77 /home xfs\n"

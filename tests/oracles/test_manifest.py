@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,7 @@ NAME = (
     st.binary(min_size=1)
     .filter(lambda name: b"\0" not in name)
     .map(lambda name: name.decode("utf-8", "surrogateescape"))
+    .filter(lambda name: not re.search(r"/\.?/", "/" + name))
 )
 MODES = st.none() | st.integers(0, 0o7777)
 
@@ -234,6 +236,11 @@ def test_bad_manifests_name_the_line(text: str, message: str) -> None:
 
 def test_lines_of_other_systems_and_repetitions_are_taken() -> None:
     assert paths(parse(f"{A.upper()}  a\r\n{A}  a\r\n", "test")) == ["a"]
+
+
+def test_slashes_and_dots_that_say_nothing_are_left_out() -> None:
+    text = "".join(f"{A}  {name}\n" for name in ("//etc//a", "/etc/./b/.c", "././d/.//e", ".f/..g"))
+    assert paths(parse(text, "m")) == ["/etc/a", "/etc/b/.c", "d/e", ".f/..g"]
 
 
 def test_a_missing_file_is_an_error_of_its_own(tmp_path: Path) -> None:
