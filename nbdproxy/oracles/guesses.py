@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles import manifest as manifests
+from nbdproxy.oracles import rivals
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import above, is_below
+from nbdproxy.oracles.mounts import Tree, above, is_below
 from nbdproxy.oracles.plans import Disks, Plan, Store
+from nbdproxy.oracles.rivals import Place
 
 _READ_MAX = 8
 """So many files are read to show that a guess is right."""
@@ -61,22 +63,34 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
 def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
     """Return what has most of the files."""
     found: list[_Guess] = []
+    changed: list[_Guess] = []
     for store in disks.parts:
         found += _shown(disks, store, [entry.path for entry in manifest.entries])
         known = disks.paths(store)
         for (old, new), paths in manifests.changes(manifest, known).items():
-            found.append(_Guess(store, old or "/", new or "/", frozenset(paths)))
+            changed.append(_Guess(store, old or "/", new or "/", frozenset(paths)))
+    stores = {guess.store for guess in found}
+    # A copy of the files in another directory of their filesystem is not what was asked for.
+    found += [guess for guess in changed if guess.store not in stores]
     if not found:
         return None
-    best = max(found, key=lambda guess: guess.rank)
-    rivals = [g for g in found if g.rank[:2] == best.rank[:2] and g.store != best.store]
-    if any(best.files & rival.files for rival in rivals):
-        names = " and ".join(dict.fromkeys(g.store.name for g in (best, *rivals)))
+    by_place = {Place(*_alone(disks, guess, manifest), len(guess.files)): guess for guess in found}
+    best = [by_place[place] for place in rivals.best(disks.oracle, disks.devices, list(by_place))]
+    first = max(best, key=lambda guess: guess.rank)
+    others = [guess for guess in best if guess.store != first.store]
+    if any(first.files & other.files for other in others):
+        names = " and ".join(dict.fromkeys(g.store.name for g in (first, *others)))
         raise FilesystemError(
             f"the manifest matches {names} equally well; name one of them with --partition, or say "
             f"what is mounted where with --mount"
         )
-    return best
+    return first
+
+
+def _alone(disks: Disks, guess: _Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
+    """Return the trees with nothing but a guess, and the files that it would have."""
+    plan = Plan({guess.point: guess.store.mount(guess.point, guess.root)})
+    return plan.trees(disks), Manifest(tuple(e for e in manifest.entries if e.path in guess.files))
 
 
 def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:

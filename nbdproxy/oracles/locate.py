@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check, guesses
+from nbdproxy.oracles import check, guesses, rivals
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, Unread, by_fstab, told
 from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.rivals import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +121,17 @@ def below(root: str, manifest: Manifest) -> Manifest:
 
 def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: Where) -> Manifest:
     """Return the manifest with the paths of one partition."""
-    known = set(oracle.paths(device, mount=Mount(partition=where.partition)))
-    return manifests.resolve(manifest, known)
+    mount = Mount(partition=where.partition)
+    found = manifests.resolutions(manifest, frozenset(oracle.paths(device, mount=mount)))
+    trees = [Tree((mount,))]
+    return rivals.manifest_of(oracle, [device], trees, manifest, found)
 
 
 def _resolved(plan: Plan, disks: Disks, manifest: Manifest, where: Where) -> Manifest:
-    return manifest if where.root is not None else manifests.resolve(manifest, plan.known(disks))
+    if where.root is not None:
+        return manifest
+    found = manifests.resolutions(manifest, plan.known(disks))
+    return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, found)
 
 
 def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[Plan, Manifest]:
@@ -162,7 +168,7 @@ def _most(
     disks: Disks, plans: Sequence[Plan], manifest: Manifest, where: Where
 ) -> tuple[Plan, Manifest] | None:
     """Return the plan with most of the files; None if none has any, but for a --root."""
-    scored: list[tuple[int, Plan, Manifest]] = []
+    places: list[tuple[Plan, Place]] = []
     for plan in plans:
         known = plan.known(disks)
         try:
@@ -170,18 +176,21 @@ def _most(
         except ManifestError:
             continue
         count = sum(entry.path in known for entry in resolved.entries)
-        scored.append((count, plan, resolved))
-    if not scored:
+        places.append((plan, Place(plan.trees(disks), resolved, count)))
+    if not places:
         return None
-    most = max(count for count, _, _ in scored)
-    best = [(plan, resolved) for count, plan, resolved in scored if count == most]
+    found = rivals.best(disks.oracle, disks.devices, [place for _, place in places])
+    best = [(plan, place.manifest) for plan, place in places if place in found]
     # Of one filesystem's subvolumes, without an fstab, the default one counts, or the first.
     if len(best) > 1 and (best[0][0].from_fstab or len({plan.top for plan, _ in best}) > 1):
         raise FilesystemError(
             f"the manifest matches equally well {' and '.join(p.words(disks) for p, _ in best)}; "
             f"name one of them with --partition, or say what is mounted where with --mount"
         )
-    return best[0]
+    return max(
+        ((plan, place.manifest, place.count) for plan, place in places if place in found),
+        key=lambda one: one[2],
+    )[:2]
 
 
 def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:

@@ -26,7 +26,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,8 @@ REPEATED = re.compile(r"/(?:\./|/)+")
 PERMISSIONS = 0o7777
 ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
 CHUNK = 1 << 20
+RESOLUTIONS_MAX = 16
+"""So many places of a manifest's files are compared."""
 PAIRS = 200_000
 """Pairs of an entry and a file of its name that propose where a manifest belongs; all vote."""
 
@@ -190,32 +192,63 @@ def from_directory(root: Path, under: str | None = None, *, modes: bool = False)
 def resolve(manifest: Manifest, paths: Collection[str]) -> Manifest:
     """Return the manifest with the absolute paths of a filesystem that has the files `paths`.
 
-    Looks for the one change of a leading directory under which most entries exist: none at all,
-    a directory put in front (`node_modules/a.js` is `/app/node_modules/a.js`), or one taken off
-    (`/data/a.js`, named in a guest that mounts the filesystem at /data, is `/a.js`).
-
-    Raises ManifestError if nothing matches anywhere, or if two places match equally well.
+    Of the changes that `resolutions` tells the one counts under which most entries exist. Raises
+    ManifestError if nothing matches anywhere, or if two places match equally well.
     """
-    votes = {change: len(found) for change, found in changes(manifest, paths).items()}
-    if not votes:
+    found = resolutions(manifest, paths)
+    if not found:
         raise ManifestError(
             "the manifest matches nothing on this filesystem: "
             "if none of its files was ever there, say where they belong with --root PATH; "
             "else list what is there with `nbdproxy manifest` and name the files as it does"
         )
-    most = max(votes.values())
-    best = sorted(change for change, count in votes.items() if count == most)
-    if ("", "") in best:
-        best = [("", "")]
-    if len(best) > 1:
-        places = ", ".join(sorted({new or "/" for _, new in best}))
-        raise ManifestError(
-            f"the manifest matches equally well under {places}; write its paths absolute, "
-            f"as `nbdproxy manifest IMAGE` does"
-        )
-    ((old, new),) = best
-    entries = (replace(e, path=_moved(e.path, old, new)) for e in manifest.entries)
-    return Manifest(tuple(entries))
+    most = max(one.count for one in found)
+    return sole([one for one in found if one.count == most]).manifest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resolution:
+    """A manifest with one leading directory changed to another, and how many entries exist so."""
+
+    place: str
+    manifest: Manifest
+    count: int
+
+
+def resolutions(manifest: Manifest, paths: Collection[str]) -> list[Resolution]:
+    """Return the changes of a leading directory under which entries exist, the best first.
+
+    None at all, a directory put in front (`node_modules/a.js` is `/app/node_modules/a.js`), or one
+    taken off (`/data/a.js`, named in a guest that mounts the filesystem at /data, is `/a.js`).
+    Where an absolute path exists as it is, all stand as they are: others may be lost, and a copy of
+    them elsewhere is not what was asked for.
+    """
+    known = paths if isinstance(paths, (set, frozenset)) else set(paths)
+    if any(entry.path.startswith("/") and entry.path in known for entry in manifest.entries):
+        return [_resolution(manifest, known, ("", ""))]
+    found = [_resolution(manifest, known, change) for change in _proposals(manifest, known)]
+    # Equally good ones are told in the order of their places, so that it is always the same.
+    return sorted(found, key=lambda one: (-one.count, one.place))[:RESOLUTIONS_MAX]
+
+
+def sole(found: Sequence[Resolution]) -> Resolution:
+    """Return the one of them, or that without any change; raises ManifestError for others."""
+    if len(found) == 1:
+        return found[0]
+    for one in found:
+        if one.place == "":
+            return one
+    places = ", ".join(sorted({one.place for one in found}))
+    raise ManifestError(
+        f"the manifest matches equally well under {places}; write its paths absolute, "
+        f"as `nbdproxy manifest IMAGE` does"
+    )
+
+
+def _resolution(manifest: Manifest, known: Collection[str], change: tuple[str, str]) -> Resolution:
+    moved = Manifest(tuple(replace(e, path=_moved(e.path, *change)) for e in manifest.entries))
+    place = "" if change == ("", "") else change[1] or "/"
+    return Resolution(place, moved, sum(entry.path in known for entry in moved.entries))
 
 
 def changes(manifest: Manifest, paths: Collection[str]) -> dict[tuple[str, str], list[str]]:

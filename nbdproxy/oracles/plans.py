@@ -74,7 +74,7 @@ class Disks:
 
     def __init__(self, oracle: Oracle, devices: Sequence[ReadableDevice]) -> None:
         self.devices = list(devices)
-        self._oracle = oracle
+        self.oracle = oracle
         self.parts: list[Store] = []
         self.closed: list[Store] = []
         self.hidden: list[Unread] = []
@@ -94,8 +94,8 @@ class Disks:
         roots: tuple[str, ...] = ("/",)
         specs = _specs(disk, part.slice.name, part.specs)
         try:
-            self._paths[disk, key] = frozenset(self._oracle.paths(device, mount=mount))
-            roots = self._oracle.roots(device, key)
+            self._paths[disk, key] = frozenset(self.oracle.paths(device, mount=mount))
+            roots = self.oracle.roots(device, key)
         except FilesystemError as error:
             why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
             self.hidden.append(Unread(f"{name}: {why}", specs))
@@ -121,7 +121,7 @@ class Disks:
     def content(self, store: Store, root: str, entry: Entry) -> bytes | None:
         """Return what a file holds, by its path in a directory of a filesystem."""
         mount = Mount("/", store.part, root)
-        return self._oracle.content(self.devices[store.disk], entry, mount=mount)
+        return self.oracle.content(self.devices[store.disk], entry, mount=mount)
 
     def link(self, store: Store, path: str) -> str | None:
         """Return where a link leads that is no link to a file; None if a path is none."""

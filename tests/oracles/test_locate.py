@@ -278,6 +278,52 @@ def test_of_several_systems_the_one_with_the_files_counts(made: Make) -> None:
     }
 
 
+NEW = {f"/app/{number}": f"new {number}" for number in range(6)}
+LOST = {path: text for path, text in NEW.items() if path != "/app/5"}
+OLD = dict.fromkeys(NEW, "old")
+
+
+@pytest.mark.parametrize("names", [("root", "other"), ("root", "root"), None])
+def test_older_files_of_the_same_names_are_not_taken_for_those_that_are_left(
+    made: Make, names: tuple[str, str] | None
+) -> None:
+    parts = []
+    for name, files in zip(names or ("root", "other"), (OLD, LOST), strict=True):
+        fstab = {"/etc/fstab": f"LABEL={name} / ext4\n"} if names else {}
+        parts.append(Part({"/etc/hosts": "hosts", **fstab, **files}, name))
+    wanted = {"/etc/hosts": "hosts", **NEW}
+    tree, found = judged(made(*parts), wanted)
+    assert placed(tree) == {"/": 2}
+    assert {path for path, what in found.conditions.items() if what is not Condition.WHOLE} == {
+        "/app/5"
+    }
+    copy = Part({**parts[0].files, **NEW}, parts[0].label)
+    with pytest.raises(FilesystemError, match="equally well"):
+        judged(made(copy, parts[1]), wanted)  # a copy may have what the original lost
+
+
+@pytest.mark.parametrize("fstab", ["LABEL=root / ext4\n", None])
+def test_a_copy_in_another_directory_is_not_what_was_asked_for(
+    made: Make, fstab: str | None
+) -> None:
+    copy = {f"/backup{path}": text for path, text in NEW.items()}
+    for parts in ([], [BOOT]):
+        _, found = judged(made(*parts, root(fstab, {**LOST, **copy})), {**ROOT, **NEW})
+        assert found.conditions["/app/5"] is Condition.MISSING
+        _, found = judged(made(*parts, root(fstab, {**LOST, **copy})), NEW)
+        assert found.conditions["/app/5"] is Condition.MISSING
+
+
+def test_relative_paths_are_told_by_content_where_names_are_at_several_places(made: Make) -> None:
+    older = {f"/older/{path[5:]}": text for path, text in OLD.items()}
+    copy = {f"/copy/{path[5:]}": text for path, text in NEW.items()}
+    wanted = manifest({path[5:]: text for path, text in NEW.items()})
+    _, found = locate(QUICK, made(root(None, {**LOST, **older})), wanted)
+    assert found.entries[0].path == "/app/0"
+    with pytest.raises(ManifestError, match="equally well under /app, /copy"):
+        locate(QUICK, made(root(None, {**LOST, **copy})), wanted)
+
+
 def test_relative_paths_are_found_in_the_whole_tree(made: Make) -> None:
     device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
     tree, found = locate(QUICK, device, manifest({"grub/grub.cfg": "menu", "vmlinuz": "kernel"}))
