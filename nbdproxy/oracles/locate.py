@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check, guesses
+from nbdproxy.oracles import check, guesses, partitions
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, Unread, by_fstab, told
 from nbdproxy.oracles.quick import QUICK
@@ -63,9 +63,11 @@ def locate_all(
     if where.root is not None:
         manifest = below(where.root, manifest)
     if where.partition is not None:
-        return [Tree((Mount(partition=where.partition),))], (
-            manifest if where.root is not None else _on_one(oracle, devices[0], manifest, where)
-        )
+        if where.root is None:
+            manifest = _on_one(oracle, devices[0], manifest, where)
+        tree = Tree((Mount(partition=where.partition),))
+        doubtful = _left_out(oracle, devices[0], manifest, where.partition)
+        return [replace(tree, doubtful=doubtful)], manifest
     disks = Disks(oracle, devices)
     given = told(disks, where.mounts)
     if "/" in given.spots:
@@ -122,6 +124,42 @@ def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: W
     """Return the manifest with the paths of one partition."""
     known = set(oracle.paths(device, mount=Mount(partition=where.partition)))
     return manifests.resolve(manifest, known)
+
+
+def _left_out(
+    oracle: Oracle, device: ReadableDevice, manifest: Manifest, partition: int
+) -> dict[str, str]:
+    """Return the files that fstab puts elsewhere than on the only partition asked, and why.
+
+    Not those that the partition has as the manifest describes them: they are seen there.
+    """
+    disks = Disks(oracle, [device])
+    top = next((s for s in disks.parts if partition in {_number(device, s.part), s.part}), None)
+    plans = [p for p in by_fstab(disks, Plan(), frozenset()) if top and p.top == (0, top.part)]
+    if top is None or len(plans) != 1:
+        return {}
+    (tree,) = plans[0].trees(disks)
+    there = disks.paths(top)
+    found: dict[str, str] = {}
+    for entry in manifest.entries:
+        place = tree.of(entry.path)
+        if isinstance(place, Mount):
+            if place.partition == top.part:
+                continue
+            stores = (*disks.parts, *disks.closed)
+            name = next(s.name for s in stores if s.part == place.partition)
+            why = f"{place.point} is on {name} (by fstab)"
+        else:
+            why = f"{place} (by fstab)"
+        content = disks.content(top, "/", entry) if entry.path in there else None
+        if content is None or manifests.digest([content], entry.algorithm) != entry.digest:
+            found[entry.path] = f"{why}, which --partition {partition} leaves out"
+    return found
+
+
+def _number(device: ReadableDevice, key: PartitionName) -> int | None:
+    """Return the number of a part of a disk."""
+    return next((p.number for p in partitions.slices(device) if p.key == key), None)
 
 
 def _resolved(plan: Plan, disks: Disks, manifest: Manifest, where: Where) -> Manifest:

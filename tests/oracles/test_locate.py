@@ -337,3 +337,27 @@ def test_the_disks_of_one_guest_are_looked_at_together(made: Make) -> None:
     assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
     (one, two), _ = locate_all(QUICK, [made(BOOT, root(None)), second], wanted)
     assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
+
+
+def test_what_an_asked_partition_leaves_out_cannot_be_told(made: Make) -> None:
+    """Its fstab says that /boot is on another one: nothing there is lost."""
+    lines = "LABEL=root / ext4\nLABEL=boot /boot ext4\nUUID=1-2 /data ext4\ntmpfs /tmp tmpfs\n"
+    wanted = {**GUEST, "/data/db": "rows", "/tmp/x": "x", "/etc/shadow": "gone"}
+    device = made(BOOT, root(lines))
+    for where in (Where(partition=2), Where(partition=2, root="/")):
+        tree, found = judged(device, wanted, where)
+        told = {p for p, c in found.conditions.items() if c is Condition.CANNOT_BE_TOLD}
+        assert told == {"/boot/vmlinuz", "/boot/grub/grub.cfg", "/data/db", "/tmp/x"}
+        assert found.conditions["/etc/shadow"] is Condition.MISSING
+        why = "/boot is on partition 1 (by fstab), which --partition 2 leaves out"
+        assert tree.doubtful["/boot/vmlinuz"] == why
+    _, found = judged(made(BOOT, root(None)), wanted, Where(partition=2))
+    assert found.conditions["/boot/vmlinuz"] is Condition.MISSING, "without a known tree"
+
+
+def test_what_an_asked_partition_has_below_a_mount_is_seen_there(made: Make) -> None:
+    """Such a manifest is made with `manifest --partition`."""
+    lines = "LABEL=root / ext4\nLABEL=boot /boot ext4\n"
+    below = {"/boot/vmlinuz": "kernel"}
+    _, found = judged(made(BOOT, root(lines, below)), {**ROOT, **below}, Where(partition=2))
+    assert found.verdict is Verdict.PASS
