@@ -236,12 +236,16 @@ def shown(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
-def only(found: list[Slice]) -> Slice:
-    """Return the one of them; raises FilesystemError if there are several."""
+def only(found: list[Slice], *, or_mount: bool = False) -> Slice:
+    """Return the one of them; raises FilesystemError if there are several.
+
+    With `or_mount` the message names --mount as well.
+    """
     if len(found) > 1:
+        more = ", or say what is mounted where with --mount" if or_mount else ""
         raise FilesystemError(
             f"several partitions hold a filesystem: {_listed(found)}; "
-            f"name one of them with --partition"
+            f"name one of them with --partition{more}"
         )
     return found[0]
 

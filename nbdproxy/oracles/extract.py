@@ -117,11 +117,10 @@ def _note_away(found: Extracted, tree: Tree, wanted: Sequence[str]) -> None:
     for path in wanted:
         if isinstance(why := tree.of(path), str):
             found.doubtful.append((path, why))
-        found.skipped += [
-            (point, why)
-            for point, why in tree.away.items()
-            if point != path and is_below(point, path)
-        ]
+        for point, why in tree.away.items():
+            if point != path and is_below(point, path):
+                is_known = why in tree.diskless
+                (found.skipped if is_known else found.doubtful).append((point, why))
 
 
 class _Writer:

@@ -70,6 +70,8 @@ def locate_all(
         return [replace(tree, doubtful=doubtful)], manifest
     disks = Disks(oracle, devices)
     given = told(disks, where.mounts)
+    if "/" in given.away:
+        raise FilesystemError(f"nothing can be judged: {given.away['/']}")
     if "/" in given.spots:
         return given.trees(disks), _resolved(given, disks, manifest, where)
     plan, manifest = _best(disks, given, manifest, where)
@@ -85,6 +87,8 @@ def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE)
         return Tree((Mount(partition=where.partition),))
     disks = Disks(oracle, [device])
     given = told(disks, where.mounts)
+    if "/" in given.away:
+        raise FilesystemError(given.away["/"])
     if "/" in given.spots:
         (tree,) = given.trees(disks)
         return tree
@@ -97,7 +101,8 @@ def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE)
     if plans or given.spots:
         plan = plans[0] if plans else given
     else:
-        plan = Plan({"/": (0, Mount(partition=check.only(check.candidates(device, None)).key))})
+        top = Mount(partition=check.only(check.candidates(device, None), or_mount=True).key)
+        plan = replace(given, spots={"/": (0, top)})
     (tree,) = plan.trees(disks)
     return replace(tree, loose=", ".join(map(str, _loose(disks, plan))))
 

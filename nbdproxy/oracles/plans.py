@@ -141,6 +141,12 @@ class Disks:
         """Return what cannot be read and is called so."""
         return next((one for one in self.hidden if _plain(name) in one.specs), None)
 
+    def hides_all(self, what: str) -> list[Unread]:
+        """Return all that cannot be read and that a user may mean: a number, or a name."""
+        places = {_place(disk, f"partition {what}") for disk in range(len(self.devices))}
+        names = places if what.isdecimal() else {_plain(what), _plain(f"/dev/{what}")}
+        return [one for one in self.hidden if names & one.specs]
+
     def unread(self) -> str:
         """Say what cannot be read."""
         return ", ".join(map(str, self.hidden))
@@ -166,6 +172,7 @@ class Plan:
     doubtful    paths of which the plan does not say where they are, and why
     names       the names that an fstab accounts for
     from_fstab  whether there was one
+    diskless    reasons of `away` that are no disk's
     """
 
     spots: dict[str, Spot] = field(default_factory=dict)
@@ -173,6 +180,7 @@ class Plan:
     doubtful: dict[str, str] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
     from_fstab: bool = False
+    diskless: frozenset[str] = frozenset()
 
     @property
     def top(self) -> tuple[int, PartitionName]:
@@ -193,7 +201,9 @@ class Plan:
             tree = tree_of(own, {**others, **self.away})
             seen = f" ({disks.unread()})" if disks.hidden else ""
             nowhere = f"no filesystem is known that shows there{seen}; name it with --mount"
-            found.append(replace(tree, nowhere=nowhere, doubtful=self.doubtful))
+            found.append(
+                replace(tree, nowhere=nowhere, doubtful=self.doubtful, diskless=self.diskless)
+            )
         return found
 
     def known(self, disks: Disks) -> frozenset[str]:
@@ -268,6 +278,11 @@ def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
         else:
             is_name = one.what.startswith("/") or "=" in one.what
             found = disks.called(one.what if is_name else f"/dev/{one.what}")
+        hidden = disks.hides_all(one.what) if not found else []
+        if len(hidden) == 1:
+            plan.away[one.point] = f"{one.point} is not read here: {hidden[0]}"
+            plan.names |= hidden[0].specs
+            continue
         if len(found) != 1:
             names = ", ".join(store.name for store in every) or "none"
             several = "several filesystems are" if found else "no filesystem is"
@@ -318,7 +333,9 @@ class _Reading:
 
     def plan(self, given: Plan, wanted: AbstractSet[str]) -> Plan:
         """Return what it says, but for what was told."""
-        plan = Plan(from_fstab=True, names=frozenset(map(_plain, self._names())))
+        names = frozenset(map(_plain, self._names())) | given.names
+        no_disk = {o.elsewhere() for o in self._lines if not o.is_device and not o.is_bind}
+        plan = Plan(from_fstab=True, names=names, diskless=frozenset(no_disk))
         for line in self._lines:
             if not line.is_bind and not line.is_optional:
                 self._enter(plan, line, self._device(line))
@@ -333,6 +350,9 @@ class _Reading:
         for point, spot in given.spots.items():
             plan.away.pop(point, None)
             plan.spots[point] = spot
+        for point, why in given.away.items():
+            plan.spots.pop(point, None)
+            plan.away[point] = why
         plan.alias(self._disks)
         return plan
 

@@ -361,3 +361,18 @@ def test_what_an_asked_partition_has_below_a_mount_is_seen_there(made: Make) -> 
     below = {"/boot/vmlinuz": "kernel"}
     _, found = judged(made(BOOT, root(lines, below)), {**ROOT, **below}, Where(partition=2))
     assert found.verdict is Verdict.PASS
+
+
+def test_what_is_mounted_may_be_named_though_it_cannot_be_read(made: Make) -> None:
+    """Files below it cannot be told, and nothing else is in doubt."""
+    device = made(root(None), Part(raw=LUKS))
+    wanted = {**ROOT, "/data/db": "rows", "/opt/gone": "gone"}
+    for what in ("2", f"PARTUUID={ident(102)}"):
+        for more in ((), (Told("1", "/"),)):
+            where = Where(mounts=(Told(what, "/data"), *more))
+            tree, found = judged(device, wanted, where)
+            assert found.conditions["/data/db"] is Condition.CANNOT_BE_TOLD
+            assert found.conditions["/opt/gone"] is Condition.MISSING
+            assert tree.away == {"/data": "/data is not read here: partition 2 is LUKS1"}
+    with pytest.raises(FilesystemError, match=r"/ is not read here: partition 2 is LUKS1"):
+        judged(device, wanted, Where(mounts=(Told("2", "/"),)))
