@@ -56,6 +56,15 @@ class Findings:
     reason: str | None = None
 
 
+class PartlyListedError(FilesystemError):
+    """Some folders of a filesystem cannot be listed; `paths` are those of all other files."""
+
+    def __init__(self, broken: str, paths: list[str]) -> None:
+        """Keep what could be listed, and say which folder could not."""
+        super().__init__(f"{broken}: it cannot be listed or read")
+        self.paths = paths
+
+
 class Outcome(NamedTuple):
     """What became of one file; `doubt` says why, where that cannot be told."""
 
@@ -146,8 +155,15 @@ def opened(device: ReadableDevice, mount: Mount) -> Mounted[Any]:
 
 
 def paths(device: ReadableDevice, *, mount: Mount = ONLY) -> list[str]:
-    """Return the paths of all files and links; raises FilesystemError as `scan` does."""
-    return _paths(opened(device, mount))
+    """Return the paths of all files and links; raises FilesystemError as `scan` does.
+
+    Raises PartlyListedError if some can be listed.
+    """
+    broken: list[bytes] = []
+    found = [shown(path) for path, _ in opened(device, mount).walk(broken=broken)]
+    if broken:
+        raise PartlyListedError(shown(broken[0] or b"/"), found)
+    return found
 
 
 def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:

@@ -247,7 +247,9 @@ def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
 
 def _loose(disks: Disks, plan: Plan) -> list[Unread]:
     """Return what cannot be read and is mounted nobody knows where."""
-    return [hidden for hidden in disks.hidden if not plan.accounts_for(hidden)]
+    used = {(disk, mount.partition) for disk, mount in plan.spots.values()}
+    apart = [one for place, one in disks.partial.items() if place not in used]
+    return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
 
 
 def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:

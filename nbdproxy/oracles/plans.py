@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles import fstab
+from nbdproxy.oracles.check import PartlyListedError
 from nbdproxy.oracles.filesystems import KernelOnlyError
 from nbdproxy.oracles.fstab import Line
 from nbdproxy.oracles.manifest import Entry
@@ -78,6 +79,7 @@ class Disks:
         self.parts: list[Store] = []
         self.closed: list[Store] = []
         self.hidden: list[Unread] = []
+        self.partial: dict[tuple[int, int | str], Unread] = {}
         self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
         for disk, device in enumerate(devices):
             found = survey(device)
@@ -94,7 +96,14 @@ class Disks:
         roots: tuple[str, ...] = ("/",)
         specs = _specs(disk, part.slice.name, part.specs)
         try:
-            self._paths[disk, key] = frozenset(self._oracle.paths(device, mount=mount))
+            try:
+                found = self._oracle.paths(device, mount=mount)
+            except PartlyListedError as error:
+                found = error.paths
+                if not found:
+                    raise
+                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs)
+            self._paths[disk, key] = frozenset(found)
             roots = self._oracle.roots(device, key)
         except FilesystemError as error:
             why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"

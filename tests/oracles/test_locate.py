@@ -376,3 +376,15 @@ def test_what_is_mounted_may_be_named_though_it_cannot_be_read(made: Make) -> No
             assert tree.away == {"/data": "/data is not read here: partition 2 is LUKS1"}
     with pytest.raises(FilesystemError, match=r"/ is not read here: partition 2 is LUKS1"):
         judged(device, wanted, Where(mounts=(Told("2", "/"),)))
+
+
+def test_a_broken_folder_hides_nothing_else(made: Make) -> None:
+    """The fstab beside it is read, and only the files within are not."""
+    device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
+    at = device.pread(0, device.size).index(b"\x04\x01true") & -4096
+    device.pwrite(at, b"\xff" * 4096)
+    tree, found = judged(device, GUEST, Where(root="/"))
+    assert placed(tree) == {"/": 2, "/boot": 1}
+    broken = {p for p, c in found.conditions.items() if c is not Condition.WHOLE}
+    assert broken == {"/usr/bin/true"}
+    assert found.conditions["/usr/bin/true"] is Condition.UNREADABLE
