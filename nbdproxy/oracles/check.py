@@ -213,6 +213,11 @@ def candidates(device: ReadableDevice, partition: PartitionName) -> list[Slice]:
         if not chosen:
             there = ", ".join(str(part.number) for part in found)
             what = "partition" if isinstance(partition, int) else "volume"
+            if len(found) == 1:
+                raise FilesystemError(
+                    f"there is no {what} {partition}: in this state the disk has no partition "
+                    f"table; 0 is the whole disk"
+                )
             raise FilesystemError(f"there is no {what} {partition}; choose one of {there}")
         return chosen
     with_filesystem = [part for part in found if kind_of(part.device) is not None]

@@ -19,6 +19,7 @@ from pathlib import Path
 from nbdproxy.disks.copying import write_blocks
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.oracles.blank import is_blank
 from nbdproxy.oracles.browse import Found, Kind, NotMountedError, Shown
 from nbdproxy.oracles.check import absolute, shown
 from nbdproxy.oracles.ext4.faults import CorruptError
@@ -100,7 +101,8 @@ def extract(
                         writer.take(view, point, only_look=comes)
                     writer.finish()
             except FilesystemError as error:
-                found.note(mount.point, error)
+                blank = CorruptError("the disk reads all zeroes")
+                found.note(mount.point, blank if is_blank(device) else error)
         _note_away(found, tree, wanted)
     except OSError as error:
         raise UsageError(

@@ -411,6 +411,8 @@ class _Reading:
                 return f"not read here: {hidden}"
         if self._disks.hidden:
             return f"not seen, and may lie in what cannot be read: {self._disks.unread()}"
+        if len(self._disks.devices) > 1 and fstab.numbered(spec) is not None:
+            return "a name that may be any of these disks'; say which with --mount"
         if len(self._disks.devices) > 1:
             return "on none of these disks"
         return "not on this disk; if it was recorded too, name that recording as well"
