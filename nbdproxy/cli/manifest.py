@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -27,6 +28,7 @@ from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.locate import survey_tree
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.persistence.model import Level
+from nbdproxy.report.paths import printable
 
 
 def manifest(
@@ -67,6 +69,8 @@ def manifest(
     RUN@CUT is the disk with all that the recording's guest had sent until that instant; RUN alone
     means RUN@end: right only if the guest had ended in order, or after a sync. LOCKFILE is a
     package-lock.json: what npm ci would install, from tarballs that are checked and not installed.
+    Exit code 2, and a line on stderr for each, if what fstab mounts is on a disk or partition that
+    cannot be read: all others are listed.
 
     Examples:
 
@@ -78,6 +82,7 @@ def manifest(
 
       nbdproxy manifest app/package-lock.json --under /app > npm.sha256
     """
+    left_out: dict[str, str] = {}
     if Path(where).name.endswith(".json") and Path(where).is_file():
         if npm_cache is not None and tarballs is not None:
             raise UsageError("--npm-cache and --tarballs exclude each other; drop one of them")
@@ -95,13 +100,19 @@ def manifest(
             opened(oracle, status.update) as asked,
         ):
             tree = survey_tree(asked, disk, where_of(None, partition, mount))
+            left_out = tree.left_out(posixpath.normpath(posixpath.join("/", under or "")))
             found = scan(asked, disk, under or "/", tree, modes=modes)
+    for why in dict.fromkeys(left_out.values()):
+        err.print(f"left out: {printable(why)}", markup=False)
     if not found.entries:
         raise ManifestError(f"there are no files in {where}; check the path and --under")
     if json:
         print_json([_to_json(entry) for entry in found.entries])
-        return
-    sys.stdout.buffer.write(manifests.dump(found).encode(errors="surrogateescape"))
+    else:
+        sys.stdout.buffer.write(manifests.dump(found).encode(errors="surrogateescape"))
+        sys.stdout.buffer.flush()
+    if left_out:
+        raise typer.Exit(2)
 
 
 def _to_json(entry: Entry) -> dict[str, object]:

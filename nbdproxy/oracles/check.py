@@ -56,6 +56,15 @@ class Findings:
     reason: str | None = None
 
 
+class PartlyListedError(FilesystemError):
+    """Some folders of a filesystem cannot be listed; `paths` are those of all other files."""
+
+    def __init__(self, broken: str, paths: list[str]) -> None:
+        """Keep what could be listed, and say which folder could not."""
+        super().__init__(f"{broken}: it cannot be listed or read")
+        self.paths = paths
+
+
 class Outcome(NamedTuple):
     """What became of one file; `doubt` says why, where that cannot be told."""
 
@@ -146,8 +155,15 @@ def opened(device: ReadableDevice, mount: Mount) -> Mounted[Any]:
 
 
 def paths(device: ReadableDevice, *, mount: Mount = ONLY) -> list[str]:
-    """Return the paths of all files and links; raises FilesystemError as `scan` does."""
-    return _paths(opened(device, mount))
+    """Return the paths of all files and links; raises FilesystemError as `scan` does.
+
+    Raises PartlyListedError if some can be listed.
+    """
+    broken: list[bytes] = []
+    found = [shown(path) for path, _ in opened(device, mount).walk(broken=broken)]
+    if broken:
+        raise PartlyListedError(shown(broken[0] or b"/"), found)
+    return found
 
 
 def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
@@ -197,6 +213,11 @@ def candidates(device: ReadableDevice, partition: PartitionName) -> list[Slice]:
         if not chosen:
             there = ", ".join(str(part.number) for part in found)
             what = "partition" if isinstance(partition, int) else "volume"
+            if len(found) == 1:
+                raise FilesystemError(
+                    f"there is no {what} {partition}: in this state the disk has no partition "
+                    f"table; 0 is the whole disk"
+                )
             raise FilesystemError(f"there is no {what} {partition}; choose one of {there}")
         return chosen
     with_filesystem = [part for part in found if kind_of(part.device) is not None]
@@ -236,12 +257,16 @@ def shown(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
-def only(found: list[Slice]) -> Slice:
-    """Return the one of them; raises FilesystemError if there are several."""
+def only(found: list[Slice], *, or_mount: bool = False) -> Slice:
+    """Return the one of them; raises FilesystemError if there are several.
+
+    With `or_mount` the message names --mount as well.
+    """
     if len(found) > 1:
+        more = ", or say what is mounted where with --mount" if or_mount else ""
         raise FilesystemError(
             f"several partitions hold a filesystem: {_listed(found)}; "
-            f"name one of them with --partition"
+            f"name one of them with --partition{more}"
         )
     return found[0]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from nbdproxy.disks.copying import write_blocks
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.oracles.blank import is_blank
 from nbdproxy.oracles.browse import Found, Kind, NotMountedError, Shown
 from nbdproxy.oracles.check import absolute, shown
 from nbdproxy.oracles.ext4.faults import CorruptError
@@ -100,7 +101,8 @@ def extract(
                         writer.take(view, point, only_look=comes)
                     writer.finish()
             except FilesystemError as error:
-                found.note(mount.point, error)
+                blank = CorruptError("the disk reads all zeroes")
+                found.note(mount.point, blank if is_blank(device) else error)
         _note_away(found, tree, wanted)
     except OSError as error:
         raise UsageError(
@@ -117,11 +119,10 @@ def _note_away(found: Extracted, tree: Tree, wanted: Sequence[str]) -> None:
     for path in wanted:
         if isinstance(why := tree.of(path), str):
             found.doubtful.append((path, why))
-        found.skipped += [
-            (point, why)
-            for point, why in tree.away.items()
-            if point != path and is_below(point, path)
-        ]
+        for point, why in tree.away.items():
+            if point != path and is_below(point, path):
+                is_known = why in tree.diskless
+                (found.skipped if is_known else found.doubtful).append((point, why))
 
 
 class _Writer:

@@ -145,8 +145,13 @@ class Mounted(Protocol[N]):
         """Return what a guest's absolute path leads to; None if nothing."""
         ...
 
-    def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, N]]:
-        """Yield path and node of every file and symbolic link below a folder."""
+    def walk(
+        self, under: bytes = b"/", broken: list[bytes] | None = None
+    ) -> Iterator[tuple[bytes, N]]:
+        """Yield path and node of every file and symbolic link below a folder.
+
+        Raises FilesystemError at what cannot be read; with a list `broken` its path goes there.
+        """
         ...
 
     def chunks(self, node: N) -> Iterator[bytes]:

@@ -50,7 +50,8 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     entries = {entry.path: entry for entry in manifest.entries}
     if not plan.spots:
         first = _first(disks, manifest)
-        if first is None or (disks.hidden and not _is_shown_by_content(disks, first, entries)):
+        unseen = disks.hidden or disks.partial
+        if first is None or (unseen and not _is_shown_by_content(disks, first, entries)):
             return plan  # what has the files may not have been seen
         plan.spots[first.point] = first.store.mount(first.point, first.root)
     while (more := _next(disks, plan, entries)) is not None:

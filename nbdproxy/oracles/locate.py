@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check, guesses, rivals
+from nbdproxy.oracles import check, guesses, partitions, rivals
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest
-from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, Unread, by_fstab, told
 from nbdproxy.oracles.quick import QUICK
@@ -64,11 +64,15 @@ def locate_all(
     if where.root is not None:
         manifest = below(where.root, manifest)
     if where.partition is not None:
-        return [Tree((Mount(partition=where.partition),))], (
-            manifest if where.root is not None else _on_one(oracle, devices[0], manifest, where)
-        )
+        if where.root is None:
+            manifest = _on_one(oracle, devices[0], manifest, where)
+        tree = Tree((Mount(partition=where.partition),))
+        doubtful = _left_out(oracle, devices[0], manifest, where.partition)
+        return [replace(tree, doubtful=doubtful)], manifest
     disks = Disks(oracle, devices)
     given = told(disks, where.mounts)
+    if "/" in given.away:
+        raise FilesystemError(f"nothing can be judged: {given.away['/']}")
     if "/" in given.spots:
         return given.trees(disks), _resolved(given, disks, manifest, where)
     plan, manifest = _best(disks, given, manifest, where)
@@ -84,6 +88,8 @@ def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE)
         return Tree((Mount(partition=where.partition),))
     disks = Disks(oracle, [device])
     given = told(disks, where.mounts)
+    if "/" in given.away:
+        raise FilesystemError(given.away["/"])
     if "/" in given.spots:
         (tree,) = given.trees(disks)
         return tree
@@ -96,7 +102,8 @@ def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE)
     if plans or given.spots:
         plan = plans[0] if plans else given
     else:
-        plan = Plan({"/": (0, Mount(partition=check.only(check.candidates(device, None)).key))})
+        top = Mount(partition=check.only(check.candidates(device, None), or_mount=True).key)
+        plan = replace(given, spots={"/": (0, top)})
     (tree,) = plan.trees(disks)
     return replace(tree, loose=", ".join(map(str, _loose(disks, plan))))
 
@@ -125,6 +132,42 @@ def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: W
     found = manifests.resolutions(manifest, frozenset(oracle.paths(device, mount=mount)))
     trees = [Tree((mount,))]
     return rivals.manifest_of(oracle, [device], trees, manifest, found)
+
+
+def _left_out(
+    oracle: Oracle, device: ReadableDevice, manifest: Manifest, partition: int
+) -> dict[str, str]:
+    """Return the files that fstab puts elsewhere than on the only partition asked, and why.
+
+    Not those that the partition has as the manifest describes them: they are seen there.
+    """
+    disks = Disks(oracle, [device])
+    top = next((s for s in disks.parts if partition in {_number(device, s.part), s.part}), None)
+    plans = [p for p in by_fstab(disks, Plan(), frozenset()) if top and p.top == (0, top.part)]
+    if top is None or len(plans) != 1:
+        return {}
+    (tree,) = plans[0].trees(disks)
+    there = disks.paths(top)
+    found: dict[str, str] = {}
+    for entry in manifest.entries:
+        place = tree.of(entry.path)
+        if isinstance(place, Mount):
+            if place.partition == top.part:
+                continue
+            stores = (*disks.parts, *disks.closed)
+            name = next(s.name for s in stores if s.part == place.partition)
+            why = f"{place.point} is on {name} (by fstab)"
+        else:
+            why = f"{place} (by fstab)"
+        content = disks.content(top, "/", entry) if entry.path in there else None
+        if content is None or manifests.digest([content], entry.algorithm) != entry.digest:
+            found[entry.path] = f"{why}, which --partition {partition} leaves out"
+    return found
+
+
+def _number(device: ReadableDevice, key: PartitionName) -> int | None:
+    """Return the number of a part of a disk."""
+    return next((p.number for p in partitions.slices(device) if p.key == key), None)
 
 
 def _resolved(plan: Plan, disks: Disks, manifest: Manifest, where: Where) -> Manifest:
@@ -213,7 +256,9 @@ def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
 
 def _loose(disks: Disks, plan: Plan) -> list[Unread]:
     """Return what cannot be read and is mounted nobody knows where."""
-    return [hidden for hidden in disks.hidden if not plan.accounts_for(hidden)]
+    used = {(disk, mount.partition) for disk, mount in plan.spots.values()}
+    apart = [one for place, one in disks.partial.items() if place not in used]
+    return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
 
 
 def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:

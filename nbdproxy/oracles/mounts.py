@@ -76,6 +76,7 @@ class Tree:
     nowhere   why a path that is below no mount point cannot be told
     loose     what cannot be read and is mounted nobody knows where: what is not there may be in it.
               Only of a tree that was made for no manifest; else `doubtful` says it of its files
+    diskless  reasons of `away` that are no disk's: kept in memory, or reached over a network
     """
 
     mounts: tuple[Mount, ...] = (ONLY,)
@@ -83,6 +84,7 @@ class Tree:
     doubtful: Mapping[str, str] = field(default_factory=dict)
     nowhere: str = "no filesystem is known that shows there; name it with --mount"
     loose: str = ""
+    diskless: frozenset[str] = frozenset()
 
     def of(self, path: str) -> Mount | str:
         """Return the mount that has an absolute path, or why that cannot be told."""
@@ -94,6 +96,14 @@ class Tree:
             if point in points:
                 return points[point]
         return self.nowhere
+
+    def left_out(self, under: str) -> dict[str, str]:
+        """Return the points in a directory that are on disks, and are not read, and why."""
+        return {
+            point: why
+            for point, why in self.away.items()
+            if is_below(point, under) and why not in self.diskless
+        }
 
     def shown(self, partition: PartitionName, path: str) -> list[str]:
         """Return the guest's paths of a path on a partition; none if it does not show."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles import fstab
+from nbdproxy.oracles.check import PartlyListedError
 from nbdproxy.oracles.filesystems import KernelOnlyError
 from nbdproxy.oracles.fstab import Line
 from nbdproxy.oracles.manifest import Entry
@@ -78,6 +79,7 @@ class Disks:
         self.parts: list[Store] = []
         self.closed: list[Store] = []
         self.hidden: list[Unread] = []
+        self.partial: dict[tuple[int, int | str], Unread] = {}
         self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
         for disk, device in enumerate(devices):
             found = survey(device)
@@ -94,7 +96,14 @@ class Disks:
         roots: tuple[str, ...] = ("/",)
         specs = _specs(disk, part.slice.name, part.specs)
         try:
-            self._paths[disk, key] = frozenset(self.oracle.paths(device, mount=mount))
+            try:
+                found = self.oracle.paths(device, mount=mount)
+            except PartlyListedError as error:
+                found = error.paths
+                if not found:
+                    raise
+                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs)
+            self._paths[disk, key] = frozenset(found)
             roots = self.oracle.roots(device, key)
         except FilesystemError as error:
             why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
@@ -141,6 +150,12 @@ class Disks:
         """Return what cannot be read and is called so."""
         return next((one for one in self.hidden if _plain(name) in one.specs), None)
 
+    def hides_all(self, what: str) -> list[Unread]:
+        """Return all that cannot be read and that a user may mean: a number, or a name."""
+        places = {_place(disk, f"partition {what}") for disk in range(len(self.devices))}
+        names = places if what.isdecimal() else {_plain(what), _plain(f"/dev/{what}")}
+        return [one for one in self.hidden if names & one.specs]
+
     def unread(self) -> str:
         """Say what cannot be read."""
         return ", ".join(map(str, self.hidden))
@@ -166,6 +181,7 @@ class Plan:
     doubtful    paths of which the plan does not say where they are, and why
     names       the names that an fstab accounts for
     from_fstab  whether there was one
+    diskless    reasons of `away` that are no disk's
     """
 
     spots: dict[str, Spot] = field(default_factory=dict)
@@ -173,6 +189,7 @@ class Plan:
     doubtful: dict[str, str] = field(default_factory=dict)
     names: frozenset[str] = frozenset()
     from_fstab: bool = False
+    diskless: frozenset[str] = frozenset()
 
     @property
     def top(self) -> tuple[int, PartitionName]:
@@ -193,7 +210,9 @@ class Plan:
             tree = tree_of(own, {**others, **self.away})
             seen = f" ({disks.unread()})" if disks.hidden else ""
             nowhere = f"no filesystem is known that shows there{seen}; name it with --mount"
-            found.append(replace(tree, nowhere=nowhere, doubtful=self.doubtful))
+            found.append(
+                replace(tree, nowhere=nowhere, doubtful=self.doubtful, diskless=self.diskless)
+            )
         return found
 
     def known(self, disks: Disks) -> frozenset[str]:
@@ -268,6 +287,11 @@ def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
         else:
             is_name = one.what.startswith("/") or "=" in one.what
             found = disks.called(one.what if is_name else f"/dev/{one.what}")
+        hidden = disks.hides_all(one.what) if not found else []
+        if len(hidden) == 1:
+            plan.away[one.point] = f"{one.point} is not read here: {hidden[0]}"
+            plan.names |= hidden[0].specs
+            continue
         if len(found) != 1:
             names = ", ".join(store.name for store in every) or "none"
             several = "several filesystems are" if found else "no filesystem is"
@@ -318,7 +342,9 @@ class _Reading:
 
     def plan(self, given: Plan, wanted: AbstractSet[str]) -> Plan:
         """Return what it says, but for what was told."""
-        plan = Plan(from_fstab=True, names=frozenset(map(_plain, self._names())))
+        names = frozenset(map(_plain, self._names())) | given.names
+        no_disk = {o.elsewhere() for o in self._lines if not o.is_device and not o.is_bind}
+        plan = Plan(from_fstab=True, names=names, diskless=frozenset(no_disk))
         for line in self._lines:
             if not line.is_bind and not line.is_optional:
                 self._enter(plan, line, self._device(line))
@@ -333,6 +359,9 @@ class _Reading:
         for point, spot in given.spots.items():
             plan.away.pop(point, None)
             plan.spots[point] = spot
+        for point, why in given.away.items():
+            plan.spots.pop(point, None)
+            plan.away[point] = why
         plan.alias(self._disks)
         return plan
 
@@ -390,6 +419,8 @@ class _Reading:
             return f"not read here: {hidden}"
         if self._disks.hidden:
             return f"not seen, and may lie in what cannot be read: {self._disks.unread()}"
+        if len(self._disks.devices) > 1 and fstab.numbered(spec) is not None:
+            return "a name that may be any of these disks'; say which by UUID or LABEL with --mount"
         if len(self._disks.devices) > 1:
             return "on none of these disks"
         return "not on this disk; if it was recorded too, name that recording as well"

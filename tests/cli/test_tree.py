@@ -194,7 +194,12 @@ def test_one_state_shows_each_filesystem(guest: Guest) -> None:
 
 
 def test_a_manifest_lists_the_whole_tree(guest: Guest) -> None:
-    listed = nbdproxy("manifest", guest.system, code=0).stdout
+    said = nbdproxy("manifest", guest.system, code=2)
+    listed = said.stdout
+    assert "left out: /vault is on /dev/mapper/vault, which is not read here: partition 3" in (
+        " ".join(said.stderr.split())
+    )
+    assert "left out: /home is on LABEL=home" in said.stderr
     for path in ("/boot/vmlinuz", "/etc/passwd", "/etc/fstab"):
         assert f"  {path}\n" in listed
     below = nbdproxy("manifest", f"{guest.system}@end", "--under", "/boot", code=0).stdout

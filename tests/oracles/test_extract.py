@@ -144,14 +144,14 @@ def test_several_filesystems_are_one_tree(image: bytes, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "slash" / "empty").exists()
     assert (tmp_path / "out" / "app" / "empty").exists()
     assert not (tmp_path / "out" / "slash" / "good").exists()
-    assert ("/home", "partition 3 is LUKS2") in found.skipped
+    assert ("/home", "partition 3 is LUKS2") in found.doubtful
     found = taken(path.read_bytes(), tmp_path / "two", "/home/u", "/slash/empty", tree=tree)
     assert found.doubtful == [("/home/u", "partition 3 is LUKS2")]
     assert [one.path for one in found.written] == [b"/slash/empty"]
 
 
 def test_what_has_no_filesystem_is_not_told(tmp_path: Path) -> None:
-    found = taken(bytes(1 << 20), tmp_path / "out")
+    found = taken(b"\1" * (1 << 20), tmp_path / "out")
     [(path, why)] = found.doubtful
     assert path == "/"
     assert "no filesystem" in why
@@ -234,3 +234,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(
     monkeypatch.setattr("nbdproxy.oracles.extract.write_blocks", full)
     with pytest.raises(UsageError, match="No space left on device; what is there is not all"):
         taken(image, tmp_path / "out")
+
+
+def test_a_disk_of_zeroes_has_lost_what_its_partitions_had(tmp_path: Path) -> None:
+    tree = Tree((Mount(partition=2),))
+    found = extract(QUICK, MemoryDisk(bytes(1 << 20)), tree, ["/etc"], tmp_path)
+    assert found.lost == [("/", "the disk reads all zeroes")] and not found.doubtful

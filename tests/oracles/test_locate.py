@@ -392,3 +392,54 @@ def test_the_disks_of_one_guest_are_looked_at_together(made: Make) -> None:
     assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
     (one, two), _ = locate_all(QUICK, [made(BOOT, root(None)), second], wanted)
     assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
+
+
+def test_what_an_asked_partition_leaves_out_cannot_be_told(made: Make) -> None:
+    """Its fstab says that /boot is on another one: nothing there is lost."""
+    lines = "LABEL=root / ext4\nLABEL=boot /boot ext4\nUUID=1-2 /data ext4\ntmpfs /tmp tmpfs\n"
+    wanted = {**GUEST, "/data/db": "rows", "/tmp/x": "x", "/etc/shadow": "gone"}
+    device = made(BOOT, root(lines))
+    for where in (Where(partition=2), Where(partition=2, root="/")):
+        tree, found = judged(device, wanted, where)
+        told = {p for p, c in found.conditions.items() if c is Condition.CANNOT_BE_TOLD}
+        assert told == {"/boot/vmlinuz", "/boot/grub/grub.cfg", "/data/db", "/tmp/x"}
+        assert found.conditions["/etc/shadow"] is Condition.MISSING
+        why = "/boot is on partition 1 (by fstab), which --partition 2 leaves out"
+        assert tree.doubtful["/boot/vmlinuz"] == why
+    _, found = judged(made(BOOT, root(None)), wanted, Where(partition=2))
+    assert found.conditions["/boot/vmlinuz"] is Condition.MISSING, "without a known tree"
+
+
+def test_what_an_asked_partition_has_below_a_mount_is_seen_there(made: Make) -> None:
+    """Such a manifest is made with `manifest --partition`."""
+    lines = "LABEL=root / ext4\nLABEL=boot /boot ext4\n"
+    below = {"/boot/vmlinuz": "kernel"}
+    _, found = judged(made(BOOT, root(lines, below)), {**ROOT, **below}, Where(partition=2))
+    assert found.verdict is Verdict.PASS
+
+
+def test_what_is_mounted_may_be_named_though_it_cannot_be_read(made: Make) -> None:
+    """Files below it cannot be told, and nothing else is in doubt."""
+    device = made(root(None), Part(raw=LUKS))
+    wanted = {**ROOT, "/data/db": "rows", "/opt/gone": "gone"}
+    for what in ("2", f"PARTUUID={ident(102)}"):
+        for more in ((), (Told("1", "/"),)):
+            where = Where(mounts=(Told(what, "/data"), *more))
+            tree, found = judged(device, wanted, where)
+            assert found.conditions["/data/db"] is Condition.CANNOT_BE_TOLD
+            assert found.conditions["/opt/gone"] is Condition.MISSING
+            assert tree.away == {"/data": "/data is not read here: partition 2 is LUKS1"}
+    with pytest.raises(FilesystemError, match=r"/ is not read here: partition 2 is LUKS1"):
+        judged(device, wanted, Where(mounts=(Told("2", "/"),)))
+
+
+def test_a_broken_folder_hides_nothing_else(made: Make) -> None:
+    """The fstab beside it is read, and only the files within are not."""
+    device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
+    at = device.pread(0, device.size).index(b"\x04\x01true") & -4096
+    device.pwrite(at, b"\xff" * 4096)
+    tree, found = judged(device, GUEST, Where(root="/"))
+    assert placed(tree) == {"/": 2, "/boot": 1}
+    broken = {p for p, c in found.conditions.items() if c is not Condition.WHOLE}
+    assert broken == {"/usr/bin/true"}
+    assert found.conditions["/usr/bin/true"] is Condition.UNREADABLE

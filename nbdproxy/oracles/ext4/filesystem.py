@@ -187,11 +187,14 @@ class Filesystem:
                 todo += target.split(b"/")[::-1]
         return way[-1]
 
-    def walk(self, under: bytes = b"/") -> Iterator[tuple[bytes, Inode]]:
+    def walk(
+        self, under: bytes = b"/", broken: list[bytes] | None = None
+    ) -> Iterator[tuple[bytes, Inode]]:
         """Yield path and inode of every regular file and symbolic link, in the order of names.
 
         Hard links appear under each of their names; symbolic links are not followed, but on the way
-        to `under`. Raises CorruptError, with the path, at what cannot be read.
+        to `under`. Raises CorruptError, with the path, at what cannot be read; with a list
+        `broken` its path goes there, and the walk goes on.
         """
         wanted = _split(under)
         if self._point[: len(wanted)] == wanted:
@@ -208,11 +211,7 @@ class Filesystem:
         while todo:
             path, node = todo.pop()
             below = []
-            for name, number in sorted(self._found(path, node).items()):
-                full = path + b"/" + name
-                if self._covered and tuple(_split(full)) in self._covered:
-                    continue
-                child = self._named(full, number)
+            for full, number, child in self._children(path, node, broken):
                 if child.is_regular or child.is_symlink:
                     yield full, child
                 elif child.is_directory and number not in seen:
@@ -271,6 +270,30 @@ class Filesystem:
         if node.has_block_map:
             self.tree(node, self.block).check()
         return node
+
+    def _children(
+        self, path: bytes, node: Inode, broken: list[bytes] | None
+    ) -> Iterator[tuple[bytes, int, Inode]]:
+        """Yield path, number and inode of what is in a directory, but for what is covered."""
+        try:
+            names = sorted(self._found(path, node).items())
+        except (CorruptError, UnsupportedError):
+            if broken is None:
+                raise
+            broken.append(path)
+            return
+        for name, number in names:
+            full = path + b"/" + name
+            if self._covered and tuple(_split(full)) in self._covered:
+                continue
+            try:
+                child = self._named(full, number)
+            except (CorruptError, UnsupportedError):
+                if broken is None:
+                    raise
+                broken.append(full)
+                continue
+            yield full, number, child
 
     def _named(self, path: bytes, number: int) -> Inode:
         try:
