@@ -61,7 +61,8 @@ def test_without_e2fsck_the_rest_is_told(
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     found = QUICK.examine(load(dirty), partition=None)
     assert found.mounts
-    assert isinstance(found.fsck, str) and "apt-get install e2fsprogs" in found.fsck
+    assert isinstance(found.fsck, Fsck) and found.fsck.clean is None
+    assert "apt-get install e2fsprogs" in found.fsck.said
 
 
 def test_a_journal_that_only_a_kernel_can_judge(dirty: Path, load: Load) -> None:
