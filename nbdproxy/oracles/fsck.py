@@ -39,7 +39,7 @@ def e2fsck(device: ReadableDevice) -> Fsck:
             image = Path(folder) / "image"
             write_sparse(device, image)
             code, said = _run([program, "-y", "-E", "journal_only", str(image)])
-            if 0 <= code < OPERATIONAL:
+            if code == 0:  # not where it had to repair or make anew what is no journal
                 code, said = _run([program, "-fn", str(image)])
     except OSError as error:
         return Fsck(None, f"e2fsck was not run: {error.strerror or error}")

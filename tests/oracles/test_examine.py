@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
+from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.quick import QUICK
 
 Run = Callable[..., str]
@@ -52,6 +54,14 @@ def test_what_the_replay_changes_is_what_e2fsck_changes(
     ours = {at // BLOCK for e in found.replayed for at in range(e.offset, e.end, BLOCK)}
     # Both superblocks say that there is nothing more to replay.
     assert ours == changed - {1, journal} == {8000}
+
+
+def test_a_journal_that_e2fsck_makes_anew_is_an_error(make_image: Make, debugfs: Debugfs) -> None:
+    image = make_image("-t", "ext4", size="8192k")
+    debugfs(image, ["clri <8>"])
+    found = e2fsck(FileDisk(image, read_only=True))
+    assert found.clean is False
+    assert "journal" in found.said
 
 
 def test_without_e2fsck_the_rest_is_told(
