@@ -290,10 +290,10 @@ class KernelOracle:
             argv = [f"/tools/bin/{program[0]}", *program[1:]]
             done = guest.ask("fsck", argv=argv, limit_s=_patience(place))
         except FilesystemError as error:
-            return str(error)
+            return Fsck(None, str(error))
         except GuestError as error:
             self.close()
-            return str(error)
+            return Fsck(None, str(error))
         return concluded(program[0], done["code"], done["said"])
 
     def _require(self, program: str) -> None:

@@ -28,6 +28,7 @@ from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.locate import survey_tree
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.persistence.model import Level
+from nbdproxy.recording.reader import no_recording, recordings_in
 from nbdproxy.report.paths import printable
 
 
@@ -92,6 +93,8 @@ def manifest(
     elif npm_cache is not None or tarballs is not None:
         raise UsageError("--npm-cache and --tarballs are for a package-lock.json; drop them")
     elif Path(where).is_dir() and not is_recording(Path(where)):
+        if recordings_in(Path(where)):
+            raise no_recording(Path(where))
         found = manifests.from_directory(Path(where), under, modes=modes)
     else:
         with (

@@ -96,6 +96,9 @@ def replay(
       nbdproxy replay run1/root.img run1/home.img --files all.sha256
     """
     found = [run for path in runs for run in _recordings(path)]
+    for number, run in enumerate(found):
+        if run.resolve() in {other.resolve() for other in found[:number]}:
+            raise UsageError(f"{run} is named twice; name each recording once")
     if base is not None and len(found) > 1:
         raise UsageError("--base is the image of one recording; name one recording, or drop it")
     wanted = manifest.load(files)

@@ -83,7 +83,8 @@ def before_exit(source: Source) -> Cut:
     rows = np.flatnonzero((table.connection == last) & (table.seq < discs[-1]))[-2:]
     flushed = table.is_flush[rows] & (table.error[rows] == 0) & (table.completed[rows] < discs[-1])
     if len(rows) < 2 or not flushed.all():
-        return Cut(text, source.events, "no two flushes stand before DISC: nothing was set aside")
+        note = "the client did not flush twice right before it left, as QEMU does: "
+        return Cut(text, source.events, f"{note}nothing was set aside")
     return Cut(
         text,
         int(table.seq[rows[0]]),

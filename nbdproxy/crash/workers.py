@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from typing import Protocol
 
@@ -90,10 +91,20 @@ class PoolRunner:
         self._pool = self._open()
 
     def _open(self) -> ProcessPoolExecutor:
+        # Its first start unblocks SIGINT here, in the midst of the first worker's (`_submit`).
+        resource_tracker.ensure_running()
         # Not forked: this process may have threads, and a fork copies their locks as they are.
         return ProcessPoolExecutor(
             self._workers, multiprocessing.get_context("spawn"), _begin, (self._job,)
         )
+
+    def _submit(self, unit: Unit) -> Future[list[Judged]]:
+        """Queue a unit, which may start a worker: one that no Ctrl-C reaches before `_begin`."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(_judge, unit)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit, as they are done."""
@@ -104,11 +115,11 @@ class PoolRunner:
             # A suspect runs alone, so that no other is blamed for what it does.
             if suspects and not flying:
                 unit = suspects.popleft()
-                flying[self._pool.submit(_judge, unit)] = unit
+                flying[self._submit(unit)] = unit
             elif not suspects:
                 room = self._workers * _AHEAD - len(flying)
                 for unit in itertools.islice(waiting, max(room, 0)):
-                    flying[self._pool.submit(_judge, unit)] = unit
+                    flying[self._submit(unit)] = unit
             if not flying:
                 return
             done, _ = wait(flying, return_when=FIRST_COMPLETED)
@@ -147,6 +158,7 @@ def _begin(job: Job) -> None:
     global _bench  # noqa: PLW0603 - a worker process has one job
     # Ctrl-C is for the parent, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGALRM, _end_now)
     signal.signal(signal.SIGTERM, _end)
     _end_with_parent()

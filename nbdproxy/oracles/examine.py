@@ -14,9 +14,10 @@ from nbdproxy.extents import Extent
 class Fsck:
     """What the filesystem's own checker says of it, once the journal is replayed."""
 
-    clean: bool
+    clean: bool | None
+    """None if that cannot be told: it is not there, or failed itself."""
     said: str
-    """Its last lines."""
+    """Its last lines, or why it cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Examination:
     mounts    whether a kernel mounts it; None if that cannot be told
     reason    why it does not, or why it cannot be told
     replayed  the bytes of the disk that the replay of the journal changes
-    fsck      what the checker found, or why it was not run
+    fsck      what the checker found, or why none was to be run
     """
 
     mounts: bool | None

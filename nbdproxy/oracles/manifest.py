@@ -21,6 +21,7 @@ Names may be absolute in the filesystem or stand below some directory of it; `re
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -100,11 +101,16 @@ class Manifest:
 def load(path: Path) -> Manifest:
     """Read a manifest file; raises ManifestError if it cannot be read as one."""
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        raw = path.read_bytes()
     except OSError as error:
         raise ManifestError(
             f"{path}: {error.strerror}; write a manifest with `nbdproxy manifest` or `sha256sum`"
         ) from error
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ManifestError(
+            f"{path} is UTF-16, as PowerShell's > writes it; save it as UTF-8 without a mark"
+        )
+    text = raw.decode("utf-8", "surrogateescape")
     return parse(text, str(path), from_root=is_dpkg(path))
 
 

@@ -346,7 +346,9 @@ def _open(recording: Path, path: Path) -> StreamReader:
             raise RecordingError(f"there is no recording at {recording}; check the path") from None
         raise no_recording(recording) from None
     except NotADirectoryError:
-        raise RecordingError(f"{recording} is a file; a recording is a folder") from None
+        packed = recording.suffix == ".nbdpack"
+        todo = f"; it is packed: run nbdproxy unpack {recording}" if packed else ""
+        raise RecordingError(f"{recording} is a file; a recording is a folder{todo}") from None
     except OSError as error:
         raise RecordingError(f"{path} cannot be read: {error.strerror}") from None
 

@@ -10,6 +10,7 @@ from nbdproxy.crash.audit import BEFORE, FAULTS, UNKNOWN, ZEROES, Audit, Fate, F
 from nbdproxy.crash.blame import Safety, blame
 from nbdproxy.crash.cells import NONE
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.nbd.uri import is_uri
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.owners import OwnerMap
 from nbdproxy.persistence.model import Options
@@ -22,6 +23,8 @@ SHOWN = 5
 """So many faults are listed; --json lists a thousand places of every fate but as-sent."""
 LISTED = 1000
 PATHS_SHOWN = 8
+MOSTLY = 2
+"""Of what was compared, more than one in so many that is foreign hints at the wrong store."""
 LOOKED_UP = 256
 """Of so many faults the owners are looked up."""
 
@@ -179,7 +182,8 @@ def _verdict(report: Report) -> Iterator[str]:
             what = "there are only trims, and what they leave is up to the store"
         yield f"It cannot be told whether a promise was broken: {what}."
         return
-    below = f"below nbdproxy, in {report.recording.meta.image}"
+    recorded = report.recording.meta.image  # a server may be asked about by its own file
+    below = f"below nbdproxy, in {recorded if is_uri(recorded) else report.store}"
     if report.faults and not report.ended:
         yield (
             "It cannot be told whether a promise was broken: the recording was cut off, and what "
@@ -194,16 +198,20 @@ def _verdict(report: Report) -> Iterator[str]:
     if report.faults and report.own_policies:
         yield from _own_faults(report)
     elif sizes[Fate.BROKEN]:
+        broken = f"promise was broken {below}"
+        start = f"If nobody else wrote to it since, a {broken}" if report.changed_since else None
         yield (
-            f"A promise was broken {below}: it acknowledged flushes, and of what they covered "
-            f"{size_text(sizes[Fate.BROKEN])} are not there. The guest and QEMU are cleared: "
-            f"they had sent and flushed it."
+            f"{start or f'A {broken}'}: it acknowledged flushes, and of what they covered "
+            f"{size_text(sizes[Fate.BROKEN])} are not there. The guest and QEMU are "
+            f"{'then ' if start else ''}cleared: they had sent and flushed it."
         )
     if sizes[Fate.FOREIGN]:
         yield (
             f"{size_text(sizes[Fate.FOREIGN])} hold what they never may have: the store was "
             f"written to by somebody else since or meanwhile, or it damaged its data {below}."
         )
+        if MOSTLY * sizes[Fate.FOREIGN] > report.audit.compared:
+            yield f"That is most of what was written: is {report.store} what was recorded?"
     if not report.faults:
         yield from _cleared(report)
 

@@ -36,7 +36,7 @@ class Checked:
 
     @property
     def verdict(self) -> Verdict:
-        """Pass only if all mount, fsck is clean where it was run, and every file is whole."""
+        """Pass only if all mount, fsck is clean where it was to be run, and all files are whole."""
         found = [_of(one.examination.mounts) for one in self.filesystems]
         checks = [one.examination.fsck for one in self.filesystems]
         found += [_of(fsck.clean) for fsck in checks if isinstance(fsck, Fsck)]
@@ -73,6 +73,8 @@ def _filesystem(one: Filesystem) -> Iterator[str]:
     yield f"  journal  {_journal(one)}"
     if isinstance(found.fsck, str):
         yield f"  fsck     not run: {found.fsck}"
+    elif found.fsck.clean is None:
+        yield f"  fsck     cannot be told: {found.fsck.said}"
     elif found.fsck.clean:
         yield "  fsck     clean"
     else:
@@ -109,11 +111,13 @@ def to_json(told: Checked, *, list_files: bool) -> dict[str, object]:
 
 def _filesystem_json(one: Filesystem) -> dict[str, object]:
     found = one.examination
-    fsck: Mapping[str, object] = (
-        {"run": False, "reason": found.fsck}
-        if isinstance(found.fsck, str)
-        else {"run": True, "clean": found.fsck.clean, "said": found.fsck.said}
-    )
+    fsck: Mapping[str, object]
+    if isinstance(found.fsck, str):
+        fsck = {"run": False, "reason": found.fsck}
+    elif found.fsck.clean is None:
+        fsck = {"run": False, "clean": None, "reason": found.fsck.said}
+    else:
+        fsck = {"run": True, "clean": found.fsck.clean, "said": found.fsck.said}
     return {
         "mounts": found.mounts,
         "reason": found.reason,

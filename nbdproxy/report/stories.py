@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbdproxy.crash.causes import Cause
+from nbdproxy.crash.cuts import Cut
 from nbdproxy.crash.ranges import Losses
 from nbdproxy.crash.replay import Cell, Replay
 from nbdproxy.crash.source import Source
@@ -94,6 +95,8 @@ def _course(course: Course, source: Source) -> str:
         seen = [change for change in course.changes if change.condition is not Condition.MISSING]
         if not seen:
             return "never"
+        if any(change.condition is Condition.CANNOT_BE_TOLD for change in seen):
+            return "cannot be told"
         last = seen[-1]
         return f"never whole; {last.condition.value} from {_at(last.position, source)} on"
     if since is None:
@@ -141,16 +144,26 @@ def protected_since(story: Story, mode: CacheMode) -> int | None:
     return 0 if untouched and story.courses[Level.RECEIVED].since == 0 else None
 
 
+def _is_doubtful(story: Story, mode: CacheMode) -> bool:
+    """Tell whether it is unknown if host power loss leaves the file whole in the end."""
+    level = guarantee(mode, Failure.HOST_POWER_LOSS).must
+    if level in story.courses:
+        return story.courses[level].changes[-1].condition is Condition.CANNOT_BE_TOLD
+    courses = story.courses.values()
+    return all(c.changes[-1].condition is Condition.CANNOT_BE_TOLD for c in courses)
+
+
 def _protection(story: Story, source: Source, replay: Replay) -> Iterator[str]:
     """Say from when on each mode protects it, and how long it was at risk until then."""
     sent = story.courses[Level.RECEIVED].since
-    alike: dict[int | None, list[str]] = {}
+    alike: dict[tuple[int | None, bool], list[str]] = {}
     for mode in CacheMode:
         if mode not in replay.left_out:
-            alike.setdefault(protected_since(story, mode), []).append(mode.value)
+            told = protected_since(story, mode), _is_doubtful(story, mode)
+            alike.setdefault(told, []).append(mode.value)
     head = "  protected"
-    for since, modes in alike.items():
-        text = "never"
+    for (since, doubtful), modes in alike.items():
+        text = "cannot be told" if doubtful else "never"
         if since is not None:
             text = f"from {_at(since, source)} on"
             if sent is not None and since > sent:
@@ -163,7 +176,7 @@ def _protection(story: Story, source: Source, replay: Replay) -> Iterator[str]:
 def _verdict(told: Told, source: Source) -> Iterator[str]:
     """Say what the cut leaves of it under each mode, who lost it, and what helps."""
     path = told.story.entry.path
-    advice: dict[Cause, list[str]] = {}
+    advice: dict[Cause, Cut] = {}
     for failure in dict.fromkeys(cell.failure for cell in told.replay.cells):
         cells = [cell for cell in told.replay.cells if cell.failure is failure]
         cut = cells[0].cut
@@ -173,15 +186,28 @@ def _verdict(told: Told, source: Source) -> Iterator[str]:
             alike.setdefault(_fate(cell, path), []).append(cell.mode.value)
             outcome = cell.worst.files.get(path)
             if outcome is not None and outcome.cause is not None:
-                advice.setdefault(outcome.cause, []).append(cell.mode.value)
+                latest = advice.setdefault(outcome.cause, cell.cut)
+                advice[outcome.cause] = max(latest, cell.cut, key=lambda one: one.position)
         for fate, modes in alike.items():
             yield f"    {', '.join(modes)}: {fate}"
     if told.losses:
         yield ""
         yield from lost.lines(next(iter(told.losses.values())))
-    for cause in advice:
+    for cause, cut in advice.items():
         yield ""
-        yield f"  {cause.value}: {_ADVICE[cause]}"
+        yield f"  {cause.value}: {_advice(cause, cut, told.story, source)}"
+
+
+def _advice(cause: Cause, cut: Cut, story: Story, source: Source) -> str:
+    """Say what is behind a cause, and what helps."""
+    sent = story.courses[Level.RECEIVED].first
+    if cause is Cause.NEVER_SENT and sent is not None and sent > cut.position:
+        later_ms = (source.time_of(sent - 1) - cut.time_ns(source)) / 1e6
+        return (
+            f"It was not yet sent at this cut; it was sent {later_ms:,.3f} ms later. An fsync that "
+            f"had returned before would have had it sent and flushed."
+        )
+    return _ADVICE[cause]
 
 
 def _fate(cell: Cell, path: str) -> str:

@@ -108,8 +108,20 @@ def footnotes(together: Together) -> list[str]:
         )
     if result.remark:
         notes.append(result.remark)
-    reasons = {end.reason for c in result.cells for end in (c.worst, c.best) if end.reason}
-    return notes + sorted(reasons)
+    return notes + _reasons(result)
+
+
+def _reasons(result: Replay) -> list[str]:
+    """Return why states are as they are, and of a blank disk in which states it is."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in result.cells:
+        for end in (cell.worst, cell.best):
+            if end.reason:
+                found.setdefault(end.reason, {})[str(end.state)] = None
+    return [
+        f"{reason} (in {', '.join(states)})" if reason.endswith("reads all zeroes") else reason
+        for reason, states in sorted(found.items())
+    ]
 
 
 def counts(outcome: Outcome, total: int) -> list[str]:

@@ -64,7 +64,10 @@ def _fault(cell: Cell) -> str:
         return f"Whose fault: that cannot be told, because {cell.worst.reason}."
     if whole == total:
         all_of_it = "the file is" if total == 1 else f"all {total:,} files are"
-        return f"Whose fault: nobody's; {all_of_it} whole under cache={cell.mode.value}."
+        return (
+            f"After a host power loss under cache={cell.mode.value} nobody lost anything: "
+            f"{all_of_it} whole."
+        )
     causes = cell.worst.causes.most_common()
     unknown = cell.worst.conditions[Condition.CANNOT_BE_TOLD]
     if not causes:

@@ -66,8 +66,25 @@ def test_what_the_quick_oracle_alone_calls_whole_does_not_pass() -> None:
     assert Pair(BothOracles(), Says(lost), silent).check(MemoryDisk(SIZE), None) == lost
 
 
-@pytest.mark.parametrize("code", [-1, 8, 16])
-def test_a_checker_that_failed_itself_found_nothing(code: int) -> None:
-    said = concluded("e2fsck", code, "e2fsck 1.47\nNot enough memory\n")
-    assert isinstance(said, str) and said.endswith("Not enough memory")
-    assert concluded("e2fsck", 4, "e2fsck 1.47\na wrong count\n") == Fsck(False, "a wrong count")
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        *(("e2fsck", code) for code in (-1, -6, 8, 16, 32, 128, 134)),
+        *((program, 2) for program in ("xfs_repair", "btrfs", "fsck.fat", "ntfsresize")),
+    ],
+)
+def test_a_checker_that_failed_itself_found_nothing(program: str, code: int) -> None:
+    found = concluded(program, code, f"{program} 1.47\nNot enough memory\n")
+    assert found.clean is None
+    assert found.said.endswith("Not enough memory")
+
+
+@pytest.mark.parametrize(
+    ("program", "code"),
+    [
+        *(("e2fsck", code) for code in (1, 4, 6, 12, 20, 36)),
+        *((program, 1) for program in ("xfs_repair", "btrfs", "fsck.fat", "ntfsresize")),
+    ],
+)
+def test_errors_that_were_found_are_told_whatever_else_went_wrong(program: str, code: int) -> None:
+    assert concluded(program, code, f"{program} 1\na wrong count\n") == Fsck(False, "a wrong count")

@@ -204,6 +204,19 @@ def test_a_single_sector_is_found(
     assert (place["offset"], place["holds"]) == (offset, holds)
     said = nbdproxy("audit", run, tmp_path / "image", code=1).stdout
     assert "was changed after the recording ended: what follows holds only if nobody" in said
+    assert "The guest and QEMU are cleared" not in said
+    if fate == "broken-promise":
+        assert "If nobody else wrote to it since, a promise was broken below nbdproxy, in" in said
+        assert "The guest and QEMU are then cleared" in said
+
+
+def test_a_store_that_has_nothing_of_what_was_sent_may_be_another(tmp_path: Path) -> None:
+    run = record(tmp_path)
+    other = tmp_path / "other"
+    other.write_bytes(b"X" * (tmp_path / "image").stat().st_size)
+    said = nbdproxy("audit", run, other, code=1).stdout
+    assert f"is {other} what was recorded?" in said
+    assert f"or it damaged its data below nbdproxy, in {other}" in said
 
 
 def test_an_older_request_shows_its_number(tmp_path: Path) -> None:

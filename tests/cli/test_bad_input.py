@@ -247,3 +247,16 @@ def test_an_output_that_cannot_be_written(recorded: Recorded, tmp_path: Path) ->
 @pytest.mark.parametrize("words", [["nonsense"], ["serve"], ["replay", "x"], ["log", "x", "--no"]])
 def test_usage_errors_have_code_2_and_no_traceback(words: list[str]) -> None:
     assert nbdproxy(*words, code=2).stderr
+
+
+def test_what_newcomers_name_by_mistake_is_told_in_plain_words(tmp_path: Path) -> None:
+    files, pack, run = (tmp_path / name for name in ("files", "run1.nbdpack", "run"))
+    files.write_text(f"{'0' * 64}  /a\n", encoding="utf-16")
+    assert "is UTF-16" in nbdproxy("replay", run, "--files", files, code=2).stderr
+    files.write_text(f"{'0' * 64}  /a\n")
+    pack.write_bytes(b"packed")
+    assert "nbdproxy unpack" in nbdproxy("replay", pack, "--files", files, code=2).stderr
+    twice = nbdproxy("replay", run, run, "--files", files, code=2).stderr
+    assert "is named twice" in twice
+    nosuch = ("--files", files, "--base", tmp_path / "nosuch")
+    assert "does not exist" in nbdproxy("replay", run, *nosuch, code=2).stderr

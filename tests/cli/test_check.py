@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Protocol
 
@@ -66,3 +67,11 @@ def test_what_cannot_be_told_and_what_is_wrong(recorded: Made, tmp_path: Path) -
     by_default, at_end = (nbdproxy("check", recorded.run, *at) for at in ((), ("--at", "end")))
     assert by_default.stdout == at_end.stdout
     assert "check the path" in nbdproxy("check", tmp_path / "nowhere", code=2).stderr
+
+
+def test_errors_that_make_e2fsck_give_up_are_errors(recorded: Made, tmp_path: Path) -> None:
+    image = Path(shutil.copy(recorded.image, tmp_path))
+    # The root directory: exit code 12, 8 and 4.
+    subprocess.run(["debugfs", "-w", "-R", "clri <2>", image], check=True, capture_output=True)
+    said = nbdproxy("check", image, code=1).stdout
+    assert "not a directory" in said or "still has errors" in said

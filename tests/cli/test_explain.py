@@ -5,10 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pytest
 
+from nbdproxy.crash.cuts import Cut
+from nbdproxy.crash.replay import Replay
+from nbdproxy.crash.source import Source
+from nbdproxy.crash.story import LEVELS, Change, Course, Story
+from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
+from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.report.stories import Told, lines
 from tests.support.ext4 import BLOCK, FLUSHED, SIZE, UNFLUSHED, content, stages
 from tests.support.nbd_client import FUA
 from tests.support.serving import Server, nbdproxy
@@ -139,3 +148,20 @@ def test_a_file_that_was_never_sent_needs_a_manifest(recorded: Made, tmp_path: P
     assert all("never-sent" in cell["fate"] for cell in story["cells"])
     said = nbdproxy("explain", recorded.run, "/other", "--files", files, code=2).stderr
     assert "is not in the manifest" in said
+
+
+def test_a_file_that_was_sent_after_the_cut_is_not_called_never_sent(recorded: Made) -> None:
+    words = ("--files", recorded.manifest, "--root", "/", "--at", "seq:0")
+    said = nbdproxy("explain", recorded.run, f"/{FLUSHED}", *words, code=1).stdout
+    assert "It was not yet sent at this cut; it was sent " in said
+    assert "No cache mode can help" not in said
+
+
+def test_of_a_file_that_cannot_be_told_no_never_is_said() -> None:
+    course = Course((Change(0, Condition.CANNOT_BE_TOLD),))
+    story = Story(Entry("/a", "0" * 64, 1), dict.fromkeys(LEVELS, course))
+    table = Replay(Manifest((story.entry,)), Tree(), Cut("end", 0), frozenset(CacheMode), (), ())
+    told = Told(story, (), table, {})
+    said = list(lines(told, cast(Source, None)))
+    assert not [line for line in said if "never" in line]
+    assert len([line for line in said if line.endswith("cannot be told")]) == 4

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,45 @@ def test_nothing_is_left(recorded: Run, tmp_path: Path, number: signal.Signals) 
     until(lambda: not processes_with(str(scratch)), "all processes are gone")
     if number != signal.SIGKILL:
         assert not list(scratch.rglob("*"))
+
+
+@pytest.mark.parametrize("delay_s", [0.05, 0.2, 0.4])
+def test_ctrl_c_while_the_workers_start_prints_no_traceback(
+    recorded: Run, tmp_path: Path, delay_s: float
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    words = ["explore", str(recorded.run), "--check", "sleep 30 # $image", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nbdproxy", *words],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(lambda: len(processes_with(str(scratch))) > 2, "a worker starts")
+    time.sleep(delay_s)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    _, said = process.communicate(timeout=30)
+    assert "Traceback" not in said
+    assert process.returncode == 130
+    until(lambda: not processes_with(str(scratch)), "all processes are gone")
+
+
+def test_ctrl_c_while_the_command_is_imported_prints_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "nbdproxy", "--help"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if "nbdproxy.errors" in line or "typer.models" in line:
+            process.send_signal(signal.SIGINT)
+            said += process.stderr.read()
+    assert process.wait(30) == 130
+    assert "Traceback" not in said

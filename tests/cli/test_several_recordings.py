@@ -24,6 +24,7 @@ def folder(recorded: Recorded, tmp_path: Path) -> Path:
     "words",
     [
         ("info",),
+        ("manifest",),
         ("log",),
         ("open",),
         ("timeline",),

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
+from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.quick import QUICK
 
 Run = Callable[..., str]
@@ -54,6 +56,14 @@ def test_what_the_replay_changes_is_what_e2fsck_changes(
     assert ours == changed - {1, journal} == {8000}
 
 
+def test_a_journal_that_e2fsck_makes_anew_is_an_error(make_image: Make, debugfs: Debugfs) -> None:
+    image = make_image("-t", "ext4", size="8192k")
+    debugfs(image, ["clri <8>"])
+    found = e2fsck(FileDisk(image, read_only=True))
+    assert found.clean is False
+    assert "journal" in found.said
+
+
 def test_without_e2fsck_the_rest_is_told(
     dirty: Path, load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -61,7 +71,8 @@ def test_without_e2fsck_the_rest_is_told(
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     found = QUICK.examine(load(dirty), partition=None)
     assert found.mounts
-    assert isinstance(found.fsck, str) and "apt-get install e2fsprogs" in found.fsck
+    assert isinstance(found.fsck, Fsck) and found.fsck.clean is None
+    assert "apt-get install e2fsprogs" in found.fsck.said
 
 
 def test_a_journal_that_only_a_kernel_can_judge(dirty: Path, load: Load) -> None:
