@@ -155,7 +155,7 @@ def test_garbage_drops_the_client_and_nobody_else(server: Server) -> None:
 def test_a_refused_request_leaves_the_stream_in_step(server: Server) -> None:
     with server.client() as client:
         replies = client.do(
-            Op(WRITE, 100, data=b"D" * 512),
+            Op(READ, 0, 0),
             Op(WRITE, SIZE - 512, data=b"D" * 1024),
             Op(99, 0, 512),
             Op(WRITE, 512, data=b"E" * 512),
