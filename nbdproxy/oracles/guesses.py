@@ -41,15 +41,16 @@ class _Guess:
         return len(self.files), is_plain, -order
 
 
-def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
+def by_files(disks: Disks, given: Plan, manifest: Manifest, *, has_fstab: bool = False) -> Plan:
     """Return a plan with what the files show of the filesystems that it does not have yet.
 
+    With an fstab that has none of the files, a directory inside of a filesystem is no guess.
     Raises FilesystemError if two filesystems have the files equally well.
     """
     plan = replace(given, spots=dict(given.spots), doubtful=dict(given.doubtful))
     entries = {entry.path: entry for entry in manifest.entries}
     if not plan.spots:
-        first = _first(disks, manifest)
+        first = _first(disks, manifest, has_fstab=has_fstab)
         unseen = disks.hidden or disks.partial
         if first is None or (unseen and not _is_shown_by_content(disks, first, entries)):
             return plan  # what has the files may not have been seen
@@ -61,7 +62,7 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     return plan
 
 
-def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
+def _first(disks: Disks, manifest: Manifest, *, has_fstab: bool) -> _Guess | None:
     """Return what has most of the files."""
     found: list[_Guess] = []
     changed: list[_Guess] = []
@@ -69,6 +70,8 @@ def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
         found += _shown(disks, store, [entry.path for entry in manifest.entries])
         known = disks.paths(store)
         for (old, new), paths in manifests.changes(manifest, known).items():
+            if new and has_fstab:
+                continue
             changed.append(_Guess(store, old or "/", new or "/", frozenset(paths)))
     stores = {guess.store for guess in found}
     # A copy of the files in another directory of their filesystem is not what was asked for.
@@ -108,8 +111,8 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
         and not _taken(plan, guess.point, there)
     ]
     for guess in sorted(found, key=lambda guess: guess.rank, reverse=True):
-        rivals = [g for g in found if len(g.files) == len(guess.files) and g.store != guess.store]
-        is_sole = not any(guess.files & rival.files for rival in rivals)
+        equals = [g for g in found if len(g.files) == len(guess.files) and g.store != guess.store]
+        is_sole = not any(guess.files & other.files for other in equals)
         if is_sole and _is_shown_by_content(disks, guess, entries):
             return guess
     for guess in found:

@@ -170,10 +170,19 @@ def _number(device: ReadableDevice, key: PartitionName) -> int | None:
     return next((p.number for p in partitions.slices(device) if p.key == key), None)
 
 
-def _resolved(plan: Plan, disks: Disks, manifest: Manifest, where: Where) -> Manifest:
+def _resolved(
+    plan: Plan, disks: Disks, manifest: Manifest, where: Where, *, has_fstab: bool = False
+) -> Manifest:
+    """Return a manifest with the paths that its files have under a plan.
+
+    With an fstab the guest's tree is known, and an absolute path is one of it: where none of them
+    is there, a copy in another directory is not what was asked for.
+    """
     if where.root is not None:
         return manifest
     found = manifests.resolutions(manifest, plan.known(disks))
+    if has_fstab and all(entry.path.startswith("/") for entry in manifest.entries):
+        found = [one for one in found if one.place in {"", "/"}]
     return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, found)
 
 
@@ -181,7 +190,7 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
     """Return the plan under which most of the files are there, and the manifest with its paths."""
     names = frozenset(entry.path for entry in manifest.entries)
     plans = by_fstab(disks, given, names)
-    if plans and (found := _most(disks, plans, manifest, where)) is not None:
+    if plans and (found := _most(disks, plans, manifest, where, has_fstab=True)) is not None:
         return guesses.by_files(disks, *found), found[1]
     if not disks.parts:
         if where.root is not None and len(disks.hidden) == len(disks.closed) <= 1:
@@ -192,30 +201,31 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
         raise FilesystemError(f"nothing can be read: {disks.unread()}")
     singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
     if len(singles) == 1 and not disks.hidden and not given.spots:
-        return singles[0], _resolved(singles[0], disks, manifest, where)
+        resolved = _resolved(singles[0], disks, manifest, where, has_fstab=bool(plans))
+        return singles[0], resolved
     if all(entry.path.startswith("/") for entry in manifest.entries):
-        plan = guesses.by_files(disks, given, manifest)
+        plan = guesses.by_files(disks, given, manifest, has_fstab=bool(plans))
         if plan.spots:
             return plan, manifest
     if where.root is not None and len(disks.parts) > 1:
         raise FilesystemError(disks.several())
     if where.root is not None:
         raise _matches_nothing(disks)
-    found = _most(disks, singles, manifest, where)
+    found = _most(disks, singles, manifest, where, has_fstab=bool(plans))
     if found is None:
         raise _matches_nothing(disks)
     return found
 
 
 def _most(
-    disks: Disks, plans: Sequence[Plan], manifest: Manifest, where: Where
+    disks: Disks, plans: Sequence[Plan], manifest: Manifest, where: Where, *, has_fstab: bool
 ) -> tuple[Plan, Manifest] | None:
     """Return the plan with most of the files; None if none has any, but for a --root."""
     places: list[tuple[Plan, Place]] = []
     for plan in plans:
         known = plan.known(disks)
         try:
-            resolved = _resolved(plan, disks, manifest, where)
+            resolved = _resolved(plan, disks, manifest, where, has_fstab=has_fstab)
         except ManifestError:
             continue
         count = sum(entry.path in known for entry in resolved.entries)

@@ -258,6 +258,18 @@ def test_what_is_mounted_at_a_link_is_where_the_link_leads(made: Make) -> None:
     )
 
 
+@pytest.mark.parametrize("others", [(), (BOOT,)], ids=["alone", "beside another"])
+def test_a_copy_is_not_taken_for_files_that_are_all_gone(
+    made: Make, others: tuple[Part, ...]
+) -> None:
+    copies = {f"/backup/app/{n}.js": f"content {n}" for n in range(6)}
+    device = made(*others, root("LABEL=root / ext4\n", copies, "/app"))
+    with pytest.raises(ManifestError, match="--root"):
+        judged(device, {f"/app/{n}.js": f"content {n}" for n in range(6)})
+    _, found = judged(device, {f"/app/{n}.js": f"content {n}" for n in range(6)}, Where(root="/"))
+    assert set(found.conditions.values()) == {Condition.MISSING}
+
+
 def test_what_is_mounted_on_demand_is_told_by_the_files(made: Make) -> None:
     fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4 noauto\n"
     device = made(BOOT, root(fstab))
