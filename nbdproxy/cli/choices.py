@@ -57,9 +57,7 @@ FailureText = Annotated[
 ]
 Base = Annotated[
     Path | None,
-    typer.Option(
-        metavar="IMAGE", exists=True, help="The image as it was, if it moved or was copied."
-    ),
+    typer.Option(metavar="IMAGE", help="The image as it was, if it moved or was copied."),
 ]
 
 Partition = Annotated[

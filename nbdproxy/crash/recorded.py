@@ -44,6 +44,8 @@ class RecordedSource(Recording):
 
     def __init__(self, path: Path, *, image: Path | None = None) -> None:
         super().__init__(path)
+        if image is not None and not image.exists():
+            raise ImageError(f"there is no image at {image}; name it as it was with --base")
         self._image_given = image
         saved = self.befores
         # Painted from the last to the first, so that the first shows.

@@ -258,5 +258,3 @@ def test_what_newcomers_name_by_mistake_is_told_in_plain_words(tmp_path: Path) -
     assert "nbdproxy unpack" in nbdproxy("replay", pack, "--files", files, code=2).stderr
     twice = nbdproxy("replay", run, run, "--files", files, code=2).stderr
     assert "is named twice" in twice
-    nosuch = ("--files", files, "--base", tmp_path / "nosuch")
-    assert "does not exist" in nbdproxy("replay", run, *nosuch, code=2).stderr
