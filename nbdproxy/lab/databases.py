@@ -76,7 +76,7 @@ SELECT 'sqlite wrong ' || count(*) FROM entry NOT INDEXED WHERE content IS NOT {
 SELECT 'sqlite incomplete ' || ((SELECT coalesce(max(txn), 0) FROM entry NOT INDEXED) - count(*))
   FROM (SELECT txn FROM entry NOT INDEXED GROUP BY txn HAVING count(*) = {ROWS});
 SELECT 'sqlite integrity ' || replace(integrity_check, char(10), ' ')
-  FROM pragma_integrity_check(20);
+  FROM pragma_integrity_check LIMIT 20;
 END
 {_SQLITE.replace("DO", "")}
 {_END}"""

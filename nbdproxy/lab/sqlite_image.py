@@ -94,7 +94,8 @@ def check_database(database: Path, files: Sequence[str], troubles: Iterable[str]
     with closing(sqlite3.connect(database)) as connection:
         connection.text_factory = bytes  # damaged text need not be UTF-8
         try:
-            asked = f"SELECT integrity_check FROM pragma_integrity_check({_COMPLAINTS_MAX})"
+            # Not as its argument: newer versions take a number there for a table's name.
+            asked = f"SELECT integrity_check FROM pragma_integrity_check LIMIT {_COMPLAINTS_MAX}"
             integrity = [_text(line) for [line] in connection.execute(asked)]
         except sqlite3.Error as error:
             errors.append(str(error))

@@ -27,6 +27,7 @@ from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import Recording
 from nbdproxy.requests import Command
 from tests.support.foreign import convert, end, flushed, replay_log
+from tests.support.lower import is_running
 from tests.support.proxies import Proxy
 from tests.support.serving import DEADLINE_S, tool, until
 from tests.support.shell import nbdsh
@@ -179,7 +180,7 @@ def nbd_server(folder: Path, image: Path, log: Path) -> Iterator[str]:
         yield f"nbd+unix:///disk?socket={socket}"
     finally:
         os.kill(pid, signal.SIGTERM)
-        until(lambda: not Path(f"/proc/{pid}").exists(), "nbd-server ends")
+        until(lambda: not is_running(pid), "nbd-server ends")
 
 
 def test_a_log_of_nbd_server_says_what_our_recording_of_the_same_says(
