@@ -19,7 +19,9 @@ pytestmark = pytest.mark.lab
 
 SIZE = 320 << 20
 SYNCED_ALONE = "echo 1 > a; sync; echo 2 | dd of=b conv=fsync"
-OPEN_AND_DELETED = "echo 1 > a; sleep 999 < a & sleep 0.1; echo 2 > b; rm a; sync; kill $!; wait || true"
+OPEN_AND_DELETED = (
+    "echo 1 > a; sleep 999 < a & sleep 0.1; echo 2 > b; rm a; sync; kill $!; wait || true"
+)
 MANIFEST = files(a=b"1\n", b=b"2\n")
 
 
