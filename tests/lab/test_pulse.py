@@ -15,7 +15,7 @@ from nbdproxy.lab.workloads import Ending, shell
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accel, "QUIET_S", 0.5)
+    monkeypatch.setattr(accel, "QUIET_S", 1.5)
     monkeypatch.setattr(accel, "TICK_S", 0.01)
 
 
@@ -50,7 +50,7 @@ def test_one_that_computes_for_ever_hangs(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_that_is_to_wait_may_do_nothing_for_so_long() -> None:
-    assert not any(_until_trouble("sleep 60", 1.5, idle_s=30))
+    assert not any(_until_trouble("sleep 60", 2.5, idle_s=30))
 
 
 def test_one_that_has_ended_is_in_no_trouble() -> None:
@@ -74,6 +74,6 @@ def test_a_kernel_that_only_complains_has_hung() -> None:
 
 
 def test_a_guest_that_prints_and_sleeps_is_waited_for() -> None:
-    script = "n=0; while [ $n -lt 8 ]; do echo $n; n=$((n+1)); sleep 0.2; done"
+    script = "n=0; while [ $n -lt 20 ]; do echo $n; n=$((n+1)); sleep 0.1; done"
     with pytest.raises(LabError, match="did not get as far as its workload"):  # not: hangs
         _follow(script)
