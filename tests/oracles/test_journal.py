@@ -158,7 +158,7 @@ def test_a_superblock_that_is_replayed_must_be_this_one(
         changed[0xE0:0xE4] = bytes(4)
     copies = [tmp_path / "first", tmp_path / "second"]
     for path, data in zip(copies, (changed, right), strict=True):
-        path.write_bytes(data)
+        path.write_bytes(bytes(data))
     writes = [f"jw -b 1 {path}" for path in copies]
     if what == "zeroes, revoked":
         writes[1:] = ["jw -r 1"]
