@@ -247,31 +247,29 @@ function read({ path, place, link, limit }) {
   }
 }
 
-// Every regular file and link of a place below a folder, in no order.
+// Every regular file and link of a place below a folder, in no order, and what cannot be read. Each
+// name is asked for itself: where folders do not tell types, one broken name would hide the others.
 function walk({ under, place, digests, limit }) {
   const files = [], errors = [];
   const visit = (folder) => {
-    let entries;
+    let names;
     try {
-      entries = fs.readdirSync(host(place, folder), { encoding: 'buffer', withFileTypes: true });
+      names = fs.readdirSync(host(place, folder), { encoding: 'buffer' });
     } catch (error) {
       mustBeServed(error);
       errors.push([place.point + folder, error.code]);
       return;
     }
-    for (const entry of entries) {
-      const below = folder + '/' + text(entry.name), path = place.point + below;
+    for (const name of names) {
+      const below = folder + '/' + text(name), path = place.point + below;
       if (place.covered.includes(path)) continue;
-      if (entry.isDirectory()) {
-        visit(below);
-        continue;
-      }
       try {
-        const at = host(place, below);
-        if (entry.isSymbolicLink()) {
+        const at = host(place, below), stat = fs.lstatSync(at);
+        if (stat.isDirectory()) {
+          visit(below);
+        } else if (stat.isSymbolicLink()) {
           files.push({ path, target: text(fs.readlinkSync(at, { encoding: 'buffer' })) });
-        } else if (entry.isFile()) {
-          const stat = fs.lstatSync(at);
+        } else if (stat.isFile()) {
           const found = { path, size: stat.size, mode: stat.mode & 0o7777 };
           files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size, 'sha256') } : found);
         }
