@@ -450,7 +450,7 @@ def _entry(found: Any) -> Entry:
 def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
     asked = {"path": path, "link": is_link, "mode": entry.mode}
-    return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
+    return {**asked, "algorithms": entry.algorithms, "digest": entry.digest}
 
 
 def _where(mount: Mount) -> dict[str, object]:

@@ -9,6 +9,7 @@ from nbdproxy.crash.replay import Outcome
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.together import Together
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.report import table
 
 
 def to_json(
@@ -27,6 +28,7 @@ def to_json(
         "left_out": [mode.value for mode in result.left_out],
         "why_left_out": result.why or None,
         "remark": result.remark or None,
+        "doubt": table.doubt(result),
         "cells": [
             {
                 "mode": cell.mode.value,

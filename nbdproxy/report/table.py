@@ -11,7 +11,7 @@ from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.together import Together
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.condition import Condition, doubt_of
 from nbdproxy.oracles.manifest import WEAK
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.report.paths import printable
@@ -65,6 +65,13 @@ def lost_files(result: Replay) -> list[str]:
     ]
 
 
+def doubt(result: Replay) -> str | None:
+    """Return what there is against the manifest itself."""
+    states = [end for cell in result.cells for end in (cell.worst, cell.best)]
+    told = ({path: one.condition for path, one in state.files.items()} for state in states)
+    return doubt_of(result.manifest, told)
+
+
 def footnotes(together: Together) -> list[str]:
     """Return what has to be said about the table, one line each."""
     result = together.table
@@ -84,6 +91,8 @@ def footnotes(together: Together) -> list[str]:
         f"nothing where somebody may have forged a file"
         for algorithm, count in weak.items()
     ]
+    if (why := doubt(result)) is not None:
+        notes.append(why)
     mounts = [
         mount.words if len(together.each) == 1 else f"{mount.words} of disk {number}"
         for number, one in enumerate(together.each, start=1)

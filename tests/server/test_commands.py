@@ -248,7 +248,7 @@ def test_a_state_that_has_lost_its_filesystem_fails_if_that_is_certain(
     base: bytes, written: bool, command: str, told: tuple[Verdict, str], tmp_path: Path
 ) -> None:
     """A command that finds no fault in an empty folder would pass what is lost altogether."""
-    log = [Received(Command.WRITE, SIZE // SECTOR - 1, 1), Completed(0)]
+    log: list[Received | Completed] = [Received(Command.WRITE, SIZE // SECTOR - 1, 1), Completed(0)]
     source = MemorySource(
         table_of(log), SIZE, 2, lambda: MemoryDisk(base.ljust(SIZE, b"\0")), b"\1" * SECTOR, []
     )
