@@ -47,17 +47,15 @@ def _alike(result: Replay) -> dict[tuple[str, ...], tuple[str, ...]]:
     return {tuple(modes): column for column, modes in alike.items()}
 
 
-def lost_files(result: Replay) -> list[str]:
-    """Return a line for each file that is not whole in the worst state of a cell, by cell."""
+def lost_files(result: Replay) -> list[tuple[str, ...]]:
+    """Return what is told of each file that is not whole in the worst state of a cell, by cell."""
     return [
-        "\t".join(
-            (
-                cell.mode.value,
-                cell.failure.value,
-                one.condition.value,
-                one.cause.value if one.cause else "-",
-                printable(path),
-            )
+        (
+            cell.mode.value,
+            cell.failure.value,
+            one.condition.value,
+            one.cause.value if one.cause else "-",
+            printable(path),
         )
         for cell in result.cells
         for path, one in sorted(cell.worst.files.items())

@@ -103,6 +103,6 @@ def test_without_host_power_loss_there_is_nothing_to_say() -> None:
 def test_lost_files_are_listed_by_cell() -> None:
     some = outcome(EMPTY, WHOLE, ZEROED)
     assert lost_files(table({CacheMode.NONE: (some, some)})) == [
-        "none\thost-power-loss\tempty\tnever-sent\t/f0",
-        "none\thost-power-loss\tzeroed\tunflushed\t/f2",
+        ("none", "host-power-loss", "empty", "never-sent", "/f0"),
+        ("none", "host-power-loss", "zeroed", "unflushed", "/f2"),
     ]
