@@ -13,7 +13,7 @@ from nbdproxy.crash.together import Together
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition, doubt_of
 from nbdproxy.oracles.manifest import WEAK
-from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.persistence.modes import CACHED, CacheMode, Failure
 from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural
 
@@ -98,7 +98,7 @@ def footnotes(together: Together) -> list[str]:
     ]
     if len(mounts) > 1:
         notes.append(f"the files are on {', '.join(mounts)}")
-    cuts = {cell.cut.text: cell.cut for cell in result.cells}
+    cuts = {cell.cut.text: cell.cut for cell in result.cells if _hangs_on_note(cell)}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
     if result.below_qcow2:
         notes.append(
@@ -116,6 +116,17 @@ def footnotes(together: Together) -> list[str]:
     if result.remark:
         notes.append(result.remark)
     return notes + _reasons(result)
+
+
+def _hangs_on_note(cell: Cell) -> bool:
+    """Tell whether what is said of a cell's cut may change the cell.
+
+    Which flushes were QEMU's own is nothing to failures that flushes are nothing to.
+    """
+    if cell.cut.text != "before-exit":
+        return True
+    by_flushes = {Failure.HOST_POWER_LOSS, Failure.STORAGE_LOSS}
+    return cell.cut.matters and cell.mode in CACHED and cell.failure in by_flushes
 
 
 def _reasons(result: Replay) -> list[str]:
