@@ -107,9 +107,10 @@ def replay(
     wanted = manifest.load(files)
     with ExitStack() as stack:
         sources = [stack.enter_context(RecordedSource(run, image=base)) for run in found]
-        for source in sources:
+        for run, source in zip(found, sources, strict=True):
             if source.missing:
-                err.print(f"note: {source.missing}", markup=False)
+                which = f"{run}: " if len(found) > 1 else ""
+                err.print(f"note: {which}{source.missing}", markup=False)
         with err.status("judging crash states") as status, opened(oracle, status.update) as judge:
 
             def about_to_judge(state: StateId) -> None:

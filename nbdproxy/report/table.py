@@ -101,21 +101,28 @@ def footnotes(together: Together) -> list[str]:
     cuts = {cell.cut.text: cell.cut for cell in result.cells if _hangs_on_note(cell)}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
     if result.below_qcow2:
+        below = [str(n) for n, one in enumerate(together.each, start=1) if one.below_qcow2]
+        of = "" if len(below) == len(together.each) else f"disk {', '.join(below)} was "
         notes.append(
-            "recorded below qcow2: the table tells what the qcow2 file held; tables that QEMU had "
-            "in its memory outlive a reset of the guest, and it writes them when it ends in order"
+            f"{of}recorded below qcow2: the table tells what the qcow2 file held; tables that QEMU "
+            "had in its memory outlive a reset of the guest, and it writes them when it ends in order"
         )
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)
         notes.append(
             f"left out: {left}; {result.why}; if you know QEMU's cache mode then, --recorded-as "
             f"says it"
-            if len(result.recorded_under) == len(CacheMode)
+            if any(one.left_out and _can_be_any(one) for one in together.each)
             else f"left out: {left}; {result.why}"
         )
     if result.remark:
         notes.append(result.remark)
     return notes + _reasons(result)
+
+
+def _can_be_any(one: Replay) -> bool:
+    """Tell whether only the user can know under which mode a recording was taken."""
+    return len(one.recorded_under) == len(CacheMode)
 
 
 def _hangs_on_note(cell: Cell) -> bool:
