@@ -18,6 +18,7 @@ from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
 from nbdproxy.crash.replay import replay as replay_one
+from nbdproxy.crash.rooted import with_root
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
@@ -161,13 +162,14 @@ def _place(
         timelines = [stack.enter_context(closing(Timeline(source))) for source in sources]
         ends = [timeline.at(timeline.source.events) for timeline in timelines]
         try:
-            return locate_all(oracle, ends, manifest, where)
+            trees, manifest = locate_all(oracle, ends, manifest, where)
         except (ManifestError, FilesystemError) as at_the_end:
             try:
                 there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
-                return locate_all(oracle, there, manifest, where)
+                trees, manifest = locate_all(oracle, there, manifest, where)
             except (ManifestError, FilesystemError):
                 raise at_the_end from None
+        return with_root(trees, timelines, manifest, where.root, oracle), manifest
 
 
 def _shares(manifest: Manifest, trees: Sequence[Tree]) -> list[Manifest]:

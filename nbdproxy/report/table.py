@@ -105,7 +105,8 @@ def footnotes(together: Together) -> list[str]:
         of = "" if len(below) == len(together.each) else f"disk {', '.join(below)} was "
         notes.append(
             f"{of}recorded below qcow2: the table tells what the qcow2 file held; tables that QEMU "
-            "had in its memory outlive a reset of the guest, and it writes them when it ends in order"
+            "had in its memory outlive a reset of the guest, and it writes them when it ends in "
+            "order"
         )
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)
