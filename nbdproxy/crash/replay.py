@@ -51,9 +51,6 @@ from nbdproxy.persistence.modes import (
 )
 from nbdproxy.recording.index import Mask, RequestTable
 
-_LOOK_BACK = 16
-"""After so many flushes, evenly spread, it is looked for what the guest changed itself."""
-
 
 @dataclass(frozen=True, slots=True)
 class FileOutcome:
@@ -193,6 +190,7 @@ class _Judge:
     behind: dict[tuple[int, Mount], Unmapped] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)
     outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
+    earlier: dict[tuple[int, Options, frozenset[str]], Kept] = field(default_factory=dict)
     _last: Mask | None = None
 
     def outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
@@ -247,19 +245,33 @@ class _Judge:
             doubtful = frozenset(entry.path for entry in self.manifest.entries)
         return Kept(whole, doubtful)
 
-    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> frozenset[str]:
-        """Return those of `paths` that were whole, all sent, after some flush before the cut."""
+    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> Kept:
+        """Return those of `paths` that were whole, all sent, after some flush before the cut.
+
+        And those that may have been, as after a flush nothing could be told of them.
+        """
+        asked = state.position, state.options, paths
+        if asked not in self.earlier:
+            self.earlier[asked] = self._looked_back(state, paths)
+        return self.earlier[asked]
+
+    def _looked_back(self, state: StateId, paths: frozenset[str]) -> Kept:
         table = self.timeline.table
-        done = table.completed[table.is_flush & (table.completed < state.position)]
-        steps = np.unique(np.linspace(0, max(len(done) - 1, 0), _LOOK_BACK).astype(int))
-        found: set[str] = set()
-        for position in [*(np.sort(done)[steps[::-1]] + 1 if len(done) else ()), 0]:
-            earlier = StateId(int(position), Level.RECEIVED, Choice.MUST, self.options)
+        done = np.sort(table.completed[table.is_flush & (table.completed < state.position)])
+        left, whole, doubtful = set(paths), set[str](), set[str]()
+        for position in [*(done[::-1] + 1).tolist(), 0]:
+            earlier = StateId(position, Level.RECEIVED, Choice.MUST, self.options)
             conditions = self._findings(earlier).conditions
-            found |= {p for p in paths if conditions.get(p) is Condition.WHOLE}
-            if len(found) == len(paths):
+            for path in left:
+                found = conditions.get(path, Condition.CANNOT_BE_TOLD)
+                if found is Condition.WHOLE:
+                    whole.add(path)
+                elif found is Condition.CANNOT_BE_TOLD:
+                    doubtful.add(path)
+            left -= whole
+            if not left:
                 break
-        return frozenset(found)
+        return Kept(frozenset(whole), frozenset(doubtful - whole))
 
     def _choice(self, state: StateId) -> Mask:
         """Return which requests a state has."""
