@@ -26,7 +26,7 @@ import numpy as np
 from nbdproxy.crash.causes import Cause, Kept, find_causes
 from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.rooted import earlier, with_root
+from nbdproxy.crash.rooted import with_root
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
@@ -191,6 +191,7 @@ class _Judge:
     behind: dict[tuple[int, Mount], Unmapped] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)
     outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
+    earlier: dict[tuple[int, Options, frozenset[str]], Kept] = field(default_factory=dict)
     _last: Mask | None = None
 
     def outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
@@ -245,16 +246,31 @@ class _Judge:
             doubtful = frozenset(entry.path for entry in self.manifest.entries)
         return Kept(whole, doubtful)
 
-    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> frozenset[str]:
-        """Return those of `paths` that were whole, all sent, after some flush before the cut."""
-        found: set[str] = set()
-        for position in earlier(self.timeline.table, state.position):
-            fullest = StateId(position, Level.RECEIVED, Choice.MUST, self.options)
-            conditions = self._findings(fullest).conditions
-            found |= {p for p in paths if conditions.get(p) is Condition.WHOLE}
-            if len(found) == len(paths):
+    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> Kept:
+        """Return those of `paths` that were whole, all sent, after some flush before the cut.
+
+        And those that may have been, as after a flush nothing could be told of them.
+        """
+        asked = state.position, state.options, paths
+        if asked not in self.earlier:
+            self.earlier[asked] = self._looked_back(state, paths)
+        return self.earlier[asked]
+
+    def _looked_back(self, state: StateId, paths: frozenset[str]) -> Kept:
+        left, whole, doubtful = set(paths), set[str](), set[str]()
+        for position in self.timeline.after_flushes(state.position):
+            earlier = StateId(position, Level.RECEIVED, Choice.MUST, self.options)
+            conditions = self._findings(earlier).conditions
+            for path in left:
+                found = conditions.get(path, Condition.CANNOT_BE_TOLD)
+                if found is Condition.WHOLE:
+                    whole.add(path)
+                elif found is Condition.CANNOT_BE_TOLD:
+                    doubtful.add(path)
+            left -= whole
+            if not left:
                 break
-        return frozenset(found)
+        return Kept(frozenset(whole), frozenset(doubtful - whole))
 
     def _choice(self, state: StateId) -> Mask:
         """Return which requests a state has."""

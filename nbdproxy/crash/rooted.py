@@ -18,17 +18,9 @@ from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.recording.index import RequestTable
 
-_LOOK_BACK = 16
-"""After so many flushes, evenly spread, it is looked for what was there earlier."""
-
-
-def earlier(table: RequestTable, position: int) -> list[int]:
-    """Return some positions after flushes before a position, the last first, and the beginning."""
-    done = table.completed[table.is_flush & (table.completed < position)]
-    steps = np.unique(np.linspace(0, max(len(done) - 1, 0), _LOOK_BACK).astype(int))
-    return [*(np.sort(done)[steps[::-1]] + 1 if len(done) else np.empty(0, int)).tolist(), 0]
+_LOOKED_AT = 17
+"""So many earlier states, evenly spread, are looked at."""
 
 
 def with_root(
@@ -58,8 +50,9 @@ def with_root(
 
 
 def _may_be_there(timeline: Timeline, mount: Mount, path: str, oracle: Oracle) -> bool:
-    events = timeline.source.events
-    for position in [events, *earlier(timeline.table, events)]:
+    after = timeline.after_flushes(timeline.source.events)
+    some = np.unique(np.linspace(0, len(after) - 1, _LOOKED_AT).astype(int))
+    for position in [timeline.source.events, *(after[index] for index in some)]:
         try:
             with oracle.browse(timeline.at(position), mount=mount) as shown:
                 try:
