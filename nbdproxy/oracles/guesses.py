@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles import manifest as manifests
-from nbdproxy.oracles import rivals
+from nbdproxy.oracles import moves, rivals
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree, above, is_below
 from nbdproxy.oracles.plans import Disks, Plan, Store
@@ -41,41 +42,42 @@ class _Guess:
         return len(self.files), is_plain, -order
 
 
-def by_files(disks: Disks, given: Plan, manifest: Manifest, *, has_fstab: bool = False) -> Plan:
+def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     """Return a plan with what the files show of the filesystems that it does not have yet.
 
-    With an fstab that has none of the files, a directory inside of a filesystem is no guess.
-    Raises FilesystemError if two filesystems have the files equally well.
+    Without any, if none of them has a file for certain. Raises FilesystemError if two filesystems
+    have the files equally well.
     """
     plan = replace(given, spots=dict(given.spots), doubtful=dict(given.doubtful))
     entries = {entry.path: entry for entry in manifest.entries}
     if not plan.spots:
-        first = _first(disks, manifest, has_fstab=has_fstab)
+        first = _first(disks, manifest)
         unseen = disks.hidden or disks.partial
-        if first is None or (unseen and not _is_shown_by_content(disks, first, entries)):
+        is_sure = first is not None and not (unseen and first.files)
+        if first is None or not (is_sure or _is_shown_by_content(disks, first, entries)):
             return plan  # what has the files may not have been seen
         plan.spots[first.point] = first.store.mount(first.point, first.root)
     while (more := _next(disks, plan, entries)) is not None:
         plan.spots[more.point] = more.store.mount(more.point, more.root)
+    if not given.spots and plan.known(disks).isdisjoint(entries):
+        return given
     if not given.from_fstab:
         _doubt(disks, plan, entries)
     return plan
 
 
-def _first(disks: Disks, manifest: Manifest, *, has_fstab: bool) -> _Guess | None:
-    """Return what has most of the files."""
-    found: list[_Guess] = []
-    changed: list[_Guess] = []
-    for store in disks.parts:
-        found += _shown(disks, store, [entry.path for entry in manifest.entries])
-        known = disks.paths(store)
-        for (old, new), paths in manifests.changes(manifest, known).items():
-            if new and has_fstab:
-                continue
-            changed.append(_Guess(store, old or "/", new or "/", frozenset(paths)))
-    stores = {guess.store for guess in found}
-    # A copy of the files in another directory of their filesystem is not what was asked for.
-    found += [guess for guess in changed if guess.store not in stores]
+def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
+    """Return what has most of the files: as they are named, or if none is, as one takes them.
+
+    Where a system is, and has none of them, it is what all others are mounted in.
+    """
+    wanted = [entry.path for entry in manifest.entries]
+    found = [guess for store in disks.parts for guess in _shown(disks, store, wanted)]
+    if any(guess.point == "/" for guess in found):
+        found = [guess for guess in found if guess.point == "/"]
+    elif systems := list(_systems(disks)):
+        return systems[0] if len(systems) == 1 else None
+    found = [guess for guess in found if _may_show(disks, guess)]
     if not found:
         return None
     by_place = {Place(*_alone(disks, guess, manifest), len(guess.files)): guess for guess in found}
@@ -89,6 +91,36 @@ def _first(disks: Disks, manifest: Manifest, *, has_fstab: bool) -> _Guess | Non
             f"what is mounted where with --mount"
         )
     return first
+
+
+def _systems(disks: Disks) -> Iterator[_Guess]:
+    """Yield the roots of systems, without any files."""
+    for store in disks.parts:
+        for root in store.roots:
+            _, mount = store.mount("/", root)
+            if moves.is_system(partial(disks.has_folder, store.disk, mount)):
+                yield _Guess(store, "/", root, frozenset())
+
+
+def _may_show(disks: Disks, guess: _Guess) -> bool:
+    """Tell whether a filesystem may be mounted where a guess has it: see `moves`."""
+    _, mount = guess.store.mount("/", guess.root)
+    return moves.may_show_at(partial(disks.has_folder, guess.store.disk, mount), guess.point)
+
+
+def _may_join(disks: Disks, plan: Plan, guess: _Guess) -> bool:
+    """Tell whether a filesystem may be mounted in a tree that is known without it.
+
+    Not where what it is mounted on has the directories of its files: they may have been there.
+    """
+    if "/" not in plan.spots:
+        return _may_show(disks, guess)
+    folders = moves.own_folders(list(guess.files), guess.point)
+    return (
+        plan.has_folder(disks, guess.point)
+        and not any(plan.has_folder(disks, folder) for folder in folders)
+        and _may_show(disks, guess)
+    )
 
 
 def _alone(disks: Disks, guess: _Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
@@ -113,7 +145,8 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
     for guess in sorted(found, key=lambda guess: guess.rank, reverse=True):
         equals = [g for g in found if len(g.files) == len(guess.files) and g.store != guess.store]
         is_sole = not any(guess.files & other.files for other in equals)
-        if is_sole and _is_shown_by_content(disks, guess, entries):
+        is_shown = is_sole and _is_shown_by_content(disks, guess, entries)
+        if is_shown and not plan.from_fstab and _may_join(disks, plan, guess):
             return guess
     for guess in found:
         why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"

@@ -15,12 +15,13 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check, guesses, partitions, rivals
+from nbdproxy.oracles import check, guesses, moves, partitions, rivals
 from nbdproxy.oracles import manifest as manifests
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Manifest, Resolution
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, Unread, by_fstab, told
@@ -74,7 +75,7 @@ def locate_all(
     if "/" in given.away:
         raise FilesystemError(f"nothing can be judged: {given.away['/']}")
     if "/" in given.spots:
-        return given.trees(disks), _resolved(given, disks, manifest, where)
+        return given.trees(disks), _resolved(given, disks, manifest, where, as_named=True)
     plan, manifest = _best(disks, given, manifest, where)
     return _with_doubts(disks, plan, manifest), manifest
 
@@ -130,8 +131,11 @@ def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: W
     """Return the manifest with the paths of one partition."""
     mount = Mount(partition=where.partition)
     found = manifests.resolutions(manifest, frozenset(oracle.paths(device, mount=mount)))
-    trees = [Tree((mount,))]
-    return rivals.manifest_of(oracle, [device], trees, manifest, found)
+    disks = Disks(oracle, [device])
+    sure = moves.fitting(lambda path: disks.has_folder(0, mount, path), manifest, found)
+    if found and not sure:
+        raise _elsewhere(found)
+    return rivals.manifest_of(oracle, [device], [Tree((mount,))], manifest, sure)
 
 
 def _left_out(
@@ -171,61 +175,72 @@ def _number(device: ReadableDevice, key: PartitionName) -> int | None:
 
 
 def _resolved(
-    plan: Plan, disks: Disks, manifest: Manifest, where: Where, *, has_fstab: bool = False
+    plan: Plan, disks: Disks, manifest: Manifest, where: Where, *, as_named: bool = False
 ) -> Manifest:
     """Return a manifest with the paths that its files have under a plan.
 
-    With an fstab the guest's tree is known, and an absolute path is one of it: where none of them
-    is there, a copy in another directory is not what was asked for.
+    `as_named` is for where the guest's tree is known, or could be any: absolute paths stand.
     """
     if where.root is not None:
         return manifest
     found = manifests.resolutions(manifest, plan.known(disks))
-    if has_fstab and all(entry.path.startswith("/") for entry in manifest.entries):
-        found = [one for one in found if one.place in {"", "/"}]
-    return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, found)
+    stand = as_named and all(entry.path.startswith("/") for entry in manifest.entries)
+    sure = [
+        one
+        for one in moves.fitting(partial(plan.has_folder, disks), manifest, found)
+        if one.place == "" or not stand
+    ]
+    if found and not sure:
+        raise _elsewhere(found)
+    return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, sure)
 
 
 def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[Plan, Manifest]:
     """Return the plan under which most of the files are there, and the manifest with its paths."""
     names = frozenset(entry.path for entry in manifest.entries)
+    is_absolute = all(path.startswith("/") for path in names)
     plans = by_fstab(disks, given, names)
-    if plans and (found := _most(disks, plans, manifest, where, has_fstab=True)) is not None:
+    if plans and (found := _most(disks, plans, manifest, where, as_named=True)) is not None:
         return guesses.by_files(disks, *found), found[1]
+    if plans and is_absolute:
+        if len(plans) == len(disks.parts) == 1 and not disks.hidden:
+            _resolved(plans[0], disks, manifest, where, as_named=True)  # says what there is
+        raise _matches_nothing(disks)
     if not disks.parts:
         if where.root is not None and len(disks.hidden) == len(disks.closed) <= 1:
             return Plan({"/": (0, Mount())}), manifest  # as soon as there is any, it is that
-        if not disks.hidden:
-            for device in disks.devices:
-                check.candidates(device, None)  # says what it looked for
-        raise FilesystemError(f"nothing can be read: {disks.unread()}")
+        raise _nothing_readable(disks)
     singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
     if len(singles) == 1 and not disks.hidden and not given.spots:
-        resolved = _resolved(singles[0], disks, manifest, where, has_fstab=bool(plans))
-        return singles[0], resolved
-    if all(entry.path.startswith("/") for entry in manifest.entries):
-        plan = guesses.by_files(disks, given, manifest, has_fstab=bool(plans))
+        return singles[0], _resolved(singles[0], disks, manifest, where)
+    if is_absolute:
+        plan = guesses.by_files(disks, given, manifest)
         if plan.spots:
             return plan, manifest
     if where.root is not None and len(disks.parts) > 1:
         raise FilesystemError(disks.several())
     if where.root is not None:
         raise _matches_nothing(disks)
-    found = _most(disks, singles, manifest, where, has_fstab=bool(plans))
+    found = _most(disks, singles, manifest, where, as_named=is_absolute)
     if found is None:
         raise _matches_nothing(disks)
     return found
 
 
 def _most(
-    disks: Disks, plans: Sequence[Plan], manifest: Manifest, where: Where, *, has_fstab: bool
+    disks: Disks,
+    plans: Sequence[Plan],
+    manifest: Manifest,
+    where: Where,
+    *,
+    as_named: bool = False,
 ) -> tuple[Plan, Manifest] | None:
     """Return the plan with most of the files; None if none has any, but for a --root."""
     places: list[tuple[Plan, Place]] = []
     for plan in plans:
         known = plan.known(disks)
         try:
-            resolved = _resolved(plan, disks, manifest, where, has_fstab=has_fstab)
+            resolved = _resolved(plan, disks, manifest, where, as_named=as_named)
         except ManifestError:
             continue
         count = sum(entry.path in known for entry in resolved.entries)
@@ -269,6 +284,22 @@ def _loose(disks: Disks, plan: Plan) -> list[Unread]:
     used = {(disk, mount.partition) for disk, mount in plan.spots.values()}
     apart = [one for place, one in disks.partial.items() if place not in used]
     return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
+
+
+def _elsewhere(found: Sequence[Resolution]) -> ManifestError:
+    return ManifestError(
+        f"the manifest matches nothing where its paths lead: files of these names are in "
+        f"{found[0].place}, which may be a copy of what was lost; say where its paths begin with "
+        f"--root PATH (--root / if they are right), or what is mounted where with "
+        f"--mount WHAT:POINT[:ROOT]"
+    )
+
+
+def _nothing_readable(disks: Disks) -> FilesystemError:
+    if not disks.hidden:
+        for device in disks.devices:
+            check.candidates(device, None)  # says what it looked for
+    return FilesystemError(f"nothing can be read: {disks.unread()}")
 
 
 def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
-from nbdproxy.oracles import fstab
-from nbdproxy.oracles.check import PartlyListedError
+from nbdproxy.oracles import browse, fstab
+from nbdproxy.oracles.check import PartlyListedError, absolute
 from nbdproxy.oracles.filesystems import KernelOnlyError
 from nbdproxy.oracles.fstab import Line
 from nbdproxy.oracles.manifest import Entry
@@ -81,6 +81,7 @@ class Disks:
         self.hidden: list[Unread] = []
         self.partial: dict[tuple[int, int | str], Unread] = {}
         self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
+        self._folders: dict[tuple[int, Mount, str], bool] = {}
         for disk, device in enumerate(devices):
             found = survey(device)
             for hidden in found.hidden:
@@ -141,6 +142,19 @@ class Disks:
             return None
         target = self.content(store, "/", replace(entry, target=""))
         return None if target is None else target.decode("utf-8", "surrogateescape")
+
+    def has_folder(self, disk: int, mount: Mount, path: str) -> bool:
+        """Tell whether a mount has a directory, or a link; true if that cannot be told."""
+        key = disk, mount, path
+        if key not in self._folders:
+            kinds = {browse.Kind.FOLDER, browse.Kind.LINK}
+            try:
+                with self.oracle.browse(self.devices[disk], mount=mount) as shown:
+                    found = shown.find(absolute(path))
+                self._folders[key] = found is not None and found.kind in kinds
+            except FilesystemError:
+                self._folders[key] = True
+        return self._folders[key]
 
     def called(self, name: str) -> list[Store]:
         """Return the filesystems that a name may mean, those that cannot be read too."""
@@ -226,6 +240,16 @@ class Plan:
                     seen = map(mount.outside, disks.paths(store))
                     found.update(path for path in seen if path is not None)
         return frozenset(found)
+
+    def has_folder(self, disks: Disks, path: str) -> bool:
+        """Tell whether a directory is in the guest's tree; true if that cannot be told."""
+        for point in above(path):
+            if point in self.away:
+                return True
+            if point in self.spots:
+                disk, mount = self.spots[point]
+                return point == path or disks.has_folder(disk, mount, path)
+        return True
 
     def real(self, disks: Disks, path: str) -> str:
         """Return where a path leads, links to folders followed; as it is, where they go on."""
