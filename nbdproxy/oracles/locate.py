@@ -202,6 +202,8 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
     plans = by_fstab(disks, given, names)
     if plans and (found := _most(disks, plans, manifest, where, as_named=True)) is not None:
         return guesses.by_files(disks, *found), found[1]
+    if plans and all("/" in plan.away for plan in plans):
+        raise FilesystemError(f"nothing can be judged: {plans[0].away['/']}")
     if plans and is_absolute:
         if len(plans) == len(disks.parts) == 1 and not disks.hidden:
             _resolved(plans[0], disks, manifest, where, as_named=True)  # says what there is

@@ -372,7 +372,7 @@ class _Reading:
         for line in self._lines:
             if not line.is_bind and not line.is_optional:
                 self._enter(plan, line, self._device(line))
-        if "/" not in plan.spots and not self._is_of_hidden():
+        if "/" not in plan.spots and not self._is_of_another(names):
             plan.away.pop("/", None)  # it is written for another name of the disk that it is on
             plan.spots["/"] = self._store.mount("/", self._root)
         plan.alias(self._disks)
@@ -428,9 +428,22 @@ class _Reading:
             return f"{where}, which has no subvolume {root}"
         return stores[0].mount(line.point, root)
 
-    def _is_of_hidden(self) -> bool:
-        """Tell whether the top is something that cannot be read: this is a copy of its fstab."""
-        return any(line.point == "/" and self._hidden(line.spec) for line in self._lines)
+    def _is_of_another(self, names: AbstractSet[str]) -> bool:
+        """Tell whether the top is, or may be, something that is not read: this fstab is a copy.
+
+        It may be if this filesystem is not called as the top is, and there is something of which
+        nobody knows what it is for.
+        """
+        top = next((line for line in self._lines if line.point == "/"), None)
+        if top is None or top.is_any:
+            return False
+        unknown = (one for one in self._disks.hidden if not one.specs & names)
+        is_own = _plain(self._name(top.spec)) in self._store.specs
+        return (
+            top.is_diskless
+            or self._hidden(top.spec) is not None
+            or (not is_own and any(True for _ in unknown))
+        )
 
     def _hidden(self, spec: str) -> Unread | None:
         """Return what a device is, or is made from, if that cannot be read."""
