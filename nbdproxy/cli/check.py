@@ -170,7 +170,7 @@ def _placed(
         where = replace(where, root=where.root or "/")  # paths are not changed to fit a bad state
     try:
         return at_the_end_or_here(
-            disk, timeline, lambda device: locate(judge, device, wanted, where)
+            disk, timeline, lambda one, other: locate(judge, one, wanted, where, other)
         )
     except (FilesystemError, ManifestError) as error:
         if where.mounts or where.root is None:

@@ -315,13 +315,15 @@ def place(
     Looked for where the most is there, at the end or else at the cut. Raises ManifestError if none
     of the files was ever on the disk, FilesystemError if it cannot be read.
     """
+    end = timeline.at(timeline.source.events)
+    if cut.position == timeline.source.events:
+        return locate(oracle, end, manifest, where)
+    there = timeline.at(cut.position)
     try:
-        return locate(oracle, timeline.at(timeline.source.events), manifest, where)
+        return locate(oracle, end, manifest, where, there)
     except (ManifestError, FilesystemError) as at_the_end:
-        if cut.position == timeline.source.events:
-            raise
         try:
-            return locate(oracle, timeline.at(cut.position), manifest, where)
+            return locate(oracle, there, manifest, where, end)
         except (ManifestError, FilesystemError):
             raise at_the_end from None
 

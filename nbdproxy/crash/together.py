@@ -155,12 +155,12 @@ def _place(
     with ExitStack() as stack:
         timelines = [stack.enter_context(closing(Timeline(source))) for source in sources]
         ends = [timeline.at(timeline.source.events) for timeline in timelines]
+        there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
         try:
-            return locate_all(oracle, ends, manifest, where)
+            return locate_all(oracle, ends, manifest, where, there)
         except (ManifestError, FilesystemError) as at_the_end:
             try:
-                there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
-                return locate_all(oracle, there, manifest, where)
+                return locate_all(oracle, there, manifest, where, ends)
             except (ManifestError, FilesystemError):
                 raise at_the_end from None
 

@@ -37,9 +37,12 @@ class _Guess:
     @property
     def rank(self) -> tuple[int, bool, int]:
         """What makes one guess better than another: files, no change of paths, what is default."""
-        is_plain = self.point == "/" and self.root in self.store.roots
-        order = self.store.roots.index(self.root) if self.root in self.store.roots else 0
-        return len(self.files), is_plain, -order
+        return len(self.files), self.point == "/", -self.order
+
+    @property
+    def order(self) -> int:
+        """How far from being the default its directory is."""
+        return self.store.roots.index(self.root)
 
 
 def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
@@ -83,6 +86,9 @@ def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
     by_place = {Place(*_alone(disks, guess, manifest), len(guess.files)): guess for guess in found}
     best = [by_place[place] for place in rivals.best(disks.oracle, disks.devices, list(by_place))]
     first = max(best, key=lambda guess: guess.rank)
+    # Of one filesystem's subvolumes the default one counts: others may be snapshots.
+    alike = [guess for guess in best if (guess.store, guess.point) == (first.store, first.point)]
+    first = min(alike, key=lambda guess: guess.order)
     others = [guess for guess in best if guess.store != first.store]
     if any(first.files & other.files for other in others):
         names = " and ".join(dict.fromkeys(g.store.name for g in (first, *others)))
@@ -124,9 +130,10 @@ def _may_join(disks: Disks, plan: Plan, guess: _Guess) -> bool:
 
 
 def _alone(disks: Disks, guess: _Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
-    """Return the trees with nothing but a guess, and the files that it would have."""
+    """Return the trees with nothing but a guess, and the files that belong there."""
     plan = Plan({guess.point: guess.store.mount(guess.point, guess.root)})
-    return plan.trees(disks), Manifest(tuple(e for e in manifest.entries if e.path in guess.files))
+    below = [entry for entry in manifest.entries if is_below(entry.path, guess.point)]
+    return plan.trees(disks), Manifest(tuple(below))
 
 
 def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:

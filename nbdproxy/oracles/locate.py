@@ -47,19 +47,29 @@ ANYWHERE = Where()
 
 
 def locate(
-    oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: Where = ANYWHERE
+    oracle: Oracle,
+    device: ReadableDevice,
+    manifest: Manifest,
+    where: Where = ANYWHERE,
+    other: ReadableDevice | None = None,
 ) -> tuple[Tree, Manifest]:
     """Return the guest's tree, and the manifest with its paths in it.
 
-    Meant for a good state. Raises FilesystemError if nothing can be read or it is not clear what
-    is mounted where, ManifestError if the manifest matches nowhere.
+    Meant for a good state. `other` is another one that will be judged by it: what cannot be read
+    there may have files as well. Raises FilesystemError if nothing can be read or it is not clear
+    what is mounted where, ManifestError if the manifest matches nowhere.
     """
-    (tree,), found = locate_all(oracle, [device], manifest, where)
+    others = [] if other is None else [other]
+    (tree,), found = locate_all(oracle, [device], manifest, where, others)
     return tree, found
 
 
 def locate_all(
-    oracle: Oracle, devices: Sequence[ReadableDevice], manifest: Manifest, where: Where = ANYWHERE
+    oracle: Oracle,
+    devices: Sequence[ReadableDevice],
+    manifest: Manifest,
+    where: Where = ANYWHERE,
+    others: Sequence[ReadableDevice] = (),
 ) -> tuple[list[Tree], Manifest]:
     """Do what `locate` does for all disks of one guest: for each its part of the guest's tree."""
     if where.root is not None:
@@ -70,7 +80,7 @@ def locate_all(
         tree = Tree((Mount(partition=where.partition),))
         doubtful = _left_out(oracle, devices[0], manifest, where.partition)
         return [replace(tree, doubtful=doubtful)], manifest
-    disks = Disks(oracle, devices)
+    disks = Disks(oracle, devices, others)
     given = told(disks, where.mounts)
     if "/" in given.away:
         raise FilesystemError(f"nothing can be judged: {given.away['/']}")
@@ -80,14 +90,19 @@ def locate_all(
     return _with_doubts(disks, plan, manifest), manifest
 
 
-def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE) -> Tree:
-    """Return the tree of a disk of which no files are known.
+def survey_tree(
+    oracle: Oracle,
+    device: ReadableDevice,
+    where: Where = ANYWHERE,
+    other: ReadableDevice | None = None,
+) -> Tree:
+    """Return the tree of a disk of which no files are known; `other` as in `locate`.
 
     Raises FilesystemError if it is not clear what is mounted where.
     """
     if where.partition is not None:
         return Tree((Mount(partition=where.partition),))
-    disks = Disks(oracle, [device])
+    disks = Disks(oracle, [device], [] if other is None else [other])
     given = told(disks, where.mounts)
     if "/" in given.away:
         raise FilesystemError(given.away["/"])
@@ -257,10 +272,7 @@ def _most(
             f"the manifest matches equally well {' and '.join(p.words(disks) for p, _ in best)}; "
             f"name one of them with --partition, or say what is mounted where with --mount"
         )
-    return max(
-        ((plan, place.manifest, place.count) for plan, place in places if place in found),
-        key=lambda one: one[2],
-    )[:2]
+    return best[0]
 
 
 def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:

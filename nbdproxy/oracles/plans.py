@@ -73,7 +73,13 @@ class Unread:
 class Disks:
     """All filesystems of a guest's disks that can be read, and what else is on them."""
 
-    def __init__(self, oracle: Oracle, devices: Sequence[ReadableDevice]) -> None:
+    def __init__(
+        self,
+        oracle: Oracle,
+        devices: Sequence[ReadableDevice],
+        others: Sequence[ReadableDevice] = (),
+    ) -> None:
+        """Look at disks; `others` are other states of each, with what may hide files in these."""
         self.devices = list(devices)
         self.oracle = oracle
         self.parts: list[Store] = []
@@ -89,6 +95,23 @@ class Disks:
                 self.hidden.append(Unread(self.named(disk, str(hidden)), specs))
             for part in found.parts:
                 self._enter(disk, part)
+        for disk, device in enumerate(others):
+            self._compare(disk, device)
+
+    def _compare(self, disk: int, other: ReadableDevice) -> None:
+        """Note what another state of a disk has in places that hold nothing in this one."""
+        known = {spec for store in (*self.parts, *self.closed) for spec in store.specs}
+        known |= {spec for one in self.hidden for spec in one.specs}
+        try:
+            found = survey(other)
+        except FilesystemError:
+            return
+        seen = [(one.where, str(one), one.specs) for one in found.hidden]
+        seen += [(p.slice.name, f"{p.slice.name} has a filesystem", p.specs) for p in found.parts]
+        for where, what, specs in seen:
+            if _place(disk, where) not in known:
+                words = f"{what} at another time of the recording"
+                self.hidden.append(Unread(self.named(disk, words), _specs(disk, where, specs)))
 
     def _enter(self, disk: int, part: Part) -> None:
         key = part.slice.key

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.errors import FilesystemError
+from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.locate import Where, locate
+from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.plans import Told
-from tests.support.systems import BOOT, GUEST, LUKS, ROOT, Part, ident, judged, placed, root
+from nbdproxy.oracles.quick import QUICK
+from tests.support.systems import (
+    BOOT,
+    GUEST,
+    LUKS,
+    ROOT,
+    Part,
+    ident,
+    judged,
+    manifest,
+    placed,
+    root,
+)
 
 Make = Callable[..., MemoryDisk]
 
@@ -60,3 +74,51 @@ def test_what_is_no_disk_is_not_judged_by_a_disk(made: Make, line: str) -> None:
     _, found = judged(device, {"/media/etc/passwd": "users", "/new": "n"})
     assert found.conditions["/media/etc/passwd"] is Condition.WHOLE
     assert found.conditions["/new"] is Condition.CANNOT_BE_TOLD
+
+
+def test_what_hides_files_in_another_state_hides_them_here(made: Make) -> None:
+    """The header of LUKS was not there yet at the cut, or was wiped by the end."""
+    lines = "LABEL=root / ext4\n"
+    empty, hidden = (made(root(lines), BOOT, Part(raw=raw)) for raw in (bytes(512), LUKS))
+    wanted = {**ROOT, "/vault/key": "secret"}
+    assert judged(empty, wanted)[1].conditions["/vault/key"] is Condition.MISSING
+    for one, other in ((empty, hidden), (hidden, empty)):
+        tree, _ = locate(QUICK, one, manifest(wanted), Where(), other)
+        assert "partition 3 is LUKS1" in str(tree.of("/vault/key"))
+        assert isinstance(tree.of("/etc/passwd"), Mount)
+    gone = made(root(lines), Part(raw=bytes(512)), Part(raw=bytes(512)))
+    tree, _ = locate(QUICK, gone, manifest(GUEST), Where(), empty)
+    assert "partition 2 has a filesystem at another time" in str(tree.of("/boot/vmlinuz"))
+    formatted = made(root(lines), Part(raw=LUKS), Part(raw=bytes(512)))
+    tree, _ = locate(QUICK, empty, manifest(wanted), Where(), formatted)
+    assert isinstance(tree.of("/vault/key"), Mount), "what was read here may be formatted later"
+
+
+def test_a_whole_copy_is_not_taken_for_files_most_of_which_were_lost(made: Make) -> None:
+    """What looks lost, and not older, may have been whole where it belongs."""
+    files = {f"/app/{number}": f"new {number} " * 2000 for number in range(10)}
+    left = {path: text for path, text in files.items() if path[-1] in "012"}
+    zeroed = {**dict.fromkeys(files, ""), "/app/0": files["/app/0"]}
+    zeroed |= {path: "\0" * len(files[path]) for path in ("/app/7", "/app/8")}
+    for lost in (left, zeroed):
+        parts = (Part({**ROOT, **lost}, "root"), Part({**ROOT, **files}, "copy"))
+        for one in (parts, parts[::-1]):
+            with pytest.raises(FilesystemError, match="equally well"):
+                judged(made(*one), files)
+        tops = [root(f"LABEL={name} / ext4\n", more) for name, more in (("a", lost), ("b", files))]
+        pair = [replace(part, label=name) for part, name in zip(tops, "ab", strict=True)]
+        with pytest.raises(FilesystemError, match="--mount"):
+            judged(made(*pair), {"/etc/hosts": "hosts", **files})
+        both = Part({**lost, **{f"/copy{path[4:]}": text for path, text in files.items()}})
+        wanted = {path[5:]: text for path, text in files.items()}
+        with pytest.raises(ManifestError, match="equally well under /app, /copy"):
+            judged(made(both), wanted)
+
+
+def test_an_older_system_beside_it_is_no_rival(made: Make) -> None:
+    """It has some of the files, and others of the same names; nothing of it looks lost."""
+    files = {f"/app/{number}": f"new {number} " * 2000 for number in range(10)}
+    older = {path: text.replace("new", "old") for path, text in files.items() if path[-1] in "0123"}
+    device = made(Part({**ROOT, **files}, "now"), Part({**ROOT, **older}, "before"))
+    tree, found = judged(device, {"/etc/hosts": "hosts", **files})
+    assert placed(tree) == {"/": 1} and found.verdict is Verdict.PASS
