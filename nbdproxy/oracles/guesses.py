@@ -18,8 +18,9 @@ from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import moves, rivals
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree, above, is_below
-from nbdproxy.oracles.plans import Disks, Plan, Store
+from nbdproxy.oracles.plans import Plan
 from nbdproxy.oracles.rivals import Place
+from nbdproxy.oracles.stores import Disks, Store
 
 _READ_MAX = 8
 """So many files are read to show that a guess is right."""

@@ -24,9 +24,10 @@ from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest, Resolution
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, Unread, by_fstab, told
+from nbdproxy.oracles.plans import IN_MEMORY, Plan, Told, by_fstab, told
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.rivals import Place
+from nbdproxy.oracles.stores import Disks, Unread
 
 
 @dataclass(frozen=True, slots=True)

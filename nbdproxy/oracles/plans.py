@@ -8,20 +8,16 @@ so, and for no other.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
-from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
-from nbdproxy.oracles import browse, fstab
-from nbdproxy.oracles.check import PartlyListedError, absolute
-from nbdproxy.oracles.filesystems import KernelOnlyError
+from nbdproxy.oracles import fstab
 from nbdproxy.oracles.fstab import Line
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree, above, is_below, tree_of
-from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.survey import Part, survey
+from nbdproxy.oracles.stores import Disks, Store, Unread, place_of, plain
 
 LINKS_MAX = 40
 """So many symbolic links Linux follows in a path: path_resolution(7)."""
@@ -39,171 +35,6 @@ class Told:
 
     def __str__(self) -> str:
         return ":".join((self.what, self.point, *([self.root] if self.root else [])))
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """A filesystem of one of the disks; `roots` are its directories that a mount may show."""
-
-    disk: int
-    part: int | str
-    name: str
-    specs: frozenset[str]
-    roots: tuple[str, ...]
-
-    def mount(self, point: str, root: str = "") -> tuple[int, Mount]:
-        """Return a mount of it, and its disk; of Btrfs the default subvolume, if none is named."""
-        root = root or self.roots[0]
-        return self.disk, Mount(
-            point, self.part, root if len(self.roots) > 1 or root != "/" else ""
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """Something on one of the disks that may hold files and cannot be read."""
-
-    words: str
-    specs: frozenset[str]
-
-    def __str__(self) -> str:
-        return self.words
-
-
-class Disks:
-    """All filesystems of a guest's disks that can be read, and what else is on them."""
-
-    def __init__(
-        self,
-        oracle: Oracle,
-        devices: Sequence[ReadableDevice],
-        others: Sequence[ReadableDevice] = (),
-    ) -> None:
-        """Look at disks; `others` are other states of each, with what may hide files in these."""
-        self.devices = list(devices)
-        self.oracle = oracle
-        self.parts: list[Store] = []
-        self.closed: list[Store] = []
-        self.hidden: list[Unread] = []
-        self.partial: dict[tuple[int, int | str], Unread] = {}
-        self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
-        self._folders: dict[tuple[int, Mount, str], bool] = {}
-        for disk, device in enumerate(devices):
-            found = survey(device)
-            for hidden in found.hidden:
-                specs = _specs(disk, hidden.where, hidden.specs)
-                self.hidden.append(Unread(self.named(disk, str(hidden)), specs))
-            for part in found.parts:
-                self._enter(disk, part)
-        for disk, device in enumerate(others):
-            self._compare(disk, device)
-
-    def _compare(self, disk: int, other: ReadableDevice) -> None:
-        """Note what another state of a disk has in places that hold nothing in this one."""
-        known = {spec for store in (*self.parts, *self.closed) for spec in store.specs}
-        known |= {spec for one in self.hidden for spec in one.specs}
-        try:
-            found = survey(other)
-        except FilesystemError:
-            return
-        seen = [(one.where, str(one), one.specs) for one in found.hidden]
-        seen += [(p.slice.name, f"{p.slice.name} has a filesystem", p.specs) for p in found.parts]
-        for where, what, specs in seen:
-            if _place(disk, where) not in known:
-                words = f"{what} at another time of the recording"
-                self.hidden.append(Unread(self.named(disk, words), _specs(disk, where, specs)))
-
-    def _enter(self, disk: int, part: Part) -> None:
-        key = part.slice.key
-        device, mount = self.devices[disk], Mount(partition=key, root="/")
-        name = self.named(disk, part.slice.name)
-        roots: tuple[str, ...] = ("/",)
-        specs = _specs(disk, part.slice.name, part.specs)
-        try:
-            try:
-                found = self.oracle.paths(device, mount=mount)
-            except PartlyListedError as error:
-                found = error.paths
-                if not found:
-                    raise
-                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs)
-            self._paths[disk, key] = frozenset(found)
-            roots = self.oracle.roots(device, key)
-        except FilesystemError as error:
-            why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
-            self.hidden.append(Unread(f"{name}: {why}", specs))
-            self.closed.append(Store(disk, key, name, specs, roots))
-            return
-        self.parts.append(Store(disk, key, name, specs, roots))
-
-    def named(self, disk: int, name: str) -> str:
-        """Return what a part is called: with its disk, if there are several."""
-        return name if len(self.devices) == 1 else f"{name} of disk {disk + 1}"
-
-    def paths(self, store: Store) -> frozenset[str]:
-        """Return the paths of a filesystem's files and links, from its own top."""
-        return self._paths[store.disk, store.part]
-
-    def below(self, store: Store, root: str) -> frozenset[str]:
-        """Return the paths that a mount of one of its directories shows, from there."""
-        found = self.paths(store)
-        if root == "/":
-            return found
-        return frozenset(path[len(root) :] for path in found if path.startswith(root + "/"))
-
-    def content(self, store: Store, root: str, entry: Entry) -> bytes | None:
-        """Return what a file holds, by its path in a directory of a filesystem."""
-        mount = Mount("/", store.part, root)
-        return self.oracle.content(self.devices[store.disk], entry, mount=mount)
-
-    def link(self, store: Store, path: str) -> str | None:
-        """Return where a link leads that is no link to a file; None if a path is none."""
-        if path not in self.paths(store):
-            return None
-        entry = Entry(path, "", None)
-        if self.content(store, "/", entry) is not None:
-            return None
-        target = self.content(store, "/", replace(entry, target=""))
-        return None if target is None else target.decode("utf-8", "surrogateescape")
-
-    def has_folder(self, disk: int, mount: Mount, path: str) -> bool:
-        """Tell whether a mount has a directory, or a link; true if that cannot be told."""
-        key = disk, mount, path
-        if key not in self._folders:
-            kinds = {browse.Kind.FOLDER, browse.Kind.LINK}
-            try:
-                with self.oracle.browse(self.devices[disk], mount=mount) as shown:
-                    found = shown.find(absolute(path))
-                self._folders[key] = found is not None and found.kind in kinds
-            except FilesystemError:
-                self._folders[key] = True
-        return self._folders[key]
-
-    def called(self, name: str) -> list[Store]:
-        """Return the filesystems that a name may mean, those that cannot be read too."""
-        return [store for store in (*self.parts, *self.closed) if _plain(name) in store.specs]
-
-    def hides(self, name: str) -> Unread | None:
-        """Return what cannot be read and is called so."""
-        return next((one for one in self.hidden if _plain(name) in one.specs), None)
-
-    def hides_all(self, what: str) -> list[Unread]:
-        """Return all that cannot be read and that a user may mean: a number, or a name."""
-        places = {_place(disk, f"partition {what}") for disk in range(len(self.devices))}
-        names = places if what.isdecimal() else {_plain(what), _plain(f"/dev/{what}")}
-        return [one for one in self.hidden if names & one.specs]
-
-    def unread(self) -> str:
-        """Say what cannot be read."""
-        return ", ".join(map(str, self.hidden))
-
-    def several(self) -> str:
-        """Say that one of them has to be named."""
-        names = ", ".join(store.name for store in self.parts)
-        return (
-            f"several partitions hold a filesystem: {names}; name one of them with --partition, "
-            f"or say what is mounted where with --mount"
-        )
 
 
 Spot = tuple[int, Mount]
@@ -389,7 +220,7 @@ class _Reading:
 
     def plan(self, given: Plan, wanted: AbstractSet[str]) -> Plan:
         """Return what it says, but for what was told."""
-        names = frozenset(map(_plain, self._names())) | given.names
+        names = frozenset(map(plain, self._names())) | given.names
         no_disk = {o.elsewhere() for o in self._lines if not o.is_device and not o.is_bind}
         plan = Plan(from_fstab=True, names=names, diskless=frozenset(no_disk))
         for line in self._lines:
@@ -425,7 +256,7 @@ class _Reading:
         if found is None or found[0] != self._disk:
             return spec
         part = f"partition {found[1]}" if found[1] else "whole disk"
-        return _place(self._store.disk, part)
+        return place_of(self._store.disk, part)
 
     @staticmethod
     def _enter(plan: Plan, line: Line, found: Spot | str) -> None:
@@ -461,7 +292,7 @@ class _Reading:
         if top is None or top.is_any:
             return False
         unknown = (one for one in self._disks.hidden if not one.specs & names)
-        is_own = _plain(self._name(top.spec)) in self._store.specs
+        is_own = plain(self._name(top.spec)) in self._store.specs
         return (
             top.is_diskless
             or self._hidden(top.spec) is not None
@@ -528,18 +359,3 @@ class _Reading:
             if point not in {line.spec, line.point} and is_below(point, line.spec):
                 moved = line.point + point.removeprefix(line.spec.rstrip("/"))
                 plan.spots[moved] = disk, replace(mount, point=moved)
-
-
-def _specs(disk: int, where: str, specs: Iterable[str]) -> frozenset[str]:
-    """Return all names of something on a disk, so that they can be compared."""
-    return frozenset((_place(disk, where), *map(_plain, specs)))
-
-
-def _place(disk: int, where: str) -> str:
-    """Return how something is named by where it is, apart from all names of fstab."""
-    return f"{where} of {disk}"
-
-
-def _plain(name: str) -> str:
-    """Return a name so that it can be compared: of ids the case does not count."""
-    return name.lower() if "uuid" in name.lower() else name
