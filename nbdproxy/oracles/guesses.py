@@ -9,7 +9,7 @@ filesystems, or are where no content shows that they belong there, cannot be tol
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -71,15 +71,17 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
 
 
 def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
-    """Return what has most of the files: as they are named, or if none is, as one takes them.
+    """Return what has most of the files: as they are named, or if none is, below a mount point.
 
     Where a system is, and has none of them, it is what all others are mounted in.
     """
     wanted = [entry.path for entry in manifest.entries]
     found = [guess for store in disks.parts for guess in _shown(disks, store, wanted)]
-    if any(guess.point == "/" for guess in found):
-        found = [guess for guess in found if guess.point == "/"]
-    elif systems := list(_systems(disks)):
+    entries = {entry.path: entry for entry in manifest.entries}
+    as_named = [guess for guess in found if guess.point == "/"]
+    if any(_is_shown_by_content(disks, guess, entries) for guess in as_named):
+        found = as_named
+    elif systems := list(_systems(disks, as_named)):
         return systems[0] if len(systems) == 1 else None
     found = [guess for guess in found if _may_show(disks, guess)]
     if not found:
@@ -100,19 +102,22 @@ def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
     return first
 
 
-def _systems(disks: Disks) -> Iterator[_Guess]:
-    """Yield the roots of systems, without any files."""
+def _systems(disks: Disks, as_named: Sequence[_Guess]) -> Iterator[_Guess]:
+    """Yield the roots of systems, with the files that they have of their names, or none."""
+    files = {(guess.store, guess.root): guess.files for guess in as_named}
     for store in disks.parts:
         for root in store.roots:
             _, mount = store.mount("/", root)
             if moves.is_system(partial(disks.has_folder, store.disk, mount)):
-                yield _Guess(store, "/", root, frozenset())
+                yield _Guess(store, "/", root, files.get((store, root), frozenset()))
 
 
 def _may_show(disks: Disks, guess: _Guess) -> bool:
     """Tell whether a filesystem may be mounted where a guess has it: see `moves`."""
     _, mount = guess.store.mount("/", guess.root)
-    return moves.may_show_at(partial(disks.has_folder, guess.store.disk, mount), guess.point)
+    has = partial(disks.has_folder, guess.store.disk, mount)
+    files = [path[len(guess.point.rstrip("/")) :] for path in guess.files]
+    return moves.may_show_at(has, guess.point, files)
 
 
 def _may_join(disks: Disks, plan: Plan, guess: _Guess) -> bool:

@@ -24,7 +24,7 @@ from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.manifest import Manifest, Resolution
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.plans import IN_MEMORY, Plan, Told, by_fstab, told
+from nbdproxy.oracles.plans import IN_MEMORY, Plan, Told, by_fstab, completed, told
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.rivals import Place
 from nbdproxy.oracles.stores import Disks, Unread
@@ -36,7 +36,7 @@ class Where:
 
     root       the directory that a manifest's paths begin at
     partition  the partition that all of them are on; 0 is the whole disk
-    mounts     what is mounted where; with one at / that is all there is
+    mounts     what is mounted where; with one at / that is all there is, but for its fstab
     """
 
     root: str | None = None
@@ -71,8 +71,13 @@ def locate_all(
     manifest: Manifest,
     where: Where = ANYWHERE,
     others: Sequence[ReadableDevice] = (),
+    *,
+    names: Sequence[str] = (),
 ) -> tuple[list[Tree], Manifest]:
-    """Do what `locate` does for all disks of one guest: for each its part of the guest's tree."""
+    """Do what `locate` does for all disks of one guest: for each its part of the guest's tree.
+
+    `names` are what a user calls the disks.
+    """
     if where.root is not None:
         manifest = below(where.root, manifest)
     if where.partition is not None:
@@ -81,12 +86,16 @@ def locate_all(
         tree = Tree((Mount(partition=where.partition),))
         doubtful = _left_out(oracle, devices[0], manifest, where.partition)
         return [replace(tree, doubtful=doubtful)], manifest
-    disks = Disks(oracle, devices, others)
+    disks = Disks(oracle, devices, others, names)
     given = told(disks, where.mounts)
     if "/" in given.away:
         raise FilesystemError(f"nothing can be judged: {given.away['/']}")
     if "/" in given.spots:
-        return given.trees(disks), _resolved(given, disks, manifest, where, as_named=True)
+        plan = completed(disks, given, frozenset(entry.path for entry in manifest.entries))
+        manifest = _resolved(plan, disks, manifest, where, as_named=True)
+        if not plan.from_fstab:
+            return plan.trees(disks), manifest
+        return _with_doubts(disks, guesses.by_files(disks, plan, manifest), manifest), manifest
     plan, manifest = _best(disks, given, manifest, where)
     return _with_doubts(disks, plan, manifest), manifest
 
@@ -108,8 +117,10 @@ def survey_tree(
     if "/" in given.away:
         raise FilesystemError(given.away["/"])
     if "/" in given.spots:
-        (tree,) = given.trees(disks)
-        return tree
+        plan = completed(disks, given, frozenset())
+        (tree,) = plan.trees(disks)
+        loose = _loose(disks, plan) if plan.from_fstab else []
+        return replace(tree, loose=", ".join(map(str, loose)))
     plans = by_fstab(disks, given, frozenset())
     if len(plans) > 1:
         raise FilesystemError(
@@ -237,8 +248,8 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
             return plan, manifest
     if where.root is not None and len(disks.parts) > 1:
         raise FilesystemError(disks.several())
-    if where.root is not None:
-        raise _matches_nothing(disks)
+    if where.root is not None or (is_absolute and disks.hidden):
+        raise _matches_nothing(disks)  # what has the names only may be a copy of what is hidden
     found = _most(disks, singles, manifest, where, as_named=is_absolute)
     if found is None:
         raise _matches_nothing(disks)
@@ -301,8 +312,12 @@ def _loose(disks: Disks, plan: Plan) -> list[Unread]:
     return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
 
 
-def _elsewhere(found: Sequence[Resolution]) -> ManifestError:
-    return ManifestError(
+class ElsewhereError(ManifestError):
+    """Nothing is where the paths of a manifest lead, and what is elsewhere may be a copy."""
+
+
+def _elsewhere(found: Sequence[Resolution]) -> ElsewhereError:
+    return ElsewhereError(
         f"the manifest matches nothing where its paths lead: files of these names are in "
         f"{found[0].place}, which may be a copy of what was lost; say where its paths begin with "
         f"--root PATH (--root / if they are right), or what is mounted where with "
@@ -320,7 +335,7 @@ def _nothing_readable(disks: Disks) -> FilesystemError:
 def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:
     if disks.hidden:
         return FilesystemError(
-            f"the manifest matches nothing that can be read here, but there is more: "
+            f"no file of the manifest is whole where its path leads, but not all can be read: "
             f"{disks.unread()}"
         )
     return ManifestError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from nbdproxy.oracles.manifest import Manifest, Resolution
 from nbdproxy.oracles.mounts import above
@@ -30,15 +30,18 @@ def is_system(has: HasFolder) -> bool:
     return has("/etc") and any(has(one) for one in _BESIDE_ETC)
 
 
-def may_show_at(has: HasFolder, point: str) -> bool:
+def may_show_at(has: HasFolder, point: str, files: Iterable[str]) -> bool:
     """Tell whether a filesystem may be mounted at a point, for all that is known of it.
 
     Not if it is a system's root, nor if it has a directory that it would have if it were mounted
-    above: `/backup`, if files of `/mnt/backup` are to be at its top.
+    above: `/backup`, if files of `/mnt/backup` are to be at its top. `files` are those that it has
+    by their paths from its top: of FAT, /EFI is no /efi that shows another mount point.
     """
     if point == "/":
         return True
-    names = point.strip("/").split("/")
+    tops = {path.strip("/").split("/")[0] for path in files}
+    other_case = {top.casefold() for top in tops} - tops
+    names = (name for name in point.strip("/").split("/") if name not in other_case)
     return not is_system(has) and not any(has(f"/{name}") for name in names)
 
 
@@ -47,7 +50,8 @@ def fits(has: HasFolder, manifest: Manifest, found: Resolution) -> bool:
     if found.place == "":
         return True
     if found.place == "/":
-        return may_show_at(has, found.front or "/")
+        paths = [entry.path for entry in found.manifest.entries]
+        return may_show_at(has, found.front or "/", paths)
     if found.front or any(entry.path.startswith("/") for entry in manifest.entries):
         return False
     folder = _common(manifest)

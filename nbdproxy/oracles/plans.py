@@ -27,7 +27,7 @@ IN_MEMORY = ("/dev/", "/proc/", "/run/", "/sys/")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the user says is mounted somewhere: a number, a volume, or a name as in fstab."""
+    """What the user says is mounted somewhere; for `what` see `Disks.meant`."""
 
     what: str
     point: str
@@ -158,22 +158,17 @@ class Plan:
 def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
     """Return the plan that the user told; FilesystemError for what is not on the disks."""
     plan = Plan()
-    every = [*disks.parts, *disks.closed]
     for one in mounts:
-        if one.what.isdecimal():
-            found = [store for store in every if one.what == str(store.part)]
-        else:
-            is_name = one.what.startswith("/") or "=" in one.what
-            found = disks.called(one.what if is_name else f"/dev/{one.what}")
-        hidden = disks.hides_all(one.what) if not found else []
+        found, hidden = disks.meant(one.what)
         if len(hidden) == 1:
             plan.away[one.point] = f"{one.point} is not read here: {hidden[0]}"
             plan.names |= hidden[0].specs
             continue
         if len(found) != 1:
-            names = ", ".join(store.name for store in every) or "none"
-            several = "several filesystems are" if found else "no filesystem is"
-            raise FilesystemError(f"--mount {one}: {several} called so; there are: {names}")
+            several = "several filesystems are" if found or hidden else "no filesystem is"
+            raise FilesystemError(
+                f"--mount {one}: {several} called so; there are: {disks.there_are()}"
+            )
         plan.spots[one.point] = found[0].mount(one.point, one.root or "")
     plan.alias(disks)
     return plan
@@ -191,19 +186,37 @@ def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
     copies: list[Plan] = []
     for store in disks.parts:
         for root in store.roots:
-            if fstab.PATH not in disks.below(store, root):
+            plan = _by_its_fstab(disks, store, root, given, wanted)
+            if plan is None:
                 continue
-            raw, secret = (
-                disks.content(store, root, Entry(path, "", None))
-                for path in (fstab.PATH, fstab.CRYPTTAB)
-            )
-            if raw is None:
-                continue
-            plan = _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
             found = own if plan.spots.get("/") == store.mount("/", root) else copies
             if plan not in found:
                 found.append(plan)
     return own or copies
+
+
+def completed(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> Plan:
+    """Return a plan that has a top, with what the fstab there says of the rest, if there is one."""
+    disk, top = given.spots["/"]
+    store = next((s for s in disks.parts if (s.disk, s.part) == (disk, top.partition)), None)
+    plan = store and _by_its_fstab(disks, store, top.root or "/", given, wanted)
+    return plan or given
+
+
+def _by_its_fstab(
+    disks: Disks, store: Store, root: str, given: Plan, wanted: AbstractSet[str]
+) -> Plan | None:
+    """Return the plan of a system by its own fstab; None if it has none."""
+    if fstab.PATH not in disks.below(store, root):
+        return None
+    raw, secret = (
+        disks.content(store, root, Entry(path, "", None)) for path in (fstab.PATH, fstab.CRYPTTAB)
+    )
+    return (
+        None
+        if raw is None
+        else _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
+    )
 
 
 class _Reading:

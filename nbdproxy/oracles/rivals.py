@@ -3,9 +3,9 @@
 Two systems on one disk, a disk's clone, a backup beside the original: they have files of the same
 names, and the right one may have fewer of them, as some were lost. Guarantees: a place is taken for
 the right one only if no other has more than half as many files that are whole or look lost, or,
-with a few files only, all the names as well. Where no file is whole in any place, names are all
-there is to go by. Not covered: a whole copy of files of which most are older, or cut short, where
-they belong, or are gone with all that was beside them.
+with a few files only, all the names as well; one without any whole file needs all the names. Where
+no file is whole in any place, names are all there is to go by. Not covered: a whole copy of files
+of which most are older, or cut short, where they belong, or are gone with all that was beside them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def best(oracle: Oracle, devices: Sequence[ReadableDevice], places: Sequence[Pla
     return [
         place
         for whole, lost, place in found
-        if (whole + lost) * 2 > most or (place.count >= names and most - whole < _SURE)
+        if ((whole + lost) * 2 > most and (whole or place.count >= names))
+        or (place.count >= names and most - whole < _SURE)
     ]
 
 

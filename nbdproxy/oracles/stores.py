@@ -6,8 +6,9 @@ the paths of its files, and can be asked for by what a user or an fstab calls th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
@@ -44,6 +45,7 @@ class Unread:
 
     words: str
     specs: frozenset[str]
+    disk: int
 
     def __str__(self) -> str:
         return self.words
@@ -57,9 +59,19 @@ class Disks:
         oracle: Oracle,
         devices: Sequence[ReadableDevice],
         others: Sequence[ReadableDevice] = (),
+        names: Sequence[str] = (),
     ) -> None:
-        """Look at disks; `others` are other states of each, with what may hide files in these."""
+        """Look at disks; `others` are other states of each, with what may hide files in these.
+
+        `names` are what a user calls the disks, paths of recordings.
+        """
         self.devices = list(devices)
+        self._names = [{name, PurePath(name).name} for name in names]
+        shorts = [PurePath(name).name for name in names]
+        self._shown = [
+            short if shorts.count(short) == 1 else name
+            for short, name in zip(shorts, names, strict=True)
+        ] or [f"disk {number}" for number in range(1, len(devices) + 1)]
         self.oracle = oracle
         self.parts: list[Store] = []
         self.closed: list[Store] = []
@@ -71,7 +83,8 @@ class Disks:
             found = survey(device)
             for hidden in found.hidden:
                 specs = specs_of(disk, hidden.where, hidden.specs)
-                self.hidden.append(Unread(self.named(disk, str(hidden)), specs))
+                words = f"{self.named(disk, hidden.where)} is {hidden.what}"
+                self.hidden.append(Unread(words, specs, disk))
             for part in found.parts:
                 self._enter(disk, part)
         for disk, device in enumerate(others):
@@ -85,12 +98,12 @@ class Disks:
             found = survey(other)
         except FilesystemError:
             return
-        seen = [(one.where, str(one), one.specs) for one in found.hidden]
-        seen += [(p.slice.name, f"{p.slice.name} has a filesystem", p.specs) for p in found.parts]
+        seen = [(one.where, f"is {one.what}", one.specs) for one in found.hidden]
+        seen += [(part.slice.name, "has a filesystem", part.specs) for part in found.parts]
         for where, what, specs in seen:
             if place_of(disk, where) not in known:
-                words = f"{what} at another time of the recording"
-                self.hidden.append(Unread(self.named(disk, words), specs_of(disk, where, specs)))
+                words = f"{self.named(disk, where)} {what} at another time of the recording"
+                self.hidden.append(Unread(words, specs_of(disk, where, specs), disk))
 
     def _enter(self, disk: int, part: Part) -> None:
         key = part.slice.key
@@ -105,19 +118,19 @@ class Disks:
                 found = error.paths
                 if not found:
                     raise
-                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs)
+                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs, disk)
             self._paths[disk, key] = frozenset(found)
             roots = self.oracle.roots(device, key)
         except FilesystemError as error:
             why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
-            self.hidden.append(Unread(f"{name}: {why}", specs))
+            self.hidden.append(Unread(f"{name}: {why}", specs, disk))
             self.closed.append(Store(disk, key, name, specs, roots))
             return
         self.parts.append(Store(disk, key, name, specs, roots))
 
     def named(self, disk: int, name: str) -> str:
         """Return what a part is called: with its disk, if there are several."""
-        return name if len(self.devices) == 1 else f"{name} of disk {disk + 1}"
+        return name if len(self.devices) == 1 else f"{name} of {self._shown[disk]}"
 
     def paths(self, store: Store) -> frozenset[str]:
         """Return the paths of a filesystem's files and links, from its own top."""
@@ -166,11 +179,43 @@ class Disks:
         """Return what cannot be read and is called so."""
         return next((one for one in self.hidden if plain(name) in one.specs), None)
 
-    def hides_all(self, what: str) -> list[Unread]:
-        """Return all that cannot be read and that a user may mean: a number, or a name."""
-        places = {place_of(disk, f"partition {what}") for disk in range(len(self.devices))}
-        names = places if what.isdecimal() else {plain(what), plain(f"/dev/{what}")}
-        return [one for one in self.hidden if names & one.specs]
+    def meant(self, what: str) -> tuple[list[Store], list[Unread]]:
+        """Return the filesystems that a user may mean, or else what cannot be read.
+
+        What is a number, a volume or a name as in fstab, on any disk; a disk, for all that is on
+        it; or both, as `DISK/WHAT`.
+        """
+        found, hidden = self._meant(what, range(len(self.devices)))
+        for disk, names in enumerate(self._names):
+            for name in names:
+                if what == name:
+                    found += [s for s in (*self.parts, *self.closed) if s.disk == disk]
+                    hidden += [one for one in self.hidden if one.disk == disk]
+                elif what.startswith(f"{name}/"):
+                    more = self._meant(what[len(name) + 1 :], [disk])
+                    found += more[0]
+                    hidden += more[1]
+        found = list(dict.fromkeys(found))
+        return found, [] if found else list(dict.fromkeys(hidden))
+
+    def _meant(self, what: str, disks: Collection[int]) -> tuple[list[Store], list[Unread]]:
+        if what.isdecimal():
+            numbered = "whole disk" if what == "0" else f"partition {what}"
+            names = {place_of(disk, numbered) for disk in disks}
+        elif what.startswith("/") or "=" in what:
+            names = {plain(what)}
+        else:
+            names = {plain(f"/dev/{what}")}
+        stores = [s for s in (*self.parts, *self.closed) if s.disk in disks and names & s.specs]
+        hidden = [one for one in self.hidden if one.disk in disks and names & one.specs]
+        return stores, hidden
+
+    def there_are(self) -> str:
+        """Say which filesystems there are, and on which disks."""
+        names = ", ".join(store.name for store in (*self.parts, *self.closed)) or "none"
+        if len(self.devices) == 1:
+            return names
+        return f"{names}; the disks are {', '.join(self._shown)} (write DISK/1 for its partition 1)"
 
     def unread(self) -> str:
         """Say what cannot be read."""

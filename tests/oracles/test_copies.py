@@ -122,3 +122,11 @@ def test_an_older_system_beside_it_is_no_rival(made: Make) -> None:
     device = made(Part({**ROOT, **files}, "now"), Part({**ROOT, **older}, "before"))
     tree, found = judged(device, {"/etc/hosts": "hosts", **files})
     assert placed(tree) == {"/": 1} and found.verdict is Verdict.PASS
+
+
+def test_an_older_root_without_fstab_is_not_judged_for_one_that_may_be_hidden(made: Make) -> None:
+    older = Part(dict.fromkeys(ROOT, "older content"), "root")
+    for parts in ((older,), (older, BOOT)):
+        assert Condition.WHOLE not in judged(made(older), ROOT)[1].conditions.values()
+        with pytest.raises(FilesystemError, match="LUKS1"):
+            judged(made(*parts, Part(raw=LUKS)), ROOT)

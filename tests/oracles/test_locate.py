@@ -11,7 +11,7 @@ from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import Where, locate, locate_all
+from nbdproxy.oracles.locate import Where, locate, locate_all, survey_tree
 from nbdproxy.oracles.plans import Told
 from nbdproxy.oracles.quick import QUICK
 from tests.support.systems import (
@@ -423,3 +423,62 @@ def test_a_broken_folder_hides_nothing_else(made: Make) -> None:
     broken = {p for p, c in found.conditions.items() if c is not Condition.WHOLE}
     assert broken == {"/usr/bin/true"}
     assert found.conditions["/usr/bin/true"] is Condition.UNREADABLE
+
+
+def test_a_disk_of_several_is_named_with_what_is_on_it(made: Make) -> None:
+    home, data = Part({"/u/a": "a"}, "home"), Part({"/d": "d"}, "data")
+    devices = [made(BOOT, root(None)), made(home, data), made(home), made(Part(raw=LUKS))]
+    names = ["runs/system", "runs/users.img", "old/home", "runs/vault"]
+    wanted = manifest({**GUEST, "/home/u/a": "a", "/srv/d": "d", "/old/u/a": "a", "/v/x": "x"})
+    for users, old in (("users.img", "home"), ("runs/users.img", "old/home")):
+        told = (
+            Told("system/2", "/"),
+            Told("system/LABEL=boot", "/boot"),
+            Told(f"{users}/1", "/home"),
+            Told(f"{users}/LABEL=data", "/srv"),
+            Told(old, "/old"),
+            Told("vault", "/v"),
+        )
+        trees, _ = locate_all(QUICK, devices, wanted, Where(mounts=told), names=names)
+        assert [placed(tree) for tree in trees] == [
+            {"/": 2, "/boot": 1},
+            {"/home": 1, "/srv": 2},
+            {"/old": 1},
+            {},
+        ]
+        assert trees[3].away["/v"] == "/v is not read here: partition 1 of vault is LUKS1"
+    for what, why in (
+        ("users.img", "several filesystems are called so"),
+        ("1", "several filesystems are called so"),
+        ("users.img/3", "no filesystem is called so"),
+        ("other/1", "no filesystem is called so"),
+    ):
+        with pytest.raises(FilesystemError, match=why) as error:
+            where = Where(mounts=(Told(what, "/home"),))
+            locate_all(QUICK, devices, wanted, where, names=names)
+        assert "partition 2 of users.img" in str(error.value)
+        assert "the disks are system, users.img, home, vault" in str(error.value)
+    same = ["a/disk", "b/disk", "c/disk", "d/disk"]
+    where = Where(mounts=(Told("a/disk/2", "/"), Told("c/disk", "/home")))
+    trees, _ = locate_all(QUICK, devices, wanted, where, names=same)
+    assert placed(trees[2]) == {"/home": 1}
+    with pytest.raises(FilesystemError, match="the disks are a/disk, b/disk"):
+        locate_all(QUICK, devices, wanted, Where(mounts=(Told("disk/1", "/"),)), names=same)
+
+
+def test_the_fstab_of_a_root_that_is_told_is_read(made: Make) -> None:
+    """What is told counts more, and an fstab of another system does not."""
+    lines = "LABEL=root / ext4\nLABEL=boot /boot ext4\nUUID=77 /data ext4\n"
+    other = Part({**ROOT, "/etc/fstab": "LABEL=boot /efi ext4\n"}, "other")
+    device = made(BOOT, root(lines), other, Part({"/k": "k"}, "more"))
+    tree, found = judged(
+        device, {**GUEST, "/data/x": "x", "/new": "n"}, Where(mounts=(Told("2", "/"),))
+    )
+    assert placed(tree) == {"/": 2, "/boot": 1}
+    assert found.conditions["/data/x"] is Condition.CANNOT_BE_TOLD
+    assert found.conditions["/new"] is Condition.MISSING
+    assert "UUID=77, which is not on this disk" in tree.away["/data"]
+    assert placed(survey_tree(QUICK, device, Where(mounts=(Told("2", "/"),)))) == placed(tree)
+    over = Where(mounts=(Told("2", "/"), Told("4", "/boot")))
+    assert placed(judged(device, {**ROOT, "/boot/k": "k"}, over)[0]) == {"/": 2, "/boot": 4}
+    assert placed(judged(device, ROOT, Where(mounts=(Told("3", "/"),)))[0]) == {"/": 3, "/efi": 1}

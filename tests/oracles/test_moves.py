@@ -11,6 +11,7 @@ from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.moves import may_show_at
 from nbdproxy.oracles.plans import Told
 from tests.support.systems import BOOT, GUEST, ROOT, Part, judged, placed, root
 
@@ -105,3 +106,9 @@ def test_another_filesystem_with_a_copy_is_not_mounted_where_files_were_lost(
     assert found.reason is not None and "--mount" in found.reason
     with pytest.raises(ManifestError, match="--mount"):
         judged(made(top, Part(APP, "data")), moved("/backup"))
+
+
+def test_a_name_in_other_case_is_that_of_the_files_on_fat() -> None:
+    """A kernel that is asked for /efi there says that it is there, and that is /EFI."""
+    assert may_show_at({"/EFI", "/efi"}.__contains__, "/boot/efi", ["/EFI/BOOT/X.EFI"])
+    assert not may_show_at({"/boot"}.__contains__, "/boot/efi", ["/EFI/BOOT/X.EFI"])
