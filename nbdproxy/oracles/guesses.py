@@ -1,9 +1,12 @@
 """A guest's tree found by the files themselves, where no fstab tells it.
 
-The filesystem that has most of the files under one change of their leading directory comes first,
-then others that have some of the rest: at the point below which their paths are theirs. A guess
-must be shown by content: at least one file is what the manifest says. Files that could be on two
-filesystems, or are where no content shows that they belong there, cannot be told.
+A filesystem that has files as they are named comes first, or else a system's root, or else the one
+that has most of them below a mount point; then others that have some of the rest: at the point
+below which their paths are theirs. A guess must be shown by content: at least one file is what the
+manifest says. Files that could be on two filesystems, or are where no content shows that they
+belong there, cannot be told; nor those of another filesystem where an fstab tells the tree. Not
+covered: without an fstab, files that were lost with their directories below what may be a mount
+point, and of which the only copy begins at the top of another filesystem.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
         return guesses.by_files(disks, *found), found[1]
     if plans and all("/" in plan.away for plan in plans):
         raise FilesystemError(f"nothing can be judged: {plans[0].away['/']}")
-    if plans and is_absolute:
+    if plans:
         if len(plans) == len(disks.parts) == 1 and not disks.hidden:
             _resolved(plans[0], disks, manifest, where, as_named=True)  # says what there is
         raise _matches_nothing(disks)

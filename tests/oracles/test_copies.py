@@ -130,3 +130,12 @@ def test_an_older_root_without_fstab_is_not_judged_for_one_that_may_be_hidden(ma
         assert Condition.WHOLE not in judged(made(older), ROOT)[1].conditions.values()
         with pytest.raises(FilesystemError, match="LUKS1"):
             judged(made(*parts, Part(raw=LUKS)), ROOT)
+
+
+def test_a_filesystem_that_no_fstab_mounts_has_no_files_of_the_guest(made: Make) -> None:
+    """All were lost on the root; the other has a copy, by absolute and by relative paths."""
+    files = {f"/app/{number}": f"new {number}" for number in range(6)}
+    device = made(root("LABEL=root / ext4\n"), Part(files, "backup"))
+    for wanted in (files, {path[1:]: text for path, text in files.items()}):
+        with pytest.raises(ManifestError, match="--mount"):
+            judged(device, wanted)
