@@ -12,7 +12,7 @@ point, and of which the only copy begins at the top of another filesystem.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -57,13 +57,14 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     """
     plan = replace(given, spots=dict(given.spots), doubtful=dict(given.doubtful))
     entries = {entry.path: entry for entry in manifest.entries}
-    if not plan.spots:
-        first = _first(disks, manifest)
+    if not given.from_fstab and not {"/"} & {*plan.spots, *plan.away}:
+        first = _first(disks, plan, manifest)
         unseen = disks.hidden or disks.partial
         is_sure = first is not None and not (unseen and first.files)
-        if first is None or not (is_sure or _is_shown_by_content(disks, first, entries)):
+        if first and (is_sure or _is_shown_by_content(disks, first, entries)):
+            plan.spots[first.point] = first.store.mount(first.point, first.root)
+        elif not plan.spots:
             return plan  # what has the files may not have been seen
-        plan.spots[first.point] = first.store.mount(first.point, first.root)
     while (more := _next(disks, plan, entries)) is not None:
         plan.spots[more.point] = more.store.mount(more.point, more.root)
     if not given.spots and plan.known(disks).isdisjoint(entries):
@@ -73,18 +74,20 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     return plan
 
 
-def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
+def _first(disks: Disks, plan: Plan, manifest: Manifest) -> _Guess | None:
     """Return what has most of the files: as they are named, or if none is, below a mount point.
 
     Where a system is, and has none of them, it is what all others are mounted in.
     """
-    wanted = [entry.path for entry in manifest.entries]
-    found = [guess for store in disks.parts for guess in _shown(disks, store, wanted)]
+    points = {*plan.spots, *plan.away}
+    wanted = [e.path for e in manifest.entries if points.isdisjoint(above(e.path))]
+    stores = list(_unused(disks, plan))
+    found = [guess for store in stores for guess in _shown(disks, store, wanted)]
     entries = {entry.path: entry for entry in manifest.entries}
     as_named = [guess for guess in found if guess.point == "/"]
     if any(_is_shown_by_content(disks, guess, entries) for guess in as_named):
         found = as_named
-    elif systems := list(_systems(disks, as_named)):
+    elif systems := list(_systems(disks, stores, as_named)):
         return systems[0] if len(systems) == 1 else None
     found = [guess for guess in found if _may_show(disks, guess)]
     if not found:
@@ -105,10 +108,10 @@ def _first(disks: Disks, manifest: Manifest) -> _Guess | None:
     return first
 
 
-def _systems(disks: Disks, as_named: Sequence[_Guess]) -> Iterator[_Guess]:
+def _systems(disks: Disks, stores: Iterable[Store], as_named: Sequence[_Guess]) -> Iterator[_Guess]:
     """Yield the roots of systems, with the files that they have of their names, or none."""
     files = {(guess.store, guess.root): guess.files for guess in as_named}
-    for store in disks.parts:
+    for store in stores:
         for root in store.roots:
             _, mount = store.mount("/", root)
             if moves.is_system(partial(disks.has_folder, store.disk, mount)):

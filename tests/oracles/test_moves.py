@@ -106,6 +106,10 @@ def test_another_filesystem_with_a_copy_is_not_mounted_where_files_were_lost(
     assert found.reason is not None and "--mount" in found.reason
     with pytest.raises(ManifestError, match="--mount"):
         judged(made(top, Part(APP, "data")), moved("/backup"))
+    home = Where(mounts=(Told("3", "/home"),))
+    tree, found = judged(made(top, Part(APP, "data"), Part({"/u": "u"})), wanted, home)
+    assert placed(tree) == {"/": 1, "/home": 3}
+    assert {found.conditions[path] for path in moved("/backup")} == {Condition.CANNOT_BE_TOLD}
 
 
 def test_a_name_in_other_case_is_that_of_the_files_on_fat() -> None:
