@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from nbdproxy.errors import FilesystemError
-from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import moves, rivals
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree, above, is_below
