@@ -170,6 +170,41 @@ def test_a_superblock_that_is_replayed_must_be_this_one(
             replayed(load(image))
 
 
+@pytest.mark.parametrize(
+    ("what", "refused"),
+    [
+        ("a sound log", None),
+        ("a broken descriptor", "a checksum in transaction 1 of its journal is wrong"),
+        ("no superblock of the log", "its journal has no superblock"),
+        ("no journal's inode", "its journal on another device"),
+    ],
+)
+def test_the_log_of_a_clean_filesystem_is_looked_at_all_the_same(
+    *,
+    make_image: Make,
+    debugfs: Debugfs,
+    load: Load,
+    tmp_path: Path,
+    what: str,
+    refused: str | None,
+) -> None:
+    """As seen with Linux 6.1 and 6.18, which refuse these, and empty a sound log unread."""
+    image = image_of(make_image, "v3")
+    (tmp_path / "data").write_bytes(b"x" * BLOCK)
+    commands = ["jo -c -v 3", f"jw -b 8000 {tmp_path / 'data'}", "jc", "feature -needs_recovery"]
+    debugfs(image, [*commands, *(["ssv journal_inum 0"] if "inode" in what else [])])
+    disk = load(image)
+    if what in {"a broken descriptor", "no superblock of the log"}:
+        start, descriptor = journal_blocks(disk)[:2]
+        at = start * BLOCK if "superblock" in what else descriptor * BLOCK + 100
+        disk.pwrite(at, b"\xff" * 4)
+    if refused is None:
+        assert mounted.open_filesystem(disk).device.pread(8000 * BLOCK, BLOCK) == bytes(BLOCK)
+    else:
+        with pytest.raises(RefusedError, match=refused):
+            mounted.open_filesystem(disk)
+
+
 @pytest.mark.parametrize("what", ["its blocks", "what leads to them"])
 def test_a_journal_that_replays_itself_is_not_judged(
     *, make_image: Make, debugfs: Debugfs, load: Load, tmp_path: Path, what: str

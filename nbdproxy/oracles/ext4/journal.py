@@ -140,10 +140,10 @@ def replay(filesystem: Filesystem, sums: Sums | None = None) -> dict[int, bytes]
     Raises RefusedError where the kernel would not mount, or where only it can tell.
     """
     sb = filesystem.superblock
-    if not sb.needs_recovery:
-        return {}  # the kernel empties such a journal without looking at it
     if not sb.compat & HAS_JOURNAL:
-        raise refusal("it asks for recovery and has no journal")
+        if sb.needs_recovery:
+            raise refusal("it asks for recovery and has no journal")
+        return {}
     if not sb.journal_inode:
         raise RefusedError(
             "the filesystem has its journal on another device, which is not part of the recording"
@@ -153,6 +153,8 @@ def replay(filesystem: Filesystem, sums: Sums | None = None) -> dict[int, bytes]
         return {}
     try:
         controls = _scan(log)
+        if not sb.needs_recovery:
+            return {}  # the kernel looks through such a log all the same, before it empties it
         blocks = _replay(log, controls, _revoked(log, controls), {} if sums is None else sums)
     except IndexError as error:
         raise refusal("its journal leads out of itself") from error
