@@ -13,6 +13,7 @@ where the permissions do not.
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -33,6 +34,18 @@ _ANEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LINKS_MAX = 40
 """Links that a path may lead through, as in path_resolution(7)."""
 _ACL = "system.posix_acl_access"
+
+
+def open_plain(path: Path) -> int:
+    """Return the descriptor of a file to be read that is no link, pipe or device.
+
+    For what belongs to a folder that may come from elsewhere. Raises OSError as of open(2).
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return fd
 
 
 def open_anew(path: Path) -> int:
@@ -131,7 +144,7 @@ def _check(folder: int, path: Path, *, sticky: bool = True) -> None:
     """Raise UnsafeFolderError if others can change what is in a folder on the way to `path`."""
     found = os.fstat(folder)
     if not stat.S_ISDIR(found.st_mode):
-        raise NotADirectoryError(20, f"{_path_of(folder)} is not a folder", str(path))
+        raise NotADirectoryError(errno.ENOTDIR, f"{_path_of(folder)} is not a folder", str(path))
     _check_owner(folder, found, path)
     if sticky and found.st_mode & stat.S_ISVTX:
         return
@@ -203,7 +216,7 @@ class New:
         os.fsync(self.fd)
         name = self._target.name
         if _is_there(name, self._folder):
-            raise FileExistsError(17, "it exists by now", str(self._target))
+            raise FileExistsError(errno.EEXIST, "it exists by now", str(self._target))
         os.rename(self._name, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         os.fsync(self._folder)
 

@@ -89,6 +89,8 @@ def pack(
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
             )
+            if db is None and own.is_symlink():
+                raise UsageError(f"{own} is a link; name what it leads to with --db")
             extras[packed.VERDICTS] = _snapshot(db or own, Path(folder, packed.VERDICTS))
         with err.status("looking for what only the image has"):
             parts = tuple(source.image_parts())
@@ -170,6 +172,7 @@ def _snapshot(db: Path, copy: Path) -> Path:
             closing(sqlite3.connect(f"{db.absolute().as_uri()}?{how}", uri=True)) as source,
             closing(sqlite3.connect(copy)) as target,
         ):
+            source.execute("PRAGMA trusted_schema = OFF")
             source.execute("SELECT 1 FROM about, state LIMIT 1")
             source.backup(target)
     except sqlite3.Error as error:

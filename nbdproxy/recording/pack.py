@@ -20,7 +20,7 @@ from zstandard import ZstdCompressionParameters, ZstdCompressor
 from nbdproxy import __version__
 from nbdproxy.errors import ImageError, NbdproxyError, RecordingError
 from nbdproxy.extents import Extent
-from nbdproxy.private import new_file
+from nbdproxy.private import new_file, open_plain
 from nbdproxy.recording.packed import (
     BASE,
     CHUNK,
@@ -145,16 +145,19 @@ def _sources(run: Path, base: Base | None, extras: Mapping[str, Path]) -> dict[s
         path = extras.get(name, run / name)
         if name in extras or path.exists():
             files[name] = path
-    sources = {name: _reader_of(path) for name, path in files.items()}
+    sources = {name: _reader_of(path, ours=name not in extras) for name, path in files.items()}
     if base is not None:
         sources[BASE] = lambda: _chunks(base)
     return {name: sources[name] for name in MEMBERS if name in sources}
 
 
-def _reader_of(path: Path) -> _Parts:
+def _reader_of(path: Path, *, ours: bool) -> _Parts:
+    """Return how a file is read; one of `ours` is in the recording's folder, and is no link."""
+
     def read() -> Iterator[bytes]:
         try:
-            with path.open("rb", buffering=0) as file:
+            fd = open_plain(path) if ours else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
                 while part := file.read(_PART):
                     yield part
         except OSError as error:

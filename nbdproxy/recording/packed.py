@@ -56,6 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdproxy.errors import RecordingError
+from nbdproxy.private import open_plain
 from nbdproxy.recording.format import base_path, data_path, events_path, index_path
 from nbdproxy.recording.stream import tail_path
 
@@ -160,7 +161,7 @@ def load_index(folder: Path) -> Index:
     """Read the index of an unpacked recording; raises RecordingError if it is not there."""
     path = index_path(folder)
     try:
-        with path.open("rb") as file:
+        with open(open_plain(path), "rb") as file:  # noqa: PTH123 - a descriptor
             text = file.read(INDEX_MAX + 1)
     except OSError as error:
         raise RecordingError(

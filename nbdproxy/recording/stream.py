@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from nbdproxy.errors import RecordingError, RecordingFullError
-from nbdproxy.private import NEW
+from nbdproxy.private import NEW, open_plain
 from nbdproxy.recording.format import (
     CHECKSUM,
     NONE,
@@ -157,6 +157,11 @@ class StreamWriter:
                 self._drained = (block + 1) * self._segment
                 self._moved.notify_all()
 
+    @property
+    def status(self) -> os.stat_result:
+        """What the filesystem says of the file."""
+        return os.fstat(self._fd)
+
     def sync(self) -> None:
         """Make durable what was appended before this call; may be called from another thread.
 
@@ -258,18 +263,23 @@ class StreamReader:
     """Reads a stream, whether its writer ended in order, was killed, or is still at work."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_plain(path)
         self._blocks: dict[int, memoryview] = {}
         self._segment = 1
         self.has_tail = False
         """Whether the writer is still at work, or was killed."""
         self.size = os.fstat(self._fd).st_size
         """Bytes there are; behind the last one appended there may be garbage of a killed writer."""
-        self._read_tail(tail_path(path))
+        try:
+            self._read_tail(tail_path(path))
+        except BaseException:
+            self.close()
+            raise
 
     def _read_tail(self, path: Path) -> None:
         try:
-            tail = path.read_bytes()
+            with open(open_plain(path), "rb") as file:  # noqa: PTH123 - a descriptor
+                tail = file.read()
         except FileNotFoundError:
             return
         if len(tail) < TAIL_PAGE:
@@ -294,6 +304,11 @@ class StreamReader:
             if block >= whole:
                 self._blocks[block] = memoryview(tail)[where : where + segment]
                 self.size = max(self.size, block * segment + len(self._blocks[block]))
+
+    @property
+    def status(self) -> os.stat_result:
+        """What the filesystem says of the file."""
+        return os.fstat(self._fd)
 
     def read_into(self, position: int, buffer: memoryview) -> int:
         """Fill `buffer` from `position`; return how many bytes there were."""

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from nbdproxy.recording.format import (
     data_path,
     events_path,
 )
-from nbdproxy.recording.meta import Ending, Meta
+from nbdproxy.recording.meta import Ending, Meta, origin_of
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.stream import StreamWriter
 from nbdproxy.requests import Request
@@ -50,7 +51,6 @@ class RecordingWriter:
 
     def __init__(self, path: Path, meta: Meta, *, durable: bool = False) -> None:
         self.path = path
-        self.meta = meta
         self.durable = durable
         self._folder = _make_directory(path)
         try:
@@ -59,10 +59,11 @@ class RecordingWriter:
         except BaseException:
             os.close(self._folder)
             raise
+        self.meta = replace(meta, origin=origin_of(self._events.status))
         # Before-images come from the thread that lands a flush, all else from the event loop.
         self._lock = threading.RLock()
         self._start = time.monotonic_ns()
-        self._text(Kind.META, 0, meta.dump())
+        self._text(Kind.META, 0, self.meta.dump())
 
     def _stream(self, path: Path, segment: int) -> StreamWriter:
         return StreamWriter(
