@@ -106,6 +106,14 @@ def serve(
             help="Record all that passes to a new folder; several images, to folders in it.",
         ),
     ] = None,
+    sync_recording: Annotated[
+        bool,
+        typer.Option(
+            "--sync-recording",
+            help="Answer a flush only when the recording of it would survive a power loss of this "
+            "machine.",
+        ),
+    ] = False,
     overlay: Annotated[bool, typer.Option("--overlay", help="Never write the image.")] = False,
     qmp: Annotated[
         Path | None,
@@ -161,6 +169,8 @@ def serve(
                 f"{image} is not an NBD URI; those begin with nbd://, nbds://, "
                 "nbd+unix:// or nbds+unix://"
             )
+    if sync_recording and record is None:
+        raise UsageError("--sync-recording is about a recording; add --record DIR, or drop it")
     names = _names(images, export or [])
     policies = load_all(policy or (), settings or ())
     if bake and (read_only or overlay):
@@ -169,6 +179,7 @@ def serve(
         Plan(
             *(image, policies, name, image_format, read_only, overlay),
             record=_folder(record, name, alone=len(images) == 1),
+            sync_recording=sync_recording,
             seed=seed,
             bake=bake,
         )

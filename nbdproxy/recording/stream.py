@@ -146,8 +146,8 @@ class StreamWriter:
                 _write_all(
                     self._fd, self._view[where : where + self._segment], block * self._segment
                 )
-                if self._durable:  # before the segment, which may be synced, is used again
-                    os.fdatasync(self._fd)
+                if self._durable:
+                    self._free_durably(block)
             except OSError as error:
                 with self._moved:
                     self._error = error
@@ -161,6 +161,15 @@ class StreamWriter:
     def status(self) -> os.stat_result:
         """What the filesystem says of the file."""
         return os.fstat(self._fd)
+
+    def _free_durably(self, block: int) -> None:
+        """Let a segment, which may have been synced, be used again when the file has its block.
+
+        First its number goes: pages of the next block may come to the disk before theirs does.
+        """
+        os.fdatasync(self._fd)
+        CHECKSUM.pack_into(self._map, TAIL_HEADER.size + 8 * (block % self._segments), NONE)
+        os.fdatasync(self._tail)
 
     def sync(self) -> None:
         """Make durable what was appended before this call; may be called from another thread.
@@ -259,6 +268,14 @@ def _not_durable(path: Path, error: OSError) -> RecordingError:
     )
 
 
+def _read_tail(path: Path) -> bytes:
+    try:
+        with open(open_plain(path), "rb") as file:  # noqa: PTH123 - a descriptor
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
 class StreamReader:
     """Reads a stream, whether its writer ended in order, was killed, or is still at work."""
 
@@ -266,22 +283,19 @@ class StreamReader:
         self._fd = open_plain(path)
         self._blocks: dict[int, memoryview] = {}
         self._segment = 1
-        self.has_tail = False
-        """Whether the writer is still at work, or was killed."""
-        self.size = os.fstat(self._fd).st_size
+        self.size = 0
         """Bytes there are; behind the last one appended there may be garbage of a killed writer."""
         try:
-            self._read_tail(tail_path(path))
+            tail = _read_tail(tail_path(path))
+            # Looked at second: what leaves the tail meanwhile is in the file.
+            self.size = os.fstat(self._fd).st_size
+            self._take(tail)
         except BaseException:
             self.close()
             raise
 
-    def _read_tail(self, path: Path) -> None:
-        try:
-            with open(open_plain(path), "rb") as file:  # noqa: PTH123 - a descriptor
-                tail = file.read()
-        except FileNotFoundError:
-            return
+    def _take(self, tail: bytes) -> None:
+        """Take the blocks of a tail that can be."""
         if len(tail) < TAIL_PAGE:
             return
         magic, version, segments, segment = TAIL_HEADER.unpack_from(tail)
@@ -292,18 +306,18 @@ class StreamReader:
         self._segment = segment
         # Blocks stand in turn, and none is begun before the one it replaces is in the file; a
         # number that cannot be is damage, and must not make a stream of any size.
-        whole = self.size // segment
-        limit = whole + segments
+        limit = self.size // segment + segments
         for index in range(segments):
             (block,) = CHECKSUM.unpack_from(tail, TAIL_HEADER.size + 8 * index)
             where = TAIL_PAGE + index * segment
-            if block >= limit or block % segments != index:
-                continue
-            self.has_tail = True
-            # After a power loss, what is in its segment may be of the next block already.
-            if block >= whole:
+            if block < limit and block % segments == index:
                 self._blocks[block] = memoryview(tail)[where : where + segment]
                 self.size = max(self.size, block * segment + len(self._blocks[block]))
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the writer is still at work, or was killed."""
+        return bool(self._blocks)
 
     @property
     def status(self) -> os.stat_result:

@@ -59,6 +59,8 @@ class RecordingWriter:
         except BaseException:
             os.close(self._folder)
             raise
+        if durable:
+            os.fsync(self._folder)
         self.meta = replace(meta, origin=origin_of(self._events.status))
         # Before-images come from the thread that lands a flush, all else from the event loop.
         self._lock = threading.RLock()
@@ -188,6 +190,8 @@ class RecordingWriter:
             os.fsync(self._folder)
             self._data.remove_tail()
             self._events.remove_tail()
+            # Older than the files, a tail that came back would hide their ends.
+            os.fsync(self._folder)
         except OSError as error:
             raise RecordingError(
                 f"the recording {self.path} cannot be made durable: {error.strerror}; see to the "

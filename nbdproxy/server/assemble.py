@@ -50,6 +50,7 @@ class Plan:
     read_only: bool = False
     overlay: bool = False
     record: Path | None = None
+    sync_recording: bool = False
     seed: int = 0
     bake: bool = False
 
@@ -227,7 +228,7 @@ def _record(plan: Plan, disk: BlockDevice, upstream: Upstream | None) -> Recordi
         kind=plan.kind,
         fua=below is None or bool(below.info.flags & TransmissionFlag.SEND_FUA),
     )
-    return RecordingWriter(plan.record, meta)
+    return RecordingWriter(plan.record, meta, durable=plan.sync_recording)
 
 
 def _explain(image: Path, found: ImageFormat) -> str:
