@@ -60,6 +60,7 @@ from nbdproxy.persistence.modes import (
     guarantee,
 )
 from nbdproxy.report import explored
+from nbdproxy.signals import told_to_end
 from nbdproxy.server.commands import CommandPlan
 
 Files = Annotated[
@@ -180,7 +181,8 @@ def explore(
     if exhaustive and (torn or stale):
         raise UsageError("--exhaustive visits the model's states: no --torn and no --stale ones")
     # A SIGTERM ends it as Ctrl-C does: with its workers and their commands.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in told_to_end():
+        signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:

@@ -26,6 +26,7 @@ from nbdproxy.server.power import Power
 from nbdproxy.server.qmp import QmpListener
 from nbdproxy.server.shelf import FixedShelf
 from nbdproxy.server.tls import ServerTls
+from nbdproxy.signals import told_to_end
 
 log = structlog.get_logger()
 
@@ -145,7 +146,7 @@ class Ending:
 
     async def watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
         """End in order at the first signal, and at once at a second one."""
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(signal.SIGINT, *told_to_end()) as signals:
             task_status.started()
             signalled = False
             async for number in signals:

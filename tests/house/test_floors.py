@@ -17,6 +17,8 @@ FLOOR = {
     "requests": 0,
     "dice": 0,
     "sizes": 0,
+    "signals": 0,
+    "streams": 0,
     "nbd": 1,
     "disks": 1,
     "recording": 1,
