@@ -28,6 +28,10 @@ class ImageError(NbdproxyError, OSError):
     """The disk image is missing, unreadable, or not of a form that can be served."""
 
 
+class UnsafeFolderError(NbdproxyError):
+    """Another user could put something else in the place of what would be made there."""
+
+
 class RecordingError(NbdproxyError):
     """A recording cannot be written, or what is there cannot be read as one."""
 
