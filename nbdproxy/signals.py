@@ -8,7 +8,7 @@ import signal
 def told_to_end() -> list[signal.Signals]:
     """Return the signals, besides Ctrl-C, that tell us to end in order.
 
-    SIGHUP is one, as the terminal is closed, unless whoever started us ignores it, as nohup(1) does.
+    SIGHUP is one, when the terminal is closed, unless who started us ignores it, as nohup(1) does.
     """
     found = [signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

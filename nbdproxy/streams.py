@@ -137,7 +137,7 @@ def guard() -> None:
     A descriptor that is closed becomes /dev/null first: or the next file to be opened, the image,
     would get its number, and with it what is meant for people.
     """
-    global _results, _notes  # noqa: PLW0603 - as the streams themselves are
+    global _results, _notes
     for fd in (0, _OUT, _ERR):
         try:
             os.fstat(fd)

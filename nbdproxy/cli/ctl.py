@@ -11,9 +11,13 @@ import typer
 
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
+from nbdproxy.peers import Believed
 from nbdproxy.sizes import plural, size_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+_ANSWER_MAX = 1 << 24
+"""Bytes of an answer; `status` has some hundred for each export and rule."""
 
 Export = Annotated[
     str | None,
@@ -174,18 +178,24 @@ def _ask(context: typer.Context, asked: dict[str, Any], export: str | None) -> d
     path: Path = context.obj
     if export is not None:
         asked["export"] = export
+    believed = Believed(None, "run this command as that user if its server is meant")
     try:
+        believed.check_path(path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.connect(str(path))
+            believed.check_listener(sock, path)
             sock.sendall(json.dumps(asked).encode() + b"\n")
-            line = sock.makefile("rb").readline()
+            line = sock.makefile("rb").readline(_ANSWER_MAX)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(
             f"{path} does not answer ({reason}); is nbdproxy serve --control {path} running?"
         ) from None
     if not line.endswith(b"\n"):
-        raise UsageError(f"{path} went away before it answered; look at what nbdproxy serve says")
+        raise UsageError(
+            f"{path} went away before it answered, or all its places are taken by others; look at what "
+            "nbdproxy serve says"
+        )
     answer: dict[str, Any] = json.loads(line)
     if not answer.pop("ok"):
         raise UsageError(answer["error"])

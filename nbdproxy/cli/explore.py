@@ -60,8 +60,8 @@ from nbdproxy.persistence.modes import (
     guarantee,
 )
 from nbdproxy.report import explored
-from nbdproxy.signals import told_to_end
 from nbdproxy.server.commands import CommandPlan
+from nbdproxy.signals import told_to_end
 
 Files = Annotated[
     Path | None,

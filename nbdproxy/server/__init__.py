@@ -14,9 +14,12 @@ import structlog
 class _Log(structlog.PrintLogger):
     """Whatever is stderr when something is said; one that cannot be written ends nothing."""
 
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
     def msg(self, message: str) -> None:
         with suppress(OSError, ValueError):
-            print(message, file=sys.stderr, flush=True)
+            super().msg(message)
 
     warn = warning = err = error = critical = exception = msg
 

@@ -35,7 +35,8 @@ def image(tmp_path: Path) -> Path:
 def serving(image: Path, stderr: int | IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """A server on `socket` beside the image, which records to `run` there."""
     folder = image.parent
-    words = [*COMMAND, "serve", image, "--socket", folder / "socket", "--record", folder / "run"]
+    options = map(str, (image, "--socket", folder / "socket", "--record", folder / "run"))
+    words = [*COMMAND, "serve", *options]
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                stderr=stderr)  # fmt: skip
     with process:
@@ -92,7 +93,7 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_says_later_what_is_missing(
 ) -> None:
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 8192)
-    with serving(image, writing) as process, open(reading, "rb") as log:
+    with serving(image, writing) as process, os.fdopen(reading, "rb") as log:
         os.close(writing)
         os.set_blocking(reading, False)
         stray(image, 100)

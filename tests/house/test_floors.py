@@ -20,6 +20,8 @@ FLOOR = {
     "signals": 0,
     "streams": 0,
     "private": 0,
+    "lines": 0,
+    "peers": 1,
     "nbd": 1,
     "disks": 1,
     "recording": 1,
