@@ -29,9 +29,30 @@ NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 """Flags of open(2) for a file that must not be there yet, not even as a link."""
 _WAY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_ANEW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _LINKS_MAX = 40
 """Links that a path may lead through, as in path_resolution(7)."""
 _ACL = "system.posix_acl_access"
+
+
+def open_anew(path: Path) -> int:
+    """Return the descriptor of an empty file of ours; what it held is lost, if it was there.
+
+    Raises UnsafeFolderError if it or its folder is somebody else's, and OSError as of open(2), also
+    for a link.
+    """
+    folder = open_folder(path.parent)
+    try:
+        fd = os.open(path.name, _ANEW, 0o600, dir_fd=folder)
+        try:
+            _check_owner(fd, os.fstat(fd), path)
+            os.ftruncate(fd, 0)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+    finally:
+        os.close(folder)
 
 
 def is_trusted(user: int) -> bool:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.disks.swap import SwapDisk
 from nbdproxy.errors import LabError
 from nbdproxy.extents import Extent
@@ -138,7 +139,11 @@ class CheckerGuest:
     def __init__(self, lab: Lab) -> None:
         self._disk = SwapDisk(DISK_SIZE)
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-")))
+            folder = Path(
+                stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+                )
+            )
             export = Export("state", self._disk, loader.load("passthrough").policy)
             stack.callback(export.close)
             server = stack.enter_context(ThreadedServer(FixedShelf([export])))

@@ -15,6 +15,7 @@ import typer
 
 from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.disks.formats import ImageFormat, format_of_file
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import UsageError
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
 from nbdproxy.nbd.uri import is_uri, parse
@@ -270,7 +271,9 @@ def _endpoint(
             )
     else:
         if socket is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+            )
             socket = Path(folder) / "socket"
         endpoint = listen_unix(socket)
     stack.callback(endpoint.close)

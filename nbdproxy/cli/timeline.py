@@ -13,6 +13,7 @@ from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, print_json, set_up_logging
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.states import StateShelf, cut_names, serve_states
 
@@ -51,7 +52,9 @@ def timeline(
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
         if socket is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+            )
             socket = Path(folder) / "socket"
         endpoint = listen_unix(socket)
         stack.callback(endpoint.close)

@@ -7,15 +7,37 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
+
+from nbdproxy.errors import UsageError
+from nbdproxy.private import check_folder
 
 
 def scratch_folder() -> str:
     """Return where scratch files lie: in $TMPDIR, else in /var/tmp.
 
     Unlike /tmp that is on a real disk: what a guest writes without flushing may be larger than
-    memory.
+    memory. Raises UsageError if it is not there, UnsafeFolderError if others can change it.
     """
-    return os.environ.get("TMPDIR") or "/var/tmp"
+    return _checked("/var/tmp")
+
+
+def temporary_folder() -> str:
+    """Return where sockets and small files lie: in $TMPDIR, else in /tmp; raises as above."""
+    return _checked("/tmp")
+
+
+def _checked(otherwise: str) -> str:
+    named = os.environ.get("TMPDIR")
+    folder = named or otherwise
+    try:
+        check_folder(Path(folder))
+    except OSError as error:
+        todo = "make it, or unset TMPDIR" if named else "make it, or set TMPDIR to another folder"
+        raise UsageError(
+            f"the folder for temporary files, {folder}, cannot be used: {error.strerror}; {todo}"
+        ) from None
+    return folder
 
 
 def open_scratch(size: int = 0) -> int:

@@ -2,15 +2,13 @@
 
 Everything is read twice: once to know sizes and digests, which stand in front, and once to pack
 it. What is not the same both times is an error, so a recording that is still being written or an
-image that is being changed never makes a wrong file. Memory does not grow with the recording.
-
-Not covered: the host losing power; the file is not synced.
+image that is being changed never makes a wrong file. Memory does not grow with the recording. The
+file is its owner's alone (0600), and on the disk when it has its name.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from zstandard import ZstdCompressionParameters, ZstdCompressor
 from nbdproxy import __version__
 from nbdproxy.errors import ImageError, NbdproxyError, RecordingError
 from nbdproxy.extents import Extent
+from nbdproxy.private import new_file
 from nbdproxy.recording.packed import (
     BASE,
     CHUNK,
@@ -111,17 +110,13 @@ def pack(
         members=members,
     )
     try:
-        partial = _temporary(target)
-        try:
-            with partial.open("wb") as file:
+        with new_file(target) as made:
+            with open(made.fd, "wb", closefd=False) as file:
                 _write(_Sealed(file.write), index, sources, progress)
                 _check_still(recording)
                 confirm()
                 size = file.tell()
-            partial.rename(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            made.finish()
     except NbdproxyError:
         raise
     except OSError as error:
@@ -141,13 +136,6 @@ def _check_still(recording: Recording) -> None:
             raise RecordingError(
                 f"{recording.path} is still being recorded; end what records it, and pack again"
             )
-
-
-def _temporary(target: Path) -> Path:
-    """Make an empty file beside `target` that only its owner may read, as a recording is."""
-    number, name = tempfile.mkstemp(prefix=".nbdproxy-pack-", suffix=".part", dir=target.parent)
-    os.close(number)
-    return Path(name)
 
 
 def _sources(run: Path, base: Base | None, extras: Mapping[str, Path]) -> dict[str, _Parts]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import ImageError
 from nbdproxy.nbd.uri import NbdUri
 
@@ -31,7 +32,7 @@ async def guests_view(image: Path, form: ImageFormat, *, read_only: bool) -> Asy
     Raises ImageError if the file has another format, or QEMU cannot open it.
     """
     _check(image, form, read_only=read_only)
-    with tempfile.TemporaryDirectory(prefix=f"nbdproxy-{form}-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"nbdproxy-{form}-", dir=temporary_folder()) as folder:
         path = Path(folder, "socket")
         said = Path(folder, "stderr")
         daemon = _start(image, form, path, said, read_only=read_only)
