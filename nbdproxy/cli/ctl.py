@@ -193,8 +193,8 @@ def _ask(context: typer.Context, asked: dict[str, Any], export: str | None) -> d
         ) from None
     if not line.endswith(b"\n"):
         raise UsageError(
-            f"{path} went away before it answered, or all its places are taken by others; look at what "
-            "nbdproxy serve says"
+            f"{path} went away before it answered: its server ended, or others keep all its places "
+            "busy; look at what nbdproxy serve says"
         )
     answer: dict[str, Any] = json.loads(line)
     if not answer.pop("ok"):
