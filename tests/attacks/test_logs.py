@@ -21,7 +21,7 @@ import pytest
 from tests.support.fork_server import shared
 from tests.support.nbd_client import NbdClient
 from tests.support.proxies import Proxy
-from tests.support.serving import COMMAND, DEADLINE_S, nbdproxy, until
+from tests.support.serving import COMMAND, DEADLINE_S, nbdproxy
 
 SIZE = 64 * 1024
 
