@@ -138,25 +138,26 @@ def serve(
     Prints the NBD URI on stdout when ready, and on stderr what to paste into QEMU's command line.
     With --run, the command gets $uri, $socket and $export (of the first image), stdout is the
     command's, and the exit code is its own. SIGINT, SIGTERM and SIGHUP end in order, the command
-    and all its children too; a second one ends at once.
+    and all its children too; a second one ends at once. Sockets belong in a folder of your own, as
+    vm after mkdir -m 700 vm: in /tmp anybody may bind one first.
 
     Examples:
 
       nbdproxy serve disk.img --record run1
 
-      nbdproxy serve disk.img --policy drop-unflushed --socket /tmp/disk.sock
+      nbdproxy serve disk.img --policy drop-unflushed --socket vm/disk.sock
 
       nbdproxy serve disk.img --overlay --run 'qemu-img info "$uri"'
 
-      nbdproxy serve disk.img --policy cut-at-shutdown --qmp /tmp/qmp.sock --record run2
+      nbdproxy serve disk.img --policy cut-at-shutdown --qmp vm/qmp.sock --record run2
 
       nbdproxy serve disk.img --policy slow-disk --policy bad-sectors --set delay_s=0.5
 
-      nbdproxy serve disk.img --policy drop-unflushed --control /tmp/ctl.sock
+      nbdproxy serve disk.img --policy drop-unflushed --control vm/ctl.sock
 
       nbdproxy serve disk.qcow2 --format qcow2 --record run3
 
-      nbdproxy serve 'nbd+unix:///?socket=/tmp/qemu-nbd.sock' --socket /tmp/proxy.sock
+      nbdproxy serve 'nbd+unix:///?socket=vm/qemu-nbd.sock' --socket vm/proxy.sock
 
       nbdproxy serve root.img data.img --export root --export data
 
