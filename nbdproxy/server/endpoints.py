@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 import stat
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from nbdproxy.peers import peer_of
 from nbdproxy.private import check_folder
 
 _BACKLOG = 128
+_STALE_S = 0.05
+"""Seconds between two looks at a socket that nobody listens at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +113,20 @@ def _remove_stale(path: Path, option: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise UsageError(f"{path} exists and is not a socket; choose another {option}")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError as error:
-            raise UsageError(f"{path} cannot be used: {error.strerror}") from None
-    raise UsageError(f"{path} is in use by another server; end it, or choose another {option}")
+    # One that has bound it and does not listen yet looks like one that is gone.
+    for pause_s in (_STALE_S, 0):
+        found = _identity(path)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                time.sleep(pause_s)
+                continue
+            except OSError as error:
+                raise UsageError(f"{path} cannot be used: {error.strerror}") from None
+        raise UsageError(f"{path} is in use by another server; end it, or choose another {option}")
+    if _identity(path) == found:
+        path.unlink()
 
 
 def listen_tcp(address: str, *, anywhere: bool = False) -> Endpoint:

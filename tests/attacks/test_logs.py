@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from structlog.testing import capture_logs
 
+from nbdproxy.server.complaints import Complaints
 from tests.support.fork_server import shared
 from tests.support.nbd_client import NbdClient
 from tests.support.proxies import Proxy
@@ -106,6 +108,19 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_says_later_what_is_missing(
     whole = kept.decode() + later
     assert whole.count("client broke the protocol") > 10
     assert whole.count("client broke the protocol") + int(said[1]) == 101
+
+
+def test_a_flood_of_strays_does_not_fill_the_log() -> None:
+    now = [0.0]
+    complaints = Complaints(burst=3, clock=lambda: now[0])
+    with capture_logs() as said:
+        for _ in range(1000):
+            complaints.warn("client broke the protocol", "tcp", "junk")
+        assert len(said) == 3
+        now[0] = 1.5
+        complaints.warn("client broke the protocol", "tcp", "junk")
+        complaints.warn("client broke the protocol", "tcp", "junk")
+    assert [line.get("unsaid") for line in said] == [None, None, None, 997]
 
 
 @pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])

@@ -10,12 +10,14 @@ import os
 import select
 import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from nbdproxy.errors import UnsafeFolderError
+from nbdproxy.errors import UnsafeFolderError, UsageError
 from nbdproxy.peers import Believed, user_number
+from nbdproxy.server.endpoints import listen_unix
 from tests.support.proxies import Proxy
 from tests.support.serving import nbdproxy, until
 from tests.support.strangers import NOBODY, lay_open, listening
@@ -167,6 +169,20 @@ def test_who_listens_is_asked_of_the_kernel(
         named = Believed(user_number(str(os.geteuid())))
         named.check_path(path)
         named.check_listener(client, path)
+
+
+def test_a_server_that_is_just_starting_is_not_taken_for_a_stale_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has bound the path, and listens a moment later."""
+    monkeypatch.setattr("nbdproxy.server.endpoints._STALE_S", 2.0)
+    with socket.socket(socket.AF_UNIX) as starting:
+        starting.bind(str(tmp_path / "socket"))
+        timer = threading.Timer(0.2, starting.listen)
+        timer.start()
+        with pytest.raises(UsageError, match="in use by another server"):
+            listen_unix(tmp_path / "socket")
+        timer.join()
 
 
 def test_the_socket_of_a_newer_server_is_left_alone(image: Path, tmp_path: Path) -> None:
