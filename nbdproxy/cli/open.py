@@ -73,7 +73,7 @@ def open_(
 
       nbdproxy open run1 --state s1234.flushed.must --run 'nbdcopy "$uri" - | file -'
 
-      nbdproxy open run1 --at end --socket /tmp/crashed.sock
+      nbdproxy open run1 --at end --socket vm/crashed.sock
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:

@@ -35,13 +35,13 @@ def timeline(
 
     Examples:
 
-      nbdproxy timeline run1 --socket /tmp/run1.sock
+      nbdproxy timeline run1 --socket vm/run1.sock
 
-      nbdinfo --list 'nbd+unix:///?socket=/tmp/run1.sock'
+      nbdinfo --list 'nbd+unix:///?socket=vm/run1.sock'
 
-      nbdcopy 'nbd+unix:///s1234.flushed.must?socket=/tmp/run1.sock' state.img
+      nbdcopy 'nbd+unix:///s1234.flushed.must?socket=vm/run1.sock' state.img
 
-      qemu-system-x86_64 -snapshot -drive 'file=nbd+unix:///flush%3A3?socket=/tmp/run1.sock'
+      qemu-system-x86_64 -snapshot -drive 'file=nbd+unix:///flush%3A3?socket=vm/run1.sock'
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:

@@ -23,6 +23,7 @@ from typing import Protocol
 from nbdproxy.crash.bench import Bench, Job, Judged, Unit, open_bench
 from nbdproxy.crash.judging import Judgement
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.signals import told_to_end
 
 DEATHS_MAX = 2
 """So many workers may die of a unit before it is taken apart, or its one state given up."""
@@ -160,7 +161,8 @@ def _begin(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGALRM, _end_now)
-    signal.signal(signal.SIGTERM, _end)
+    for number in told_to_end():
+        signal.signal(number, _end)
     _end_with_parent()
     bench = open_bench(job)
     Finalize(None, _close, exitpriority=10)

@@ -47,6 +47,7 @@ from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.quick import QuickOracle
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.states import StateServer
+from nbdproxy.signals import told_to_end
 
 _VERDICTS = {0: Verdict.PASS, 1: Verdict.FAIL}
 _REASON_MAX = 300
@@ -268,7 +269,7 @@ def _undisturbed() -> Iterator[None]:
     came: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _frame: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, *told_to_end())
     }
     try:
         yield
