@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nbdproxy import __version__, streams
+from nbdproxy import __version__, machine, streams
 from nbdproxy.cli.console import err
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.signals import told_to_end
@@ -119,7 +119,10 @@ def main() -> None:
     except NbdproxyError as error:
         err.print(f"nbdproxy: {error}", markup=False)
         sys.exit(2)
-    except Exception:  # 1 would say that a loss was found
+    except Exception as error:  # 1 would say that a loss was found
+        if (said := machine.said_of(error)) is not None:
+            err.print(f"nbdproxy: {said}", markup=False)
+            sys.exit(2)
         traceback.print_exc()
         err.print("nbdproxy: this is a fault of nbdproxy; please report it with these lines")
         sys.exit(2)

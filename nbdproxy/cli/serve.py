@@ -17,6 +17,7 @@ from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.disks.formats import ImageFormat, format_of_file
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import UsageError
+from nbdproxy.machine import make_room_for_exports
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
 from nbdproxy.nbd.uri import is_uri, parse
 from nbdproxy.peers import Believed, user_number
@@ -199,6 +200,7 @@ def serve(
         )
         for image, name in zip(images, names, strict=True)
     ]
+    make_room_for_exports(len(plans))
     security = server_tls(TlsMode[tls.name], tls_certificates, verify_peer=tls_verify_peer)
     with ExitStack() as stack:
         endpoint = _endpoint(

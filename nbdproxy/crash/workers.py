@@ -22,6 +22,7 @@ from typing import Protocol
 
 from nbdproxy.crash.bench import Bench, Job, Judged, Unit, open_bench
 from nbdproxy.crash.judging import Judgement
+from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.signals import told_to_end
 
@@ -95,9 +96,15 @@ class PoolRunner:
         # Its first start unblocks SIGINT here, in the midst of the first worker's (`_submit`).
         resource_tracker.ensure_running()
         # Not forked: this process may have threads, and a fork copies their locks as they are.
-        return ProcessPoolExecutor(
-            self._workers, multiprocessing.get_context("spawn"), _begin, (self._job,)
-        )
+        try:
+            return ProcessPoolExecutor(
+                self._workers, multiprocessing.get_context("spawn"), _begin, (self._job,)
+            )
+        except OSError as error:  # of its semaphores
+            raise UsageError(
+                f"no workers can be started: {error.strerror}; make room in /dev/shm, which has to "
+                "be there, or use --workers 1"
+            ) from None
 
     def _submit(self, unit: Unit) -> Future[list[Judged]]:
         """Queue a unit, which may start a worker: one that no Ctrl-C reaches before `_begin`."""

@@ -127,7 +127,7 @@ class Index:
             version = int(fields.pop("version"))
             if version == VERSION:
                 return _checked(fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, OverflowError, TypeError, KeyError, AttributeError, RecursionError):
             raise RecordingError(
                 f"{where} has an index that cannot be understood; it was made by another program, "
                 "or damaged: ask for it to be packed again"

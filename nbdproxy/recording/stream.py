@@ -80,6 +80,9 @@ class StreamWriter:
         )
         os.posix_fallocate(self._tail, 0, size)
         tail = mmap.mmap(self._tail, size)
+        if not self._durable:
+            os.close(self._tail)
+            self._tail = -1
         TAIL_HEADER.pack_into(tail, 0, TAIL_MAGIC, VERSION, self._segments, self._segment)
         for index in range(self._segments):
             CHECKSUM.pack_into(tail, TAIL_HEADER.size + 8 * index, NONE)

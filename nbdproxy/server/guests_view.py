@@ -47,6 +47,10 @@ async def guests_view(image: Path, form: ImageFormat, *, read_only: bool) -> Asy
 def _check(image: Path, form: ImageFormat, *, read_only: bool) -> None:
     if not image.exists():
         raise ImageError(f"there is no image at {image}; check the path")
+    if any("\udc80" <= character <= "\udcff" for character in str(image)):
+        raise ImageError(
+            f"{image} is not UTF-8, and QEMU opens no such path; rename it, or serve a link to it"
+        )
     found = format_of_file(image)
     if found is not form:
         what = "" if found is None else f" but {FORMATS[found].said}"

@@ -20,6 +20,7 @@ FLOOR = {
     "signals": 0,
     "streams": 0,
     "private": 0,
+    "machine": 0,
     "lines": 0,
     "peers": 1,
     "nbd": 1,
