@@ -20,6 +20,7 @@ import trio
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.nbd.constants import TlsMode
 from nbdproxy.peers import Believed
+from nbdproxy.server.children import Children
 from nbdproxy.server.control import Control
 from nbdproxy.server.door import Door
 from nbdproxy.server.endpoints import Endpoint
@@ -35,7 +36,7 @@ log = structlog.get_logger()
 _GRACE_S = 5.0
 """Seconds that sessions have at the end to answer what is in flight; then they are cut off."""
 
-_GROUP_S = 0.02
+_CHILDREN_S = 0.02
 """Seconds between two looks whether a command's children have ended."""
 
 OpenExport = Callable[[Power], AbstractAsyncContextManager[Export]]
@@ -263,21 +264,21 @@ class Service:
     async def _run_command(self, command: str) -> None:
         path = self._setting.endpoint.path
         first = self._exports[0]
+        children = Children()
         environment = {
             **os.environ,
             "uri": self._setting.uri(first),
             "socket": "" if path is None else str(path),
             "export": first.info.name,
+            **children.environment,
         }
-        process = await trio.lowlevel.open_process(
-            ["/bin/sh", "-c", command], env=environment, start_new_session=True
-        )
-        self._ending.at_once = partial(_signal_group, process.pid, signal.SIGKILL)
+        process = await trio.lowlevel.open_process(["/bin/sh", "-c", command], env=environment)
+        self._ending.at_once = partial(children.signal, signal.SIGKILL)
         try:
             code = await process.wait()
         except trio.Cancelled:
             with trio.CancelScope(shield=True):
-                self._exit_code = _shell_code(await _end_group(process))
+                self._exit_code = _shell_code(await _end(process, children))
             raise
         finally:
             self._ending.at_once = _nothing
@@ -285,24 +286,17 @@ class Service:
         self._ending.begin("the command ended")
 
 
-async def _end_group(process: trio.Process) -> int:
+async def _end(process: trio.Process, children: Children) -> int:
     """End a command and all that it started; return its exit code."""
-    with trio.move_on_after(_GRACE_S):
-        _signal_group(process.pid, signal.SIGTERM)
-        await process.wait()
-        while _signal_group(process.pid, 0):
-            await trio.sleep(_GROUP_S)
-    _signal_group(process.pid, signal.SIGKILL)
-    return await process.wait()
-
-
-def _signal_group(leader: int, number: int) -> bool:
-    """Send all processes of a group a signal; tell whether there are any."""
-    try:
-        os.killpg(leader, number)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return True
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process.send_signal(number)
+        with trio.move_on_after(_GRACE_S):
+            children.signal(number)
+            await process.wait()
+            while children.signal(0 if number == signal.SIGTERM else number):
+                await trio.sleep(_CHILDREN_S)
+            break
+    return -number if process.returncode is None else process.returncode
 
 
 def _shell_code(code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from pathlib import Path
@@ -69,3 +70,25 @@ def test_a_child_that_ignores_it_is_killed(image: Path, tmp_path: Path, signals:
             process.send_signal(signal.SIGTERM)
         process.wait(DEADLINE_S)
     until(lambda: not processes_with(mark), "the child is gone", 2)
+
+
+def test_a_command_that_clears_its_environment_ends_too(image: Path, tmp_path: Path) -> None:
+    mark = f"{tmp_path}/command"
+    command = f"exec env -i sh -c 'touch {mark}; exec sleep 600'"
+    words = [*COMMAND, "serve", str(image), "--run", command]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+        until(Path(mark).exists, "the command runs")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 128 + signal.SIGTERM
+
+
+def test_what_is_not_of_the_command_is_left_alone(image: Path, tmp_path: Path) -> None:
+    """Another part of the same pipeline, and a daemon, which has a session of its own."""
+    with subprocess.Popen(["sleep", "600"]) as other:
+        pid_file = tmp_path / "pid"
+        daemon = f"setsid sh -c 'echo $$ > {pid_file}; exec sleep 600' &"
+        command = f'{daemon} while ! [ -s {pid_file} ]; do :; done; kill "$PPID"; sleep 600'
+        nbdproxy("serve", image, "--run", command, code=143)
+        os.kill(int(pid_file.read_text()), signal.SIGKILL)  # it was there
+        assert other.poll() is None
+        other.kill()
