@@ -123,6 +123,16 @@ def test_a_flood_of_strays_does_not_fill_the_log() -> None:
     assert [line.get("unsaid") for line in said] == [None, None, None, 997]
 
 
+def test_strays_are_said_two_hundred_times_and_then_counted(image: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+    with serving(image, log) as server:
+        began = time.monotonic()
+        stray(image, 250)
+        assert server.stop() == 0
+        assert log.read_text().count("broke the protocol") < 202 + time.monotonic() - began
+
+
 @pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
 def test_what_is_meant_for_people_never_goes_to_the_image(image: Path, closed: str) -> None:
     """A descriptor that is closed must not become the image's."""

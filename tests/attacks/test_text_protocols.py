@@ -13,7 +13,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
+from nbdproxy.server.qmp import QmpListener
 from tests.support.forked import ForkedServer
 from tests.support.nbd_client import NbdClient
 from tests.support.serving import COMMAND, DEADLINE_S, Server, nbdproxy, until
@@ -169,6 +172,31 @@ def test_events_of_a_burst_all_arrive_in_their_order(
     assert names == [f"E{number}" for number in range(count)]
 
 
+def test_what_a_flush_left_for_another_turn_is_read_though_nothing_more_comes(
+    monitor: socket.socket, tmp_path: Path
+) -> None:
+    """The listener waits for bytes, and it was a flush that read them."""
+    seen: list[str] = []
+
+    async def main() -> None:
+        listener = QmpListener(tmp_path / "qmp", lambda event, _text: seen.append(event))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listener.run)
+            with trio.fail_after(DEADLINE_S):
+                while not listener.connected:
+                    await trio.sleep(0.01)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                with monitor.accept()[0] as qemu:
+                    qemu.sendall(b'{"event": "E"}\n' * 2500)
+                    assert listener.poll()
+                    assert len(seen) == 1000
+                    while len(seen) < 2500:
+                        await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
 def events(control: Path) -> int:
     told = json.loads(nbdproxy("ctl", control, "status", "--json").stdout)
     count = told["exports"][0]["events"]
@@ -230,6 +258,11 @@ def test_control_and_clients_leave_each_other_descriptors(image: Path, tmp_path:
             for _ in range(80):
                 clients.append(NbdClient.at(path))  # each has opened the export
         assert 5 < len(clients) < 80
+        with ExitStack() as at_once:
+            places = many(tmp_path / "ctl", 16, at_once)
+            for place in (*places, *places):  # none of them has to go for another
+                place.sendall(b'{"do": "status"}\n')
+                assert place.recv(65536)
         many(tmp_path / "ctl", 80, stack)
         for _ in range(3):
             assert "power on" in nbdproxy("ctl", tmp_path / "ctl", "status").stdout
