@@ -37,7 +37,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.scratch import scratch_folder
 from nbdproxy.disks.traced import TracedDisk
 from nbdproxy.disks.working import WorkingImage
-from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.errors import FilesystemError, TemporaryFolderError, UsageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict, candidates, only
 from nbdproxy.oracles.extract import extract
@@ -125,10 +125,10 @@ class _CommandJudge:
         with self._begun:
             try:
                 made = self._made(state, changed)
+            except (FilesystemError, TemporaryFolderError) as error:
+                return Judgement(Verdict.UNKNOWN, str(error)), None
             except OSError as error:
                 return Judgement(Verdict.UNKNOWN, _unwritable(error)), None
-            except FilesystemError as error:
-                return Judgement(Verdict.UNKNOWN, str(error)), None
             if self._refused is not None:
                 return Judgement(Verdict.FAIL, self._refused), None
             self._server.shelf.watch(name)
