@@ -28,6 +28,10 @@ class ImageError(NbdproxyError, OSError):
     """The disk image is missing, unreadable, or not of a form that can be served."""
 
 
+class TemporaryFolderError(NbdproxyError, OSError):
+    """The folder for temporary files cannot be used."""
+
+
 class UnsafeFolderError(NbdproxyError):
     """Another user could put something else in the place of what would be made there."""
 

@@ -36,6 +36,15 @@ _LINKS_MAX = 40
 _ACL = "system.posix_acl_access"
 
 
+def sync_folder(fd: int) -> None:
+    """Make a folder's names durable, where its filesystem can be asked to; some cannot."""
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}:
+            raise
+
+
 def open_plain(path: Path) -> int:
     """Return the descriptor of a file to be read that is no link, pipe or device.
 
@@ -134,7 +143,7 @@ def _enter(folder: int, name: str, *, make: bool) -> int:
         os.mkdir(name, 0o700, dir_fd=folder)
         above = os.open(".", _FOLDER, dir_fd=folder)
         try:
-            os.fsync(above)
+            sync_folder(above)
         finally:
             os.close(above)
     return os.open(name, _WAY, dir_fd=folder)
@@ -213,12 +222,15 @@ class New:
 
         Files in a folder have to be on the disk before.
         """
-        os.fsync(self.fd)
+        if self._is_folder:
+            sync_folder(self.fd)
+        else:
+            os.fsync(self.fd)
         name = self._target.name
         if _is_there(name, self._folder):
             raise FileExistsError(errno.EEXIST, "it exists by now", str(self._target))
         os.rename(self._name, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        os.fsync(self._folder)
+        sync_folder(self._folder)
 
     def drop(self) -> None:
         """Close it, and remove it if it was not finished."""

@@ -166,9 +166,9 @@ function resolveName(place, path) {
 }
 
 // The digests of a file and what zeroes are in it, block by block.
-function look(path, size, algorithm) {
+function look(path, size, algorithms) {
   const hashes = {}; // earlier versions are known by their SHA-256, whatever a manifest has
-  for (const name of new Set(['sha256', algorithm])) {
+  for (const name of new Set(['sha256', ...algorithms])) {
     hashes[name] = crypto.createHash(name === 'blake2b' ? 'blake2b512' : name);
   }
   const file = fs.openSync(path, 'r');
@@ -211,7 +211,7 @@ function describe(place, entry, limit) {
     if (!stat.isFile()) return { kind: 'other' };
     const found = { kind: 'file', size: stat.size, mode: stat.mode & 0o7777 };
     // What is sparse and larger than its disk would take for ever.
-    return stat.size > limit ? found : { ...found, ...look(path, stat.size, entry.algorithm) };
+    return stat.size > limit ? found : { ...found, ...look(path, stat.size, entry.algorithms) };
   } catch (error) {
     mustBeServed(error);
     return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code };
@@ -225,7 +225,8 @@ function judge({ manifest, place, limit }) {
   return {
     files: manifests.get(manifest).map((entry) => {
       const found = describe(place, entry, limit);
-      const whole = found.digests && found.digests[entry.algorithm] === entry.digest;
+      const { algorithms, digest } = entry;
+      const whole = found.digests && algorithms.some((name) => found.digests[name] === digest);
       return whole && entry.mode === null ? 1 : found;
     }),
   };
@@ -247,33 +248,31 @@ function read({ path, place, link, limit }) {
   }
 }
 
-// Every regular file and link of a place below a folder, in no order.
+// Every regular file and link of a place below a folder, in no order, and what cannot be read. Each
+// name is asked for itself: where folders do not tell types, one broken name would hide the others.
 function walk({ under, place, digests, limit }) {
   const files = [], errors = [];
   const visit = (folder) => {
-    let entries;
+    let names;
     try {
-      entries = fs.readdirSync(host(place, folder), { encoding: 'buffer', withFileTypes: true });
+      names = fs.readdirSync(host(place, folder), { encoding: 'buffer' });
     } catch (error) {
       mustBeServed(error);
       errors.push([place.point + folder, error.code]);
       return;
     }
-    for (const entry of entries) {
-      const below = folder + '/' + text(entry.name), path = place.point + below;
+    for (const name of names) {
+      const below = folder + '/' + text(name), path = place.point + below;
       if (place.covered.includes(path)) continue;
-      if (entry.isDirectory()) {
-        visit(below);
-        continue;
-      }
       try {
-        const at = host(place, below);
-        if (entry.isSymbolicLink()) {
+        const at = host(place, below), stat = fs.lstatSync(at);
+        if (stat.isDirectory()) {
+          visit(below);
+        } else if (stat.isSymbolicLink()) {
           files.push({ path, target: text(fs.readlinkSync(at, { encoding: 'buffer' })) });
-        } else if (entry.isFile()) {
-          const stat = fs.lstatSync(at);
+        } else if (stat.isFile()) {
           const found = { path, size: stat.size, mode: stat.mode & 0o7777 };
-          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size, 'sha256') } : found);
+          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size, []) } : found);
         }
       } catch (error) {
         mustBeServed(error);

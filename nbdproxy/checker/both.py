@@ -1,11 +1,14 @@
 """`BothOracles`: the quick oracle and the kernel on every state, and where they differ.
 
-The kernel's word counts where it has one. That the quick oracle cannot tell is no difference.
+A file that one of them calls whole and the other does not cannot be told; nor can what only the
+quick oracle tells, as the kernel is what it is compared with. That the quick oracle cannot tell is
+no difference: the kernel's word counts then, and where both call a file lost in different words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -14,7 +17,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.lab.cache import silent
 from nbdproxy.oracles.browse import Shown
-from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.check import Findings, Outcome, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.manifest import Entry, Manifest
@@ -36,15 +39,12 @@ class Difference(NamedTuple):
 class BothOracles:
     """Satisfies `Oracle`.
 
-    A `strict` one calls a state unknown on which the two differ, and says where.
-
     state        what the caller calls the state that it is about to ask of
     compared     how many states both could judge
     differences  what they said differently
     """
 
-    def __init__(self, progress: Callable[[str], None] = silent, *, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(self, progress: Callable[[str], None] = silent) -> None:
         self.state = ""
         self.compared = 0
         self.differences: list[Difference] = []
@@ -86,15 +86,19 @@ class BothOracles:
         """Tell of the filesystem as a whole."""
         return self._kernel.examine(device, partition=partition, fsck=fsck)
 
-    def note(self, quick: Findings, kernel: Findings) -> None:
-        """Compare what the two say of a state."""
+    def note(self, quick: Findings, kernel: Findings) -> list[Difference]:
+        """Compare what the two say of a state, and return where they differ."""
         if not quick.conditions or not kernel.conditions:
-            return
+            return []
         self.compared += 1
-        for path, condition in kernel.conditions.items():
-            said = quick.conditions[path]
-            if said is not condition and Condition.CANNOT_BE_TOLD not in {said, condition}:
-                self.differences.append(Difference(self.state, path, said, condition))
+        found = [
+            Difference(self.state, path, said, condition)
+            for path, condition in kernel.conditions.items()
+            if (said := quick.conditions[path]) is not condition
+            and Condition.CANNOT_BE_TOLD not in {said, condition}
+        ]
+        self.differences += found
+        return found
 
     def close(self) -> None:
         """End the guest."""
@@ -122,15 +126,28 @@ class Pair:
         changed = None if changed is None else list(changed)
         quick = self._quick.check(device, changed)
         kernel = self._kernel.check(device, changed)
-        known = len(self._both.differences)
-        self._both.note(quick, kernel)
-        if self._both.strict and len(self._both.differences) > known:
-            one = self._both.differences[known]
-            reason = f"the kernel finds {one.path} {one.kernel}, the quick oracle {one.quick}"
-            return Findings(Verdict.UNKNOWN, kernel.conditions, reason)
-        if kernel.verdict is not Verdict.UNKNOWN or kernel.conditions:
-            return kernel
-        if quick.verdict is not Verdict.PASS:
-            return quick
-        reason = f"the kernel could not tell, the quick oracle alone says whole: {kernel.reason}"
-        return Findings(Verdict.UNKNOWN, quick.conditions, reason)
+        return agreed(quick, kernel, self._both.note(quick, kernel))
+
+
+def agreed(quick: Findings, kernel: Findings, differences: Sequence[Difference]) -> Findings:
+    """Return what both stand for: the kernel's findings, but for what only one of them says."""
+    if not differences and (kernel.conditions or not quick.conditions):
+        return kernel
+    if not kernel.conditions:
+        counts = Counter(condition.value for condition in quick.conditions.values())
+        said = ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+        reason = f"the kernel could not tell, the quick oracle alone says {said}: {kernel.reason}"
+        unknown = dict.fromkeys(quick.conditions, Condition.CANNOT_BE_TOLD)
+        return Findings(Verdict.UNKNOWN, unknown, reason)
+    conditions = dict(kernel.conditions)
+    for one in differences:
+        if Condition.WHOLE in {one.quick, one.kernel}:
+            conditions[one.path] = Condition.CANNOT_BE_TOLD
+    one = differences[0]
+    reasons = [
+        f"the kernel finds {one.path} {one.kernel.value}, the quick oracle {one.quick.value}"
+    ]
+    reasons += [f"they differ on {len(differences) - 1:,} more"] if len(differences) > 1 else []
+    reasons += [kernel.reason] if kernel.reason else []
+    verdict = merge({Outcome(condition).verdict for condition in conditions.values()})
+    return Findings(verdict, conditions, "; ".join(reasons))

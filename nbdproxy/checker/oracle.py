@@ -92,7 +92,8 @@ class KernelOracle:
     def paths(self, device: ReadableDevice, *, mount: Mount) -> list[str]:
         """Return the paths of a mount's files and links.
 
-        Of the top level of a Btrfs without those in subvolumes that `roots` leaves out.
+        Of the top level of a Btrfs without those in subvolumes that `roots` leaves out. Raises
+        PartlyListedError if the kernel cannot list or read some.
         """
         place = self.place(device, mount.partition)
         if mount.root == "/" and kind_of(place.device) is FilesystemKind.BTRFS:
@@ -273,10 +274,13 @@ class KernelOracle:
                 limit=place.length,
                 limit_s=_patience(place),
             )
-        if found["errors"] and digests:
-            path, code = found["errors"][0]
-            raise FilesystemError(f"{_shown(path)} cannot be read ({code})")
         entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
+        if found["errors"]:
+            path, code = min(found["errors"])
+            what = _shown(path) or "/"
+            if digests:
+                raise FilesystemError(f"{what} cannot be read ({code})")
+            raise quick.PartlyListedError(what, [entry.path for entry in entries])
         if digests and (endless := [entry for entry in entries if not entry.digest]):
             raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
         return entries
@@ -446,7 +450,7 @@ def _entry(found: Any) -> Entry:
 def _asked(entry: Entry) -> dict[str, object]:
     path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
     asked = {"path": path, "link": is_link, "mode": entry.mode}
-    return {**asked, "algorithm": entry.algorithm, "digest": entry.digest}
+    return {**asked, "algorithms": entry.algorithms, "digest": entry.digest}
 
 
 def _where(mount: Mount) -> dict[str, object]:

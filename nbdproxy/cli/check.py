@@ -40,6 +40,7 @@ from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.composite import TreeFollower, split
+from nbdproxy.oracles.condition import doubt_of
 from nbdproxy.oracles.locate import Where, below, locate
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
@@ -100,18 +101,19 @@ def check(
             judge.state = name
         known = where_of(root, partition, mount)
         tree, wanted = _placed(judge, disk, timeline, wanted, known)
-        findings = None
+        findings = doubt = None
         if wanted is not None:
             earlier: Digests = {}
             if timeline is not None:
                 earlier = earlier_digests(timeline, wanted, tree, judge)
             findings = TreeFollower(judge, wanted, earlier, tree).check(disk, None)
+            doubt = doubt_of(wanted, [findings.conditions])
         looked = tuple(
             _examined(judge, disk, tree, number, fsck=fsck)
             for number in _asked(disk, tree, wanted, known)
         )
     tell_differences(judge)
-    told = checked.Checked(name, looked, findings)
+    told = checked.Checked(name, looked, findings, doubt)
     if json:
         print_json({**checked.to_json(told, list_files=list_files), **differences_json(judge)})
     else:

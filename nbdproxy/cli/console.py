@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import structlog
@@ -54,9 +54,7 @@ def _plain(what: RenderableType) -> RenderableType:
 class _Console(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """Print lines as they are: no markup, no emoji, and nothing that steers a terminal."""
-        shown = (
-            "\t".join(map(visible, o.split("\t"))) if isinstance(o, str) else o for o in objects
-        )
+        shown = (visible(o) if isinstance(o, str) else o for o in objects)
         super().print(*shown, **{"markup": False, "emoji": False, **options})
 
     def status(self, status: RenderableType, **options: Any) -> Status:
@@ -74,6 +72,11 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 def print_json(value: Any) -> None:
     """Print a result for programs."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+
+
+def print_fields(fields: Iterable[str]) -> None:
+    """Print one line of a list for programs, with tabs between its fields, which have none."""
+    sys.stdout.write("\t".join(map(visible, fields)) + "\n")
 
 
 def _made_visible(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> dict[str, Any]:

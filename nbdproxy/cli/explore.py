@@ -235,6 +235,7 @@ def _what_is_explored(source: RecordedSource, job: Job, mode: CacheMode, failure
     return {
         "recording": str(job.run),
         "identity": xxh3_64_hexdigest(source.meta.dump().encode()),
+        "base": _identity_of(job.base),
         "events": source.events,
         "mode": mode.value,
         "failure": failure.value,
@@ -244,6 +245,14 @@ def _what_is_explored(source: RecordedSource, job: Job, mode: CacheMode, failure
         "fsyncgate": job.options.fsyncgate,
         "losses": " ".join(map(str, job.options.losses)),
     }
+
+
+def _identity_of(base: Path | None) -> str | None:
+    """Return what tells an image from another, wherever it is; None if none was named."""
+    if base is None:
+        return None
+    stat = base.stat()
+    return f"{stat.st_size} bytes, last changed {stat.st_mtime_ns} ns after 1970"
 
 
 def _what_is_wished(wish: Wish) -> About:

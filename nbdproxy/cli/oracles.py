@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -39,7 +38,7 @@ OracleChoice = Annotated[
 MAKERS: dict[OracleName, Callable[[], Oracle]] = {
     OracleName.QUICK: QuickOracle,
     OracleName.KERNEL: KernelOracle,
-    OracleName.BOTH: partial(BothOracles, strict=True),
+    OracleName.BOTH: BothOracles,
 }
 """Makes each, silent, in any process; where both are asked, a difference is in the verdict."""
 

@@ -22,7 +22,7 @@ from nbdproxy.cli.choices import (
     parse_list,
     where_of,
 )
-from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.console import err, out, print_fields, print_json
 from nbdproxy.cli.oracles import (
     EXIT,
     OracleChoice,
@@ -66,7 +66,10 @@ def replay(
     oracle: OracleChoice = OracleName.QUICK,
     list_files: Annotated[
         bool,
-        typer.Option("--list", help="Also list the lost files, one a line; with --json, too."),
+        typer.Option(
+            "--list",
+            help="Also list the lost files, one a line, tabs between the fields; with --json, too.",
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -104,9 +107,10 @@ def replay(
     wanted = manifest.load(files)
     with ExitStack() as stack:
         sources = [stack.enter_context(RecordedSource(run, image=base)) for run in found]
-        for source in sources:
+        for run, source in zip(found, sources, strict=True):
             if source.missing:
-                err.print(f"note: {source.missing}", markup=False)
+                which = f"{run}: " if len(found) > 1 else ""
+                err.print(f"note: {which}{source.missing}", markup=False)
         with err.status("judging crash states") as status, opened(oracle, status.update) as judge:
 
             def about_to_judge(state: StateId) -> None:
@@ -138,8 +142,8 @@ def replay(
 def _print(together: Together, source: RecordedSource, *, list_files: bool) -> None:
     result = together.table
     if list_files:
-        for line in table.lost_files(result):
-            out.print(line, markup=False)
+        for fields in table.lost_files(result):
+            print_fields(fields)
     out.print(table.render(result, source))
     for line in table.footnotes(together):
         out.print(printable(line), markup=False, style="dim")

@@ -5,8 +5,8 @@ same cut, and the cause is the first thing that would have had to be kept for it
 byte of filesystem layout is interpreted on the way.
 
 Not covered: which bytes of the file, and whether its data or the way to it was lost: see `ranges`.
-What the guest changed itself is looked for at some earlier
-instants only (see `replay`); a file that was whole between two of them counts as never-sent.
+What the guest changed itself is looked for after each
+earlier flush (see `replay`); a file that was whole only between two of them counts as never-sent.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def find_causes(
     level: Level,
     promised: Level,
     kept_in: Callable[[Level], Kept],
-    earlier: Callable[[frozenset[str]], frozenset[str]],
+    earlier: Callable[[frozenset[str]], Kept],
 ) -> Iterator[tuple[str, Cause]]:
     """Yield each file of `broken` with its cause.
 
     `level` is what the state at hand keeps; only layers above it can tell anything. `promised` is
     what the cache mode promises to keep: what is whole in that was lost against the promise.
-    `kept_in` gives what became of the files when all of a layer is kept, and `earlier` those of
-    some files that were whole at an earlier instant; both are asked only while files are left.
+    `kept_in` gives what became of the files when all of a layer is kept, and `earlier` what some
+    of them were at earlier instants; both are asked only while files are left.
     A file that is doubtful in one layer may have been whole there, so no later one is blamed.
     """
     levels = list(Level)
@@ -82,6 +82,9 @@ def find_causes(
             yield path, Cause.FLUSHED_THEN_LOST if is_promised else _LAYERS[layer]
         for path in sorted(doubtful):
             yield path, Cause.CANNOT_BE_TOLD
-    changed = earlier(frozenset(left)) if left else frozenset()
+    before = earlier(frozenset(left)) if left else Kept(frozenset(), frozenset())
     for path in sorted(left):
-        yield path, Cause.CHANGED_BY_GUEST if path in changed else Cause.NEVER_SENT
+        if path in before.whole:
+            yield path, Cause.CHANGED_BY_GUEST
+        else:
+            yield path, Cause.CANNOT_BE_TOLD if path in before.doubtful else Cause.NEVER_SENT

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,13 +27,21 @@ _UNITS_NS = {"": 10**9, "s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 _TIME = re.compile(r"(?P<number>\d+(?:\.\d+)?|\.\d+)(?P<unit>s|ms|us|ns|)")
 
 
+_EXIT_FLUSHES = 2
+"""So many a QEMU sends on its way out, for a raw disk."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """An instant: what was asked for, its position, and what there is to say about it."""
+    """An instant: what was asked for, its position, and what there is to say about it.
+
+    `matters` is False where what the note says changes nothing of what was flushed when.
+    """
 
     text: str
     position: int
     note: str = ""
+    matters: bool = True
 
     def time_ns(self, source: Source) -> int:
         """Return when the last event before the cut happened, from the recording's start."""
@@ -64,25 +72,49 @@ def before_exit(source: Source) -> Cut:
     Exact if the recording has QEMU's SHUTDOWN event, which comes before those flushes. Otherwise,
     if the last connection said DISC and the two requests before that were successful flushes,
     these two count as QEMU's own (a raw disk gets exactly two); a third is the guest's own sync
-    and stays. Otherwise nothing is set aside, and the note says why.
+    and stays. Otherwise nothing is set aside, and the note says why. It matters if flushes that are
+    set aside, or may have been QEMU's, made anything durable.
     """
+    cut = _before_exit(source)
+    return replace(cut, matters=_is_flushed_late(source, cut.position))
+
+
+def _is_flushed_late(source: Source, position: int) -> bool:
+    """Tell whether the flushes behind a cut, or the last ones if it is the end, were needed."""
+    table = source.table
+    if position == source.events:
+        rows = np.flatnonzero(table.connection == _last_connection(source))[-_EXIT_FLUSHES:]
+        others = np.flatnonzero(~table.is_flush[rows])
+        exits = rows[others[-1] + 1 :] if len(others) else rows
+        if not len(exits):
+            return False
+        position = int(table.seq[exits[0]])
+    since = durable_from(table)[table.is_modifying]
+    return bool(((since >= position) & (since != NEVER)).any())
+
+
+def _last_connection(source: Source) -> int:
+    connections = [note.connection for note in source.notes if note.kind is NoteKind.CONNECT]
+    if len(source.table):
+        connections.append(int(np.max(source.table.connection)))
+    return max(connections, default=0)
+
+
+def _before_exit(source: Source) -> Cut:
     text = "before-exit"
     shutdowns = [note.seq for note in source.notes if _is_shutdown(note)]
     if shutdowns:
         return Cut(text, shutdowns[-1], "QEMU's SHUTDOWN event")
-    connections = [note.connection for note in source.notes if note.kind is NoteKind.CONNECT]
-    if len(source.table):
-        connections.append(int(np.max(source.table.connection)))
-    last = max(connections, default=0)
+    last = _last_connection(source)
     discs = [n.seq for n in source.notes if n.kind is NoteKind.DISC and n.connection == last]
     if not discs:
         return Cut(
             text, source.events, "the last connection did not end in DISC: nothing was set aside"
         )
     table = source.table
-    rows = np.flatnonzero((table.connection == last) & (table.seq < discs[-1]))[-2:]
+    rows = np.flatnonzero((table.connection == last) & (table.seq < discs[-1]))[-_EXIT_FLUSHES:]
     flushed = table.is_flush[rows] & (table.error[rows] == 0) & (table.completed[rows] < discs[-1])
-    if len(rows) < 2 or not flushed.all():
+    if len(rows) < _EXIT_FLUSHES or not flushed.all():
         note = "the client did not flush twice right before it left, as QEMU does: "
         return Cut(text, source.events, f"{note}nothing was set aside")
     return Cut(

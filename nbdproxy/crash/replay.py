@@ -26,6 +26,7 @@ import numpy as np
 from nbdproxy.crash.causes import Cause, Kept, find_causes
 from nbdproxy.crash.cuts import Cut, resolve
 from nbdproxy.crash.naming import Choice, StateId
+from nbdproxy.crash.rooted import with_root
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
@@ -50,9 +51,6 @@ from nbdproxy.persistence.modes import (
     promised,
 )
 from nbdproxy.recording.index import Mask, RequestTable
-
-_LOOK_BACK = 16
-"""After so many flushes, evenly spread, it is looked for what the guest changed itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +191,7 @@ class _Judge:
     behind: dict[tuple[int, Mount], Unmapped] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)
     outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
+    earlier: dict[tuple[int, Options, frozenset[str]], Kept] = field(default_factory=dict)
     _last: Mask | None = None
 
     def outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
@@ -247,19 +246,31 @@ class _Judge:
             doubtful = frozenset(entry.path for entry in self.manifest.entries)
         return Kept(whole, doubtful)
 
-    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> frozenset[str]:
-        """Return those of `paths` that were whole, all sent, after some flush before the cut."""
-        table = self.timeline.table
-        done = table.completed[table.is_flush & (table.completed < state.position)]
-        steps = np.unique(np.linspace(0, max(len(done) - 1, 0), _LOOK_BACK).astype(int))
-        found: set[str] = set()
-        for position in [*(np.sort(done)[steps[::-1]] + 1 if len(done) else ()), 0]:
-            earlier = StateId(int(position), Level.RECEIVED, Choice.MUST, self.options)
+    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> Kept:
+        """Return those of `paths` that were whole, all sent, after some flush before the cut.
+
+        And those that may have been, as after a flush nothing could be told of them.
+        """
+        asked = state.position, state.options, paths
+        if asked not in self.earlier:
+            self.earlier[asked] = self._looked_back(state, paths)
+        return self.earlier[asked]
+
+    def _looked_back(self, state: StateId, paths: frozenset[str]) -> Kept:
+        left, whole, doubtful = set(paths), set[str](), set[str]()
+        for position in self.timeline.after_flushes(state.position):
+            earlier = StateId(position, Level.RECEIVED, Choice.MUST, self.options)
             conditions = self._findings(earlier).conditions
-            found |= {p for p in paths if conditions.get(p) is Condition.WHOLE}
-            if len(found) == len(paths):
+            for path in left:
+                found = conditions.get(path, Condition.CANNOT_BE_TOLD)
+                if found is Condition.WHOLE:
+                    whole.add(path)
+                elif found is Condition.CANNOT_BE_TOLD:
+                    doubtful.add(path)
+            left -= whole
+            if not left:
                 break
-        return frozenset(found)
+        return Kept(frozenset(whole), frozenset(doubtful - whole))
 
     def _choice(self, state: StateId) -> Mask:
         """Return which requests a state has."""
@@ -312,18 +323,21 @@ def place(
 ) -> tuple[Tree, Manifest]:
     """Return the guest's tree, and the manifest with absolute paths in it.
 
+    Below a --root that no state has, no file can be told.
     Looked for where the most is there, at the end or else at the cut. Raises ManifestError if none
     of the files was ever on the disk, FilesystemError if it cannot be read.
     """
     try:
-        return locate(oracle, timeline.at(timeline.source.events), manifest, where)
+        tree, manifest = locate(oracle, timeline.at(timeline.source.events), manifest, where)
     except (ManifestError, FilesystemError) as at_the_end:
         if cut.position == timeline.source.events:
             raise
         try:
-            return locate(oracle, timeline.at(cut.position), manifest, where)
+            tree, manifest = locate(oracle, timeline.at(cut.position), manifest, where)
         except (ManifestError, FilesystemError):
             raise at_the_end from None
+    (tree,) = with_root([tree], [timeline], manifest, where.root, oracle)
+    return tree, manifest
 
 
 def earlier_digests(

@@ -77,6 +77,11 @@ class Timeline:
         """Return the disk with all that had been sent at a cut."""
         return self.open(StateId(position, Level.RECEIVED, Choice.ALL))
 
+    def after_flushes(self, before: int) -> list[int]:
+        """Return the positions right after flushes, the last first, and the beginning."""
+        done = self.table.completed[self.table.is_flush & (self.table.completed < before)]
+        return [*(np.sort(done)[::-1] + 1).tolist(), 0]
+
     def close(self) -> None:
         """Close the base; the disks that were opened cannot be read any more."""
         with self._lock:

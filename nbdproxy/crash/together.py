@@ -18,6 +18,7 @@ from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
 from nbdproxy.crash.replay import replay as replay_one
+from nbdproxy.crash.rooted import with_root
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
@@ -37,7 +38,11 @@ _UNKNOWN = FileOutcome(Condition.CANNOT_BE_TOLD, None)
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """The table of all files, and those of each recording's own files, in order."""
+    """The table of all files, and those of each recording's own files, in order.
+
+    The table's `recorded_under` are the modes under which all of them can have been taken. Its
+    words, and the notes of its cuts, name the recording where they are not the same of all.
+    """
 
     table: Replay
     each: tuple[Replay, ...]
@@ -83,7 +88,8 @@ def replay_together(
             sources, trees, cuts, _shares(manifest, trees), strict=True
         )
     )
-    return Together(_merged(each, manifest), each)
+    names = [f"disk {n} ({source.path.name})" for n, source in enumerate(sources, start=1)]
+    return Together(_merged(each, manifest, names), each)
 
 
 def _taken(source: RecordedSource, recorded_as: CacheMode | None) -> Taken:
@@ -156,13 +162,14 @@ def _place(
         timelines = [stack.enter_context(closing(Timeline(source))) for source in sources]
         ends = [timeline.at(timeline.source.events) for timeline in timelines]
         try:
-            return locate_all(oracle, ends, manifest, where)
+            trees, manifest = locate_all(oracle, ends, manifest, where)
         except (ManifestError, FilesystemError) as at_the_end:
             try:
                 there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
-                return locate_all(oracle, there, manifest, where)
+                trees, manifest = locate_all(oracle, there, manifest, where)
             except (ManifestError, FilesystemError):
                 raise at_the_end from None
+        return with_root(trees, timelines, manifest, where.root, oracle), manifest
 
 
 def _shares(manifest: Manifest, trees: Sequence[Tree]) -> list[Manifest]:
@@ -175,29 +182,48 @@ def _shares(manifest: Manifest, trees: Sequence[Tree]) -> list[Manifest]:
     return [Manifest(tuple(e for e in manifest.entries if e.path in some)) for some in own]
 
 
-def _merged(each: Sequence[Replay], manifest: Manifest) -> Replay:
+def _merged(each: Sequence[Replay], manifest: Manifest, names: Sequence[str]) -> Replay:
     first = each[0]
     cells = []
     for some in zip(*(one.cells for one in each), strict=True):
         cell: Cell = some[0]
         verdict = merge({one.verdict for one in some})
         worst, best = (
-            _outcome([getattr(one, end) for one in some], each, manifest)
+            _outcome([getattr(one, end) for one in some], each, manifest, names)
             for end in ("worst", "best")
         )
-        cells.append(replace(cell, verdict=verdict, worst=worst, best=best))
+        cut = _cut([one.cut for one in some], names)
+        cells.append(replace(cell, cut=cut, verdict=verdict, worst=worst, best=best))
     return replace(
         first,
         manifest=manifest,
+        cut=_cut([one.cut for one in each], names),
+        recorded_under=frozenset.intersection(*(one.recorded_under for one in each)),
         left_out=tuple(dict.fromkeys(mode for one in each for mode in one.left_out)),
         cells=tuple(cells),
         below_qcow2=any(one.below_qcow2 for one in each),
-        why="; ".join(dict.fromkeys(one.why for one in each if one.why)),
-        remark="; ".join(dict.fromkeys(one.remark for one in each if one.remark)),
+        why=_told([one.why for one in each], names),
+        remark=_told([one.remark for one in each], names),
     )
 
 
-def _outcome(some: Sequence[Outcome], each: Sequence[Replay], manifest: Manifest) -> Outcome:
+def _told(words: Sequence[str], names: Sequence[str]) -> str:
+    """Return what is said of the recordings: once if it is the same of all, else each by name."""
+    if len(set(words)) == 1:
+        return words[0]
+    return "; ".join(f"{name}: {one}" for name, one in zip(names, words, strict=True) if one)
+
+
+def _cut(cuts: Sequence[Cut], names: Sequence[str]) -> Cut:
+    """Return the first one's cut, with what is to be said of each, by preference what matters."""
+    matters = any(cut.matters for cut in cuts)
+    notes = [cut.note if cut.matters is matters else "" for cut in cuts]
+    return replace(cuts[0], note=_told(notes, names), matters=matters)
+
+
+def _outcome(
+    some: Sequence[Outcome], each: Sequence[Replay], manifest: Manifest, names: Sequence[str]
+) -> Outcome:
     """Return what the disks together hold: of one that cannot be judged, no file can be told.
 
     Without files, as for one disk, if that is so of all of them.
@@ -206,10 +232,9 @@ def _outcome(some: Sequence[Outcome], each: Sequence[Replay], manifest: Manifest
     if any(one.files for one in some):
         for one, replay in zip(some, each, strict=True):
             files |= one.files or {entry.path: _UNKNOWN for entry in replay.manifest.entries}
-    reasons = dict.fromkeys(one.reason for one in some if one.reason is not None)
     return Outcome(
         some[0].state,
         merge({one.verdict for one in some}),
-        "; ".join(reasons) or None,
+        _told([one.reason or "" for one in some], names) or None,
         {e.path: files[e.path] for e in manifest.entries if e.path in files},
     )

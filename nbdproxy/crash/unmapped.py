@@ -22,7 +22,6 @@ from nbdproxy.crash.timeline import CrashDisk, Timeline
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import ExtentSet
 from nbdproxy.oracles import check
-from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
 from nbdproxy.oracles.ext4.mounted import open_filesystem
@@ -121,7 +120,7 @@ class Unmapped:
             for offset, at, length in holes:
                 end = max(offset, min(offset + length, node.size))
                 content[offset:end] = self._read(tried[at // cluster] + at % cluster, end - offset)
-            if manifests.digest([bytes(content)], entry.algorithm) == entry.digest:
+            if entry.is_of(bytes(content)):
                 self._places = tried
                 self._last = max(hosts, default=self._last)
                 return True

@@ -1,10 +1,11 @@
-"""`Verdicts`: what an exploration found out, in an SQLite file. The schema, version 1:
+"""`Verdicts`: what an exploration found out, in an SQLite file. The schema, version 2:
 
     about    key TEXT PRIMARY KEY, value TEXT
              what was explored: `version`, `recording` (its path then), `identity` (a digest of
-             how it began), `events`, `mode`, `failure`, `level`, `at` (the cut or the cuts), the
-             model's `sector`, `coverage`, `fsyncgate` and `losses`, `judge` (what was checked),
-             and what was wished for: `seed`, `torn`, `stale`, `exhaustive`
+             how it began), `base` (the image that was named, by size and time), `events`, `mode`,
+             `failure`, `level`, `at` (the cut or the cuts), the model's `sector`, `coverage`,
+             `fsyncgate` and `losses`, `judge` (what was checked), and what was wished for: `seed`,
+             `torn`, `stale`, `exhaustive`
     state    one row a state that was visited, in the order in which they were
         id        TEXT PRIMARY KEY; with the recording all that is needed to rebuild the state
         number    INTEGER, counted from 0
@@ -38,7 +39,9 @@ from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.private import check_folder
 
-VERSION = "1"
+VERSION = "2"
+"""Of the schema, and of what a verdict means: raised as well where states are judged by other
+rules, as a file of before has verdicts that would be others now."""
 
 _SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT);
@@ -114,7 +117,10 @@ class Verdicts:
     def _check(self, about: About) -> None:
         found = dict(self._db.execute("SELECT key, value FROM about"))
         if found.pop("version", None) != VERSION:
-            raise UsageError(f"{self._path} was not made by this version; name another --db")
+            raise UsageError(
+                f"{self._path} was made by another version of nbdproxy, which judged by other "
+                f"rules; name another --db"
+            )
         for key, value in _texts(about).items():
             if key != "recording" and found.get(key) != value:
                 raise UsageError(

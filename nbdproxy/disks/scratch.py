@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from nbdproxy.errors import UsageError
+from nbdproxy.errors import TemporaryFolderError
 from nbdproxy.private import check_folder
 
 
@@ -17,25 +17,28 @@ def scratch_folder() -> str:
     """Return where scratch files lie: in $TMPDIR, else in /var/tmp.
 
     Unlike /tmp that is on a real disk: what a guest writes without flushing may be larger than
-    memory. Raises UsageError if it is not there, UnsafeFolderError if others can change it.
+    memory. Raises TemporaryFolderError if it cannot be used, UnsafeFolderError if others can
+    change it.
     """
-    return _checked("/var/tmp")
+    return _checked(os.environ.get("TMPDIR") or "/var/tmp")
 
 
 def temporary_folder() -> str:
-    """Return where sockets and small files lie: in $TMPDIR, else in /tmp; raises as above."""
-    return _checked("/tmp")
+    """Return where sockets and small files lie: in $TMPDIR if that is there, else in /tmp.
+
+    Raises as `scratch_folder` does.
+    """
+    named = os.environ.get("TMPDIR", "")
+    return _checked(named if Path(named or "/nowhere").is_dir() else "/tmp")
 
 
-def _checked(otherwise: str) -> str:
-    named = os.environ.get("TMPDIR")
-    folder = named or otherwise
+def _checked(folder: str) -> str:
     try:
         check_folder(Path(folder))
     except OSError as error:
-        todo = "make it, or unset TMPDIR" if named else "make it, or set TMPDIR to another folder"
-        raise UsageError(
-            f"the folder for temporary files, {folder}, cannot be used: {error.strerror}; {todo}"
+        raise TemporaryFolderError(
+            f"the folder for temporary files, {folder}, cannot be used: {error.strerror}; make it, "
+            "or set TMPDIR to another folder"
         ) from None
     return folder
 

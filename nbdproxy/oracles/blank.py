@@ -21,11 +21,17 @@ def certain(findings: Findings, disk: ReadableDevice, manifest: Manifest, mount:
     cannot_tell = findings.verdict is Verdict.UNKNOWN and not findings.conditions
     if not cannot_tell:
         return findings
-    what = "the disk" if is_blank(disk) else _blank_part(disk, mount.partition)
-    if what is None:
+    why = what_is_blank(disk, mount.partition)
+    if why is None:
         return findings
     missing = {entry.path: Condition.MISSING for entry in manifest.entries}
-    return Findings(Verdict.FAIL, missing, f"{what} reads all zeroes")
+    return Findings(Verdict.FAIL, missing, why)
+
+
+def what_is_blank(disk: ReadableDevice, partition: PartitionName) -> str | None:
+    """Say that a disk, or a partition that it has, reads all zeroes; None if neither does."""
+    what = "the disk" if is_blank(disk) else _blank_part(disk, partition)
+    return None if what is None else f"{what} reads all zeroes"
 
 
 def _blank_part(disk: ReadableDevice, partition: PartitionName) -> str | None:

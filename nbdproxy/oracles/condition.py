@@ -17,7 +17,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 
-from nbdproxy.oracles.manifest import SHA256, Entry
+from nbdproxy.oracles.manifest import SHA256, Entry, Manifest
 
 BLOCK = 4096
 """Bytes of a block that counts as zeroed; a file's last, shorter block counts too."""
@@ -43,6 +43,10 @@ class Condition(StrEnum):
     CANNOT_BE_TOLD = "cannot-be-told"
 
 
+_PROGRAMS = {"blake2b": "b2sum"}
+_WITH_CONTENT = {Condition.DAMAGED, Condition.PARTLY_ZEROED, Condition.STALE}
+
+
 def classify(
     expected: Entry, size: int, chunks: Iterable[bytes], earlier: Collection[str] = ()
 ) -> Condition:
@@ -53,7 +57,7 @@ def classify(
     """
     if expected.size not in {None, size} and size and not earlier:
         return _by_size(expected, size)
-    algorithms = {expected.algorithm, EARLIER} if earlier else {expected.algorithm}
+    algorithms = {*expected.algorithms, *([EARLIER] if earlier else [])}
     hashes = {name: hashlib.new(name, usedforsecurity=False) for name in algorithms}
     zeroes = ZeroTally()
     for chunk in chunks:
@@ -79,10 +83,10 @@ def conclude(
 ) -> Condition:
     """Tell the condition of a file from its digests, and from what blocks of it are zeroes.
 
-    `digests` has them by their algorithms: the expected one's and, if there are earlier ones, those
+    `digests` has them by their algorithms: the expected ones' and, if there are earlier ones, those
     are EARLIER's. `zero_block` is whether any aligned block is, the last, shorter one included.
     """
-    if digests[expected.algorithm] == expected.digest:
+    if any(digests[name] == expected.digest for name in expected.algorithms):
         return Condition.WHOLE
     if size == 0:
         return Condition.EMPTY
@@ -93,6 +97,26 @@ def conclude(
     if all_zero:
         return Condition.ZEROED
     return Condition.PARTLY_ZEROED if zero_block else Condition.DAMAGED
+
+
+def doubt_of(manifest: Manifest, states: Iterable[Mapping[str, Condition]]) -> str | None:
+    """Say that a manifest may be another program's, if no file of it is whole in any state.
+
+    That is said of lines that do not name their algorithm, where files with content are there.
+    """
+    guessed = {entry.path: entry for entry in manifest.entries if entry.is_guessed}
+    seen: set[Condition] = set()
+    for state in states:
+        seen |= {found for path, found in state.items() if path in guessed}
+    if Condition.WHOLE in seen or not seen & _WITH_CONTENT:
+        return None
+    algorithms = dict.fromkeys(name for entry in guessed.values() for name in entry.algorithms)
+    programs = " or ".join(_PROGRAMS.get(name, f"{name}sum") for name in algorithms)
+    return (
+        f"no file has the digest that stands in the manifest: unless all of them are damaged, it "
+        f"was made by another program than {programs}, such as b3sum; make it with `nbdproxy "
+        f"manifest`, or with a program that names its algorithm (--tag)"
+    )
 
 
 def _by_size(expected: Entry, size: int) -> Condition:

@@ -19,7 +19,7 @@ from pathlib import Path
 from nbdproxy.disks.copying import write_blocks
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
-from nbdproxy.oracles.blank import is_blank
+from nbdproxy.oracles.blank import what_is_blank
 from nbdproxy.oracles.browse import Found, Kind, NotMountedError, Shown
 from nbdproxy.oracles.check import absolute, shown
 from nbdproxy.oracles.ext4.faults import CorruptError
@@ -42,7 +42,7 @@ class Extracted:
     lost      what the guest's kernel could not read either, or what is not there
     doubtful  what cannot be told, or cannot be written here
     skipped   what is left out on purpose
-    refused   why a kernel does not mount a filesystem, if so: all of it is lost
+    refused   why a kernel does not mount a filesystem, blank ones too: all of it is lost
     """
 
     written: list[Found] = field(default_factory=list)
@@ -101,8 +101,8 @@ def extract(
                         writer.take(view, point, only_look=comes)
                     writer.finish()
             except FilesystemError as error:
-                blank = CorruptError("the disk reads all zeroes")
-                found.note(mount.point, blank if is_blank(device) else error)
+                blank = what_is_blank(device, mount.partition)
+                found.note(mount.point, error if blank is None else NotMountedError(blank))
         _note_away(found, tree, wanted)
     except OSError as error:
         raise UsageError(

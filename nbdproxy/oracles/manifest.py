@@ -13,8 +13,9 @@ sha384 and sha512, told by how many digits they have; lines that name it, `SHA25
 no escapes (`-z`); `rpm --dump`, of which regular files and links are taken, with size and mode; and
 dpkg's lists of md5, whose names begin at the root, if the file is called `*md5sums`.
 
-Not covered: digests of as many digits as one of SHA's that are another's (`b2sum` without `--tag`,
-`b3sum`): no file is whole by such a list.
+Of 128 digits without a name either is meant, as `sha512sum` and `b2sum` write the same: a file that
+has one of the two digests is whole. Not covered: other programs that write as many digits as one of
+SHA's (`b3sum`): no file is whole by such a list, of which `condition.doubt_of` makes a sentence.
 
 Names may be absolute in the filesystem or stand below some directory of it; `resolve` finds out.
 """
@@ -28,7 +29,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,8 @@ TAGS = {
     "BLAKE2b": "blake2b",
 }
 """The names that lines give the algorithms; the last one of each is how `dump` writes it."""
+ALIKE = {"sha512": ("blake2b",)}
+"""What else a line may mean that has as many digits as an algorithm's, and does not name it."""
 DIGITS = {name: digits for digits, name in BY_DIGITS.items()} | {"blake2b": 128}
 WEAK = frozenset({"md5", "sha1"})
 """They tell a lost file as well as any, and prove nothing of one that somebody forged."""
@@ -74,7 +77,7 @@ class Entry:
 
     `mode` has its permission bits, if they matter. A `target` makes it a symbolic link that leads
     there; then digest and size are those of the target. `algorithm` is the digest's, as hashlib
-    calls it.
+    calls it; `is_guessed` if nothing but the number of digits tells it.
     """
 
     path: str
@@ -83,6 +86,16 @@ class Entry:
     mode: int | None = None
     target: str | None = None
     algorithm: str = SHA256
+    is_guessed: bool = field(default=False, compare=False)
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """Those that the digest may be of."""
+        return (self.algorithm, *(ALIKE.get(self.algorithm, ()) if self.is_guessed else ()))
+
+    def is_of(self, content: bytes) -> bool:
+        """Tell whether a content has the digest."""
+        return any(digest([content], name) == self.digest for name in self.algorithms)
 
 
 def link_entry(path: str, target: str) -> Entry:
@@ -143,7 +156,7 @@ def parse(text: str, source: str, *, from_root: bool = False) -> Manifest:
             told = _NOTHING_TOLD
         if entry is not None:
             if from_root:
-                entry = replace(entry, path="/" + entry.path.lstrip("/"))
+                entry = replace(entry, path="/" + entry.path.lstrip("/"), is_guessed=False)
             known = entries.setdefault(entry.path, entry)
             if known != entry:
                 raise ManifestError(
@@ -170,7 +183,7 @@ def dump(manifest: Manifest) -> str:
             lines.append(f"# mode {entry.mode:o}")
         name = entry.path.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
         mark = "" if name == entry.path else "\\"
-        if entry.algorithm == SHA256:
+        if entry.algorithm == SHA256 or len(entry.algorithms) > 1:
             lines.append(f"{mark}{entry.digest}  {name}")
         else:
             lines.append(f"{mark}{_TAG_OF[entry.algorithm]} ({name}) = {entry.digest}")
@@ -319,7 +332,8 @@ def _entry(line: str, told: _Told, where: str, *, raw: bool) -> Entry | None:
         line = line.removesuffix("\r")
     if listed := RPM.fullmatch(line):
         return _of_rpm(listed)
-    if plain := LINE.fullmatch(line):
+    plain = LINE.fullmatch(line)
+    if plain:
         escaped, found, name = plain.groups()
         algorithm = BY_DIGITS.get(len(found))
     elif tagged := TAGGED.fullmatch(line):
@@ -337,7 +351,10 @@ def _entry(line: str, told: _Told, where: str, *, raw: bool) -> Entry | None:
     name = REPEATED.sub("/", name)
     while name.startswith("./"):
         name = name[2:]
-    return Entry(name, found.lower(), told.size, told.mode, algorithm=algorithm)
+    # A size stands in the lines of our own manifests, whose algorithm is known.
+    is_guessed = plain is not None and told.size is None
+    expected = Entry(name, found.lower(), told.size, told.mode, algorithm=algorithm)
+    return replace(expected, is_guessed=is_guessed)
 
 
 def _no_line(line: str, where: str) -> ManifestError:

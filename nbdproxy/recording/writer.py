@@ -19,7 +19,7 @@ from pathlib import Path
 from xxhash import xxh3_64_intdigest
 
 from nbdproxy.errors import RecordingError, RecordingFullError
-from nbdproxy.private import open_folder
+from nbdproxy.private import open_folder, sync_folder
 from nbdproxy.recording.format import (
     CHECKSUM,
     NONE,
@@ -60,7 +60,7 @@ class RecordingWriter:
             os.close(self._folder)
             raise
         if durable:
-            os.fsync(self._folder)
+            sync_folder(self._folder)
         self.meta = replace(meta, origin=origin_of(self._events.status))
         # Before-images come from the thread that lands a flush, all else from the event loop.
         self._lock = threading.RLock()
@@ -187,11 +187,11 @@ class RecordingWriter:
             if errors:
                 raise errors[0]
             # The files' names have to be on the disk before the tails go.
-            os.fsync(self._folder)
+            sync_folder(self._folder)
             self._data.remove_tail()
             self._events.remove_tail()
             # Older than the files, a tail that came back would hide their ends.
-            os.fsync(self._folder)
+            sync_folder(self._folder)
         except OSError as error:
             raise RecordingError(
                 f"the recording {self.path} cannot be made durable: {error.strerror}; see to the "
@@ -257,7 +257,7 @@ def _make_directory(path: Path) -> int:
             raise RecordingFullError(
                 f"only {free >> 20} MiB are free for the recording {path}; make room first"
             )
-        os.fsync(folder)
+        sync_folder(folder)
     except BaseException:
         os.close(folder)
         raise

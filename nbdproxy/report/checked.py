@@ -28,11 +28,12 @@ class Filesystem:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found; `findings` is None without files."""
+    """What was found; `findings` is None without files. `doubt` is of the manifest itself."""
 
     name: str
     filesystems: tuple[Filesystem, ...]
     findings: Findings | None
+    doubt: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -60,6 +61,8 @@ def lines(told: Checked, *, list_files: bool) -> Iterator[str]:
     yield f"  files    {said or f'cannot be told: {told.findings.reason}'}"
     if said and told.findings.reason:
         yield f"           {told.findings.reason}"
+    if told.doubt:
+        yield f"           {told.doubt}"
     if list_files:
         for path, condition in conditions.items():
             if condition is not Condition.WHOLE:
@@ -99,6 +102,7 @@ def to_json(told: Checked, *, list_files: bool) -> dict[str, object]:
             "verdict": files.verdict.value,
             "reason": files.reason,
             "conditions": dict(counts.most_common()),
+            "doubt": told.doubt,
         }
         if list_files:
             result["lost"] = {

@@ -9,6 +9,7 @@ from nbdproxy.crash.replay import Outcome
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.together import Together
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.report import table
 
 
 def to_json(
@@ -16,7 +17,8 @@ def to_json(
 ) -> dict[str, object]:
     """Return the table as `nbdproxy replay --json` prints it; `files` adds those that are lost.
 
-    Of several recordings the states are those of the first; `recordings` has those of each.
+    Of several recordings the states and cuts are those of the first, and `recorded_under` is what
+    all can have been; `recordings` has those of each.
     """
     result, source = together.table, sources[0]
     return {
@@ -27,6 +29,7 @@ def to_json(
         "left_out": [mode.value for mode in result.left_out],
         "why_left_out": result.why or None,
         "remark": result.remark or None,
+        "doubt": table.doubt(result),
         "cells": [
             {
                 "mode": cell.mode.value,
@@ -58,6 +61,10 @@ def _each_json(
             {
                 "recording": name,
                 "files": len(one.manifest.entries),
+                "recorded_under": sorted(mode.value for mode in one.recorded_under),
+                "left_out": [mode.value for mode in one.left_out],
+                "why_left_out": one.why or None,
+                "remark": one.remark or None,
                 "cells": [
                     {
                         "mode": cell.mode.value,

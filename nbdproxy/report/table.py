@@ -11,9 +11,9 @@ from nbdproxy.crash.replay import Cell, Outcome, Replay
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.together import Together
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.condition import Condition, doubt_of
 from nbdproxy.oracles.manifest import WEAK
-from nbdproxy.persistence.modes import CacheMode
+from nbdproxy.persistence.modes import CACHED, CacheMode, Failure
 from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural
 
@@ -47,22 +47,27 @@ def _alike(result: Replay) -> dict[tuple[str, ...], tuple[str, ...]]:
     return {tuple(modes): column for column, modes in alike.items()}
 
 
-def lost_files(result: Replay) -> list[str]:
-    """Return a line for each file that is not whole in the worst state of a cell, by cell."""
+def lost_files(result: Replay) -> list[tuple[str, ...]]:
+    """Return what is told of each file that is not whole in the worst state of a cell, by cell."""
     return [
-        "\t".join(
-            (
-                cell.mode.value,
-                cell.failure.value,
-                one.condition.value,
-                one.cause.value if one.cause else "-",
-                printable(path),
-            )
+        (
+            cell.mode.value,
+            cell.failure.value,
+            one.condition.value,
+            one.cause.value if one.cause else "-",
+            printable(path),
         )
         for cell in result.cells
         for path, one in sorted(cell.worst.files.items())
         if one.condition is not Condition.WHOLE
     ]
+
+
+def doubt(result: Replay) -> str | None:
+    """Return what there is against the manifest itself."""
+    states = [end for cell in result.cells for end in (cell.worst, cell.best)]
+    told = ({path: one.condition for path, one in state.files.items()} for state in states)
+    return doubt_of(result.manifest, told)
 
 
 def footnotes(together: Together) -> list[str]:
@@ -84,6 +89,8 @@ def footnotes(together: Together) -> list[str]:
         f"nothing where somebody may have forged a file"
         for algorithm, count in weak.items()
     ]
+    if (why := doubt(result)) is not None:
+        notes.append(why)
     mounts = [
         mount.words if len(together.each) == 1 else f"{mount.words} of disk {number}"
         for number, one in enumerate(together.each, start=1)
@@ -91,24 +98,43 @@ def footnotes(together: Together) -> list[str]:
     ]
     if len(mounts) > 1:
         notes.append(f"the files are on {', '.join(mounts)}")
-    cuts = {cell.cut.text: cell.cut for cell in result.cells}
+    cuts = {cell.cut.text: cell.cut for cell in result.cells if _hangs_on_note(cell)}
     notes += [f"{cut.text}: {cut.note}" for cut in cuts.values() if cut.note]
     if result.below_qcow2:
+        below = [str(n) for n, one in enumerate(together.each, start=1) if one.below_qcow2]
+        of = "" if len(below) == len(together.each) else f"disk {', '.join(below)} was "
         notes.append(
-            "recorded below qcow2: the table tells what the qcow2 file held; tables that QEMU had "
-            "in its memory outlive a reset of the guest, and it writes them when it ends in order"
+            f"{of}recorded below qcow2: the table tells what the qcow2 file held; tables that QEMU "
+            "had in its memory outlive a reset of the guest, and it writes them when it ends in "
+            "order"
         )
     if result.left_out:
         left = ", ".join(mode.value for mode in result.left_out)
         notes.append(
             f"left out: {left}; {result.why}; if you know QEMU's cache mode then, --recorded-as "
             f"says it"
-            if len(result.recorded_under) == len(CacheMode)
+            if any(one.left_out and _can_be_any(one) for one in together.each)
             else f"left out: {left}; {result.why}"
         )
     if result.remark:
         notes.append(result.remark)
     return notes + _reasons(result)
+
+
+def _can_be_any(one: Replay) -> bool:
+    """Tell whether only the user can know under which mode a recording was taken."""
+    return len(one.recorded_under) == len(CacheMode)
+
+
+def _hangs_on_note(cell: Cell) -> bool:
+    """Tell whether what is said of a cell's cut may change the cell.
+
+    Which flushes were QEMU's own is nothing to failures that flushes are nothing to.
+    """
+    if cell.cut.text != "before-exit":
+        return True
+    by_flushes = {Failure.HOST_POWER_LOSS, Failure.STORAGE_LOSS}
+    return cell.cut.matters and cell.mode in CACHED and cell.failure in by_flushes
 
 
 def _reasons(result: Replay) -> list[str]:

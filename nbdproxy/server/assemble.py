@@ -20,7 +20,7 @@ from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.disks.overlay import OverlayDisk
-from nbdproxy.errors import ImageError, UsageError
+from nbdproxy.errors import ImageError, TemporaryFolderError, UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.nbd.constants import TransmissionFlag
 from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
@@ -146,6 +146,9 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
             stack = OverlayDisk(disk)
         elif recorder is not None and not read_only:
             stack = preserver = PreservingDisk(disk, recorder)
+    except TemporaryFolderError:
+        disk.close()
+        raise
     except (OSError, MemoryError):
         disk.close()
         raise ImageError(f"{plan.image} is too large for that here; serve it as it is") from None

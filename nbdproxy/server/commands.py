@@ -8,7 +8,9 @@ The command is run by a shell, with these variables:
     part      the number of the partition that it is on, 0 if there is none: made only if the
               command names them; the files may be changed
     dir       a folder with all files of the state, made only if the command names it; what cannot
-              be read, as a kernel could not read it either, is not in it
+              be read, as a kernel could not read it either, is not in it. A state of which all of
+              a filesystem is lost fails without the command being run: a kernel refuses to mount
+              it, or it reads all zeroes
     mark      the name of the last mark before the cut, empty if there is none
     position  the cut, and
     state     the state's id: only if the command line names them
@@ -37,8 +39,10 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.scratch import scratch_folder
 from nbdproxy.disks.traced import TracedDisk
 from nbdproxy.disks.working import WorkingImage
-from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.errors import FilesystemError, TemporaryFolderError, UsageError
 from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.oracles.blank import what_is_blank
+from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.check import Verdict, candidates, only
 from nbdproxy.oracles.extract import extract
 from nbdproxy.oracles.mounts import Tree
@@ -108,8 +112,7 @@ class _CommandJudge:
         self._part: tuple[int, int] | None = None  # where on the disk `fs` was last
         self._are_current = False
         self._oracle: Oracle | None = None
-        self._read = ExtentSet()  # what `dir` was made from,
-        self._refused: str | None = None  # and why a kernel would not mount it
+        self._read = ExtentSet()  # what `dir` was made from
         self._begun = ExitStack()  # what the state at hand needs: its files and its command
 
     def judge(
@@ -125,12 +128,12 @@ class _CommandJudge:
         with self._begun:
             try:
                 made = self._made(state, changed)
+            except NotMountedError as error:
+                return Judgement(Verdict.FAIL, str(error)), None
+            except (FilesystemError, TemporaryFolderError) as error:
+                return Judgement(Verdict.UNKNOWN, str(error)), None
             except OSError as error:
                 return Judgement(Verdict.UNKNOWN, _unwritable(error)), None
-            except FilesystemError as error:
-                return Judgement(Verdict.UNKNOWN, str(error)), None
-            if self._refused is not None:
-                return Judgement(Verdict.FAIL, self._refused), None
             self._server.shelf.watch(name)
             judgement = self._run({**environment, **made})
             reads = self._server.shelf.reads(name)
@@ -145,16 +148,19 @@ class _CommandJudge:
         return judgement, reads if tells else None
 
     def _made(self, state: StateId, changed: Iterable[Extent] | None) -> dict[str, str]:
-        """Make what the command names of a state, and return the variables for it."""
+        """Make what the command names of a state, and return the variables for it.
+
+        Raises NotMountedError if its filesystem is certainly lost.
+        """
         # Whatever ends this early leaves files that are of no state.
         changed = list(changed) if changed is not None and self._are_current else None
-        self._are_current, self._read, self._refused = False, ExtentSet(), None
+        self._are_current, self._read = False, ExtentSet()
         disk = self._timeline.open(state)
         made: dict[str, str] = {}
         if self._plan.names("image"):
             made["image"] = self._file("image", disk, changed)
         if self._plan.names_part:
-            part = only(candidates(disk, self._plan.partition))
+            part = self._part_of(disk)
             made["part"] = str(part.number)
             if self._plan.names("fs"):
                 made["fs"] = self._file("fs", part.device, self._within(part, changed))
@@ -163,8 +169,21 @@ class _CommandJudge:
         self._are_current = True
         return made
 
+    def _part_of(self, disk: ReadableDevice) -> Slice:
+        """Return what has the filesystem; what is in it is for the command to judge."""
+        try:
+            return only(candidates(disk, self._plan.partition))
+        except FilesystemError:
+            if (blank := what_is_blank(disk, self._plan.partition)) is not None:
+                raise NotMountedError(blank) from None
+            raise
+
     def _folder(self, disk: ReadableDevice) -> str:
-        """Extract all files; raises FilesystemError where it cannot be told what they are."""
+        """Extract all files; raises FilesystemError where it cannot be told what they are.
+
+        NotMountedError where all of a filesystem is lost: of an empty folder a command may think
+        well.
+        """
         if self._oracle is None:
             self._oracle = self._plan.oracle()
             self._stack.callback(self._oracle.close)
@@ -179,10 +198,12 @@ class _CommandJudge:
             found = extract(self._oracle, traced, self._plan.tree, ["/"], Path(folder))
         except UsageError as error:
             raise FilesystemError(str(error)) from None
+        if found.refused is not None:
+            raise NotMountedError(found.refused)
         if found.doubtful:
             path, why = found.doubtful[0]
             raise FilesystemError(f"{path}: {why}")
-        self._read, self._refused = traced.reads, found.refused
+        self._read = traced.reads
         return folder
 
     def _file(self, name: str, disk: ReadableDevice, changed: Iterable[Extent] | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from nbdproxy.cli.pack import pack, unpack
 from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.verdicts import Verdicts
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.recording import format as layout
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
@@ -138,3 +140,17 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, secret:
     layout.data_path(run).unlink()
     os.mkfifo(layout.data_path(run))
     assert "no plain file" in refused(run)
+
+
+def test_the_schema_of_a_database_from_elsewhere_is_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "explore.db"
+    Verdicts(path, {}, resume=False).close()
+    with closing(sqlite3.connect(path)) as forged, forged:
+        # What a view calls without being trusted has to be harmless; this reads files of the host.
+        forged.execute("DROP TABLE state")
+        forged.execute("CREATE VIEW state AS SELECT load_extension('/nowhere') AS verdict")
+    with (
+        closing(Verdicts(path, {}, resume=True)) as opened,
+        pytest.raises(sqlite3.OperationalError, match="unsafe use of load_extension"),
+    ):
+        opened.count("verdict")

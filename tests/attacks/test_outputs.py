@@ -17,7 +17,7 @@ from nbdproxy.cli.open import OutputFormat, open_
 from nbdproxy.cli.pack import pack, unpack
 from nbdproxy.crash.verdicts import Verdicts
 from nbdproxy.disks.scratch import scratch_folder, temporary_folder
-from nbdproxy.errors import LabError, NbdproxyError, UnsafeFolderError, UsageError
+from nbdproxy.errors import LabError, NbdproxyError, TemporaryFolderError, UnsafeFolderError
 from nbdproxy.lab import dm_log
 from nbdproxy.lab.cache import Cache
 from nbdproxy.lab.disk import format_disk
@@ -138,6 +138,6 @@ def test_temporary_folders_are_nobody_elses(
         with pytest.raises(UnsafeFolderError):
             folder()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
-    for folder in (scratch_folder, temporary_folder):
-        with pytest.raises(UsageError, match="make it, or unset TMPDIR"):
-            folder()
+    assert temporary_folder() == "/tmp"
+    with pytest.raises(TemporaryFolderError, match="make it, or set TMPDIR"):
+        scratch_folder()

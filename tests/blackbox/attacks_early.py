@@ -103,7 +103,7 @@ def odd_order(bench: Bench) -> str:
             haggle.ask(option, data)
         client = enter(haggle, "disk")
         client.read(0, 4096)
-        client.disc()
+        client.leave()
     return bench.survives()
 
 

@@ -174,7 +174,7 @@ class Bench:
             with self.clock.muted():
                 client = self.enter(on, secure=secure)
                 data = client.read(0, 4096)
-                client.disc()
+                client.leave()
         except (ClosedError, SilentError) as error:
             raise ViolationError(f"afterwards, a good client is not served: {error}") from error
         if data != pattern(name)[:4096]:

@@ -39,7 +39,7 @@ def read(bench: Bench, style: Style) -> str:
         if answer.error or answer.data != expected:
             word = ERRORS[answer.error] if answer.error else "wrong data"
             raise ViolationError(f"READ of {length} at {offset}: {word}")
-    client.disc()
+    client.leave()
     return "yes"
 
 

@@ -29,7 +29,7 @@ def served(client: Transmission, export: str = "disk") -> str:
     """Return "yes" when a READ returns what the image holds; otherwise a Violation."""
     with client.wire.clock.muted():
         data = client.read(0, 4096)
-        client.disc()
+        client.leave()
     if data != pattern(export)[:4096]:
         raise ViolationError("a READ returns wrong data")
     return "yes"

@@ -196,6 +196,11 @@ class Transmission:
             raise ViolationError(f"{len(rest)} bytes come after DISC")
         self.wire.close()
 
+    def leave(self) -> None:
+        """DISC, and hang up: whether a server closes by itself is asked by checks of DISC."""
+        self.send(Op(DISC))
+        self.wire.close()
+
 
 def enter(haggle: Haggle, name: str | bytes, *requests: int) -> Transmission:
     """GO to an export, asking for its block sizes; raises AbsentError when the server refuses."""

@@ -10,7 +10,7 @@ from nbdproxy.checker.both import BothOracles, Pair
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.fsck import concluded
@@ -55,15 +55,55 @@ def test_what_both_read_is_told_in_order() -> None:
     assert found is not None and found.ranges() == [(0, 16), (512, 520)]
 
 
-def test_what_the_quick_oracle_alone_calls_whole_does_not_pass() -> None:
-    whole = {"/a": Condition.WHOLE}
+@pytest.mark.parametrize("alone", [Condition.WHOLE, Condition.MISSING])
+def test_what_the_quick_oracle_alone_tells_cannot_be_told(alone: Condition) -> None:
+    """Neither a pass nor a loss, for which somebody would be blamed."""
     silent = Says(Findings(Verdict.UNKNOWN, reason="the guest is gone"))
-    found = Pair(BothOracles(), Says(Findings(Verdict.PASS, whole)), silent)
-    said = found.check(MemoryDisk(SIZE), None)
-    assert (said.verdict, said.conditions) == (Verdict.UNKNOWN, whole)
-    assert said.reason is not None and "the guest is gone" in said.reason
-    lost = Findings(Verdict.FAIL, {"/a": Condition.MISSING})
-    assert Pair(BothOracles(), Says(lost), silent).check(MemoryDisk(SIZE), None) == lost
+    verdict = Verdict.PASS if alone is Condition.WHOLE else Verdict.FAIL
+    quick = Says(Findings(verdict, {"/a": alone}))
+    said = Pair(BothOracles(), quick, silent).check(MemoryDisk(SIZE), None)
+    assert said.conditions == {"/a": Condition.CANNOT_BE_TOLD}
+    assert said.verdict is Verdict.UNKNOWN
+    assert said.reason is not None and f"1 {alone.value}: the guest is gone" in said.reason
+
+
+def test_where_both_cannot_tell_of_any_file_nothing_is_said_of_files() -> None:
+    """So that a blank disk can be told by whoever looks at that."""
+    quick, kernel = (Findings(Verdict.UNKNOWN, reason=reason) for reason in ("no", "nothing"))
+    assert Pair(BothOracles(), Says(quick), Says(kernel)).check(MemoryDisk(SIZE), None) is kernel
+
+
+WHOLE, MISSING, ZEROED = Condition.WHOLE, Condition.MISSING, Condition.ZEROED
+CANNOT = Condition.CANNOT_BE_TOLD
+
+
+@pytest.mark.parametrize(
+    ("quick", "kernel", "made", "verdict"),
+    [
+        (WHOLE, WHOLE, WHOLE, Verdict.PASS),
+        (MISSING, MISSING, MISSING, Verdict.FAIL),
+        (WHOLE, MISSING, CANNOT, Verdict.UNKNOWN),
+        (MISSING, WHOLE, CANNOT, Verdict.UNKNOWN),
+        (ZEROED, MISSING, MISSING, Verdict.FAIL),
+        (CANNOT, WHOLE, WHOLE, Verdict.PASS),
+        (CANNOT, MISSING, MISSING, Verdict.FAIL),
+        (WHOLE, CANNOT, CANNOT, Verdict.UNKNOWN),
+        (MISSING, CANNOT, CANNOT, Verdict.UNKNOWN),
+    ],
+)
+def test_what_is_made_of_two_words_on_one_file(
+    quick: Condition, kernel: Condition, made: Condition, verdict: Verdict
+) -> None:
+    said = [
+        Says(Findings(Outcome(one).verdict, {"/a": one, "/b": WHOLE})) for one in (quick, kernel)
+    ]
+    both = BothOracles()
+    found = Pair(both, *said).check(MemoryDisk(SIZE), None)
+    assert (found.verdict, found.conditions) == (verdict, {"/a": made, "/b": WHOLE})
+    if both.differences:
+        assert f"the kernel finds /a {kernel.value}, the quick oracle {quick.value}" in str(
+            found.reason
+        )
 
 
 @pytest.mark.parametrize(

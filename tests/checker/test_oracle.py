@@ -15,7 +15,7 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import FilesystemError
 from nbdproxy.lab.disk import format_disk
-from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.check import Findings, PartlyListedError, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
@@ -61,14 +61,18 @@ def test_it_says_what_the_quick_one_says_of_every_condition(
         assert found == [Condition.WHOLE, Condition.DAMAGED]
 
 
+@pytest.mark.parametrize("is_guessed", [False, True])
 @pytest.mark.parametrize("algorithm", sorted(DIGITS))
 def test_every_digest_tells_every_condition(
-    kernel: KernelOracle, shown: conditions.Shown, algorithm: str
+    kernel: KernelOracle, shown: conditions.Shown, algorithm: str, *, is_guessed: bool
 ) -> None:
     other = digest([conditions.CONTENT], algorithm)
+    name = "sha512" if is_guessed and DIGITS[algorithm] == 128 else algorithm
     wanted = Manifest(
         tuple(
-            e if e.target is not None else replace(e, digest=other, algorithm=algorithm)
+            e
+            if e.target is not None
+            else replace(e, digest=other, algorithm=name, is_guessed=is_guessed)
             for e in shown.manifest.entries
         )
     )
@@ -208,6 +212,43 @@ def test_both_list_the_same(kernel: KernelOracle, plain: OverlayDisk) -> None:
         assert [entry.mode for entry in listed.entries] == [None, 0o755 if modes else None]
     with pytest.raises(FilesystemError, match="/sparse is sparse and larger than its disk"):
         kernel.scan(plain, "/", mount=ONLY)
+
+
+@pytest.mark.parametrize("feature", ["filetype", "^filetype"])
+@pytest.mark.parametrize("broken", ["a folder's block", "a folder", "a file"])
+def test_what_is_broken_hides_nothing_else(
+    kernel: KernelOracle, tmp_path: Path, broken: str, feature: str
+) -> None:
+    """It is unreadable itself, and no more: as the quick oracle has it."""
+    folder = tmp_path / "root"
+    names = ("app/a", "app/deep/b", "broken/c", "z")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    image = tmp_path / "image"
+    format_disk(image, 16 << 20, options=["-O", feature, "-b", "4096", "-d", str(folder)])
+    disk = opened(image)
+    filesystem = Filesystem(disk)
+    path = b"/broken/c" if broken == "a file" else b"/broken"
+    node = filesystem.lookup(path)
+    assert node is not None
+    if broken == "a folder's block":
+        disk.pwrite(filesystem.runs(node)[0].physical * 4096, b"\xff" * 4096)
+    else:
+        disk.pwrite(filesystem.inode_offset(node.number) + 0x64, b"\x5a")  # against its checksum
+    wanted = Manifest(tuple(e for n in names for e in one_file(n.encode(), f"/{n}").entries))
+    for oracle in (QUICK, kernel):
+        with pytest.raises(PartlyListedError, match=path.decode()) as listed:
+            oracle.paths(disk, mount=ONLY)
+        assert set(listed.value.paths) == {"/app/a", "/app/deep/b", "/z"}
+        tree, found = locate(oracle, disk, wanted)
+        assert found == wanted
+        judged = oracle.follow(found, earlier={}, mount=tree.mounts[0]).check(disk, None)
+        assert judged.conditions == {
+            f"/{n}": Condition.UNREADABLE if n == "broken/c" else Condition.WHOLE for n in names
+        }
+        with pytest.raises(FilesystemError, match=path.decode()):
+            oracle.scan(disk, "/", mount=ONLY)
 
 
 SUPERBLOCK = 1024

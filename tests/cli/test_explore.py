@@ -10,6 +10,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -202,6 +203,23 @@ def test_a_db_holds_what_was_found_and_is_gone_on_with(simple: Simple, tmp_path:
         refused = nbdproxy("explore", simple.run, *words, *other, "--resume", code=2)
         assert "of another exploration" in refused.stderr, other
     assert rows_of(db) == rows
+
+
+def test_what_was_judged_otherwise_is_not_gone_on_with(simple: Simple, tmp_path: Path) -> None:
+    """Before another version, by whose rules a pass may have been none, and with another base."""
+    db, base, other = tmp_path / "run.db", tmp_path / "base", tmp_path / "other"
+    for file, byte in ((base, b"\0"), (other, b"\1")):
+        file.write_bytes(byte * (json.loads(nbdproxy("info", simple.run, "--json").stdout)["size"]))
+    words = ("explore", simple.run, "--check", "true", "--states", "3", "--db", db)
+    nbdproxy(*words, "--base", base)
+    nbdproxy(*words, "--base", base, "--resume")
+    said = nbdproxy(*words, "--base", other, "--resume", code=2).stderr
+    assert "of another exploration: its base" in said
+    with closing(sqlite3.connect(db)) as verdicts:
+        verdicts.execute("UPDATE about SET value = '1' WHERE key = 'version'")
+        verdicts.commit()
+    said = nbdproxy(*words, "--base", base, "--resume", code=2).stderr
+    assert "made by another version of nbdproxy, which judged by other rules" in said
 
 
 def test_any_number_of_workers_finds_the_same(simple: Simple, tmp_path: Path) -> None:

@@ -42,6 +42,39 @@ def test_every_digest_gives_the_same_table(
     assert replayed(recorded, other) == replayed(recorded, recorded.manifest)
 
 
+@pytest.mark.parametrize("algorithm", ["sha512", "blake2b"])
+def test_as_many_digits_mean_either_where_nothing_names_them(
+    recorded: Recorded, tmp_path: Path, algorithm: str
+) -> None:
+    """sha512sum and b2sum write the same: no file is damaged for being taken for the other's."""
+    other = tmp_path / "other"
+    lines = (
+        f"{hashlib.new(algorithm, content(n)).hexdigest()}  /{n}\n" for n in (FLUSHED, UNFLUSHED)
+    )
+    other.write_text("".join(lines))
+    assert replayed(recorded, other) == replayed(recorded, recorded.manifest)
+
+
+def test_a_list_of_a_program_that_is_not_known_is_doubted(
+    recorded: Recorded, tmp_path: Path
+) -> None:
+    """b3sum writes as many digits as sha256sum; where one file is whole, it was that."""
+    other = tmp_path / "other"
+    names = (FLUSHED, UNFLUSHED)
+    digests = [hashlib.blake2s(content(name)).hexdigest() for name in names]
+    other.write_text("".join(f"{d}  /{n}\n" for d, n in zip(digests, names, strict=True)))
+    sentence = "made by another program than sha256sum, such as b3sum"
+    assert sentence in replayed(recorded, other)["doubt"]
+    words = ("--files", other, "--root", "/")
+    assert sentence in nbdproxy("replay", recorded.run, *words, code=1).stdout
+    assert sentence in nbdproxy("check", recorded.run, *words, code=1).stdout
+    right = hashlib.sha256(content(FLUSHED)).hexdigest()
+    other.write_text(f"{right}  /{FLUSHED}\n{digests[1]}  /{UNFLUSHED}\n")
+    assert replayed(recorded, other)["doubt"] is None
+    other.write_text("".join(f"SHA256 (/{n}) = {d}\n" for d, n in zip(digests, names, strict=True)))
+    assert replayed(recorded, other)["doubt"] is None
+
+
 def test_what_is_compared_by_md5_is_said(recorded: Recorded, tmp_path: Path) -> None:
     words = ("replay", recorded.run, "--files", dpkg(tmp_path))
     assert "2 files compared by md5" in nbdproxy(*words, code=1).stdout

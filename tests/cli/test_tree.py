@@ -125,6 +125,25 @@ def test_each_file_is_blamed_on_its_own_filesystem(guest: Guest) -> None:
         }
 
 
+WRONG = "no state that was looked at has a directory /wrong/here: --root is wrong, or the guest"
+
+
+def test_a_root_that_was_never_there_tells_nothing(guest: Guest, tmp_path: Path) -> None:
+    """It is not the guest that lost files of which nobody knows where they are."""
+    files = tmp_path / "files"
+    files.write_text(dump(manifest({"motd": "hello\n", "passwd": "users\n"})))
+    for runs in ((guest.system,), (guest.home, guest.system)):
+        words = ("replay", *runs, "--files", files, *CELL)
+        found = lost(nbdproxy(*words, "--root", "wrong/here", "--list", "--json", code=2).stdout)
+        assert set(found.values()) == {("cannot-be-told", None)}
+        assert WRONG in nbdproxy(*words, "--root", "/wrong/here", code=2).stdout
+        found = lost(nbdproxy(*words, "--root", "/etc", "--list", "--json", code=1).stdout)
+        assert found == {"/etc/motd": ("missing", "unflushed")}
+    words = ("--files", files, "--root", "/wrong/here", "--states", "2", "--json")
+    said = json.loads(nbdproxy("explore", guest.system, *words, code=2).stdout)
+    assert WRONG in said["unknown"][0]["reason"]
+
+
 def test_a_disk_that_was_not_named_is_missed_in_words(guest: Guest) -> None:
     words = ("replay", guest.system, "--files", guest.files, *CELL)
     found = lost(nbdproxy(*words, "--list", "--json", code=1).stdout)

@@ -97,6 +97,27 @@ def test_before_exit_sets_two_flushes_aside_and_never_a_third(make_source: MakeS
     cut = resolve(make_source(EXIT, notes=[CONNECT, DISC], events=9), "before-exit")
     assert cut.position == 4
     assert cut.note.startswith("2 flushes before DISC set aside as QEMU's own; if this was")
+    assert not cut.matters, "the guest had flushed all before"
+
+
+@pytest.mark.parametrize(
+    ("log", "ending", "matters"),
+    [
+        ([*EXIT[:6]], NoteKind.DISC, True),
+        ([*EXIT], NoteKind.DISC, False),
+        ([*EXIT[:4]], NoteKind.DISC, True),
+        ([*EXIT[:4]], NoteKind.EOF, True),
+        ([*EXIT[:4], WRITE, Completed(4)], NoteKind.DISC, False),
+        ([*EXIT[:4], WRITE, Completed(4), FLUSH, Completed(6)], NoteKind.DISC, True),
+        ([*EXIT[:2]], NoteKind.EOF, False),
+        ([], NoteKind.EOF, False),
+    ],
+)
+def test_what_is_said_of_before_exit_matters_where_it_changes_what_was_flushed(
+    make_source: MakeSource, log: Log, ending: NoteKind, *, matters: bool
+) -> None:
+    source = make_source(log, notes=[CONNECT, (len(log), ending, 1, "")])
+    assert resolve(source, "before-exit").matters is matters
 
 
 def test_before_exit_is_exact_with_a_shutdown_event(make_source: MakeSource) -> None:

@@ -200,6 +200,21 @@ def test_a_file_that_was_never_whole_at_a_flush_was_never_sent(make_source: Make
     assert causes(cell(result, CacheMode.NONE, Failure.QEMU_KILL)) == {"/a": "never-sent"}
 
 
+@pytest.mark.parametrize("after", range(1, 40))
+def test_a_file_that_was_whole_at_any_one_of_many_flushes_was_changed_by_the_guest(
+    make_source: MakeSource, after: int
+) -> None:
+    log: Log = []
+    for _ in range(40):
+        seq = len(log)
+        log += [write(0), Completed(seq), FLUSH, Completed(seq + 2)]
+    source = make_source(log, base=FORMATTED)
+    expected = Manifest((Entry("/a", str(4 * (after - 1) + 1), 512),))
+    result = replay(source, expected, tree=TREE, oracle=SectorFiles())
+    found = cell(result, CacheMode.NONE, Failure.QEMU_KILL)
+    assert causes(found) == {"/a": "changed-by-guest"}
+
+
 def test_what_was_whole_before_the_recording_was_changed_by_the_guest(
     make_source: MakeSource,
 ) -> None:
@@ -236,6 +251,26 @@ def test_nobody_is_blamed_for_what_the_oracle_cannot_read(make_source: MakeSourc
     assert found.verdict is Verdict.UNKNOWN
     assert found.worst.conditions[Condition.CANNOT_BE_TOLD] == 1
     assert causes(found) == {"/d": "sent-unanswered", "/e": "never-sent"}
+
+
+class EarlierUnknown(SectorFiles):
+    """Cannot judge a disk on which `/a` is as the first write left it."""
+
+    def judge(
+        self, device: ReadableDevice, manifest: Manifest, earlier: Mapping[str, Collection[str]]
+    ) -> Findings:
+        if device.pread(0, 1) == bytes([1]):
+            return Findings(Verdict.UNKNOWN, {}, "too new")
+        return super().judge(device, manifest, earlier)
+
+
+def test_nobody_is_blamed_where_an_earlier_flush_left_what_cannot_be_judged(
+    make_source: MakeSource,
+) -> None:
+    log: Log = [write(0), Completed(0), FLUSH, Completed(2), write(0), Completed(4)]
+    source = make_source(log, base=FORMATTED)
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), tree=TREE, oracle=EarlierUnknown())
+    assert causes(cell(result, CacheMode.NONE, Failure.QEMU_KILL)) == {"/a": "cannot-be-told"}
 
 
 class LaterUnknown(SectorFiles):

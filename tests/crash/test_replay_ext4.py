@@ -17,6 +17,7 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.locate import Where
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.persistence.reference import Completed, Received, table_of
@@ -136,3 +137,31 @@ def test_a_manifest_of_other_files_is_refused(images: list[bytes]) -> None:
     source = recorded(images[2:], lambda steps: [*steps[0]])
     with pytest.raises(ManifestError):
         replay(source, Manifest((entry("x", OLD),)))
+
+
+def test_a_root_that_the_guest_removed_was_there(images: list[bytes], tmp_path: Path) -> None:
+    """Its files were changed by the guest, and one that never was is lost in it."""
+    image = tmp_path / "image"
+    image.write_bytes(images[1])
+    subprocess.run(["debugfs", "-w", "-R", "mkdir d", image], check=True, capture_output=True)
+    full = put(image, "d/f", NEW)
+
+    def log_of(steps: list[list[Received]]) -> Log:
+        log: Log = []
+        answered(log, *steps[0], FLUSH, *steps[1], FLUSH)
+        return log
+
+    source = recorded([images[1], full, images[1]], log_of)
+    wanted = Manifest((entry("f", NEW), entry("g", NEW)))
+    for root, expected in (
+        ("/d", [Cause.CHANGED_BY_GUEST, Cause.NEVER_SENT]),
+        ("/e", [None, None]),
+    ):
+        found = replay(
+            source,
+            wanted,
+            modes=[CacheMode.NONE],
+            failures=[Failure.HOST_POWER_LOSS],
+            where=Where(root=root),
+        )
+        assert [one.cause for one in found.cells[0].worst.files.values()] == expected

@@ -64,7 +64,7 @@ def test_the_schema_is_what_sqlite_sees(tmp_path: Path) -> None:
         *[("how", "TEXT", 0), ("same_as", "TEXT", 0), ("reason", "TEXT", 0)],
         *[("counts", "TEXT", 0), ("looked", "INTEGER", 0), ("seconds", "REAL", 0)],
     ]
-    assert dict(db.execute("SELECT key, value FROM about")) == {"version": "1", **ABOUT}
+    assert dict(db.execute("SELECT key, value FROM about")) == {"version": "2", **ABOUT}
     found = db.execute("SELECT * FROM state ORDER BY number").fetchall()
     one, two = "0000000000000001", "ffffffffffffffff"
     assert [(*row[:9], json.loads(row[9]), *row[10:]) for row in found] == [

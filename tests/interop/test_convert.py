@@ -213,13 +213,14 @@ def test_what_nbd_server_refused_changes_nothing(image: Path, base: Path, tmp_pa
     with nbd_server(tmp_path, image, log) as uri:
         refused = nbdsh(
             f"""
+            h.set_request_structured_replies(False)  # nbd-trplay 3.26 knows simple ones only
+            h.connect_uri({uri!r})
             h.set_strict_mode(0)
             h.pwrite(b'a' * 512, 0)
             tell(outcome(lambda: h.pwrite(b'b' * 512, {SIZE})))
             h.pread(512, 0)
             h.shutdown()
-            """,
-            uri=uri,
+            """
         )
         assert refused == "ENOSPC"
         _settles(log)

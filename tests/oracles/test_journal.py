@@ -119,6 +119,72 @@ def test_replay_equals_e2fsck(
     )
 
 
+@pytest.mark.parametrize("kind", ["none", "none 64 bit", "ext3", "v3"])
+@pytest.mark.parametrize(
+    ("what", "is_judged"),
+    [
+        ("as it is", True),
+        ("in use", True),
+        ("zeroes", False),
+        ("torn", False),
+        ("another's journal", False),
+        ("zeroes, revoked", True),
+    ],
+)
+def test_a_superblock_that_is_replayed_must_be_this_one(
+    *,
+    make_image: Make,
+    debugfs: Debugfs,
+    load: Load,
+    tmp_path: Path,
+    kind: str,
+    what: str,
+    is_judged: bool,
+) -> None:
+    """The kernel finds the rest of the log by it; a right copy that comes later is too late."""
+    image = image_of(make_image, kind)
+    debugfs(image, ["ssv free_blocks_count 77"])  # its checksum is made anew
+    right = load(image).pread(BLOCK, BLOCK)
+    changed = bytearray(right)
+    if what == "in use":
+        changed[0x30:0x38] = bytes(8)  # when it was written, and how often it was mounted
+        if kind == "v3":
+            changed[0x3FC:] = struct.pack("<I", crc32c((1 << 32) - 1, bytes(changed[:0x3FC])))
+    elif what.startswith("zeroes"):
+        changed = bytearray(BLOCK)
+    elif what == "torn":
+        changed[:512] = bytes(512)
+    elif what == "another's journal":
+        changed[0xE0:0xE4] = bytes(4)
+    copies = [tmp_path / "first", tmp_path / "second"]
+    for path, data in zip(copies, (changed, right), strict=True):
+        path.write_bytes(bytes(data))
+    writes = [f"jw -b 1 {path}" for path in copies]
+    if what == "zeroes, revoked":
+        writes[1:] = ["jw -r 1"]
+    debugfs(image, [KINDS[kind][1], *writes, "jc"])
+    if is_judged:
+        assert replayed(load(image))
+    else:
+        with pytest.raises(RefusedError, match="only a kernel can tell"):
+            replayed(load(image))
+
+
+@pytest.mark.parametrize("what", ["its blocks", "what leads to them"])
+def test_a_journal_that_replays_itself_is_not_judged(
+    *, make_image: Make, debugfs: Debugfs, load: Load, tmp_path: Path, what: str
+) -> None:
+    image = image_of(make_image, "ext3")
+    filesystem = Filesystem(load(image))
+    node = filesystem.inode(filesystem.superblock.journal_inode)
+    indirect = struct.unpack_from("<I", node.block_map, 48)[0]
+    number = indirect if what == "what leads to them" else filesystem.runs(node)[0].physical + 900
+    (tmp_path / "data").write_bytes(load(image).pread(number * BLOCK, BLOCK))
+    debugfs(image, ["jo", f"jw -b {number} {tmp_path / 'data'}", "jc"])
+    with pytest.raises(RefusedError, match="blocks of itself"):
+        replayed(load(image))
+
+
 def relocated(disk: MemoryDisk, shift: int, sequence_by: int) -> None:
     """Move the log round its end and renumber it: wrap-around of positions and of numbers.
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nbdproxy.crash.causes import Cause
 from nbdproxy.crash.cuts import Cut
 from nbdproxy.crash.naming import Choice, StateId
 from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
+from nbdproxy.crash.together import Together
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure
-from nbdproxy.report.table import lost_files
+from nbdproxy.report.table import footnotes, lost_files
 from nbdproxy.report.words import sentences
 
 WHOLE = FileOutcome(Condition.WHOLE, None)
@@ -103,6 +106,26 @@ def test_without_host_power_loss_there_is_nothing_to_say() -> None:
 def test_lost_files_are_listed_by_cell() -> None:
     some = outcome(EMPTY, WHOLE, ZEROED)
     assert lost_files(table({CacheMode.NONE: (some, some)})) == [
-        "none\thost-power-loss\tempty\tnever-sent\t/f0",
-        "none\thost-power-loss\tzeroed\tunflushed\t/f2",
+        ("none", "host-power-loss", "empty", "never-sent", "/f0"),
+        ("none", "host-power-loss", "zeroed", "unflushed", "/f2"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "failure", "matters", "is_said"),
+    [
+        (CacheMode.NONE, Failure.HOST_POWER_LOSS, True, True),
+        (CacheMode.UNSAFE, Failure.STORAGE_LOSS, True, True),
+        (CacheMode.NONE, Failure.HOST_POWER_LOSS, False, False),
+        (CacheMode.NONE, Failure.QEMU_KILL, True, False),
+        (CacheMode.DIRECTSYNC, Failure.HOST_POWER_LOSS, True, False),
+    ],
+)
+def test_which_flushes_were_qemus_is_said_where_it_changes_something(
+    mode: CacheMode, failure: Failure, *, matters: bool, is_said: bool
+) -> None:
+    some = outcome(WHOLE, WHOLE, ZEROED)
+    made = table({mode: (some, some)}, failure)
+    cut = Cut("before-exit", 9, "2 flushes", matters)
+    made = replace(made, cells=tuple(replace(cell, cut=cut) for cell in made.cells))
+    assert ("before-exit: 2 flushes" in footnotes(Together(made, (made,)))) is is_said

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from nbdproxy.crash.judging import Judge, Judgement
 from nbdproxy.crash.naming import parse_state_id
+from nbdproxy.crash.source import MemorySource
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.mounts import Mount, Tree
+from nbdproxy.persistence.reference import Completed, Received, table_of
+from nbdproxy.requests import Command
 from nbdproxy.server.commands import CommandPlan, last_mark
 from tests.server.test_states import DISKS, SECTOR, SIZE, make_timeline
 from tests.support.serving import until
@@ -217,6 +224,42 @@ def test_an_image_that_cannot_be_written_is_unknown(
     monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
     judgement, _ = run('test -e "$image"')
     assert judgement.verdict is Verdict.UNKNOWN
+
+
+WITH_A_TABLE = bytes(446) + b"\0\0\0\0\x83\0\0\0\1\0\0\0\7\0\0\0" + bytes(48) + b"\x55\xaa"
+BLANK = "the disk reads all zeroes"
+UNKNOWN = "no filesystem|there is no partition|superblock"
+
+
+@pytest.mark.parametrize(
+    ("base", "written", "command", "told"),
+    [
+        (b"", False, 'test -d "$dir"', (Verdict.FAIL, BLANK)),
+        (b"", False, 'test -e "$fs"', (Verdict.FAIL, BLANK)),
+        (b"", False, 'test "$part"', (Verdict.FAIL, BLANK)),
+        (b"", True, 'test -d "$dir"', (Verdict.UNKNOWN, UNKNOWN)),
+        (b"", True, 'test -e "$fs"', (Verdict.UNKNOWN, UNKNOWN)),
+        (WITH_A_TABLE, False, 'test -d "$dir"', (Verdict.FAIL, "partition 1 .*reads all zeroes")),
+        (WITH_A_TABLE, False, 'test -e "$fs"', (Verdict.PASS, "")),
+        (WITH_A_TABLE, True, 'test -d "$dir"', (Verdict.UNKNOWN, UNKNOWN)),
+    ],
+)
+def test_a_state_that_has_lost_its_filesystem_fails_if_that_is_certain(
+    base: bytes, written: bool, command: str, told: tuple[Verdict, str], tmp_path: Path
+) -> None:
+    """A command that finds no fault in an empty folder would pass what is lost altogether."""
+    log: list[Received | Completed] = [Received(Command.WRITE, SIZE // SECTOR - 1, 1), Completed(0)]
+    source = MemorySource(
+        table_of(log), SIZE, 2, lambda: MemoryDisk(base.ljust(SIZE, b"\0")), b"\1" * SECTOR, []
+    )
+    ran, state = tmp_path / "ran", "s2.received.all" if written else "s0.received.all"
+    plan = CommandPlan(f"touch {ran}; {command}", 30, 1, Tree((Mount(partition=1),)))
+    with closing(Timeline(source)) as timeline, closing(plan.open(timeline)) as judge:
+        found, reads = judge.judge(parse_state_id(state), None)
+    assert found.verdict is told[0]
+    assert re.search(told[1], found.reason or "")
+    assert ran.exists() is (found.verdict is Verdict.PASS)
+    assert reads is None
 
 
 @pytest.mark.parametrize("ends", ["exit 0", "exit 1", "sleep 1000", "kill -9 $$"])

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.certificates import Certificates
 from tests.support.images import write_sparse
-from tests.support.lower import nbdkit, qemu_nbd
+from tests.support.lower import nbdkit
 from tests.support.nbd_client import FLUSH, FUA, READ, TRIM, WRITE, ZERO, Op
 from tests.support.proxies import MIB, Proxy
 from tests.support.raw_client import tls_uri
@@ -245,10 +245,11 @@ def test_a_long_change_that_fails_keeps_nobody_waiting(
     """What comes to the same place afterwards is done, though the rest of it never went down."""
     switch = tmp_path / "on"
     options = ("error=EIO", f"error-file={switch}", "error-trim-rate=100%")
+    refusing = ("zeromode=emulate", "fastzeromode=slow")
     start = (
         nbdkit(tmp_path, "--filter=error", "file", huge, *options)
         if how == "a piece fails"
-        else qemu_nbd(tmp_path, huge)
+        else nbdkit(tmp_path, "--filter=nozero", "file", huge, *refusing)
     )
     with start as below, Proxy(tmp_path / "proxy", below.uri) as proxy:
         with proxy.client() as client:

@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from nbdproxy.errors import FilesystemError
+from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.checksum import ONES, crc32_be, crc32c
 from nbdproxy.oracles.ext4.faults import CorruptError, RefusedError, refusal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
+from nbdproxy.oracles.ext4.replayed import ReplayedDevice
 from nbdproxy.oracles.ext4.superblock import HAS_JOURNAL
 
 MAGIC = b"\xc0\x3b\x39\x98"
@@ -62,10 +65,14 @@ Sums = dict[int, tuple[bytes, int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """A journal's superblock, and where its blocks are on the disk."""
+    """A journal's superblock, and where its blocks are on the disk.
+
+    `leading` are the blocks that say where they are, beside its inode.
+    """
 
     filesystem: Filesystem
     blocks: list[int]
+    leading: frozenset[int]
     first: int
     last: int
     start: int
@@ -160,7 +167,13 @@ def _open(filesystem: Filesystem) -> Log:
     sb = filesystem.superblock
     try:
         node = filesystem.inode(sb.journal_inode)
-        runs = filesystem.runs(node)
+        leading: set[int] = set()
+
+        def noted(number: int) -> bytes:
+            leading.add(number)
+            return filesystem.block(number)
+
+        runs = filesystem.tree(node, noted).runs()
     except CorruptError as error:
         raise refusal(f"its journal cannot be read: {error}") from error
     blocks = [run.physical + i for run in runs for i in range(run.blocks)]
@@ -189,6 +202,7 @@ def _open(filesystem: Filesystem) -> Log:
     return Log(
         filesystem=filesystem,
         blocks=blocks[:length],
+        leading=frozenset(leading),
         first=first,
         last=last,
         start=start,
@@ -290,7 +304,33 @@ def _replay(
                 if tag.checksum != known[2] & mask:
                     raise refusal(f"a block in transaction {sequence} of its journal is corrupt")
             blocks[tag.block] = MAGIC + data[4:] if tag.flags & TAG_ESCAPED else data
+            if tag.block == log.filesystem.superblock.own_block:
+                _check_own(log, blocks[tag.block])
+    # Without checksums, what is torn or stale may name these.
+    if not (blocks.keys().isdisjoint(log.blocks) and blocks.keys().isdisjoint(log.leading)):
+        raise RefusedError(
+            "the journal holds blocks of itself, and only a kernel can tell what it makes of that; "
+            "ask with --oracle kernel"
+        )
     return blocks
+
+
+def _check_own(log: Log, data: bytes) -> None:
+    """Raise RefusedError unless a copy of the superblock leaves the filesystem what it is.
+
+    The kernel uses each copy as soon as it is replayed, to find the next block of the log.
+    """
+    known = log.filesystem.superblock
+    shown = ReplayedDevice(log.filesystem.device, known.block_size, {known.own_block: data})
+    try:
+        if superblock.parse(shown).is_like(known):
+            return
+    except FilesystemError:
+        pass
+    raise RefusedError(
+        "the journal holds a superblock that is not this filesystem's, and only a kernel can tell "
+        "how far it gets with that; ask with --oracle kernel"
+    )
 
 
 def _kind(block: bytes, sequence: int) -> int | None:

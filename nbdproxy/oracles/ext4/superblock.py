@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from nbdproxy.disks.device import ReadableDevice
@@ -68,6 +68,19 @@ class RoCompat(IntEnum):
 BLOCK_BITMAP, INODE_BITMAP, INODE_TABLE = 0, 4, 8
 """Fields of a group's descriptor that name a block."""
 
+_EXT_ATTR = 0x8
+_SET_IN_USE = (
+    _EXT_ATTR,
+    Incompat.RECOVER | Incompat.EA_INODE | Incompat.ENCRYPT,
+    RoCompat.LARGE_FILE
+    | RoCompat.HUGE_FILE
+    | RoCompat.DIR_NLINK
+    | RoCompat.EXTRA_ISIZE
+    | RoCompat.VERITY
+    | RoCompat.ORPHAN_PRESENT,
+)
+"""Features that a kernel sets or takes away while a filesystem is mounted, of the three kinds."""
+
 KNOWN_INCOMPAT = sum(Incompat) & ~Incompat.JOURNAL_DEV
 KNOWN_RO_COMPAT = sum(RoCompat)
 
@@ -126,6 +139,13 @@ class Superblock:
     def needs_recovery(self) -> bool:
         """Whether the filesystem was not unmounted: the kernel replays the journal then."""
         return bool(self.incompat & Incompat.RECOVER)
+
+    def is_like(self, other: Superblock) -> bool:
+        """Whether both describe the same filesystem, but for what changes while it is mounted."""
+        mine, its = ((sb.compat, sb.incompat, sb.ro_compat) for sb in (self, other))
+        return replace(self, compat=0, incompat=0, ro_compat=0) == replace(
+            other, compat=0, incompat=0, ro_compat=0
+        ) and all((a ^ b) & ~may == 0 for a, b, may in zip(mine, its, _SET_IN_USE, strict=True))
 
     @property
     def groups(self) -> int:
