@@ -117,8 +117,11 @@ def _remove_stale(path: Path, option: str) -> None:
     for pause_s in (_STALE_S, 0):
         found = _identity(path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
             try:
                 probe.connect(str(path))
+            except BlockingIOError:  # somebody listens, and lets nobody in
+                pass
             except ConnectionRefusedError:
                 time.sleep(pause_s)
                 continue

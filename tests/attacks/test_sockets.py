@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import threading
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,20 @@ def test_a_server_that_is_just_starting_is_not_taken_for_a_stale_one(
         with pytest.raises(UsageError, match="in use by another server"):
             listen_unix(tmp_path / "socket")
         timer.join()
+
+
+def test_a_server_that_lets_nobody_in_is_not_waited_for(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as full, ExitStack() as stack:
+        full.bind(path)
+        full.listen(0)
+        for _ in range(3):  # until its queue is full
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            with suppress(BlockingIOError):
+                waiting.connect(path)
+        with pytest.raises(UsageError, match="in use by another server"):
+            listen_unix(tmp_path / "socket")
 
 
 def test_the_socket_of_a_newer_server_is_left_alone(image: Path, tmp_path: Path) -> None:
