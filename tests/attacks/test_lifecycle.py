@@ -43,7 +43,7 @@ def test_who_ignores_sighup_goes_on(image: Path) -> None:
         assert server.stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_end_is_that_of_all_that_a_command_started(
     image: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
