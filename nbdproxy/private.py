@@ -160,10 +160,10 @@ def _check(folder: int, path: Path, *, sticky: bool = True) -> None:
     others = found.st_mode & stat.S_IWOTH
     if others or (found.st_mode & stat.S_IWGRP and not _is_private_group(folder, found)):
         here = _path_of(folder)
-        raise UnsafeFolderError(
-            f"{path} is not safe: other users can write to {here}; take that from them with: "
-            f"chmod go-w {here}, or name a folder that only you can write to"
-        )
+        todo = f"take that from them with: chmod go-w {here}, or name a folder of your own"
+        if found.st_mode & stat.S_ISVTX:
+            todo = "name a new folder in it"
+        raise UnsafeFolderError(f"{path} is not safe: other users can write to {here}; {todo}")
 
 
 def _check_owner(thing: int, found: os.stat_result, path: Path) -> None:

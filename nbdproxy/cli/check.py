@@ -41,7 +41,7 @@ from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.composite import TreeFollower, split
 from nbdproxy.oracles.condition import doubt_of
-from nbdproxy.oracles.locate import Where, below, locate
+from nbdproxy.oracles.locate import ElsewhereError, Where, below, locate
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Digests, Oracle
@@ -168,16 +168,34 @@ def _placed(
             if where.mounts:
                 raise
             return Tree((Mount(partition=where.partition),)), None
-    if all(entry.path.startswith("/") for entry in wanted.entries):
-        where = replace(where, root=where.root or "/")  # paths are not changed to fit a bad state
+    is_absolute = all(entry.path.startswith("/") for entry in wanted.entries)
+    as_named = replace(where, root=where.root or "/") if is_absolute else where
     try:
-        return at_the_end_or_here(
-            disk, timeline, lambda device: locate(judge, device, wanted, where)
-        )
-    except (FilesystemError, ManifestError) as error:
-        if where.mounts or where.root is None:
+        try:
+            return _found(judge, disk, timeline, wanted, where)
+        except ElsewhereError:
             raise
-        return Tree((), nowhere=str(error)), below(where.root, wanted)
+        except (FilesystemError, ManifestError):
+            if as_named == where:
+                raise
+            # Not even elsewhere: the paths are right, and the files missing.
+            return _found(judge, disk, timeline, wanted, as_named)
+    except (FilesystemError, ManifestError) as error:
+        if where.mounts or as_named.root is None:
+            raise
+        return Tree((), nowhere=str(error)), below(as_named.root, wanted)
+
+
+def _found(
+    judge: Oracle,
+    disk: ReadableDevice,
+    timeline: Timeline | None,
+    wanted: Manifest,
+    where: Where,
+) -> tuple[Tree, Manifest]:
+    return at_the_end_or_here(
+        disk, timeline, lambda one, other: locate(judge, one, wanted, where, other)
+    )
 
 
 def _asked(

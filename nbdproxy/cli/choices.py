@@ -76,7 +76,8 @@ Mounts = Annotated[
         "--mount",
         metavar="WHAT:POINT[:ROOT]",
         help="What is mounted where in the guest: a partition by its number, a volume (vg/home), "
-        "or a name as in fstab (LABEL=boot); ROOT is its subvolume or folder. Repeatable.",
+        "or a name as in fstab (LABEL=boot); of several recordings RUN or RUN/1; "
+        "ROOT is its subvolume or folder. Repeatable.",
         show_default="as the guest's fstab says",
     ),
 ]

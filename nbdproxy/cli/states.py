@@ -59,22 +59,28 @@ def tree_of_disk(
 
     Raises FilesystemError if there is none, or it is not clear what is mounted where.
     """
-    return at_the_end_or_here(disk, timeline, lambda device: survey_tree(oracle, device, where))
+    return at_the_end_or_here(
+        disk, timeline, lambda one, other: survey_tree(oracle, one, where, other)
+    )
 
 
 def at_the_end_or_here(
-    disk: ReadableDevice, timeline: Timeline | None, find: Callable[[ReadableDevice], T]
+    disk: ReadableDevice,
+    timeline: Timeline | None,
+    find: Callable[[ReadableDevice, ReadableDevice | None], T],
 ) -> T:
     """Return what is found when all has been sent, or else in the state itself.
 
-    Raises what `find` raises: FilesystemError or ManifestError.
+    `find` is given the one to look at, and the other. Raises what it raises: FilesystemError or
+    ManifestError.
     """
     if timeline is None:
-        return find(disk)
+        return find(disk, None)
+    end = timeline.at(timeline.source.events)
     try:
-        return find(timeline.at(timeline.source.events))
+        return find(end, disk)
     except (FilesystemError, ManifestError) as at_the_end:
         try:
-            return find(disk)
+            return find(disk, end)
         except (FilesystemError, ManifestError):
             raise at_the_end from None

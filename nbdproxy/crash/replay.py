@@ -327,13 +327,15 @@ def place(
     Looked for where the most is there, at the end or else at the cut. Raises ManifestError if none
     of the files was ever on the disk, FilesystemError if it cannot be read.
     """
+    end = timeline.at(timeline.source.events)
+    there = None if cut.position == timeline.source.events else timeline.at(cut.position)
     try:
-        tree, manifest = locate(oracle, timeline.at(timeline.source.events), manifest, where)
+        tree, manifest = locate(oracle, end, manifest, where, there)
     except (ManifestError, FilesystemError) as at_the_end:
-        if cut.position == timeline.source.events:
+        if there is None:
             raise
         try:
-            tree, manifest = locate(oracle, timeline.at(cut.position), manifest, where)
+            tree, manifest = locate(oracle, there, manifest, where, end)
         except (ManifestError, FilesystemError):
             raise at_the_end from None
     (tree,) = with_root([tree], [timeline], manifest, where.root, oracle)

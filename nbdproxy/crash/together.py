@@ -161,12 +161,13 @@ def _place(
     with ExitStack() as stack:
         timelines = [stack.enter_context(closing(Timeline(source))) for source in sources]
         ends = [timeline.at(timeline.source.events) for timeline in timelines]
+        names = [str(source.path) for source in sources]
+        there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
         try:
-            trees, manifest = locate_all(oracle, ends, manifest, where)
+            trees, manifest = locate_all(oracle, ends, manifest, where, there, names=names)
         except (ManifestError, FilesystemError) as at_the_end:
             try:
-                there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
-                trees, manifest = locate_all(oracle, there, manifest, where)
+                trees, manifest = locate_all(oracle, there, manifest, where, ends, names=names)
             except (ManifestError, FilesystemError):
                 raise at_the_end from None
         return with_root(trees, timelines, manifest, where.root, oracle), manifest

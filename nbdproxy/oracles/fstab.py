@@ -16,6 +16,8 @@ CRYPTTAB = "/etc/crypttab"
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "glusterfs", "fuse.sshfs"}
+_IN_MEMORY = {"tmpfs", "ramfs", "overlay", "aufs"}
+_INITIAL = {"none", "rootfs", "/dev/root"}
 _DEVICE = re.compile(r"(UUID|LABEL|PARTUUID|PARTLABEL|ID)=|/dev/")
 _NUMBERED = re.compile(
     r"/dev/(?:((?:[shv]|xv)d[a-z]+)(\d*)|((?:nvme\d+n|mmcblk|nbd)\d+)(?:p(\d+))?)"
@@ -38,8 +40,19 @@ class Line:
 
     @property
     def is_device(self) -> bool:
-        """Whether `spec` names a disk or a part of one."""
-        return _DEVICE.match(self.spec) is not None and not self.is_bind
+        """Whether `spec` names a disk or a part of one, or a dataset of ZFS, which is on some."""
+        is_named = _DEVICE.match(self.spec) is not None or self.kind == "zfs"
+        return is_named and not self.is_bind
+
+    @property
+    def is_diskless(self) -> bool:
+        """Whether what is mounted is surely no filesystem of a disk, or not as it is there."""
+        return self.kind in _NETWORK | _IN_MEMORY
+
+    @property
+    def is_any(self) -> bool:
+        """Whether `spec` says no more than that it is what the guest began with."""
+        return self.spec in _INITIAL and not self.is_diskless
 
     @property
     def is_optional(self) -> bool:

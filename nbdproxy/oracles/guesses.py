@@ -1,24 +1,28 @@
 """A guest's tree found by the files themselves, where no fstab tells it.
 
-The filesystem that has most of the files under one change of their leading directory comes first,
-then others that have some of the rest: at the point below which their paths are theirs. A guess
-must be shown by content: at least one file is what the manifest says. Files that could be on two
-filesystems, or are where no content shows that they belong there, cannot be told.
+A filesystem that has files as they are named comes first, or else a system's root, or else the one
+that has most of them below a mount point; then others that have some of the rest: at the point
+below which their paths are theirs. A guess must be shown by content: at least one file is what the
+manifest says. Files that could be on two filesystems, or are where no content shows that they
+belong there, cannot be told; nor those of another filesystem where an fstab tells the tree. Not
+covered: without an fstab, files that were lost with their directories below what may be a mount
+point, and of which the only copy begins at the top of another filesystem.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nbdproxy.errors import FilesystemError
-from nbdproxy.oracles import manifest as manifests
-from nbdproxy.oracles import rivals
+from nbdproxy.oracles import moves, rivals
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree, above, is_below
-from nbdproxy.oracles.plans import Disks, Plan, Store
+from nbdproxy.oracles.plans import Plan
 from nbdproxy.oracles.rivals import Place
+from nbdproxy.oracles.stores import Disks, Store
 
 _READ_MAX = 8
 """So many files are read to show that a guess is right."""
@@ -36,51 +40,63 @@ class _Guess:
     @property
     def rank(self) -> tuple[int, bool, int]:
         """What makes one guess better than another: files, no change of paths, what is default."""
-        is_plain = self.point == "/" and self.root in self.store.roots
-        order = self.store.roots.index(self.root) if self.root in self.store.roots else 0
-        return len(self.files), is_plain, -order
+        return len(self.files), self.point == "/", -self.order
+
+    @property
+    def order(self) -> int:
+        """How far from being the default its directory is."""
+        return self.store.roots.index(self.root)
 
 
-def by_files(disks: Disks, given: Plan, manifest: Manifest, *, has_fstab: bool = False) -> Plan:
+def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     """Return a plan with what the files show of the filesystems that it does not have yet.
 
-    With an fstab that has none of the files, a directory inside of a filesystem is no guess.
-    Raises FilesystemError if two filesystems have the files equally well.
+    Without any, if none of them has a file for certain. Raises FilesystemError if two filesystems
+    have the files equally well.
     """
     plan = replace(given, spots=dict(given.spots), doubtful=dict(given.doubtful))
     entries = {entry.path: entry for entry in manifest.entries}
-    if not plan.spots:
-        first = _first(disks, manifest, has_fstab=has_fstab)
+    if not given.from_fstab and not {"/"} & {*plan.spots, *plan.away}:
+        first = _first(disks, plan, manifest)
         unseen = disks.hidden or disks.partial
-        if first is None or (unseen and not _is_shown_by_content(disks, first, entries)):
+        is_sure = first is not None and not (unseen and first.files)
+        if first and (is_sure or _is_shown_by_content(disks, first, entries)):
+            plan.spots[first.point] = first.store.mount(first.point, first.root)
+        elif not plan.spots:
             return plan  # what has the files may not have been seen
-        plan.spots[first.point] = first.store.mount(first.point, first.root)
     while (more := _next(disks, plan, entries)) is not None:
         plan.spots[more.point] = more.store.mount(more.point, more.root)
+    if not given.spots and plan.known(disks).isdisjoint(entries):
+        return given
     if not given.from_fstab:
         _doubt(disks, plan, entries)
     return plan
 
 
-def _first(disks: Disks, manifest: Manifest, *, has_fstab: bool) -> _Guess | None:
-    """Return what has most of the files."""
-    found: list[_Guess] = []
-    changed: list[_Guess] = []
-    for store in disks.parts:
-        found += _shown(disks, store, [entry.path for entry in manifest.entries])
-        known = disks.paths(store)
-        for (old, new), paths in manifests.changes(manifest, known).items():
-            if new and has_fstab:
-                continue
-            changed.append(_Guess(store, old or "/", new or "/", frozenset(paths)))
-    stores = {guess.store for guess in found}
-    # A copy of the files in another directory of their filesystem is not what was asked for.
-    found += [guess for guess in changed if guess.store not in stores]
+def _first(disks: Disks, plan: Plan, manifest: Manifest) -> _Guess | None:
+    """Return what has most of the files: as they are named, or if none is, below a mount point.
+
+    Where a system is, and has none of them, it is what all others are mounted in.
+    """
+    points = {*plan.spots, *plan.away}
+    wanted = [e.path for e in manifest.entries if points.isdisjoint(above(e.path))]
+    stores = list(_unused(disks, plan))
+    found = [guess for store in stores for guess in _shown(disks, store, wanted)]
+    entries = {entry.path: entry for entry in manifest.entries}
+    as_named = [guess for guess in found if guess.point == "/"]
+    if any(_is_shown_by_content(disks, guess, entries) for guess in as_named):
+        found = as_named
+    elif systems := list(_systems(disks, stores, as_named)):
+        return systems[0] if len(systems) == 1 else None
+    found = [guess for guess in found if _may_show(disks, guess)]
     if not found:
         return None
     by_place = {Place(*_alone(disks, guess, manifest), len(guess.files)): guess for guess in found}
     best = [by_place[place] for place in rivals.best(disks.oracle, disks.devices, list(by_place))]
     first = max(best, key=lambda guess: guess.rank)
+    # Of one filesystem's subvolumes the default one counts: others may be snapshots.
+    alike = [guess for guess in best if (guess.store, guess.point) == (first.store, first.point)]
+    first = min(alike, key=lambda guess: guess.order)
     others = [guess for guess in best if guess.store != first.store]
     if any(first.files & other.files for other in others):
         names = " and ".join(dict.fromkeys(g.store.name for g in (first, *others)))
@@ -91,10 +107,44 @@ def _first(disks: Disks, manifest: Manifest, *, has_fstab: bool) -> _Guess | Non
     return first
 
 
+def _systems(disks: Disks, stores: Iterable[Store], as_named: Sequence[_Guess]) -> Iterator[_Guess]:
+    """Yield the roots of systems, with the files that they have of their names, or none."""
+    files = {(guess.store, guess.root): guess.files for guess in as_named}
+    for store in stores:
+        for root in store.roots:
+            _, mount = store.mount("/", root)
+            if moves.is_system(partial(disks.has_folder, store.disk, mount)):
+                yield _Guess(store, "/", root, files.get((store, root), frozenset()))
+
+
+def _may_show(disks: Disks, guess: _Guess) -> bool:
+    """Tell whether a filesystem may be mounted where a guess has it: see `moves`."""
+    _, mount = guess.store.mount("/", guess.root)
+    has = partial(disks.has_folder, guess.store.disk, mount)
+    files = [path[len(guess.point.rstrip("/")) :] for path in guess.files]
+    return moves.may_show_at(has, guess.point, files)
+
+
+def _may_join(disks: Disks, plan: Plan, guess: _Guess) -> bool:
+    """Tell whether a filesystem may be mounted in a tree that is known without it.
+
+    Not where what it is mounted on has the directories of its files: they may have been there.
+    """
+    if "/" not in plan.spots:
+        return _may_show(disks, guess)
+    folders = moves.own_folders(list(guess.files), guess.point)
+    return (
+        plan.has_folder(disks, guess.point)
+        and not any(plan.has_folder(disks, folder) for folder in folders)
+        and _may_show(disks, guess)
+    )
+
+
 def _alone(disks: Disks, guess: _Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
-    """Return the trees with nothing but a guess, and the files that it would have."""
+    """Return the trees with nothing but a guess, and the files that belong there."""
     plan = Plan({guess.point: guess.store.mount(guess.point, guess.root)})
-    return plan.trees(disks), Manifest(tuple(e for e in manifest.entries if e.path in guess.files))
+    below = [entry for entry in manifest.entries if is_below(entry.path, guess.point)]
+    return plan.trees(disks), Manifest(tuple(below))
 
 
 def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
@@ -113,7 +163,8 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
     for guess in sorted(found, key=lambda guess: guess.rank, reverse=True):
         equals = [g for g in found if len(g.files) == len(guess.files) and g.store != guess.store]
         is_sole = not any(guess.files & other.files for other in equals)
-        if is_sole and _is_shown_by_content(disks, guess, entries):
+        is_shown = is_sole and _is_shown_by_content(disks, guess, entries)
+        if is_shown and not plan.from_fstab and _may_join(disks, plan, guess):
             return guess
     for guess in found:
         why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
@@ -176,6 +227,6 @@ def _is_shown_by_content(disks: Disks, guess: _Guess, entries: dict[str, Entry])
         content = disks.content(guess.store, guess.root, entry)
         if content is None:
             continue
-        if manifests.digest([content], entry.algorithm) == entry.digest:
+        if entry.is_of(content):
             return True
     return False

@@ -15,17 +15,19 @@ from __future__ import annotations
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check, guesses, partitions, rivals
+from nbdproxy.oracles import check, guesses, moves, partitions, rivals
 from nbdproxy.oracles import manifest as manifests
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Manifest, Resolution
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.plans import IN_MEMORY, Disks, Plan, Told, Unread, by_fstab, told
+from nbdproxy.oracles.plans import IN_MEMORY, Plan, Told, by_fstab, completed, told
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.rivals import Place
+from nbdproxy.oracles.stores import Disks, Unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Where:
 
     root       the directory that a manifest's paths begin at
     partition  the partition that all of them are on; 0 is the whole disk
-    mounts     what is mounted where; with one at / that is all there is
+    mounts     what is mounted where; with one at / that is all there is, but for its fstab
     """
 
     root: str | None = None
@@ -46,21 +48,36 @@ ANYWHERE = Where()
 
 
 def locate(
-    oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: Where = ANYWHERE
+    oracle: Oracle,
+    device: ReadableDevice,
+    manifest: Manifest,
+    where: Where = ANYWHERE,
+    other: ReadableDevice | None = None,
 ) -> tuple[Tree, Manifest]:
     """Return the guest's tree, and the manifest with its paths in it.
 
-    Meant for a good state. Raises FilesystemError if nothing can be read or it is not clear what
-    is mounted where, ManifestError if the manifest matches nowhere.
+    Meant for a good state. `other` is another one that will be judged by it: what cannot be read
+    there may have files as well. Raises FilesystemError if nothing can be read or it is not clear
+    what is mounted where, ManifestError if the manifest matches nowhere.
     """
-    (tree,), found = locate_all(oracle, [device], manifest, where)
+    others = [] if other is None else [other]
+    (tree,), found = locate_all(oracle, [device], manifest, where, others)
     return tree, found
 
 
 def locate_all(
-    oracle: Oracle, devices: Sequence[ReadableDevice], manifest: Manifest, where: Where = ANYWHERE
+    oracle: Oracle,
+    devices: Sequence[ReadableDevice],
+    manifest: Manifest,
+    where: Where = ANYWHERE,
+    others: Sequence[ReadableDevice] = (),
+    *,
+    names: Sequence[str] = (),
 ) -> tuple[list[Tree], Manifest]:
-    """Do what `locate` does for all disks of one guest: for each its part of the guest's tree."""
+    """Do what `locate` does for all disks of one guest: for each its part of the guest's tree.
+
+    `names` are what a user calls the disks.
+    """
     if where.root is not None:
         manifest = below(where.root, manifest)
     if where.partition is not None:
@@ -69,30 +86,41 @@ def locate_all(
         tree = Tree((Mount(partition=where.partition),))
         doubtful = _left_out(oracle, devices[0], manifest, where.partition)
         return [replace(tree, doubtful=doubtful)], manifest
-    disks = Disks(oracle, devices)
+    disks = Disks(oracle, devices, others, names)
     given = told(disks, where.mounts)
     if "/" in given.away:
         raise FilesystemError(f"nothing can be judged: {given.away['/']}")
     if "/" in given.spots:
-        return given.trees(disks), _resolved(given, disks, manifest, where)
+        plan = completed(disks, given, frozenset(entry.path for entry in manifest.entries))
+        manifest = _resolved(plan, disks, manifest, where, as_named=True)
+        if not plan.from_fstab:
+            return plan.trees(disks), manifest
+        return _with_doubts(disks, guesses.by_files(disks, plan, manifest), manifest), manifest
     plan, manifest = _best(disks, given, manifest, where)
     return _with_doubts(disks, plan, manifest), manifest
 
 
-def survey_tree(oracle: Oracle, device: ReadableDevice, where: Where = ANYWHERE) -> Tree:
-    """Return the tree of a disk of which no files are known.
+def survey_tree(
+    oracle: Oracle,
+    device: ReadableDevice,
+    where: Where = ANYWHERE,
+    other: ReadableDevice | None = None,
+) -> Tree:
+    """Return the tree of a disk of which no files are known; `other` as in `locate`.
 
     Raises FilesystemError if it is not clear what is mounted where.
     """
     if where.partition is not None:
         return Tree((Mount(partition=where.partition),))
-    disks = Disks(oracle, [device])
+    disks = Disks(oracle, [device], [] if other is None else [other])
     given = told(disks, where.mounts)
     if "/" in given.away:
         raise FilesystemError(given.away["/"])
     if "/" in given.spots:
-        (tree,) = given.trees(disks)
-        return tree
+        plan = completed(disks, given, frozenset())
+        (tree,) = plan.trees(disks)
+        loose = _loose(disks, plan) if plan.from_fstab else []
+        return replace(tree, loose=", ".join(map(str, loose)))
     plans = by_fstab(disks, given, frozenset())
     if len(plans) > 1:
         raise FilesystemError(
@@ -129,9 +157,16 @@ def below(root: str, manifest: Manifest) -> Manifest:
 def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: Where) -> Manifest:
     """Return the manifest with the paths of one partition."""
     mount = Mount(partition=where.partition)
-    found = manifests.resolutions(manifest, frozenset(oracle.paths(device, mount=mount)))
-    trees = [Tree((mount,))]
-    return rivals.manifest_of(oracle, [device], trees, manifest, found)
+    try:
+        there = oracle.paths(device, mount=mount)
+    except check.PartlyListedError as error:
+        there = error.paths
+    found = manifests.resolutions(manifest, frozenset(there))
+    disks = Disks(oracle, [device])
+    sure = moves.fitting(lambda path: disks.has_folder(0, mount, path), manifest, found)
+    if found and not sure:
+        raise _elsewhere(found)
+    return rivals.manifest_of(oracle, [device], [Tree((mount,))], manifest, sure)
 
 
 def _left_out(
@@ -160,7 +195,7 @@ def _left_out(
         else:
             why = f"{place} (by fstab)"
         content = disks.content(top, "/", entry) if entry.path in there else None
-        if content is None or manifests.digest([content], entry.algorithm) != entry.digest:
+        if content is None or not entry.is_of(content):
             found[entry.path] = f"{why}, which --partition {partition} leaves out"
     return found
 
@@ -171,61 +206,74 @@ def _number(device: ReadableDevice, key: PartitionName) -> int | None:
 
 
 def _resolved(
-    plan: Plan, disks: Disks, manifest: Manifest, where: Where, *, has_fstab: bool = False
+    plan: Plan, disks: Disks, manifest: Manifest, where: Where, *, as_named: bool = False
 ) -> Manifest:
     """Return a manifest with the paths that its files have under a plan.
 
-    With an fstab the guest's tree is known, and an absolute path is one of it: where none of them
-    is there, a copy in another directory is not what was asked for.
+    `as_named` is for where the guest's tree is known, or could be any: absolute paths stand.
     """
     if where.root is not None:
         return manifest
     found = manifests.resolutions(manifest, plan.known(disks))
-    if has_fstab and all(entry.path.startswith("/") for entry in manifest.entries):
-        found = [one for one in found if one.place in {"", "/"}]
-    return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, found)
+    stand = as_named and all(entry.path.startswith("/") for entry in manifest.entries)
+    sure = [
+        one
+        for one in moves.fitting(partial(plan.has_folder, disks), manifest, found)
+        if one.place == "" or not stand
+    ]
+    if found and not sure:
+        raise _elsewhere(found)
+    return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, sure)
 
 
 def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[Plan, Manifest]:
     """Return the plan under which most of the files are there, and the manifest with its paths."""
     names = frozenset(entry.path for entry in manifest.entries)
+    is_absolute = all(path.startswith("/") for path in names)
     plans = by_fstab(disks, given, names)
-    if plans and (found := _most(disks, plans, manifest, where, has_fstab=True)) is not None:
+    if plans and (found := _most(disks, plans, manifest, where, as_named=True)) is not None:
         return guesses.by_files(disks, *found), found[1]
+    if plans and all("/" in plan.away for plan in plans):
+        raise FilesystemError(f"nothing can be judged: {plans[0].away['/']}")
+    if plans:
+        if len(plans) == len(disks.parts) == 1 and not disks.hidden:
+            _resolved(plans[0], disks, manifest, where, as_named=True)  # says what there is
+        raise _matches_nothing(disks)
     if not disks.parts:
         if where.root is not None and len(disks.hidden) == len(disks.closed) <= 1:
             return Plan({"/": (0, Mount())}), manifest  # as soon as there is any, it is that
-        if not disks.hidden:
-            for device in disks.devices:
-                check.candidates(device, None)  # says what it looked for
-        raise FilesystemError(f"nothing can be read: {disks.unread()}")
+        raise _nothing_readable(disks)
     singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
     if len(singles) == 1 and not disks.hidden and not given.spots:
-        resolved = _resolved(singles[0], disks, manifest, where, has_fstab=bool(plans))
-        return singles[0], resolved
-    if all(entry.path.startswith("/") for entry in manifest.entries):
-        plan = guesses.by_files(disks, given, manifest, has_fstab=bool(plans))
+        return singles[0], _resolved(singles[0], disks, manifest, where)
+    if is_absolute:
+        plan = guesses.by_files(disks, given, manifest)
         if plan.spots:
             return plan, manifest
     if where.root is not None and len(disks.parts) > 1:
         raise FilesystemError(disks.several())
-    if where.root is not None:
-        raise _matches_nothing(disks)
-    found = _most(disks, singles, manifest, where, has_fstab=bool(plans))
+    if where.root is not None or (is_absolute and disks.hidden):
+        raise _matches_nothing(disks)  # what has the names only may be a copy of what is hidden
+    found = _most(disks, singles, manifest, where, as_named=is_absolute)
     if found is None:
         raise _matches_nothing(disks)
     return found
 
 
 def _most(
-    disks: Disks, plans: Sequence[Plan], manifest: Manifest, where: Where, *, has_fstab: bool
+    disks: Disks,
+    plans: Sequence[Plan],
+    manifest: Manifest,
+    where: Where,
+    *,
+    as_named: bool = False,
 ) -> tuple[Plan, Manifest] | None:
     """Return the plan with most of the files; None if none has any, but for a --root."""
     places: list[tuple[Plan, Place]] = []
     for plan in plans:
         known = plan.known(disks)
         try:
-            resolved = _resolved(plan, disks, manifest, where, has_fstab=has_fstab)
+            resolved = _resolved(plan, disks, manifest, where, as_named=as_named)
         except ManifestError:
             continue
         count = sum(entry.path in known for entry in resolved.entries)
@@ -240,10 +288,7 @@ def _most(
             f"the manifest matches equally well {' and '.join(p.words(disks) for p, _ in best)}; "
             f"name one of them with --partition, or say what is mounted where with --mount"
         )
-    return max(
-        ((plan, place.manifest, place.count) for plan, place in places if place in found),
-        key=lambda one: one[2],
-    )[:2]
+    return best[0]
 
 
 def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
@@ -271,10 +316,30 @@ def _loose(disks: Disks, plan: Plan) -> list[Unread]:
     return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
 
 
+class ElsewhereError(ManifestError):
+    """Nothing is where the paths of a manifest lead, and what is elsewhere may be a copy."""
+
+
+def _elsewhere(found: Sequence[Resolution]) -> ElsewhereError:
+    return ElsewhereError(
+        f"the manifest matches nothing where its paths lead: files of these names are in "
+        f"{found[0].place}, which may be a copy of what was lost; say where its paths begin with "
+        f"--root PATH (--root / if they are right), or what is mounted where with "
+        f"--mount WHAT:POINT[:ROOT]"
+    )
+
+
+def _nothing_readable(disks: Disks) -> FilesystemError:
+    if not disks.hidden:
+        for device in disks.devices:
+            check.candidates(device, None)  # says what it looked for
+    return FilesystemError(f"nothing can be read: {disks.unread()}")
+
+
 def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:
     if disks.hidden:
         return FilesystemError(
-            f"the manifest matches nothing that can be read here, but there is more: "
+            f"no file of the manifest is whole where its path leads, but not all can be read: "
             f"{disks.unread()}"
         )
     return ManifestError(

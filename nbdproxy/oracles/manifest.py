@@ -227,11 +227,16 @@ def resolve(manifest: Manifest, paths: Collection[str]) -> Manifest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resolution:
-    """A manifest with one leading directory changed to another, and how many entries exist so."""
+    """A manifest with one leading directory changed to another, and how many entries exist so.
+
+    `front` is the directory that was taken off, `place` the one that stands instead: `/` if none
+    does, and empty if nothing was changed.
+    """
 
     place: str
     manifest: Manifest
     count: int
+    front: str = ""
 
 
 def resolutions(manifest: Manifest, paths: Collection[str]) -> list[Resolution]:
@@ -267,16 +272,8 @@ def sole(found: Sequence[Resolution]) -> Resolution:
 def _resolution(manifest: Manifest, known: Collection[str], change: tuple[str, str]) -> Resolution:
     moved = Manifest(tuple(replace(e, path=_moved(e.path, *change)) for e in manifest.entries))
     place = "" if change == ("", "") else change[1] or "/"
-    return Resolution(place, moved, sum(entry.path in known for entry in moved.entries))
-
-
-def changes(manifest: Manifest, paths: Collection[str]) -> dict[tuple[str, str], list[str]]:
-    """Return the changes of a leading directory under which entries exist, and which those are."""
-    known = paths if isinstance(paths, (set, frozenset)) else set(paths)
-    return {
-        (old, new): [e.path for e in manifest.entries if _moved(e.path, old, new) in known]
-        for old, new in _proposals(manifest, known)
-    }
+    count = sum(entry.path in known for entry in moved.entries)
+    return Resolution(place, moved, count, change[0])
 
 
 def digest(chunks: Iterable[bytes], algorithm: str = SHA256) -> str:

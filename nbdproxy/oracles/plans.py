@@ -8,20 +8,16 @@ so, and for no other.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
-from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles import fstab
-from nbdproxy.oracles.check import PartlyListedError
-from nbdproxy.oracles.filesystems import KernelOnlyError
 from nbdproxy.oracles.fstab import Line
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree, above, is_below, tree_of
-from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.survey import Part, survey
+from nbdproxy.oracles.stores import Disks, Store, Unread, place_of, plain
 
 LINKS_MAX = 40
 """So many symbolic links Linux follows in a path: path_resolution(7)."""
@@ -31,7 +27,7 @@ IN_MEMORY = ("/dev/", "/proc/", "/run/", "/sys/")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What the user says is mounted somewhere: a number, a volume, or a name as in fstab."""
+    """What the user says is mounted somewhere; for `what` see `Disks.meant`."""
 
     what: str
     point: str
@@ -39,134 +35,6 @@ class Told:
 
     def __str__(self) -> str:
         return ":".join((self.what, self.point, *([self.root] if self.root else [])))
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """A filesystem of one of the disks; `roots` are its directories that a mount may show."""
-
-    disk: int
-    part: int | str
-    name: str
-    specs: frozenset[str]
-    roots: tuple[str, ...]
-
-    def mount(self, point: str, root: str = "") -> tuple[int, Mount]:
-        """Return a mount of it, and its disk; of Btrfs the default subvolume, if none is named."""
-        root = root or self.roots[0]
-        return self.disk, Mount(
-            point, self.part, root if len(self.roots) > 1 or root != "/" else ""
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Unread:
-    """Something on one of the disks that may hold files and cannot be read."""
-
-    words: str
-    specs: frozenset[str]
-
-    def __str__(self) -> str:
-        return self.words
-
-
-class Disks:
-    """All filesystems of a guest's disks that can be read, and what else is on them."""
-
-    def __init__(self, oracle: Oracle, devices: Sequence[ReadableDevice]) -> None:
-        self.devices = list(devices)
-        self.oracle = oracle
-        self.parts: list[Store] = []
-        self.closed: list[Store] = []
-        self.hidden: list[Unread] = []
-        self.partial: dict[tuple[int, int | str], Unread] = {}
-        self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
-        for disk, device in enumerate(devices):
-            found = survey(device)
-            for hidden in found.hidden:
-                specs = _specs(disk, hidden.where, hidden.specs)
-                self.hidden.append(Unread(self.named(disk, str(hidden)), specs))
-            for part in found.parts:
-                self._enter(disk, part)
-
-    def _enter(self, disk: int, part: Part) -> None:
-        key = part.slice.key
-        device, mount = self.devices[disk], Mount(partition=key, root="/")
-        name = self.named(disk, part.slice.name)
-        roots: tuple[str, ...] = ("/",)
-        specs = _specs(disk, part.slice.name, part.specs)
-        try:
-            try:
-                found = self.oracle.paths(device, mount=mount)
-            except PartlyListedError as error:
-                found = error.paths
-                if not found:
-                    raise
-                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs)
-            self._paths[disk, key] = frozenset(found)
-            roots = self.oracle.roots(device, key)
-        except FilesystemError as error:
-            why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
-            self.hidden.append(Unread(f"{name}: {why}", specs))
-            self.closed.append(Store(disk, key, name, specs, roots))
-            return
-        self.parts.append(Store(disk, key, name, specs, roots))
-
-    def named(self, disk: int, name: str) -> str:
-        """Return what a part is called: with its disk, if there are several."""
-        return name if len(self.devices) == 1 else f"{name} of disk {disk + 1}"
-
-    def paths(self, store: Store) -> frozenset[str]:
-        """Return the paths of a filesystem's files and links, from its own top."""
-        return self._paths[store.disk, store.part]
-
-    def below(self, store: Store, root: str) -> frozenset[str]:
-        """Return the paths that a mount of one of its directories shows, from there."""
-        found = self.paths(store)
-        if root == "/":
-            return found
-        return frozenset(path[len(root) :] for path in found if path.startswith(root + "/"))
-
-    def content(self, store: Store, root: str, entry: Entry) -> bytes | None:
-        """Return what a file holds, by its path in a directory of a filesystem."""
-        mount = Mount("/", store.part, root)
-        return self.oracle.content(self.devices[store.disk], entry, mount=mount)
-
-    def link(self, store: Store, path: str) -> str | None:
-        """Return where a link leads that is no link to a file; None if a path is none."""
-        if path not in self.paths(store):
-            return None
-        entry = Entry(path, "", None)
-        if self.content(store, "/", entry) is not None:
-            return None
-        target = self.content(store, "/", replace(entry, target=""))
-        return None if target is None else target.decode("utf-8", "surrogateescape")
-
-    def called(self, name: str) -> list[Store]:
-        """Return the filesystems that a name may mean, those that cannot be read too."""
-        return [store for store in (*self.parts, *self.closed) if _plain(name) in store.specs]
-
-    def hides(self, name: str) -> Unread | None:
-        """Return what cannot be read and is called so."""
-        return next((one for one in self.hidden if _plain(name) in one.specs), None)
-
-    def hides_all(self, what: str) -> list[Unread]:
-        """Return all that cannot be read and that a user may mean: a number, or a name."""
-        places = {_place(disk, f"partition {what}") for disk in range(len(self.devices))}
-        names = places if what.isdecimal() else {_plain(what), _plain(f"/dev/{what}")}
-        return [one for one in self.hidden if names & one.specs]
-
-    def unread(self) -> str:
-        """Say what cannot be read."""
-        return ", ".join(map(str, self.hidden))
-
-    def several(self) -> str:
-        """Say that one of them has to be named."""
-        names = ", ".join(store.name for store in self.parts)
-        return (
-            f"several partitions hold a filesystem: {names}; name one of them with --partition, "
-            f"or say what is mounted where with --mount"
-        )
 
 
 Spot = tuple[int, Mount]
@@ -227,6 +95,16 @@ class Plan:
                     found.update(path for path in seen if path is not None)
         return frozenset(found)
 
+    def has_folder(self, disks: Disks, path: str) -> bool:
+        """Tell whether a directory is in the guest's tree; true if that cannot be told."""
+        for point in above(path):
+            if point in self.away:
+                return True
+            if point in self.spots:
+                disk, mount = self.spots[point]
+                return point == path or disks.has_folder(disk, mount, path)
+        return True
+
     def real(self, disks: Disks, path: str) -> str:
         """Return where a path leads, links to folders followed; as it is, where they go on."""
         names, at = path.split("/")[::-1], "/"
@@ -280,22 +158,17 @@ class Plan:
 def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
     """Return the plan that the user told; FilesystemError for what is not on the disks."""
     plan = Plan()
-    every = [*disks.parts, *disks.closed]
     for one in mounts:
-        if one.what.isdecimal():
-            found = [store for store in every if one.what == str(store.part)]
-        else:
-            is_name = one.what.startswith("/") or "=" in one.what
-            found = disks.called(one.what if is_name else f"/dev/{one.what}")
-        hidden = disks.hides_all(one.what) if not found else []
+        found, hidden = disks.meant(one.what)
         if len(hidden) == 1:
             plan.away[one.point] = f"{one.point} is not read here: {hidden[0]}"
             plan.names |= hidden[0].specs
             continue
         if len(found) != 1:
-            names = ", ".join(store.name for store in every) or "none"
-            several = "several filesystems are" if found else "no filesystem is"
-            raise FilesystemError(f"--mount {one}: {several} called so; there are: {names}")
+            several = "several filesystems are" if found or hidden else "no filesystem is"
+            raise FilesystemError(
+                f"--mount {one}: {several} called so; there are: {disks.there_are()}"
+            )
         plan.spots[one.point] = found[0].mount(one.point, one.root or "")
     plan.alias(disks)
     return plan
@@ -313,19 +186,37 @@ def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
     copies: list[Plan] = []
     for store in disks.parts:
         for root in store.roots:
-            if fstab.PATH not in disks.below(store, root):
+            plan = _by_its_fstab(disks, store, root, given, wanted)
+            if plan is None:
                 continue
-            raw, secret = (
-                disks.content(store, root, Entry(path, "", None))
-                for path in (fstab.PATH, fstab.CRYPTTAB)
-            )
-            if raw is None:
-                continue
-            plan = _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
             found = own if plan.spots.get("/") == store.mount("/", root) else copies
             if plan not in found:
                 found.append(plan)
     return own or copies
+
+
+def completed(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> Plan:
+    """Return a plan that has a top, with what the fstab there says of the rest, if there is one."""
+    disk, top = given.spots["/"]
+    store = next((s for s in disks.parts if (s.disk, s.part) == (disk, top.partition)), None)
+    plan = store and _by_its_fstab(disks, store, top.root or "/", given, wanted)
+    return plan or given
+
+
+def _by_its_fstab(
+    disks: Disks, store: Store, root: str, given: Plan, wanted: AbstractSet[str]
+) -> Plan | None:
+    """Return the plan of a system by its own fstab; None if it has none."""
+    if fstab.PATH not in disks.below(store, root):
+        return None
+    raw, secret = (
+        disks.content(store, root, Entry(path, "", None)) for path in (fstab.PATH, fstab.CRYPTTAB)
+    )
+    return (
+        None
+        if raw is None
+        else _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
+    )
 
 
 class _Reading:
@@ -342,13 +233,13 @@ class _Reading:
 
     def plan(self, given: Plan, wanted: AbstractSet[str]) -> Plan:
         """Return what it says, but for what was told."""
-        names = frozenset(map(_plain, self._names())) | given.names
+        names = frozenset(map(plain, self._names())) | given.names
         no_disk = {o.elsewhere() for o in self._lines if not o.is_device and not o.is_bind}
         plan = Plan(from_fstab=True, names=names, diskless=frozenset(no_disk))
         for line in self._lines:
             if not line.is_bind and not line.is_optional:
                 self._enter(plan, line, self._device(line))
-        if "/" not in plan.spots and not self._is_of_hidden():
+        if "/" not in plan.spots and not self._is_of_another(names):
             plan.away.pop("/", None)  # it is written for another name of the disk that it is on
             plan.spots["/"] = self._store.mount("/", self._root)
         plan.alias(self._disks)
@@ -378,7 +269,7 @@ class _Reading:
         if found is None or found[0] != self._disk:
             return spec
         part = f"partition {found[1]}" if found[1] else "whole disk"
-        return _place(self._store.disk, part)
+        return place_of(self._store.disk, part)
 
     @staticmethod
     def _enter(plan: Plan, line: Line, found: Spot | str) -> None:
@@ -404,9 +295,22 @@ class _Reading:
             return f"{where}, which has no subvolume {root}"
         return stores[0].mount(line.point, root)
 
-    def _is_of_hidden(self) -> bool:
-        """Tell whether the top is something that cannot be read: this is a copy of its fstab."""
-        return any(line.point == "/" and self._hidden(line.spec) for line in self._lines)
+    def _is_of_another(self, names: AbstractSet[str]) -> bool:
+        """Tell whether the top is, or may be, something that is not read: this fstab is a copy.
+
+        It may be if this filesystem is not called as the top is, and there is something of which
+        nobody knows what it is for.
+        """
+        top = next((line for line in self._lines if line.point == "/"), None)
+        if top is None or top.is_any:
+            return False
+        unknown = (one for one in self._disks.hidden if not one.specs & names)
+        is_own = plain(self._name(top.spec)) in self._store.specs
+        return (
+            top.is_diskless
+            or self._hidden(top.spec) is not None
+            or (not is_own and any(True for _ in unknown))
+        )
 
     def _hidden(self, spec: str) -> Unread | None:
         """Return what a device is, or is made from, if that cannot be read."""
@@ -468,18 +372,3 @@ class _Reading:
             if point not in {line.spec, line.point} and is_below(point, line.spec):
                 moved = line.point + point.removeprefix(line.spec.rstrip("/"))
                 plan.spots[moved] = disk, replace(mount, point=moved)
-
-
-def _specs(disk: int, where: str, specs: Iterable[str]) -> frozenset[str]:
-    """Return all names of something on a disk, so that they can be compared."""
-    return frozenset((_place(disk, where), *map(_plain, specs)))
-
-
-def _place(disk: int, where: str) -> str:
-    """Return how something is named by where it is, apart from all names of fstab."""
-    return f"{where} of {disk}"
-
-
-def _plain(name: str) -> str:
-    """Return a name so that it can be compared: of ids the case does not count."""
-    return name.lower() if "uuid" in name.lower() else name

@@ -2,14 +2,15 @@
 
 Two systems on one disk, a disk's clone, a backup beside the original: they have files of the same
 names, and the right one may have fewer of them, as some were lost. Guarantees: a place is taken for
-the right one only if no other has more than half as many whole files, or, with a few files only,
-all the names as well. Where no file is whole in any place, names are all there is to go by. Not
-covered: a copy of files of which most were lost where
-they belong.
+the right one only if no other has more than half as many files that are whole or look lost, or,
+with a few files only, all the names as well; one without any whole file needs all the names. Where
+no file is whole in any place, names are all there is to go by. Not covered: a whole copy of files
+of which most are older, or cut short, where they belong, or are gone with all that was beside them.
 """
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,14 @@ from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Manifest, Resolution
-from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.mounts import Tree, above
 from nbdproxy.oracles.oracle import Oracle
 
 _SURE = 3
 """So many more whole files show that of two places with the same names one is right."""
+
+_LOST = {Condition.EMPTY, Condition.ZEROED, Condition.PARTLY_ZEROED, Condition.UNREADABLE}
+"""What a file looks like that was lost, and no older one does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,21 +45,16 @@ def best(oracle: Oracle, devices: Sequence[ReadableDevice], places: Sequence[Pla
     """
     if len(places) <= 1:
         return list(places)
-    found: list[tuple[int, Place]] = []
-    most = 0
-    for place in sorted(places, key=lambda place: -place.count):
-        if most and place.count * 2 <= most:
-            break
-        found.append((_whole(oracle, devices, place), place))
-        most = max(most, found[-1][0])
+    found = [(*_told(oracle, devices, place), place) for place in places]
+    most = max(whole for whole, _, _ in found)
+    names = max(place.count for whole, _, place in found if whole == most)
     if not most:
-        names = max(place.count for place in places)
         return [place for place in places if place.count == names]
-    names = max(place.count for whole, place in found if whole == most)
     return [
         place
-        for whole, place in found
-        if whole * 2 > most or (place.count >= names and most - whole < _SURE)
+        for whole, lost, place in found
+        if ((whole + lost) * 2 > most and (whole or place.count >= names))
+        or (place.count >= names and most - whole < _SURE)
     ]
 
 
@@ -73,10 +72,27 @@ def manifest_of(
     return manifests.sole([places[p] for p in best(oracle, devices, list(places))]).manifest
 
 
-def _whole(oracle: Oracle, devices: Sequence[ReadableDevice], place: Place) -> int:
-    """Return how many files are whole in a place."""
-    found: set[str] = set()
+def _told(oracle: Oracle, devices: Sequence[ReadableDevice], place: Place) -> tuple[int, int]:
+    """Return how many files are whole in a place, and how many others look lost there.
+
+    Not those with other content, which may be older or another system's, and of those that are
+    missing only the ones in or below a directory, not the top, that has a file which is whole.
+    """
+    found: dict[str, Condition] = {}
     for device, tree in zip(devices, place.trees, strict=True):
         conditions = TreeFollower(oracle, place.manifest, {}, tree).check(device, None).conditions
-        found |= {path for path, what in conditions.items() if what is Condition.WHOLE}
-    return len(found)
+        found |= {path: what for path, what in conditions.items() if _of_tree(tree, path)}
+    whole = [path for path, what in found.items() if what is Condition.WHOLE]
+    near = {folder for path in whole for folder in above(posixpath.dirname(path))} - {"/"}
+    beside = {posixpath.dirname(path) for path in whole}
+    missing = [path for path, what in found.items() if what is Condition.MISSING]
+    lost = [
+        path
+        for path in missing
+        if posixpath.dirname(path) in beside or not near.isdisjoint(above(posixpath.dirname(path)))
+    ]
+    return len(whole), len(lost) + sum(what in _LOST for what in found.values())
+
+
+def _of_tree(tree: Tree, path: str) -> bool:
+    return not isinstance(tree.of(path), str)

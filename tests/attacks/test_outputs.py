@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from nbdproxy.cli.convert import convert
+from nbdproxy.cli.extract import _make_folder
 from nbdproxy.cli.open import OutputFormat, open_
 from nbdproxy.cli.pack import pack, unpack
 from nbdproxy.crash.verdicts import Verdicts
@@ -81,6 +82,7 @@ WRITES: dict[str, Write] = {
     "convert to nbd-trlog": lambda run, output: converted(run, output, LogFormat.NBD_TRLOG),
     "convert to nbdproxy": reconverted,
     "explore --db": lambda _, output: Verdicts(output, {}, resume=False).close(),
+    "extract": lambda _, output: _make_folder(output),
     "lab format": lambda _, output: format_disk(output, 16 << 20),
     "lab run --write-log": lambda _, output: dm_log.prepare(output),
 }

@@ -66,7 +66,7 @@ class Machine:
         for name in {**self.names, **now}:
             found = dice.choice((self.names, now)).get(name)
             if found is not None:
-                (to / name).write_bytes(_some_of(versions[found], dice))
+                (to / name).write_bytes(_some_of(versions.get(found, [b""]), dice))
         return to
 
 
@@ -158,3 +158,24 @@ def test_what_has_its_name_is_whole(
     with new_folder(tmp_path / "run") as made:
         made.finish()
     assert (tmp_path / "run").is_dir()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tails_go_when_the_files_have_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    machine = Machine(tmp_path / "run", monkeypatch)
+    writer = RecordingWriter(tmp_path / "run", META)
+    really = os.unlink
+    left: list[Path] = []
+
+    def unlinked(name: str, *, dir_fd: int) -> None:
+        really(name, dir_fd=dir_fd)
+        to = tmp_path / f"left{len(left)}"
+        left.append(machine.lose_power(random.Random(seed), to))
+
+    monkeypatch.setattr(os, "unlink", unlinked)
+    writer.close(ENDING)
+    assert len(left) == 2
+    for folder in left:
+        assert {"events", "data"} <= {one.name for one in folder.iterdir()}

@@ -20,7 +20,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.filesystems import kind_of
-from nbdproxy.oracles.locate import locate
+from nbdproxy.oracles.locate import Where, locate
 from nbdproxy.oracles.manifest import DIGITS, Entry, Manifest, digest, link_entry
 from nbdproxy.oracles.mounts import ONLY, Mount, Tree
 from nbdproxy.oracles.quick import QUICK
@@ -241,6 +241,8 @@ def test_what_is_broken_hides_nothing_else(
         with pytest.raises(PartlyListedError, match=path.decode()) as listed:
             oracle.paths(disk, mount=ONLY)
         assert set(listed.value.paths) == {"/app/a", "/app/deep/b", "/z"}
+        _, found = locate(oracle, disk, wanted, Where(partition=0))
+        assert found == wanted
         tree, found = locate(oracle, disk, wanted)
         assert found == wanted
         judged = oracle.follow(found, earlier={}, mount=tree.mounts[0]).check(disk, None)

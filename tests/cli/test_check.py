@@ -10,8 +10,10 @@ from typing import Protocol
 
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.oracles.ext4.filesystem import Filesystem
+from nbdproxy.oracles.manifest import dump
 from tests.support.ext4 import FLUSHED, UNFLUSHED
 from tests.support.serving import nbdproxy
+from tests.support.systems import ROOT, Part, filesystem, manifest
 
 
 class Made(Protocol):
@@ -75,3 +77,16 @@ def test_errors_that_make_e2fsck_give_up_are_errors(recorded: Made, tmp_path: Pa
     subprocess.run(["debugfs", "-w", "-R", "clri <2>", image], check=True, capture_output=True)
     said = nbdproxy("check", image, code=1).stdout
     assert "not a directory" in said or "still has errors" in said
+
+
+def test_a_data_disk_is_checked_where_its_guest_mounts_it_and_a_copy_is_not(tmp_path: Path) -> None:
+    files = {"/u/a": "a", "/u/b": "b"}
+    listed, image = tmp_path / "files", tmp_path / "image"
+    listed.write_text(dump(manifest({f"/home{path}": text for path, text in files.items()})))
+    image.write_bytes(filesystem(tmp_path / "data", Part(files), 1))
+    words = ("check", image, "--no-fsck", "--files", listed)
+    assert "files    2 whole" in nbdproxy(*words, code=0).stdout
+    image.write_bytes(filesystem(tmp_path / "root", Part({**ROOT, **files}), 1))
+    said = nbdproxy(*words, code=2).stdout
+    assert "2 cannot-be-told" in said and "may be a copy" in " ".join(said.split())
+    assert "2 missing" in nbdproxy(*words, "--root", "/", code=1).stdout

@@ -144,6 +144,22 @@ def test_a_root_that_was_never_there_tells_nothing(guest: Guest, tmp_path: Path)
     assert WRONG in said["unknown"][0]["reason"]
 
 
+def test_one_of_several_disks_is_named_with_what_is_mounted(guest: Guest, tmp_path: Path) -> None:
+    moved = {path.replace("/home", "/people"): text for path, text in FLUSHED.items()}
+    listed = tmp_path / "files"
+    listed.write_text(dump(manifest(moved)))
+    words = ("replay", guest.runs, "--files", listed, *CELL, "--json")
+    for home in ("home.img", "home.img/1", guest.home, "home.img/LABEL=home"):
+        said = nbdproxy(*words, "--mount", f"{home}:/people", code=0).stdout
+        assert ("/people", 1) in {(m["point"], m["partition"]) for m in json.loads(said)["mounts"]}
+    told = ("--mount", "system.img/2:/", "--mount", "home.img/1:/people")
+    said = nbdproxy(*words, *told, code=0).stdout  # the fstab there tells of /boot
+    assert {m["point"] for m in json.loads(said)["mounts"]} == {"/", "/boot", "/home", "/people"}
+    wrong = nbdproxy(*words, "--mount", "home:/people", code=2).stderr
+    assert "--mount home:/people: no filesystem is called so; there are: partition 1 of " in wrong
+    assert "the disks are home.img, system.img" in wrong
+
+
 def test_a_disk_that_was_not_named_is_missed_in_words(guest: Guest) -> None:
     words = ("replay", guest.system, "--files", guest.files, *CELL)
     found = lost(nbdproxy(*words, "--list", "--json", code=1).stdout)
@@ -224,7 +240,8 @@ def test_a_manifest_lists_the_whole_tree(guest: Guest) -> None:
     below = nbdproxy("manifest", f"{guest.system}@end", "--under", "/boot", code=0).stdout
     assert "/boot/initrd" in below and "/etc" not in below
     told = ("--mount", "1:/efi", "--mount", "LABEL=root:/")
-    assert "/efi/vmlinuz" in nbdproxy("manifest", guest.system, *told, code=0).stdout
+    said = nbdproxy("manifest", guest.system, *told, code=2)  # its fstab tells of all others
+    assert "/efi/vmlinuz" in said.stdout and "left out: /home is on LABEL=home" in said.stderr
     for wrong, sentence in (
         (("--mount", "boot"), "--mount 1:/boot"),
         (("--mount", "9:/"), "no filesystem is called so; there are: partition 1, partition 2"),

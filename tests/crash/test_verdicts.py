@@ -158,7 +158,7 @@ def test_what_is_no_file_of_verdicts_is_refused_and_left_alone(tmp_path: Path) -
     db.close()
     Verdicts(newer, ABOUT, resume=False).close()
     with sqlite3.connect(newer) as db:
-        db.execute("UPDATE about SET value = '2' WHERE key = 'version'")
+        db.execute("UPDATE about SET value = '9' WHERE key = 'version'")
     db.close()
     for path in (text, other, newer):
         before = path.read_bytes() if path is text else b""

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.disks.memory import MemoryDisk
+from tests.support.systems import Part, disk
 
 Run = Callable[..., str]
 Make = Callable[..., Path]
@@ -71,3 +72,17 @@ def load() -> Callable[[Path], MemoryDisk]:
         return MemoryDisk(image.read_bytes())
 
     return read
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., MemoryDisk]:
+    """Make a disk of some partitions; what was made before is made from the same bytes."""
+    known: dict[str, bytes] = {}
+
+    def make(*parts: Part) -> MemoryDisk:
+        key = repr(parts)
+        if key not in known:
+            known[key] = disk(tmp_path_factory.mktemp("disk"), *parts)
+        return MemoryDisk(known[key])
+
+    return make

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles.check import Findings, Verdict
+from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import Where, locate, locate_all
-from nbdproxy.oracles.mounts import PartitionName, Tree
+from nbdproxy.oracles.locate import Where, locate, locate_all, survey_tree
 from nbdproxy.oracles.plans import Told
 from nbdproxy.oracles.quick import QUICK
-from tests.support.systems import LUKS, Part, disk, ident, manifest
+from tests.support.systems import (
+    BOOT,
+    GUEST,
+    LUKS,
+    ROOT,
+    Part,
+    ident,
+    judged,
+    manifest,
+    placed,
+    root,
+)
 
-BOOT = Part({"/vmlinuz": "kernel", "/grub/grub.cfg": "menu"}, "boot")
-ROOT = {"/etc/passwd": "users", "/etc/hosts": "hosts", "/usr/bin/true": "true"}
-GUEST = {"/boot/vmlinuz": "kernel", "/boot/grub/grub.cfg": "menu", **ROOT}
 Make = Callable[..., MemoryDisk]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Make a disk of some partitions; what was made before is made from the same bytes."""
-    known: dict[str, bytes] = {}
-
-    def make(*parts: Part) -> MemoryDisk:
-        key = repr(parts)
-        if key not in known:
-            known[key] = disk(tmp_path_factory.mktemp("disk"), *parts)
-        return MemoryDisk(known[key])
-
-    return make
-
-
-def root(fstab: str | None, more: Mapping[str, str] | None = None, *folders: str) -> Part:
-    """The root of a system with an fstab."""
-    files = {**ROOT, **(more or {})}
-    if fstab is not None:
-        files["/etc/fstab"] = fstab
-    return Part(files, "root", folders=("/boot", "/home", "/var", *folders))
-
-
-def judged(
-    device: MemoryDisk, wanted: Mapping[str, str], where: Where | None = None
-) -> tuple[Tree, Findings]:
-    """Find the files of a guest, and judge them."""
-    tree, found = locate(QUICK, device, manifest(wanted), where or Where())
-    return tree, TreeFollower(QUICK, found, {}, tree).check(device, None)
-
-
-def placed(tree: Tree) -> dict[str, PartitionName]:
-    """What is mounted where."""
-    return {mount.point: mount.partition for mount in tree.mounts}
 
 
 @pytest.mark.parametrize(
@@ -338,12 +310,8 @@ def test_relative_paths_are_told_by_content_where_names_are_at_several_places(ma
 
 def test_relative_paths_are_found_in_the_whole_tree(made: Make) -> None:
     device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
-    tree, found = locate(QUICK, device, manifest({"grub/grub.cfg": "menu", "vmlinuz": "kernel"}))
+    _, found = locate(QUICK, device, manifest({"grub/grub.cfg": "menu", "vmlinuz": "kernel"}))
     assert [entry.path for entry in found.entries] == ["/boot/grub/grub.cfg", "/boot/vmlinuz"]
-    seen_elsewhere = {f"/mnt/guest{path}": text for path, text in GUEST.items()}
-    tree, found = locate(QUICK, device, manifest(seen_elsewhere))
-    assert {entry.path for entry in found.entries} == set(GUEST)
-    assert TreeFollower(QUICK, found, {}, tree).check(device, None).verdict is Verdict.PASS
 
 
 def test_a_manifest_of_nothing_is_refused(made: Make) -> None:
@@ -455,3 +423,62 @@ def test_a_broken_folder_hides_nothing_else(made: Make) -> None:
     broken = {p for p, c in found.conditions.items() if c is not Condition.WHOLE}
     assert broken == {"/usr/bin/true"}
     assert found.conditions["/usr/bin/true"] is Condition.UNREADABLE
+
+
+def test_a_disk_of_several_is_named_with_what_is_on_it(made: Make) -> None:
+    home, data = Part({"/u/a": "a"}, "home"), Part({"/d": "d"}, "data")
+    devices = [made(BOOT, root(None)), made(home, data), made(home), made(Part(raw=LUKS))]
+    names = ["runs/system", "runs/users.img", "old/home", "runs/vault"]
+    wanted = manifest({**GUEST, "/home/u/a": "a", "/srv/d": "d", "/old/u/a": "a", "/v/x": "x"})
+    for users, old in (("users.img", "home"), ("runs/users.img", "old/home")):
+        told = (
+            Told("system/2", "/"),
+            Told("system/LABEL=boot", "/boot"),
+            Told(f"{users}/1", "/home"),
+            Told(f"{users}/LABEL=data", "/srv"),
+            Told(old, "/old"),
+            Told("vault", "/v"),
+        )
+        trees, _ = locate_all(QUICK, devices, wanted, Where(mounts=told), names=names)
+        assert [placed(tree) for tree in trees] == [
+            {"/": 2, "/boot": 1},
+            {"/home": 1, "/srv": 2},
+            {"/old": 1},
+            {},
+        ]
+        assert trees[3].away["/v"] == "/v is not read here: partition 1 of vault is LUKS1"
+    for what, why in (
+        ("users.img", "several filesystems are called so"),
+        ("1", "several filesystems are called so"),
+        ("users.img/3", "no filesystem is called so"),
+        ("other/1", "no filesystem is called so"),
+    ):
+        with pytest.raises(FilesystemError, match=why) as error:
+            where = Where(mounts=(Told(what, "/home"),))
+            locate_all(QUICK, devices, wanted, where, names=names)
+        assert "partition 2 of users.img" in str(error.value)
+        assert "the disks are system, users.img, home, vault" in str(error.value)
+    same = ["a/disk", "b/disk", "c/disk", "d/disk"]
+    where = Where(mounts=(Told("a/disk/2", "/"), Told("c/disk", "/home")))
+    trees, _ = locate_all(QUICK, devices, wanted, where, names=same)
+    assert placed(trees[2]) == {"/home": 1}
+    with pytest.raises(FilesystemError, match="the disks are a/disk, b/disk"):
+        locate_all(QUICK, devices, wanted, Where(mounts=(Told("disk/1", "/"),)), names=same)
+
+
+def test_the_fstab_of_a_root_that_is_told_is_read(made: Make) -> None:
+    """What is told counts more, and an fstab of another system does not."""
+    lines = "LABEL=root / ext4\nLABEL=boot /boot ext4\nUUID=77 /data ext4\n"
+    other = Part({**ROOT, "/etc/fstab": "LABEL=boot /efi ext4\n"}, "other")
+    device = made(BOOT, root(lines), other, Part({"/k": "k"}, "more"))
+    tree, found = judged(
+        device, {**GUEST, "/data/x": "x", "/new": "n"}, Where(mounts=(Told("2", "/"),))
+    )
+    assert placed(tree) == {"/": 2, "/boot": 1}
+    assert found.conditions["/data/x"] is Condition.CANNOT_BE_TOLD
+    assert found.conditions["/new"] is Condition.MISSING
+    assert "UUID=77, which is not on this disk" in tree.away["/data"]
+    assert placed(survey_tree(QUICK, device, Where(mounts=(Told("2", "/"),)))) == placed(tree)
+    over = Where(mounts=(Told("2", "/"), Told("4", "/boot")))
+    assert placed(judged(device, {**ROOT, "/boot/k": "k"}, over)[0]) == {"/": 2, "/boot": 4}
+    assert placed(judged(device, ROOT, Where(mounts=(Told("3", "/"),)))[0]) == {"/": 3, "/efi": 1}

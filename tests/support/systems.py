@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.oracles.check import Findings
+from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.locate import Where, locate
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import PartitionName, Tree
+from nbdproxy.oracles.quick import QUICK
 from tests.support.serving import tool
 
 MIB = 1 << 20
@@ -30,6 +36,11 @@ class Part:
     raw: bytes = b""
     folders: tuple[str, ...] = ()
     links: Mapping[str, str] = field(default_factory=dict)
+
+
+BOOT = Part({"/vmlinuz": "kernel", "/grub/grub.cfg": "menu"}, "boot")
+ROOT = {"/etc/passwd": "users", "/etc/hosts": "hosts", "/usr/bin/true": "true"}
+GUEST = {"/boot/vmlinuz": "kernel", "/boot/grub/grub.cfg": "menu", **ROOT}
 
 
 def filesystem(folder: Path, part: Part, number: int) -> bytes:
@@ -97,3 +108,24 @@ def with_files(folder: Path, content: bytes, number: int, files: Mapping[str, st
     said = tool("debugfs", "-w", "-f", folder / "commands", image)
     assert "Allocated" in said, said
     return content[:start] + image.read_bytes() + content[start + PART :]
+
+
+def root(fstab: str | None, more: Mapping[str, str] | None = None, *folders: str) -> Part:
+    """The root of a system with an fstab."""
+    files = {**ROOT, **(more or {})}
+    if fstab is not None:
+        files["/etc/fstab"] = fstab
+    return Part(files, "root", folders=("/boot", "/home", "/var", *folders))
+
+
+def judged(
+    device: MemoryDisk, wanted: Mapping[str, str], where: Where | None = None
+) -> tuple[Tree, Findings]:
+    """Find the files of a guest, and judge them."""
+    tree, found = locate(QUICK, device, manifest(wanted), where or Where())
+    return tree, TreeFollower(QUICK, found, {}, tree).check(device, None)
+
+
+def placed(tree: Tree) -> dict[str, PartitionName]:
+    """What is mounted where."""
+    return {mount.point: mount.partition for mount in tree.mounts}

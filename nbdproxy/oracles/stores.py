@@ -1,0 +1,245 @@
+"""A guest's disks: each filesystem on them that can be read, and all else that may hold files.
+
+What is on a disk is told by `survey`; here the filesystems of all disks stand together, each with
+the paths of its files, and can be asked for by what a user or an fstab calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.errors import FilesystemError
+from nbdproxy.oracles import browse
+from nbdproxy.oracles.check import PartlyListedError, absolute
+from nbdproxy.oracles.filesystems import KernelOnlyError
+from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.mounts import Mount
+from nbdproxy.oracles.oracle import Oracle
+from nbdproxy.oracles.survey import Part, survey
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A filesystem of one of the disks; `roots` are its directories that a mount may show."""
+
+    disk: int
+    part: int | str
+    name: str
+    specs: frozenset[str]
+    roots: tuple[str, ...]
+
+    def mount(self, point: str, root: str = "") -> tuple[int, Mount]:
+        """Return a mount of it, and its disk; of Btrfs the default subvolume, if none is named."""
+        root = root or self.roots[0]
+        return self.disk, Mount(
+            point, self.part, root if len(self.roots) > 1 or root != "/" else ""
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """Something on one of the disks that may hold files and cannot be read."""
+
+    words: str
+    specs: frozenset[str]
+    disk: int
+
+    def __str__(self) -> str:
+        return self.words
+
+
+class Disks:
+    """All filesystems of a guest's disks that can be read, and what else is on them."""
+
+    def __init__(
+        self,
+        oracle: Oracle,
+        devices: Sequence[ReadableDevice],
+        others: Sequence[ReadableDevice] = (),
+        names: Sequence[str] = (),
+    ) -> None:
+        """Look at disks; `others` are other states of each, with what may hide files in these.
+
+        `names` are what a user calls the disks, paths of recordings.
+        """
+        self.devices = list(devices)
+        self._names = [{name, PurePath(name).name} for name in names]
+        shorts = [PurePath(name).name for name in names]
+        self._shown = [
+            short if shorts.count(short) == 1 else name
+            for short, name in zip(shorts, names, strict=True)
+        ] or [f"disk {number}" for number in range(1, len(devices) + 1)]
+        self.oracle = oracle
+        self.parts: list[Store] = []
+        self.closed: list[Store] = []
+        self.hidden: list[Unread] = []
+        self.partial: dict[tuple[int, int | str], Unread] = {}
+        self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
+        self._folders: dict[tuple[int, Mount, str], bool] = {}
+        for disk, device in enumerate(devices):
+            found = survey(device)
+            for hidden in found.hidden:
+                specs = specs_of(disk, hidden.where, hidden.specs)
+                words = f"{self.named(disk, hidden.where)} is {hidden.what}"
+                self.hidden.append(Unread(words, specs, disk))
+            for part in found.parts:
+                self._enter(disk, part)
+        for disk, device in enumerate(others):
+            self._compare(disk, device)
+
+    def _compare(self, disk: int, other: ReadableDevice) -> None:
+        """Note what another state of a disk has in places that hold nothing in this one."""
+        known = {spec for store in (*self.parts, *self.closed) for spec in store.specs}
+        known |= {spec for one in self.hidden for spec in one.specs}
+        try:
+            found = survey(other)
+        except FilesystemError:
+            return
+        seen = [(one.where, f"is {one.what}", one.specs) for one in found.hidden]
+        seen += [(part.slice.name, "has a filesystem", part.specs) for part in found.parts]
+        for where, what, specs in seen:
+            if place_of(disk, where) not in known:
+                words = f"{self.named(disk, where)} {what} at another time of the recording"
+                self.hidden.append(Unread(words, specs_of(disk, where, specs), disk))
+
+    def _enter(self, disk: int, part: Part) -> None:
+        key = part.slice.key
+        device, mount = self.devices[disk], Mount(partition=key, root="/")
+        name = self.named(disk, part.slice.name)
+        roots: tuple[str, ...] = ("/",)
+        specs = specs_of(disk, part.slice.name, part.specs)
+        try:
+            try:
+                found = self.oracle.paths(device, mount=mount)
+            except PartlyListedError as error:
+                found = error.paths
+                if not found:
+                    raise
+                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs, disk)
+            self._paths[disk, key] = frozenset(found)
+            roots = self.oracle.roots(device, key)
+        except FilesystemError as error:
+            why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
+            self.hidden.append(Unread(f"{name}: {why}", specs, disk))
+            self.closed.append(Store(disk, key, name, specs, roots))
+            return
+        self.parts.append(Store(disk, key, name, specs, roots))
+
+    def named(self, disk: int, name: str) -> str:
+        """Return what a part is called: with its disk, if there are several."""
+        return name if len(self.devices) == 1 else f"{name} of {self._shown[disk]}"
+
+    def paths(self, store: Store) -> frozenset[str]:
+        """Return the paths of a filesystem's files and links, from its own top."""
+        return self._paths[store.disk, store.part]
+
+    def below(self, store: Store, root: str) -> frozenset[str]:
+        """Return the paths that a mount of one of its directories shows, from there."""
+        found = self.paths(store)
+        if root == "/":
+            return found
+        return frozenset(path[len(root) :] for path in found if path.startswith(root + "/"))
+
+    def content(self, store: Store, root: str, entry: Entry) -> bytes | None:
+        """Return what a file holds, by its path in a directory of a filesystem."""
+        mount = Mount("/", store.part, root)
+        return self.oracle.content(self.devices[store.disk], entry, mount=mount)
+
+    def link(self, store: Store, path: str) -> str | None:
+        """Return where a link leads that is no link to a file; None if a path is none."""
+        if path not in self.paths(store):
+            return None
+        entry = Entry(path, "", None)
+        if self.content(store, "/", entry) is not None:
+            return None
+        target = self.content(store, "/", replace(entry, target=""))
+        return None if target is None else target.decode("utf-8", "surrogateescape")
+
+    def has_folder(self, disk: int, mount: Mount, path: str) -> bool:
+        """Tell whether a mount has a directory, or a link; true if that cannot be told."""
+        key = disk, mount, path
+        if key not in self._folders:
+            kinds = {browse.Kind.FOLDER, browse.Kind.LINK}
+            try:
+                with self.oracle.browse(self.devices[disk], mount=mount) as shown:
+                    found = shown.find(absolute(path))
+                self._folders[key] = found is not None and found.kind in kinds
+            except FilesystemError:
+                self._folders[key] = True
+        return self._folders[key]
+
+    def called(self, name: str) -> list[Store]:
+        """Return the filesystems that a name may mean, those that cannot be read too."""
+        return [store for store in (*self.parts, *self.closed) if plain(name) in store.specs]
+
+    def hides(self, name: str) -> Unread | None:
+        """Return what cannot be read and is called so."""
+        return next((one for one in self.hidden if plain(name) in one.specs), None)
+
+    def meant(self, what: str) -> tuple[list[Store], list[Unread]]:
+        """Return the filesystems that a user may mean, or else what cannot be read.
+
+        What is a number, a volume or a name as in fstab, on any disk; a disk, for all that is on
+        it; or both, as `DISK/WHAT`.
+        """
+        found, hidden = self._meant(what, range(len(self.devices)))
+        for disk, names in enumerate(self._names):
+            for name in names:
+                if what == name:
+                    found += [s for s in (*self.parts, *self.closed) if s.disk == disk]
+                    hidden += [one for one in self.hidden if one.disk == disk]
+                elif what.startswith(f"{name}/"):
+                    more = self._meant(what[len(name) + 1 :], [disk])
+                    found += more[0]
+                    hidden += more[1]
+        found = list(dict.fromkeys(found))
+        return found, [] if found else list(dict.fromkeys(hidden))
+
+    def _meant(self, what: str, disks: Collection[int]) -> tuple[list[Store], list[Unread]]:
+        if what.isdecimal():
+            numbered = "whole disk" if what == "0" else f"partition {what}"
+            names = {place_of(disk, numbered) for disk in disks}
+        elif what.startswith("/") or "=" in what:
+            names = {plain(what)}
+        else:
+            names = {plain(f"/dev/{what}")}
+        stores = [s for s in (*self.parts, *self.closed) if s.disk in disks and names & s.specs]
+        hidden = [one for one in self.hidden if one.disk in disks and names & one.specs]
+        return stores, hidden
+
+    def there_are(self) -> str:
+        """Say which filesystems there are, and on which disks."""
+        names = ", ".join(store.name for store in (*self.parts, *self.closed)) or "none"
+        if len(self.devices) == 1:
+            return names
+        return f"{names}; the disks are {', '.join(self._shown)} (write DISK/1 for its partition 1)"
+
+    def unread(self) -> str:
+        """Say what cannot be read."""
+        return ", ".join(map(str, self.hidden))
+
+    def several(self) -> str:
+        """Say that one of them has to be named."""
+        names = ", ".join(store.name for store in self.parts)
+        return (
+            f"several partitions hold a filesystem: {names}; name one of them with --partition, "
+            f"or say what is mounted where with --mount"
+        )
+
+
+def specs_of(disk: int, where: str, specs: Iterable[str]) -> frozenset[str]:
+    """Return all names of something on a disk, so that they can be compared."""
+    return frozenset((place_of(disk, where), *map(plain, specs)))
+
+
+def place_of(disk: int, where: str) -> str:
+    """Return how something is named by where it is, apart from all names of fstab."""
+    return f"{where} of {disk}"
+
+
+def plain(name: str) -> str:
+    """Return a name so that it can be compared: of ids the case does not count."""
+    return name.lower() if "uuid" in name.lower() else name
