@@ -199,7 +199,12 @@ function look(path, size, algorithms) {
   return { size, digests, allZero, zeroBlock };
 }
 
-function describe(place, entry, limit) {
+// What has more zeroes than these, or is larger than its disk, would take for ever.
+function isEndless(stat, { limit, holes }) {
+  return stat.size > limit || stat.size - stat.blocks * 512 > holes;
+}
+
+function describe(place, entry, limits) {
   try {
     if (entry.link) {
       const path = host(place, resolveName(place, entry.path));
@@ -210,8 +215,7 @@ function describe(place, entry, limit) {
     const stat = fs.lstatSync(path);
     if (!stat.isFile()) return { kind: 'other' };
     const found = { kind: 'file', size: stat.size, mode: stat.mode & 0o7777 };
-    // What is sparse and larger than its disk would take for ever.
-    return stat.size > limit ? found : { ...found, ...look(path, stat.size, entry.algorithms) };
+    return isEndless(stat, limits) ? found : { ...found, ...look(path, stat.size, entry.algorithms) };
   } catch (error) {
     mustBeServed(error);
     return ABSENT.has(error.code) ? { kind: 'none' } : { kind: 'error', code: error.code };
@@ -221,10 +225,10 @@ function describe(place, entry, limit) {
 const manifests = new Map();
 
 // Tells of each file of a manifest; those that are as expected are only counted off.
-function judge({ manifest, place, limit }) {
+function judge({ manifest, place, ...limits }) {
   return {
     files: manifests.get(manifest).map((entry) => {
-      const found = describe(place, entry, limit);
+      const found = describe(place, entry, limits);
       const { algorithms, digest } = entry;
       const whole = found.digests && algorithms.some((name) => found.digests[name] === digest);
       return whole && entry.mode === null ? 1 : found;
@@ -250,7 +254,7 @@ function read({ path, place, link, limit }) {
 
 // Every regular file and link of a place below a folder, in no order, and what cannot be read. Each
 // name is asked for itself: where folders do not tell types, one broken name would hide the others.
-function walk({ under, place, digests, limit }) {
+function walk({ under, place, digests, ...limits }) {
   const files = [], errors = [];
   const visit = (folder) => {
     let names;
@@ -272,7 +276,8 @@ function walk({ under, place, digests, limit }) {
           files.push({ path, target: text(fs.readlinkSync(at, { encoding: 'buffer' })) });
         } else if (stat.isFile()) {
           const found = { path, size: stat.size, mode: stat.mode & 0o7777 };
-          files.push(digests && stat.size <= limit ? { ...found, ...look(at, stat.size, []) } : found);
+          const isRead = digests && !isEndless(stat, limits);
+          files.push(isRead ? { ...found, ...look(at, stat.size, []) } : found);
         }
       } catch (error) {
         mustBeServed(error);

@@ -43,6 +43,7 @@ from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
+from nbdproxy.oracles.ext4.filesystem import HOLES_MAX
 from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
@@ -272,6 +273,7 @@ class KernelOracle:
                 place=_where(mount),
                 digests=digests,
                 limit=place.length,
+                holes=HOLES_MAX,
                 limit_s=_patience(place),
             )
         entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
@@ -282,7 +284,10 @@ class KernelOracle:
                 raise FilesystemError(f"{what} cannot be read ({code})")
             raise quick.PartlyListedError(what, [entry.path for entry in entries])
         if digests and (endless := [entry for entry in entries if not entry.digest]):
-            raise FilesystemError(f"{endless[0].path} is sparse and larger than its disk")
+            raise FilesystemError(
+                f"{endless[0].path} is sparse and larger than its disk, or has too many zeroes; "
+                "leave it out"
+            )
         return entries
 
     def _fsck(self, guest: CheckerGuest, place: Slice) -> Fsck | str:
@@ -348,6 +353,7 @@ class KernelFollower:
                     manifest=number,
                     place=_where(self._mount),
                     limit=place.length,
+                    holes=HOLES_MAX,
                     limit_s=_patience(place),
                 )["files"]
         except RefusedByKernelError as error:
@@ -362,7 +368,7 @@ class KernelFollower:
         hides = has_ciphers(place.device)
         outcomes: dict[str, Outcome] = {}
         for entry, one in zip(self._manifest.entries, found, strict=True):
-            doubt = _doubt(one, hides=hides)
+            doubt = _doubt(entry, one, hides=hides)
             if doubt is not None:
                 outcomes[entry.path] = Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {doubt}")
                 continue
@@ -401,7 +407,7 @@ def _patience(place: Slice) -> float:
     return ANSWER_LIMIT_S + place.length / READ_RATE
 
 
-def _doubt(found: Any, *, hides: bool) -> str | None:
+def _doubt(entry: Entry, found: Any, *, hides: bool) -> str | None:
     """Say why the agent's word on a file tells nothing, if so; `hides` if folders have ciphers."""
     if found == 1:
         return None
@@ -409,8 +415,9 @@ def _doubt(found: Any, *, hides: bool) -> str | None:
         return "a link leads to another filesystem"
     if found["kind"] == "error" and found["code"] not in BROKEN:
         return f"the kernel cannot read it ({found['code']})"
-    if found["kind"] == "file" and "digests" not in found:
-        return "sparse and larger than its disk"
+    is_unread = found["kind"] == "file" and "digests" not in found
+    if is_unread and entry.target is None and entry.size in {None, found["size"]}:
+        return "sparse and larger than its disk, or with too many zeroes"
     if found["kind"] == "none" and hides:
         return "perhaps in an encrypted folder, for which the guest has no key"
     return None
@@ -430,6 +437,8 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
     if kind == "link":
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
+    if "digests" not in found:  # it is of another size
+        return classify(entry, found["size"], ())
     result = conclude(
         *(entry, found["size"], found["digests"], set(earlier)),
         all_zero=found["allZero"],

@@ -22,6 +22,7 @@ from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import partitions
 from nbdproxy.oracles.condition import Condition, classify
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
+from nbdproxy.oracles.ext4.filesystem import HOLES_MAX
 from nbdproxy.oracles.filesystems import (
     NAMES,
     Mounted,
@@ -129,11 +130,13 @@ def scan(
     """Describe a mount's regular files and symbolic links below `under`, with `modes` if wanted.
 
     Hard links appear under each of their names, symbolic links are not followed. Raises
-    FilesystemError if there is no filesystem or several, if the state cannot be judged, and at the
-    first file that cannot be read.
+    FilesystemError if there is no filesystem or several, if the state cannot be judged, at the
+    first file that cannot be read, and where the files are longer together than a disk can hold.
     """
     filesystem = opened(device, mount)
     entries = []
+    digests: dict[int, str] = {}
+    left = HOLES_MAX + 2 * filesystem.device.size
     for path, node in filesystem.walk(absolute(under)):
         name = shown(path)
         try:
@@ -141,11 +144,18 @@ def scan(
                 target = shown(filesystem.symlink_target(node))
                 entries.append(manifests.link_entry(name, target))
                 continue
-            digest = manifests.digest(filesystem.chunks(node))
+            if node.number not in digests:
+                left -= node.size
+                if left < 0 and not filesystem.is_endless(node):
+                    raise UnsupportedError(
+                        "with this one the files are far longer than the disk; name the folders "
+                        "of the others with --under"
+                    )
+                digests[node.number] = manifests.digest(filesystem.chunks(node))
         except FilesystemError as error:
             raise FilesystemError(f"{name}: {error}") from error
         mode = node.mode & manifests.PERMISSIONS if modes else None
-        entries.append(Entry(name, digest, node.size, mode))
+        entries.append(Entry(name, digests[node.number], node.size, mode))
     return Manifest(tuple(entries))
 
 
@@ -192,6 +202,8 @@ def condition_of(
         return Condition.DAMAGED
     if entry.size is None and node.size > filesystem.device.size:
         raise UnsupportedError("sparse and larger than its disk; give its size in the manifest")
+    if entry.size not in {None, node.size} and filesystem.is_endless(node):
+        earlier = ()  # another size is a loss, whatever else it is
     found = classify(entry, node.size, filesystem.chunks(node), earlier)
     is_other = entry.mode not in {None, node.mode & manifests.PERMISSIONS}
     return Condition.DAMAGED if found is Condition.WHOLE and is_other else found

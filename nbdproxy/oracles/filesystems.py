@@ -154,8 +154,12 @@ class Mounted(Protocol[N]):
         """
         ...
 
+    def is_endless(self, node: N) -> bool:
+        """Tell whether a file has so many bytes of zeroes that it is not read."""
+        ...
+
     def chunks(self, node: N) -> Iterator[bytes]:
-        """Yield a file's content."""
+        """Yield a file's content; raises UnsupportedError for one that `is_endless`."""
         ...
 
     def symlink_target(self, node: N) -> bytes:

@@ -34,6 +34,7 @@ _REFUSED = {
     _EXTENDED_L2: "it has extended L2 entries",
 }
 _KNOWN = 0x1F
+_TABLES_LOST_MAX = 16 << 20  # bytes of L2 tables that need not be in the file
 _LENGTH_3_MIN, _REFCOUNT_ORDER_MAX = 104, 6
 _OFFSET = 0x00FFFFFFFFFFFE00
 _COMPRESSED = 1 << 62
@@ -111,6 +112,9 @@ class Qcow2Device:
         tables = [entry & _OFFSET for entry in self._l1 if entry & _OFFSET]
         if len(set(tables)) < len(tables):
             raise Qcow2Error("the qcow2 file's L1 table leads to one L2 table twice")
+        # A file that lost its end may have lost tables; walking more than these takes for ever.
+        if len(tables) * self.cluster > max(base.size, _TABLES_LOST_MAX):
+            raise Qcow2Error("the qcow2 file's L1 table leads to more L2 tables than it can have")
         self._l2: dict[int, tuple[int, ...]] = {}
 
     def pread(self, offset: int, length: int) -> bytes:

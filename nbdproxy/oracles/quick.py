@@ -18,7 +18,7 @@ from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.oracle import Digests
+from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
 from nbdproxy.oracles.partitions import Slice
 
 _NOT_RUN = "it is run for the ext family only; ask with --oracle kernel"
@@ -58,7 +58,9 @@ class QuickOracle:
                 return None
             if node.is_symlink:
                 return filesystem.symlink_target(node)
-            return b"".join(filesystem.chunks(node)) if node.is_regular else None
+            if not node.is_regular or node.size > max(device.size, CONTENT_MAX):
+                return None
+            return b"".join(filesystem.chunks(node))
         except FilesystemError:
             return None
 

@@ -23,6 +23,8 @@ from nbdproxy.oracles.mounts import ONLY, Mount
 
 ROOT = 2
 CHUNK = 1 << 20
+HOLES_MAX = 4 << 30
+"""Bytes of a file that are read although nothing is stored of them: zeroes for some seconds."""
 CACHED_BLOCKS_MAX = 4096
 CACHED_INODES_MAX = 65536
 LINKS_MAX = 40  # symbolic links the kernel follows in one path
@@ -89,13 +91,31 @@ class Filesystem:
         return self.tree(node, self.block).runs()
 
     def chunks(self, node: Inode) -> Iterator[bytes]:
-        """Yield a file's content, all `node.size` bytes of it, in pieces of at most 1 MiB."""
+        """Yield a file's content, all `node.size` bytes of it, in pieces of at most 1 MiB.
+
+        Raises UnsupportedError for one that `is_endless`.
+        """
+        if self.is_endless(node):
+            raise UnsupportedError(
+                f"inode {node.number} is sparse, and its {node.size} bytes are too many to be read; "
+                "leave it out"
+            )
         at = 0
         for start, data in self.pieces(node):
             yield from _zeroes(start - at)
             yield data
             at = start + len(data)
         yield from _zeroes(node.size - at)
+
+    def is_endless(self, node: Inode) -> bool:
+        """Tell whether a file has so many bytes of zeroes that it is not read."""
+        if node.size <= HOLES_MAX:
+            return False
+        return node.size - self.blocks_in(node) * self.superblock.block_size > HOLES_MAX
+
+    def blocks_in(self, node: Inode) -> int:
+        """Return how many written blocks a file or directory has."""
+        return sum(run.blocks for run in self.runs(node))
 
     def pieces(self, node: Inode) -> Iterator[tuple[int, bytes]]:
         """Yield what of a file's content is stored, each with its offset; the rest is zeroes."""
@@ -208,8 +228,12 @@ class Filesystem:
             yield prefix, top
         todo = [(prefix, top)] if top.is_directory else []
         seen = {top.number}
+        left = self.superblock.blocks
         while todo:
             path, node = todo.pop()
+            left -= self._blocks_of_folder(node)
+            if left < 0:
+                raise UnsupportedError(f"{_shown(path)}: directories use the same blocks")
             below = []
             for full, number, child in self._children(path, node, broken):
                 if child.is_regular or child.is_symlink:
@@ -226,7 +250,7 @@ class Filesystem:
         if node.is_fast_symlink:
             return node.block_map[: min(node.size, len(node.block_map) - 1)].split(b"\0")[0]
         if node.flags & InodeFlag.INLINE_DATA:
-            return b"".join(self.chunks(node)).split(b"\0")[0]
+            return b"".join(inode.inline_parts(node))[: node.size].split(b"\0")[0]
         first = self.tree(node, self.block).find(0)
         if first is None:
             raise CorruptError(f"inode {node.number}, a symbolic link, has no content")
@@ -300,6 +324,12 @@ class Filesystem:
             return self.inode(number)
         except CorruptError as error:
             raise CorruptError(f"{_shown(path)}: {error}") from error
+
+    def _blocks_of_folder(self, node: Inode) -> int:
+        try:
+            return self.blocks_in(node)
+        except (CorruptError, UnsupportedError):
+            return 0  # it is not listed either
 
     def _found(self, path: bytes, node: Inode) -> dict[bytes, int]:
         """Return the names in a directory; raises where they are not the ones that are found."""

@@ -239,7 +239,7 @@ class Folder:
 
     def _indexed(self, name: bytes) -> int | None:
         frames, wanted = self._probe(name)
-        while True:
+        for _ in range(min(self._node.size // self._sb.block_size, self._sb.blocks)):
             top = frames[-1]
             number = self._in_leaf(self._leaf(top.node.block(top.at)), name)
             if number == BROKEN:
@@ -248,6 +248,7 @@ class Folder:
                 return number
             if not self._next(frames, wanted):
                 return None
+        raise self._doubt("its index leads to the same blocks again and again")
 
     def _probe(self, name: bytes) -> tuple[list[_Frame], int]:
         """Follow the name's hash through the index; return the way, and the hash."""

@@ -3,7 +3,8 @@
 Source: "ext4 Disk Layout", section The Contents of inode.i_block, and the behaviour of Linux 6.1. A
 block of the tree that leads only to what is behind the file's end is not read, as no reader of the
 file comes there. What is not mapped, and what is mapped but unwritten, reads as zeroes: both are
-simply absent from the result.
+simply absent from the result. No block that leads to others is walked twice, and no file has more
+blocks than there are: what a made-up tree can ask for is bounded by the disk.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class BlockTree:
         self._fan = sb.block_size // 4
         self._blocks = -(-inode.size // sb.block_size)
         self._is_doubtful = False  # a block of pointers that was read holds impossible ones
+        self._walked: set[int] = set()
 
     def check(self) -> None:
         """Look at what stands in the inode itself, as the kernel does before anything is read."""
@@ -80,17 +82,24 @@ class BlockTree:
     def runs(self) -> list[Run]:
         """Return the written blocks of a file in ascending order, neighbours joined.
 
-        Raises UnsupportedError if the kernel might read them or not.
+        Raises UnsupportedError if the kernel might read them or not, and for a tree that leads to
+        the same blocks again and again.
         """
         self._is_doubtful = False
+        self._walked.clear()
         result: list[Run] = []
-        end = 0
+        end = written = 0
         for run in self._extents() if self._inode.flags & InodeFlag.EXTENTS else self._indirect():
             if run.logical < end:
                 raise self._corrupt("its extents overlap")
             end = run.logical + run.blocks
             if not run.is_written:
                 continue
+            written += run.blocks
+            if written > self._sb.blocks:
+                raise UnsupportedError(
+                    f"inode {self._inode.number} has more blocks than the filesystem"
+                )
             if result:
                 last = result[-1]
                 if run[:2] == (last.logical + last.blocks, last.physical + last.blocks):
@@ -142,6 +151,7 @@ class BlockTree:
             if isinstance(entry, Extent):
                 yield entry
             elif self._blocks and (not index or entry.logical < self._blocks):
+                self._walk_once(entry.physical)
                 yield from self._leaves(self._child(entry.physical), depth - 1, entry.logical)
 
     def _entries(self, node: bytes, depth: int, parent: int | None) -> list[Extent | Child]:
@@ -202,6 +212,7 @@ class BlockTree:
             logical += self._fan**level
 
     def _pointers(self, number: int, level: int, logical: int) -> Iterator[Extent]:
+        self._walk_once(number)
         step = self._fan ** (level - 1)
         for index, physical in enumerate(self._pointer_block(number)):
             here = logical + index * step
@@ -214,6 +225,11 @@ class BlockTree:
                 yield Extent(here, physical, 1, is_written=True)
             else:
                 yield from self._pointers(physical, level - 1, here)
+
+    def _walk_once(self, number: int) -> None:
+        if number in self._walked:
+            raise UnsupportedError(f"inode {self._inode.number} uses block {number} twice")
+        self._walked.add(number)
 
     def _find_pointer(self, logical: int) -> int | None:
         self._is_doubtful = False

@@ -74,7 +74,7 @@ def _check_mmp(filesystem: Filesystem) -> None:
 def _check_quota(filesystem: Filesystem, number: int, magic: int) -> None:
     try:
         node = filesystem.inode(number)
-        head = b"".join(filesystem.chunks(node))[: QUOTA_HEAD.size] if node.is_regular else b""
+        head = next(filesystem.chunks(node), b"")[: QUOTA_HEAD.size] if node.is_regular else b""
     except FilesystemError as error:
         raise refusal(f"its quota file cannot be read: {error}") from error
     if len(head) < QUOTA_HEAD.size:

@@ -150,9 +150,10 @@ def chart(device: ReadableDevice) -> Atlas:
         return _empty(filesystem, {})
     atlas = _empty(filesystem, _bitmaps(filesystem))
     owned = ExtentMap[Claim](_shifted)
+    leading: set[int] = set()
     for node in _tree(filesystem, atlas.paths):
         kind = OwnerKind.DIRECTORY if node.is_directory else OwnerKind.FILE_DATA
-        _claim_blocks(filesystem, owned, node, kind)
+        _claim_blocks(filesystem, owned, node, kind, leading)
     # Fixed places come last: a broken inode that claims them does not own them.
     for start, end, claim in atlas.claims:
         owned.set(start, end, claim)
@@ -169,7 +170,7 @@ def _empty(filesystem: Filesystem, free: dict[int, bytes]) -> Atlas:
         except FilesystemError:
             pass
         else:
-            _claim_blocks(filesystem, atlas.claims, node, OwnerKind.JOURNAL)
+            _claim_blocks(filesystem, atlas.claims, node, OwnerKind.JOURNAL, set())
     for block, count, kind, inode in _fixed(filesystem):
         start = block * sb.block_size
         atlas.claims.set(start, start + count * sb.block_size, Claim(kind, inode, 0))
@@ -220,12 +221,15 @@ def _tree(filesystem: Filesystem, paths: dict[int, list[str]]) -> Iterator[Inode
     """Yield each inode that has a name once; collects the names as paths."""
     paths[ROOT] = ["/"]
     todo = [("", ROOT)]
+    left = filesystem.superblock.blocks
     while todo:
         path, number = todo.pop()
         try:
             node = filesystem.inode(number)
             yield node
-            names = filesystem.listing(node).names if node.is_directory else {}
+            left -= filesystem.blocks_in(node) if node.is_directory else 0
+            is_listed = node.is_directory and left >= 0  # else directories use the same blocks
+            names = filesystem.listing(node).names if is_listed else {}
         except FilesystemError:
             continue
         for name, below in names.items():
@@ -236,15 +240,25 @@ def _tree(filesystem: Filesystem, paths: dict[int, list[str]]) -> Iterator[Inode
 
 
 def _claim_blocks(
-    filesystem: Filesystem, claims: ExtentMap[Claim], node: Inode, kind: OwnerKind
+    filesystem: Filesystem,
+    claims: ExtentMap[Claim],
+    node: Inode,
+    kind: OwnerKind,
+    leading: set[int],
 ) -> None:
-    """Claim the blocks of a file, and those that say where they are."""
+    """Claim the blocks of a file, and those that say where they are, noted in `leading`.
+
+    A file whose blocks are told by a block of another one's owns nothing that is known.
+    """
     is_fast = node.is_symlink and node.size < len(node.block_map)
     if node.flags & InodeFlag.INLINE_DATA or (is_fast and not node.flags & InodeFlag.EXTENTS):
         return
     size = filesystem.superblock.block_size
 
     def read_block(number: int) -> bytes:
+        if number in leading:
+            raise CorruptError(f"block {number} leads to the blocks of two files")
+        leading.add(number)
         claim = Claim(OwnerKind.EXTENT_BLOCK, node.number, 0)
         claims.set(number * size, (number + 1) * size, claim)
         return filesystem.block(number)
