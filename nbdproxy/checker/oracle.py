@@ -437,12 +437,14 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
     if kind == "link":
         target = found["target"].encode("latin-1")
         return classify(entry, len(target), [target], set(earlier))
-    if "digests" not in found:  # it is of another size
-        return classify(entry, found["size"], ())
-    result = conclude(
-        *(entry, found["size"], found["digests"], set(earlier)),
-        all_zero=found["allZero"],
-        zero_block=found["zeroBlock"],
+    result = (
+        conclude(
+            *(entry, found["size"], found["digests"], set(earlier)),
+            all_zero=found["allZero"],
+            zero_block=found["zeroBlock"],
+        )
+        if "digests" in found
+        else classify(entry, found["size"], ())  # it is of another size
     )
     is_other = keeps_modes and entry.mode not in {None, found["mode"]}
     return Condition.DAMAGED if result is Condition.WHOLE and is_other else result

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from nbdproxy.disks.device import BlockDevice
-from nbdproxy.disks.scratch import open_scratch, write_scratch
+from nbdproxy.disks.scratch import close_scratch, open_scratch, write_scratch
 from nbdproxy.extents import ExtentMap
 
 _PIECE = 1 << 20
@@ -76,7 +76,6 @@ class FaultOverlay:
 
     def close(self) -> None:
         """Drop everything; closing twice is harmless."""
-        if self._scratch >= 0:
-            os.close(self._scratch)
-            self._scratch = -1
-            self._shown.clear()
+        scratch, self._scratch = self._scratch, -1
+        close_scratch(scratch)
+        self._shown.clear()

@@ -37,10 +37,11 @@ class FileDisk:
         self.read_only = read_only
         self._fd = _open(path, read_only=read_only, links=links)
         try:
-            self.size = os.lseek(self._fd, 0, os.SEEK_END)
+            self.size = _size(path, self._fd)
             _check(path, self._fd, self.size, read_only=read_only)
         except BaseException:
-            os.close(self._fd)
+            with suppress(OSError):
+                os.close(self._fd)
             raise
         self._nowait = True
 
@@ -114,11 +115,17 @@ class FileDisk:
         """Make everything written so far durable (fdatasync)."""
         os.fdatasync(self._fd)
 
+    @property
+    def status(self) -> os.stat_result:
+        """What the filesystem says of the file that is open, whatever its path names now."""
+        return os.fstat(self._fd)
+
     def close(self) -> None:
-        """Close the file and give up its lock."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close the file and give up its lock; raises OSError if what was written may be lost."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(*[OSError] if self.read_only else []):
+                os.close(fd)
 
 
 def _open(path: Path, *, read_only: bool, links: bool) -> int:
@@ -152,6 +159,13 @@ def _check_kind(path: Path, status: os.stat_result) -> None:
         raise ImageError(f"{path} is a folder; name an image file in it")
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise ImageError(f"{path} is neither a file nor a block device; name a disk image")
+
+
+def _size(path: Path, fd: int) -> int:
+    try:
+        return os.lseek(fd, 0, os.SEEK_END)
+    except OSError as error:
+        raise ImageError(f"the size of {path} cannot be told: {error.strerror}") from None
 
 
 def _check(path: Path, fd: int, size: int, *, read_only: bool) -> None:

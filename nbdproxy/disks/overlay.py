@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from nbdproxy.disks import holes
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.fallocate import punch_hole
-from nbdproxy.disks.scratch import open_scratch, write_scratch
+from nbdproxy.disks.scratch import close_scratch, open_scratch, write_scratch
 from nbdproxy.extents import Extent, ExtentSet
 
 _ZEROES = memoryview(bytes(1024 * 1024))
@@ -116,8 +116,7 @@ class OverlayDisk:
 
     def close(self) -> None:
         """Drop the changes, and close the disk below if it is owned."""
-        if self._scratch >= 0:
-            os.close(self._scratch)
-            self._scratch = -1
+        scratch, self._scratch = self._scratch, -1
+        close_scratch(scratch)
         if self._owns:
             self._below.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from nbdproxy.disks.scratch import open_scratch, write_scratch
+from nbdproxy.disks.scratch import close_scratch, open_scratch, write_scratch
 from nbdproxy.extents import ExtentMap
 
 
@@ -35,6 +35,5 @@ class Past:
 
     def close(self) -> None:
         """Forget everything; closing twice is harmless."""
-        if self._scratch >= 0:
-            os.close(self._scratch)
-            self._scratch = -1
+        scratch, self._scratch = self._scratch, -1
+        close_scratch(scratch)

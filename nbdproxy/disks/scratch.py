@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from nbdproxy.errors import TemporaryFolderError
@@ -56,3 +57,10 @@ def write_scratch(fd: int, data: memoryview | bytes, offset: int) -> None:
     wrote = os.pwrite(fd, data, offset)
     while wrote < len(data):
         wrote += os.pwrite(fd, memoryview(data)[wrote:], offset + wrote)
+
+
+def close_scratch(fd: int) -> None:
+    """Close a scratch file, if it is open: nobody needs what is in it, so it may fail."""
+    if fd >= 0:
+        with suppress(OSError):
+            os.close(fd)

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.fallocate import punch_hole
 from nbdproxy.disks.held import Held, History, Kind, Ticket, held_map, shift
-from nbdproxy.disks.scratch import open_scratch, write_scratch
+from nbdproxy.disks.scratch import close_scratch, open_scratch, write_scratch
 from nbdproxy.extents import Extent, ExtentMap, ExtentSet
 
 __all__ = ["Kind", "Layer", "Ticket", "VolatileDisk"]
@@ -363,9 +363,8 @@ class VolatileDisk:
 
     def release(self) -> None:
         """Drop what is held, and leave the disk below to its owner."""
-        if self._scratch >= 0:
-            os.close(self._scratch)
-            self._scratch = -1
+        scratch, self._scratch = self._scratch, -1
+        close_scratch(scratch)
 
     def close(self) -> None:
         """Drop what is held and close the disk below."""

@@ -28,9 +28,9 @@ class Fingerprint:
     mtime_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> Fingerprint:
-        """Take the fingerprint of a file; raises OSError if it cannot be looked at."""
-        status = path.stat()
+    def of(cls, file: Path | int) -> Fingerprint:
+        """Take the fingerprint of a path or descriptor; OSError if it cannot be looked at."""
+        status = os.stat(file)  # noqa: PTH116 - also of descriptors
         return cls(status.st_size, status.st_mtime_ns)
 
 

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -198,7 +199,8 @@ class RecordingWriter:
                 "disk that it is on, and record again"
             ) from None
         finally:
-            os.close(self._folder)
+            with suppress(OSError):  # it has been synced
+                os.close(self._folder)
 
     def _check(self) -> None:
         self._data.check()

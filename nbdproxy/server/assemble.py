@@ -7,8 +7,9 @@ file of another format, which is the disk of a qemu-storage-daemon of ours.
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,9 @@ async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
     """
     async with AsyncExitStack() as stack:
         upstream = await _connect(plan, stack)
-        export = await trio.to_thread.run_sync(_assemble, plan, power, upstream)
+        held = _Held(plan)
+        stack.callback(held.close)
+        export = await trio.to_thread.run_sync(_assemble, plan, power, upstream, held)
         if upstream is not None:
             upstream.on_lost = partial(_lose, plan, export)
             if upstream.lost is not None:  # while it was put together
@@ -87,7 +90,7 @@ async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
             finally:
                 export.ending.set()
                 with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(_finish, plan, export)
+                    await trio.to_thread.run_sync(_finish, plan, export, held)
             watch.cancel_scope.cancel()
 
 
@@ -124,10 +127,12 @@ async def _give_up(export: Export, upstream: Upstream) -> None:
     upstream.lose(f"it did not answer within {_END_S} s")
 
 
-def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
+def _assemble(plan: Plan, power: Power, upstream: Upstream | None, held: _Held) -> Export:
     disk = _open_disk(plan, upstream)
     read_only = plan.read_only
     try:
+        if not held.is_of(disk):
+            raise ImageError(f"{plan.image} was replaced while it was opened; start again")
         places = find_places(plan.policy, disk)
     except BaseException:
         disk.close()
@@ -135,7 +140,7 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
     if upstream is not None and not plan.overlay:
         read_only |= bool(upstream.info.flags & TransmissionFlag.READ_ONLY)
     try:
-        recorder = _record(plan, disk, upstream) if plan.record is not None else None
+        recorder = _record(plan, disk, upstream, held) if plan.record is not None else None
     except BaseException:
         disk.close()
         raise
@@ -186,33 +191,75 @@ def _short_name(plan: Plan) -> str:
     return plan.image if plan.kind == "nbd" else Path(plan.image).name
 
 
-def _finish(plan: Plan, export: Export) -> None:
+def _finish(plan: Plan, export: Export, held: _Held) -> None:
     """End in order: make durable what is kept, close the disk, then the recording.
 
-    Raises RecordingError if the recording could not be completed.
+    The recording ends in order whatever the disk does. Raises RecordingError if it could not be
+    completed, ImageError if the image's store failed.
     """
+    failed: list[str] = []
     try:
-        writable = not export.info.flags & TransmissionFlag.READ_ONLY
-        if writable and plan.bake and export.failure is None:
-            export.bake()
-        if writable and not export.power.off and export.failure is None:
-            export.sync()
-    except OSError as error:
-        raise ImageError(f"{plan.image} could not be made durable: {error.strerror}") from None
+        for what, step in (
+            ("made durable", partial(_keep, plan, export)),
+            ("closed", export.close),
+        ):
+            try:
+                step()
+            except OSError as error:
+                reason = error.strerror or error
+                failed.append(f"{plan.image} could not be {what}: {reason}")
     finally:
-        export.close()
         if export.recorder is not None:
-            export.recorder.close(Ending(export.ended, _fingerprint(plan)))
+            ended = "; ".join([export.ended, *failed])
+            export.recorder.close(Ending(ended, held.fingerprint()))
+    if failed:
+        raise ImageError(f"{failed[0]}; see to the disk that it is on")
 
 
-def _fingerprint(plan: Plan) -> Fingerprint | None:
-    try:
-        return Fingerprint.of(Path(plan.image)) if plan.kind != "nbd" else None
-    except OSError:  # moved or removed meanwhile
-        return None
+def _keep(plan: Plan, export: Export) -> None:
+    """Make durable what a client wrote, if that is to stay; raises OSError."""
+    writable = not export.info.flags & TransmissionFlag.READ_ONLY
+    if not writable or export.failure is not None:
+        return
+    if plan.bake:
+        export.bake()
+    if not export.power.off:
+        export.sync()
 
 
-def _record(plan: Plan, disk: BlockDevice, upstream: Upstream | None) -> RecordingWriter:
+class _Held:
+    """The image's file, whatever its path comes to name; nothing for the disk of a server."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._fd = -1
+        if plan.kind != "nbd":
+            with suppress(OSError):  # whoever opens it to be served says so
+                self._fd = os.open(plan.image, os.O_PATH | os.O_CLOEXEC)
+
+    def is_of(self, disk: BlockDevice) -> bool:
+        """Tell whether a disk is made of that file, as far as that can be seen."""
+        if self._fd < 0 or not isinstance(disk, FileDisk):
+            return True
+        return os.path.samestat(os.fstat(self._fd), disk.status)
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Return what the file is like now; None if that cannot be told."""
+        try:
+            return Fingerprint.of(self._fd) if self._fd >= 0 else None
+        except OSError:
+            return None
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.close(self._fd)
+        self._fd = -1
+
+
+def _record(
+    plan: Plan, disk: BlockDevice, upstream: Upstream | None, held: _Held
+) -> RecordingWriter:
     assert plan.record is not None
     below = None if plan.overlay else upstream
     try:
@@ -224,7 +271,7 @@ def _record(plan: Plan, disk: BlockDevice, upstream: Upstream | None) -> Recordi
         image=plan.image if plan.kind == "nbd" else absolute(Path(plan.image)),
         overlay=plan.overlay,
         data=data,
-        base=_fingerprint(plan) or Fingerprint(disk.size, 0),
+        base=held.fingerprint() or Fingerprint(disk.size, 0),
         policies=plan.policy.names,
         started=datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
         program=f"nbdproxy {__version__}",

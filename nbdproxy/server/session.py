@@ -53,6 +53,9 @@ MAX_JOB_BYTES = 32 * 1024 * 1024
 NEGOTIATION_S = 10
 """Seconds a client has to open an export; an idle one must not hold a place (CVE-2019-14850)."""
 
+_LAST_S = 1.0
+"""Seconds at the end in which requests that are on their way still get an answer."""
+
 _GOODBYE_S = 1
 """Seconds that a peer has to take the end of a TLS connection."""
 
@@ -89,7 +92,8 @@ class Session:
         self._changes = Budget(MAX_CHANGES)
         self._change_bytes = Budget(MAX_JOB_BYTES)
         self._stopping = False
-        self._looked_again = False
+        self._last = float("inf")  # when nothing more is read
+        self._partial = False  # a part of a request has been read
         self._negotiating = trio.CancelScope()
         self._parked: trio.CancelScope | None = None
         self._all = trio.CancelScope()
@@ -104,6 +108,8 @@ class Session:
 
     def stop_reading(self) -> None:
         """Take no more requests; what is in flight is finished and answered."""
+        if not self._stopping:
+            self._last = trio.current_time() + _LAST_S
         self._stopping = True
         if self._export is None:
             self._negotiating.cancel()
@@ -155,6 +161,7 @@ class Session:
             if used is None:
                 return
             buffer, end = self._make_room(buffer, used, end)
+            self._partial = end > 0
 
     async def _digest(self, data: memoryview, jobs: trio.Nursery) -> int | None:
         """Do all that `data` means; return how much of it was used, None at the end."""
@@ -290,19 +297,24 @@ class Session:
     async def _receive(self, buffer: memoryview) -> int:
         """Wait for bytes; 0 if the client is gone, or nothing more shall be read.
 
-        When we stop, what has arrived by then is read once more, to be refused.
+        When we stop, what has arrived by then is still read, to be refused: what is left unread
+        would take the answers with it. Requests that have begun to arrive are waited for, and where
+        the export failed, those that a client sends before it knows.
         """
-        while not self._looked_again:
+        while not self._stopping or trio.current_time() < self._last:
             count = self._wire.receive_now(buffer)
-            if self._stopping:
-                self._looked_again = True
-                return count or 0
             if count is not None:
                 return count
-            with trio.CancelScope() as self._parked:
+            if self._stopping and not self._partial and not self._has_failed:
+                return 0
+            with trio.CancelScope(deadline=self._last) as self._parked:
                 return await self._wire.receive(buffer)
             self._parked = None
         return 0
+
+    @property
+    def _has_failed(self) -> bool:
+        return self._export is not None and self._export.failure is not None
 
     async def _send(self, parts: list[memoryview], *, last: bool = False) -> None:
         """Send all of `parts`, unless the power goes; whole replies only, but for the last."""

@@ -21,6 +21,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import ExtentMap
 from nbdproxy.oracles.ext4 import superblock
+from nbdproxy.oracles.ext4.faults import CorruptError
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.mounted import open_filesystem
