@@ -1,10 +1,10 @@
 """An append-only byte stream that survives the death of its writer and costs no system call.
 
-Appending copies into a small shared memory map of `PATH.tail`: its pages stay warm, and they are
-the kernel's, so what is there outlives a kill -9. A thread empties full segments into PATH with
-O_DIRECT, which is several times faster than growing a file through the page cache. The tail's
-space is allocated before anything is accepted, so a full disk is an error here and never a
-SIGBUS. The layout is specified in `nbdproxy.recording.format`.
+Appending copies into the small file `PATH.tail`, by a shared map where that is safe (see `tail`):
+its pages stay warm, and they are the kernel's, so what is there outlives a kill -9. A thread
+empties full segments into PATH with O_DIRECT, which is several times faster than growing a file
+through the page cache. The tail's space is allocated before anything is accepted, and a full disk
+is an error here and never a SIGBUS. The layout is specified in `nbdproxy.recording.format`.
 
 Files are made new and only ever used by their descriptors: whatever comes to have their names
 meanwhile is not written to. What was finished, or synced, survives the host losing power.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 import threading
 from contextlib import suppress
@@ -31,6 +30,7 @@ from nbdproxy.recording.format import (
     TAIL_PAGE,
     VERSION,
 )
+from nbdproxy.recording.tail import Tail
 
 
 def tail_path(path: Path) -> Path:
@@ -62,31 +62,37 @@ class StreamWriter:
         self._error: OSError | None = None
         self._moved = threading.Condition()
         self._jobs: SimpleQueue[int | None] = SimpleQueue()
-        self._fd = self._tail = -1
+        self._fd = -1
         try:
             self._fd = _create(path.name, folder)
-            self._map = self._make_tail()
+            self._tail = self._make_tail()
         except OSError as error:
             self._let_go()
             raise _full(path, error) from error
-        self._view = memoryview(self._map)
+        self._view, self._is_mapped = self._tail.view, self._tail.is_mapped  # in the hot path
         self._thread = threading.Thread(target=self._drain, name=f"drain {path.name}", daemon=True)
         self._thread.start()
 
-    def _make_tail(self) -> mmap.mmap:
+    def _make_tail(self) -> Tail:
         size = TAIL_PAGE + self._segment * self._segments
-        self._tail = os.open(
-            tail_path(self._path).name, os.O_RDWR | NEW, 0o600, dir_fd=self._folder
-        )
-        os.posix_fallocate(self._tail, 0, size)
-        tail = mmap.mmap(self._tail, size)
-        if not self._durable:
-            os.close(self._tail)
-            self._tail = -1
-        TAIL_HEADER.pack_into(tail, 0, TAIL_MAGIC, VERSION, self._segments, self._segment)
-        for index in range(self._segments):
-            CHECKSUM.pack_into(tail, TAIL_HEADER.size + 8 * index, NONE)
+        name = tail_path(self._path).name
+        tail = Tail(name, self._folder, size, durable=self._durable)
+        head = TAIL_HEADER.pack(TAIL_MAGIC, VERSION, self._segments, self._segment)
+        try:
+            tail.put(0, head + CHECKSUM.pack(NONE) * self._segments)
+        except OSError:
+            tail.close()
+            raise
         return tail
+
+    def _put(self, where: int, data: bytes | memoryview) -> None:
+        try:
+            self._tail.put(where, data)
+        except OSError as error:
+            with self._moved:
+                self._error = self._error or error
+                self._moved.notify_all()
+            raise _full(self._path, error) from error
 
     def append(self, data: bytes | memoryview) -> int:
         """Append `data` and return where it begins."""
@@ -95,7 +101,10 @@ class StreamWriter:
         segment = self._segment
         if at % segment and at // segment == end // segment:
             where = TAIL_PAGE + at % (segment * self._segments)
-            self._view[where : where + len(data)] = data
+            if self._is_mapped:
+                self._view[where : where + len(data)] = data
+            else:
+                self._put(where, data)
             self.position = end
             return begin
         source = memoryview(data)
@@ -104,7 +113,7 @@ class StreamWriter:
                 self._start_block(at // segment)
             count = min(end - at, segment - at % segment)
             where = TAIL_PAGE + at % (segment * self._segments)
-            self._view[where : where + count] = source[at - begin : at - begin + count]
+            self._put(where, source[at - begin : at - begin + count])
             at += count
             self.position = at
             if at % segment == 0:
@@ -139,7 +148,7 @@ class StreamWriter:
             ):
                 self._moved.wait()
         self.check()
-        CHECKSUM.pack_into(self._map, TAIL_HEADER.size + 8 * (block % self._segments), block)
+        self._put(TAIL_HEADER.size + 8 * (block % self._segments), CHECKSUM.pack(block))
 
     def _drain(self) -> None:
         """Empty full segments into the file, oldest first; runs in its own thread."""
@@ -171,8 +180,8 @@ class StreamWriter:
         First its number goes: pages of the next block may come to the disk before theirs does.
         """
         os.fdatasync(self._fd)
-        CHECKSUM.pack_into(self._map, TAIL_HEADER.size + 8 * (block % self._segments), NONE)
-        os.fdatasync(self._tail)
+        self._tail.put(TAIL_HEADER.size + 8 * (block % self._segments), CHECKSUM.pack(NONE))
+        self._tail.sync()
 
     def sync(self) -> None:
         """Make durable what was appended before this call; may be called from another thread.
@@ -181,7 +190,7 @@ class StreamWriter:
         """
         assert self._durable
         try:
-            os.fdatasync(self._tail)  # full segments leave it only when they are durable
+            self._tail.sync()  # full segments leave it only when they are durable
         except OSError as error:
             raise _not_durable(self._path, error) from error
 
@@ -199,10 +208,7 @@ class StreamWriter:
             self._finish()
         finally:
             self._let_go()
-            self._view.release()
-            # The traceback of a failed write still refers to the map, which then goes with it.
-            with suppress(BufferError):
-                self._map.close()
+            self._tail.close()
 
     def _finish(self) -> None:
         rest = self.position - self._drained
@@ -219,11 +225,10 @@ class StreamWriter:
             raise _not_durable(self._path, error) from error
 
     def _let_go(self) -> None:
-        for fd in (self._fd, self._tail):
-            if fd >= 0:
-                with suppress(OSError):  # what was written has been synced, or has failed before
-                    os.close(fd)
-        self._fd = self._tail = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):  # what was written has been synced, or has failed before
+                os.close(fd)
 
     def remove_tail(self) -> None:
         """Remove the tail of a finished stream, whose name is on the disk by now."""

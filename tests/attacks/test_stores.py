@@ -25,9 +25,15 @@ MIB = 1 << 20
 def failing(fault: str, path: Path) -> tuple[str, ...]:
     """The command with the system calls that fail for one file."""
     calls, error = fault.split(":")
-    traced = ("-D", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={calls}")
-    inject = f"inject={calls}:error={error}"
-    return ("strace", *traced, "-P", str(path), "-e", inject, *COMMAND)
+    return traced(path, f"{calls}:error={error}")
+
+
+def traced(path: Path, *injected: str) -> tuple[str, ...]:
+    """The command with what strace(1) is to inject into system calls on one file."""
+    calls = ",".join(one.partition(":")[0] for one in injected)
+    words = ("-D", "-f", "-qq", "--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={calls}")
+    options = [word for one in injected for word in ("-e", f"inject={one}")]
+    return ("strace", *words, "-P", str(path), *options, *COMMAND)
 
 
 @pytest.fixture
@@ -136,6 +142,55 @@ def test_a_recordings_store_that_fails_is_said(
     assert recording.missing is None
     assert int((recording.table.completed != NEVER).sum()) == 1
     recording.close()
+
+
+COPY_ON_WRITE = "ioctl:retval=0"
+"""Lets the tail's file take the flag that only such filesystems have."""
+
+
+@pytest.mark.parametrize(("file", "when"), [("data", 8), ("events", 2), ("events", 30)])
+def test_a_full_copy_on_write_filesystem_is_an_error_and_no_signal(
+    tmp_path: Path, image: Path, file: str, when: int
+) -> None:
+    """There a page that is written again may find no room, whatever was allocated."""
+    run = tmp_path / "run"
+    full = f"pwrite64:error=ENOSPC:when={when}+"
+    command = traced(run / f"{file}.tail", COPY_ON_WRITE, full)
+    if when < 4:  # before the first request
+        words = [*command, "serve", str(image), "--record", str(run)]
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
+        assert ended.returncode == 2
+        assert "cannot grow: No space left on device; make room" in ended.stderr
+        assert "Traceback" not in ended.stderr
+        return
+    with Server(image, "--record", run, "--overlay", command=command) as server:
+        client, done = server.client(), 0
+        while not (error := client.do(Op(WRITE, 0, data=b"x" * 4096))[0].error):
+            done += 1
+        assert error == nbd.ENOSPC and done > 0
+        assert server.wait() == 2
+        assert "cannot grow: No space left on device; make room" in server.stderr
+    recording = Recording(run)
+    assert int((recording.table.completed != NEVER).sum()) >= done
+    recording.verify()
+    recording.close()
+
+
+def test_a_recording_on_a_copy_on_write_filesystem_outlives_a_kill(
+    tmp_path: Path, image: Path
+) -> None:
+    run = tmp_path / "run"
+    with Server(
+        image, "--record", run, "--overlay", command=traced(run / "data.tail", COPY_ON_WRITE)
+    ) as server:
+        client = server.client()
+        for n in range(300):  # more than the tail holds
+            content = bytes([n % 256]) * 65536
+            assert client.do(Op(WRITE, n % 16 * 65536, data=content))[0].error == 0
+        server.kill()
+    nbdproxy("open", run, "--at", "end", "-o", tmp_path / "state")
+    expected = b"".join(bytes([n % 256]) * 65536 for n in [*range(288, 300), *range(284, 288)])
+    assert (tmp_path / "state").read_bytes() == expected
 
 
 @pytest.mark.parametrize("fault", ["lseek:EIO", "openat:ESTALE", "newfstatat:EIO", "flock:EIO"])
