@@ -7,6 +7,7 @@ from the recording's META.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
 from nbdproxy.disks.device import BlockDevice
@@ -20,28 +21,75 @@ GRANULE = 4096
 _AT_ONCE = 256
 """Granules read at once: 1 MiB."""
 
+_CHUNK = 1024
+"""Granules that are kept in mind together: 4 MiB of the disk, a byte for each."""
+
 
 class PreservingDisk:
     """`below`, as a `BlockDevice` that records before-images. Owns `below`.
 
-    Memory is one byte for each granule that was data at the start. The event
-    loop and a thread may save the same place at once: it is recorded twice then, and readers take
-    the first, which is the one from before every change.
+    Memory follows what is written: about 1 KiB for each 4 MiB of the disk that are touched, and a
+    tenth of that when all of these are saved.
+    The event loop and a thread may save the same place at once: it is recorded twice then, and
+    readers take the first, which is the one from before every change.
     """
 
     def __init__(self, below: BlockDevice, recorder: RecordingWriter) -> None:
         self._below = below
         self._recorder = recorder
         self.size = below.size
-        self._unsaved = bytearray(-(-below.size // GRANULE))
-        for start, length in recorder.meta.data:
-            first, last = start // GRANULE, -(-(start + length) // GRANULE)
-            self._unsaved[first:last] = b"\x01" * (last - first)
+        self._starts = [start // GRANULE for start, _ in recorder.meta.data]
+        self._ends = [-(-(start + length) // GRANULE) for start, length in recorder.meta.data]
+        # Of each granule whether it has to be saved yet; nothing where none has.
+        self._chunks: dict[int, bytearray | bytes] = {}
 
     def unsaved(self, offset: int, length: int) -> bool:
         """Tell whether a change of this range has something to save first."""
         first, last = offset // GRANULE, -(-(offset + length) // GRANULE)
-        return self._unsaved.find(1, first, last) >= 0
+        number = first // _CHUNK
+        start = number * _CHUNK
+        if last - start > _CHUNK:
+            return self._next_unsaved(first, last) is not None
+        chunk = self._chunks.get(number)
+        if chunk is None:
+            chunk = self._begin(number)
+        return chunk.find(1, first - start, last - start) >= 0
+
+    def _next_unsaved(self, first: int, last: int) -> tuple[int, int] | None:
+        """Return the first run of granules of [first, last) to be saved, as (start, end)."""
+        while first < last:
+            number, low = divmod(first, _CHUNK)
+            start, high = first - low, min(low + last - first, _CHUNK)
+            chunk = self._chunks.get(number)
+            if chunk is None:
+                chunk = self._begin(number)
+            at = chunk.find(1, low, high)
+            if at >= 0:
+                high = min(high, at + _AT_ONCE)
+                end = chunk.find(0, at, high)
+                return start + at, start + (high if end < 0 else end)
+            first = start + high
+        return None
+
+    def _begin(self, number: int) -> bytearray | bytes:
+        """Keep of a chunk which granules were data at the start."""
+        first, chunk = number * _CHUNK, bytearray(_CHUNK)
+        at = bisect_right(self._ends, first)
+        while at < len(self._starts) and self._starts[at] < first + _CHUNK:
+            low = max(self._starts[at] - first, 0)
+            high = min(self._ends[at] - first, _CHUNK)
+            chunk[low:high] = b"\x01" * (high - low)
+            at += 1
+        # Another thread may have begun it, and saved some of it.
+        return self._chunks.setdefault(number, chunk if 1 in chunk else b"")
+
+    def _note_saved(self, first: int, end: int) -> None:
+        number, low = divmod(first, _CHUNK)
+        chunk = self._chunks[number]
+        if isinstance(chunk, bytearray):
+            chunk[low : low + end - first] = bytes(end - first)
+            if 1 not in chunk:
+                self._chunks[number] = b""
 
     def save(self, offset: int, length: int, *, wait: bool = True) -> bool:
         """Record what is in the range and not saved yet.
@@ -49,10 +97,8 @@ class PreservingDisk:
         Without `wait`, False says that a cold page stopped it: call again from a thread.
         """
         first, last = offset // GRANULE, -(-(offset + length) // GRANULE)
-        while (first := self._unsaved.find(1, first, last)) >= 0:
-            limit = min(last, first + _AT_ONCE)
-            end = self._unsaved.find(0, first, limit)
-            end = limit if end < 0 else end
+        while (run := self._next_unsaved(first, last)) is not None:
+            first, end = run
             start = first * GRANULE
             content = bytearray(min(end * GRANULE, self.size) - start)
             if wait:
@@ -60,7 +106,7 @@ class PreservingDisk:
             elif not self._below.try_pread_into(start, memoryview(content)):
                 return False
             self._recorder.before(start, content)
-            self._unsaved[first:end] = bytes(end - first)
+            self._note_saved(first, end)
             first = end
         return True
 

@@ -6,12 +6,15 @@ are not digested, and no block that leads to others is walked twice.
 
 from __future__ import annotations
 
+import random
 import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -29,7 +32,10 @@ from nbdproxy.oracles.manifest import Entry, Manifest, digest
 from nbdproxy.oracles.mounts import ONLY
 from nbdproxy.oracles.qcow2 import MAGIC, Qcow2Device, Qcow2Error
 from nbdproxy.oracles.quick import QUICK
-from tests.support.serving import nbdproxy, tool
+from nbdproxy.recording.writer import RecordingWriter
+from nbdproxy.server.preserve import PreservingDisk
+from tests.support.nbd_client import WRITE, Op
+from tests.support.serving import Server, nbdproxy, tool
 
 BLOCK = 4096
 SIZE = 16 << 20
@@ -225,3 +231,53 @@ def test_a_qcow2_has_no_more_tables_than_its_file_can_hold() -> None:
     table = struct.pack(f">{count}Q", *(1 << 40 | n << bits for n in range(count)))
     with quickly(), pytest.raises(Qcow2Error, match="more L2 tables than it can have"):
         Qcow2Device(MemoryDisk(header.ljust(1 << bits, b"\0") + table))
+
+
+def test_memory_follows_what_is_written_and_not_the_size(tmp_path: Path) -> None:
+    """Of a disk of 2 TiB that is nearly empty; a byte for each block would be 512 MiB."""
+    image, size = tmp_path / "image", 2 << 40
+    with image.open("wb") as file:
+        file.truncate(size)
+    with Server(image, "--record", tmp_path / "run") as server:
+        client = server.client()
+        for at in range(0, size, size // 64):
+            assert client.do(Op(WRITE, at, data=b"x" * BLOCK))[0].error == 0
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        assert server.stop() == 0
+    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert peak < 200 << 10, f"{peak} KiB"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_block_of_data_is_saved_once_and_before_it_is_changed(seed: int) -> None:
+    """Across the pieces in which that is kept in mind, and for data of any place and length."""
+    rng = random.Random(seed)
+    content = rng.randbytes(SIZE)
+    data = []
+    at = 0
+    while (at := at + rng.randrange(1, 3 << 20)) < SIZE:
+        length = min(rng.randrange(1, 6 << 20), SIZE - at)
+        data.append((at, length))
+        at += length
+    saved: dict[int, bytes] = {}
+
+    def before(offset: int, found: bytes | bytearray) -> None:
+        for at in range(0, len(found), BLOCK):
+            assert offset + at not in saved
+            saved[offset + at] = bytes(found[at : at + BLOCK])
+
+    recorder = SimpleNamespace(meta=SimpleNamespace(data=tuple(data)), before=before)
+    disk = PreservingDisk(MemoryDisk(content), cast(RecordingWriter, recorder))
+    touched: set[int] = set()
+    for _ in range(60):
+        offset = rng.randrange(SIZE)
+        length = min(rng.choice([1, 4096, 70_000, 5 << 20]), SIZE - offset)
+        disk.pwrite(offset, bytes(length))
+        touched.update(range(offset // BLOCK * BLOCK, offset + length, BLOCK))
+        assert not disk.unsaved(offset, length)
+    of_data = {
+        block
+        for start, length in data
+        for block in range(start // BLOCK * BLOCK, start + length, BLOCK)
+    }
+    assert saved == {block: content[block : block + BLOCK] for block in touched & of_data}
