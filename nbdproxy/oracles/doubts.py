@@ -31,7 +31,8 @@ def with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
     Content is read where there is a doubt only: all of it at most once in each state that `disks`
     has, and once more what is not whole.
     """
-    entries = {entry.path: entry for entry in manifest.entries}
+    trees = plan.trees(disks)
+    entries = {e.path: e for e in manifest.entries if any(_has(tree, e.path) for tree in trees)}
     plan = replace(plan, doubtful=_elsewhere(disks, plan, entries) | plan.doubtful)
     seen = ", ".join(map(str, loose(disks, plan)))
     asked = [e for e in entries.values() if seen or (plan.from_fstab and _is_in_memory(e.path))]
@@ -49,6 +50,10 @@ def loose(disks: Disks, plan: Plan) -> list[Unread]:
     used = {(disk, mount.partition) for disk, mount in plan.spots.values()}
     apart = [one for place, one in disks.partial.items() if place not in used]
     return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
+
+
+def _has(tree: Tree, path: str) -> bool:
+    return isinstance(tree.of(path), Mount)
 
 
 def _is_in_memory(path: str) -> bool:
@@ -111,7 +116,7 @@ def _whole(disks: Disks, plan: Plan, entries: Iterable[Entry]) -> dict[str, Entr
     found: dict[str, Entry] = {}
     for devices in filter(None, (disks.devices, disks.others)):
         for device, tree in zip(devices, plan.trees(disks), strict=True):
-            own = [e for e in asked.values() if isinstance(tree.of(e.path), Mount)]
+            own = [e for e in asked.values() if _has(tree, e.path)]
             rest = Manifest(tuple(entry for entry in own if entry.path not in found))
             if not rest.entries:
                 continue

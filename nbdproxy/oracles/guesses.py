@@ -168,7 +168,8 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> Guess | None:
             return guess
     for guess in found:
         why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
-        plan.doubtful |= dict.fromkeys(guess.files, why)
+        unclear = (path for path in guess.files if not plan.is_away(path))
+        plan.doubtful |= dict.fromkeys(unclear, why)
     return None
 
 

@@ -3,11 +3,11 @@
 It is what the user told; else what the guest's own /etc/fstab says; else what the files themselves
 show, see `guesses`. What is found once serves to judge all other states.
 
-Guarantees: a file is said to be on a filesystem only if the user, an fstab, or other files of its
-directory say so, or if all that the disks hold can be read. Whatever may lie in something that
-cannot be read (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told, and
-the reason names it. Not covered: mounts of which neither fstab nor a file tells, such as automatic
-ones, on a filesystem that can be read: a file that is on none of these was certainly not sent.
+Guarantees: a file is said to be on a filesystem only if the user, an fstab, or the content of files
+of its directory say so, or if all that the disks hold can be read. Whatever may lie in something
+that cannot be read (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told,
+and the reason names it; see `doubts`. A file that is on none of the filesystems that can be read
+was certainly not sent.
 """
 
 from __future__ import annotations

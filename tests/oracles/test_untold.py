@@ -134,3 +134,12 @@ def test_a_file_that_was_deleted_before_the_end_was_there(made: Make) -> None:
     assert TreeFollower(QUICK, wanted, {}, tree).check(now, None).conditions["/home/u/a.js"] is (
         WHOLE
     )
+
+
+def test_where_an_fstab_says_why_nothing_else_is_said(made: Make) -> None:
+    """A file of a mount that is on no disk here is not perhaps on another filesystem."""
+    top = root("LABEL=root / ext4\nUUID=77 /home ext4\n", OLD)
+    device = made(top, Part({"/a.js": "after"}, "copy"), Part(raw=LUKS))
+    tree, found = judged(device, {**ROOT, "/home/u/a.js": "after"})
+    assert found.conditions["/home/u/a.js"] is UNKNOWN
+    assert tree.doubtful == {} and "/home is on UUID=77" in str(found.reason)
