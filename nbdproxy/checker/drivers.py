@@ -1,8 +1,9 @@
 """What the guest mounts each filesystem with, and what its refusal to mount means.
 
 A state is mounted as its own machine would after a reboot: for writing, so that logs, fast commits
-and orphans are dealt with. What an option keeps away is work that changes no file: times of access,
-tables made in advance, discards, a balance that goes on.
+and orphans are dealt with, but for what Linux mounts for reading only. What an option keeps away is
+work that changes no file: times of access, tables made in advance, discards, a balance that goes
+on.
 
 A refusal is a verdict only where the driver says, by errno and in words that are listed here, that
 it finds the filesystem broken. Every other refusal tells nothing of the disk: a feature or a size
@@ -123,9 +124,10 @@ _ANY_FAULT = {errno.EINVAL, errno.EIO, errno.ENOENT, errno.ESTALE, errno.EFBIG, 
 """What they return for broken structures as well as for other reasons: the words decide."""
 _PASSING = {
     *(errno.EBUSY, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENXIO, errno.EPERM),
-    *(errno.EACCES, errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
+    *(errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
 }
 """What comes of the guest, and need not come again in another one."""
+_BTRFS_FLAGS_AT, _SEEDING = 0x10038, 1 << 32
 _EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
 
@@ -153,6 +155,13 @@ def replays_for_writing_only(device: ReadableDevice) -> bool:
         return False
     compat = int.from_bytes(device.pread(_EXT_COMPAT_AT, 4), "little")
     return bool(compat & _FAST_COMMIT)
+
+
+def is_for_reading_only(device: ReadableDevice) -> bool:
+    """Tell whether a filesystem is one that is mounted for reading: a seed of Btrfs, btrfs(5)."""
+    if kind_of(device) is not FilesystemKind.BTRFS:
+        return False
+    return bool(int.from_bytes(device.pread(_BTRFS_FLAGS_AT, 8), "little") & _SEEDING)
 
 
 def refusal(driver: Driver, code: int, said: Sequence[str]) -> FilesystemError | LabError:

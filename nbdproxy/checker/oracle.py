@@ -28,6 +28,7 @@ from nbdproxy.checker.drivers import (
     RefusedByKernelError,
     driver_of,
     has_ciphers,
+    is_for_reading_only,
     refusal,
     replays_for_writing_only,
 )
@@ -198,6 +199,7 @@ class KernelOracle:
         """
         driver = driver_of(place.device)
         options = [driver.options, driver.top_level] if root else [driver.options]
+        is_ro = replay_only or is_for_reading_only(place.device)
         guest = self._booted()
         for program in (driver.program, *driver.probe[:1]):
             if program is not None:
@@ -209,7 +211,7 @@ class KernelOracle:
             done = guest.ask(
                 "mount",
                 fs=driver.name,
-                flags=NO_TIMES | (READ_ONLY if replay_only else 0),
+                flags=NO_TIMES | (READ_ONLY if is_ro else 0),
                 options=",".join(filter(None, options)),
                 length=place.length,
                 load=driver.name in FILESYSTEM_MODULES,

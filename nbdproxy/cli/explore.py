@@ -61,7 +61,7 @@ from nbdproxy.persistence.modes import (
 )
 from nbdproxy.report import explored
 from nbdproxy.server.commands import CommandPlan
-from nbdproxy.signals import told_to_end
+from nbdproxy.signals import interrupt, told_to_end
 
 Files = Annotated[
     Path | None,
@@ -181,8 +181,8 @@ def explore(
     if exhaustive and (torn or stale):
         raise UsageError("--exhaustive visits the model's states: no --torn and no --stale ones")
     # A SIGTERM ends it as Ctrl-C does: with its workers and their commands.
-    for number in told_to_end():
-        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, *told_to_end()):
+        signal.signal(number, interrupt)
     with ExitStack() as stack:
         source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:

@@ -20,15 +20,18 @@ from multiprocessing import resource_tracker
 from multiprocessing.util import Finalize
 from typing import Protocol
 
+from nbdproxy import signals
 from nbdproxy.crash.bench import Bench, Job, Judged, Unit, open_bench
 from nbdproxy.crash.judging import Judgement
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.signals import told_to_end
+from nbdproxy.signals import held_back, told_to_end
 
 DEATHS_MAX = 2
 """So many workers may die of a unit before it is taken apart, or its one state given up."""
 
+_GLANCE_S = 1.0
+"""So often it is looked whether all is to end."""
 _GRACE_S = 2.0
 """So long a worker that is told to end may take for it."""
 _IDLE_S = 0.5
@@ -107,12 +110,9 @@ class PoolRunner:
             ) from None
 
     def _submit(self, unit: Unit) -> Future[list[Judged]]:
-        """Queue a unit, which may start a worker: one that no Ctrl-C reaches before `_begin`."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        """Queue a unit, which may start a worker: no Ctrl-C ends that halfway."""
+        with held_back():
             return self._pool.submit(_judge, unit)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit, as they are done."""
@@ -130,7 +130,10 @@ class PoolRunner:
                     flying[self._submit(unit)] = unit
             if not flying:
                 return
-            done, _ = wait(flying, return_when=FIRST_COMPLETED)
+            done = set[Future[list[Judged]]]()
+            while not done:
+                signals.check()
+                done, _ = wait(flying, _GLANCE_S, return_when=FIRST_COMPLETED)
             lost: list[Unit] = []
             for future in done:
                 unit = flying.pop(future)

@@ -29,7 +29,7 @@ _READ_MAX = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Guess:
+class Guess:
     """A directory of a filesystem that may show at a point: the files that it would have there."""
 
     store: Store
@@ -73,15 +73,15 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     return plan
 
 
-def _first(disks: Disks, plan: Plan, manifest: Manifest) -> _Guess | None:
+def _first(disks: Disks, plan: Plan, manifest: Manifest) -> Guess | None:
     """Return what has most of the files: as they are named, or if none is, below a mount point.
 
     Where a system is, and has none of them, it is what all others are mounted in.
     """
     points = {*plan.spots, *plan.away}
     wanted = [e.path for e in manifest.entries if points.isdisjoint(above(e.path))]
-    stores = list(_unused(disks, plan))
-    found = [guess for store in stores for guess in _shown(disks, store, wanted)]
+    stores = list(unused(disks, plan))
+    found = [guess for store in stores for guess in shown(disks, store, wanted)]
     entries = {entry.path: entry for entry in manifest.entries}
     as_named = [guess for guess in found if guess.point == "/"]
     if any(_is_shown_by_content(disks, guess, entries) for guess in as_named):
@@ -107,17 +107,17 @@ def _first(disks: Disks, plan: Plan, manifest: Manifest) -> _Guess | None:
     return first
 
 
-def _systems(disks: Disks, stores: Iterable[Store], as_named: Sequence[_Guess]) -> Iterator[_Guess]:
+def _systems(disks: Disks, stores: Iterable[Store], as_named: Sequence[Guess]) -> Iterator[Guess]:
     """Yield the roots of systems, with the files that they have of their names, or none."""
     files = {(guess.store, guess.root): guess.files for guess in as_named}
     for store in stores:
         for root in store.roots:
             _, mount = store.mount("/", root)
             if moves.is_system(partial(disks.has_folder, store.disk, mount)):
-                yield _Guess(store, "/", root, files.get((store, root), frozenset()))
+                yield Guess(store, "/", root, files.get((store, root), frozenset()))
 
 
-def _may_show(disks: Disks, guess: _Guess) -> bool:
+def _may_show(disks: Disks, guess: Guess) -> bool:
     """Tell whether a filesystem may be mounted where a guess has it: see `moves`."""
     _, mount = guess.store.mount("/", guess.root)
     has = partial(disks.has_folder, guess.store.disk, mount)
@@ -125,7 +125,7 @@ def _may_show(disks: Disks, guess: _Guess) -> bool:
     return moves.may_show_at(has, guess.point, files)
 
 
-def _may_join(disks: Disks, plan: Plan, guess: _Guess) -> bool:
+def _may_join(disks: Disks, plan: Plan, guess: Guess) -> bool:
     """Tell whether a filesystem may be mounted in a tree that is known without it.
 
     Not where what it is mounted on has the directories of its files: they may have been there.
@@ -140,25 +140,25 @@ def _may_join(disks: Disks, plan: Plan, guess: _Guess) -> bool:
     )
 
 
-def _alone(disks: Disks, guess: _Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
+def _alone(disks: Disks, guess: Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
     """Return the trees with nothing but a guess, and the files that belong there."""
     plan = Plan({guess.point: guess.store.mount(guess.point, guess.root)})
     below = [entry for entry in manifest.entries if is_below(entry.path, guess.point)]
     return plan.trees(disks), Manifest(tuple(below))
 
 
-def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
+def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> Guess | None:
     """Return the filesystem that has most of the files which are on none yet."""
     known = plan.known(disks)
     rest = [path for path in entries if path not in known]
     there = [path for path in entries if path in known]
     found = [
         guess
-        for store in _unused(disks, plan)
-        for guess in _shown(disks, store, rest)
+        for store in unused(disks, plan)
+        for guess in shown(disks, store, rest)
         if guess.point not in plan.spots
         and guess.point not in plan.away
-        and not _taken(plan, guess.point, there)
+        and not covered(plan, guess.point, there)
     ]
     for guess in sorted(found, key=lambda guess: guess.rank, reverse=True):
         equals = [g for g in found if len(g.files) == len(guess.files) and g.store != guess.store]
@@ -168,7 +168,8 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> _Guess | None:
             return guess
     for guess in found:
         why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
-        plan.doubtful |= dict.fromkeys(guess.files, why)
+        unclear = (path for path in guess.files if not plan.is_away(path))
+        plan.doubtful |= dict.fromkeys(unclear, why)
     return None
 
 
@@ -176,15 +177,15 @@ def _doubt(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> None:
     """Note files that a filesystem which is not in the plan has as well, if it is mounted above."""
     known = plan.known(disks)
     there = [path for path in entries if path in known]
-    for store in _unused(disks, plan):
-        for guess in _shown(disks, store, there):
-            taken = _taken(plan, guess.point, there)
+    for store in unused(disks, plan):
+        for guess in shown(disks, store, there):
+            taken = covered(plan, guess.point, there)
             if taken and guess.point != "/" and guess.files.issuperset(taken):
                 why = f"also on {store.name}, which may be mounted at {guess.point}"
                 plan.doubtful |= dict.fromkeys(taken, f"{why}; say which with --mount")
 
 
-def _shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[_Guess]:
+def shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[Guess]:
     """Yield the points at which a filesystem, or a subvolume of it, would have some files."""
     for root in store.roots:
         known = disks.below(store, root)
@@ -194,10 +195,10 @@ def _shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[_Gues
                 if path[len(point.rstrip("/")) :] in known:
                     found[point].add(path)
         for point, files in found.items():
-            yield _Guess(store, point, root, frozenset(files))
+            yield Guess(store, point, root, frozenset(files))
 
 
-def _unused(disks: Disks, plan: Plan) -> Iterator[Store]:
+def unused(disks: Disks, plan: Plan) -> Iterator[Store]:
     """Yield the filesystems that are mounted nowhere, and subvolumes that are not."""
     for store in disks.parts:
         used = {
@@ -211,7 +212,7 @@ def _unused(disks: Disks, plan: Plan) -> Iterator[Store]:
             yield replace(store, roots=tuple(root for root in store.roots if root not in used))
 
 
-def _taken(plan: Plan, point: str, paths: Collection[str]) -> set[str]:
+def covered(plan: Plan, point: str, paths: Collection[str]) -> set[str]:
     """Return the files that a plan has below a point, and not below another mount there."""
     inner = [other for other in plan.spots if other != point and is_below(other, point)]
     return {
@@ -221,7 +222,7 @@ def _taken(plan: Plan, point: str, paths: Collection[str]) -> set[str]:
     }
 
 
-def _is_shown_by_content(disks: Disks, guess: _Guess, entries: dict[str, Entry]) -> bool:
+def _is_shown_by_content(disks: Disks, guess: Guess, entries: dict[str, Entry]) -> bool:
     for path in sorted(guess.files)[:_READ_MAX]:
         entry = replace(entries[path], path=path[len(guess.point.rstrip("/")) :])
         content = disks.content(guess.store, guess.root, entry)

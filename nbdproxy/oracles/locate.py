@@ -3,11 +3,11 @@
 It is what the user told; else what the guest's own /etc/fstab says; else what the files themselves
 show, see `guesses`. What is found once serves to judge all other states.
 
-Guarantees: a file is said to be on a filesystem only if the user, an fstab, or other files of its
-directory say so, or if all that the disks hold can be read. Whatever may lie in something that
-cannot be read (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told, and
-the reason names it. Not covered: mounts of which neither fstab nor a file tells, such as automatic
-ones, on a filesystem that can be read: a file that is on none of these was certainly not sent.
+Guarantees: a file is said to be on a filesystem only if the user, an fstab, or the content of files
+of its directory say so, or if all that the disks hold can be read. Whatever may lie in something
+that cannot be read (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told,
+and the reason names it; see `doubts`. A file that is on none of the filesystems that can be read
+was certainly not sent.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles import check, guesses, moves, partitions, rivals
 from nbdproxy.oracles import manifest as manifests
+from nbdproxy.oracles.doubts import loose, with_doubts
 from nbdproxy.oracles.manifest import Manifest, Resolution
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.plans import IN_MEMORY, Plan, Told, by_fstab, completed, told
+from nbdproxy.oracles.plans import Plan, Told, by_fstab, completed, told
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.rivals import Place
-from nbdproxy.oracles.stores import Disks, Unread
+from nbdproxy.oracles.stores import Disks
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +96,9 @@ def locate_all(
         manifest = _resolved(plan, disks, manifest, where, as_named=True)
         if not plan.from_fstab:
             return plan.trees(disks), manifest
-        return _with_doubts(disks, guesses.by_files(disks, plan, manifest), manifest), manifest
+        return with_doubts(disks, guesses.by_files(disks, plan, manifest), manifest), manifest
     plan, manifest = _best(disks, given, manifest, where)
-    return _with_doubts(disks, plan, manifest), manifest
+    return with_doubts(disks, plan, manifest), manifest
 
 
 def survey_tree(
@@ -119,8 +120,8 @@ def survey_tree(
     if "/" in given.spots:
         plan = completed(disks, given, frozenset())
         (tree,) = plan.trees(disks)
-        loose = _loose(disks, plan) if plan.from_fstab else []
-        return replace(tree, loose=", ".join(map(str, loose)))
+        unread = loose(disks, plan) if plan.from_fstab else []
+        return replace(tree, loose=", ".join(map(str, unread)))
     plans = by_fstab(disks, given, frozenset())
     if len(plans) > 1:
         raise FilesystemError(
@@ -133,7 +134,7 @@ def survey_tree(
         top = Mount(partition=check.only(check.candidates(device, None), or_mount=True).key)
         plan = replace(given, spots={"/": (0, top)})
     (tree,) = plan.trees(disks)
-    return replace(tree, loose=", ".join(map(str, _loose(disks, plan))))
+    return replace(tree, loose=", ".join(map(str, loose(disks, plan))))
 
 
 def tree_by_fstab(device: ReadableDevice) -> Tree | None:
@@ -289,31 +290,6 @@ def _most(
             f"name one of them with --partition, or say what is mounted where with --mount"
         )
     return best[0]
-
-
-def _with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
-    """Return the trees of a plan, with the files of which it does not say where they are."""
-    trees = plan.trees(disks)
-    loose = _loose(disks, plan)
-    known = plan.known(disks) if loose or plan.from_fstab else frozenset()
-    sure = {posixpath.dirname(entry.path) for entry in manifest.entries if entry.path in known}
-    doubtful = dict(plan.doubtful)
-    for entry in manifest.entries:
-        if entry.path in known or posixpath.dirname(entry.path) in sure:
-            continue
-        if plan.from_fstab and (entry.path + "/").startswith(IN_MEMORY):
-            doubtful[entry.path] = "what is there is kept in memory, and on no disk"
-        elif loose:
-            seen = ", ".join(map(str, loose))
-            doubtful[entry.path] = f"perhaps in what cannot be read here: {seen}"
-    return [replace(tree, doubtful=doubtful) for tree in trees]
-
-
-def _loose(disks: Disks, plan: Plan) -> list[Unread]:
-    """Return what cannot be read and is mounted nobody knows where."""
-    used = {(disk, mount.partition) for disk, mount in plan.spots.values()}
-    apart = [one for place, one in disks.partial.items() if place not in used]
-    return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
 
 
 class ElsewhereError(ManifestError):

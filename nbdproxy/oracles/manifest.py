@@ -120,10 +120,8 @@ def load(path: Path) -> Manifest:
             f"{path}: {error.strerror}; write a manifest with `nbdproxy manifest` or `sha256sum`"
         ) from error
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ManifestError(
-            f"{path} is UTF-16, as PowerShell's > writes it; save it as UTF-8 without a mark"
-        )
-    text = raw.decode("utf-8", "surrogateescape")
+        raise ManifestError(f"{path} is UTF-16, as PowerShell's > writes it; save it as UTF-8")
+    text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
     return parse(text, str(path), from_root=is_dpkg(path))
 
 

@@ -140,7 +140,7 @@ def _entries(lock: Path, tarballs: Tarballs, *, modes: bool) -> dict[str, Entry]
 
 def _packages(lock: Path) -> Mapping[str, Any]:
     try:
-        content = json.loads(lock.read_text())
+        content = json.loads(lock.read_text("utf-8-sig"))
     except OSError as error:
         raise ManifestError(f"{lock}: {error.strerror}; name a package-lock.json") from error
     except ValueError as error:

@@ -105,6 +105,11 @@ class Plan:
                 return point == path or disks.has_folder(disk, mount, path)
         return True
 
+    def is_away(self, path: str) -> bool:
+        """Tell whether it is known that a path is on no disk that can be read."""
+        point = next((p for p in above(path) if p in self.away or p in self.spots), None)
+        return point in self.away
+
     def real(self, disks: Disks, path: str) -> str:
         """Return where a path leads, links to folders followed; as it is, where they go on."""
         names, at = path.split("/")[::-1], "/"

@@ -66,6 +66,7 @@ class Disks:
         `names` are what a user calls the disks, paths of recordings.
         """
         self.devices = list(devices)
+        self.others = list(others)
         self._names = [{name, PurePath(name).name} for name in names]
         shorts = [PurePath(name).name for name in names]
         self._shown = [

@@ -90,6 +90,18 @@ def test_what_it_can_mount_is_read(kernel: KernelOracle, image: Path, command: s
     assert judged(kernel, made(image, command)).verdict is Verdict.PASS
 
 
+@pytest.mark.lab
+def test_a_seed_of_btrfs_is_mounted_for_reading(kernel: KernelOracle, image: Path) -> None:
+    made(image, "mkfs.btrfs -q --rootdir {root}")
+    subprocess.run(["btrfstune", "-f", "-S", "1", image], check=True, capture_output=True)
+    disk = opened(image)
+    assert judged(kernel, disk).verdict is Verdict.PASS
+    assert kernel.paths(disk, mount=ONLY) == ["/a"]
+    assert kernel.roots(disk, None) == ("/",)
+    found = kernel.examine(disk, partition=None)
+    assert found.mounts and not found.replayed
+
+
 class Superblock(NamedTuple):
     """Where a superblock is, its incompatible features, its checksum, and of what that is."""
 
@@ -161,7 +173,9 @@ def test_what_may_be_the_guest_s_own_fault_is_no_verdict(driver: Driver, code: i
 
 
 @pytest.mark.parametrize("driver", [EXT, XFS, BTRFS])
-@pytest.mark.parametrize("code", [errno.EIO, errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP])
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.EINVAL, errno.ENOENT, errno.EOPNOTSUPP, errno.EACCES]
+)
 def test_no_words_are_no_verdict(driver: Driver, code: int) -> None:
     for words in ([], ["clocksource: Long readout interval"]):
         said = refusal(driver, code, words)

@@ -17,8 +17,10 @@ from nbdproxy.oracles.locate import Where, locate, survey_tree
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.plans import Told
 from nbdproxy.oracles.quick import QUICK
+from tests.support.serving import tool
 from tests.support.states import cut_off, files
-from tests.support.systems import Part, filesystem
+from tests.support.systems import ROOT, Part, filesystem, manifest
+from tests.support.systems import disk as layout
 
 pytestmark = pytest.mark.lab
 
@@ -79,3 +81,45 @@ def test_what_is_shown_through_a_link_cannot_be_told(kernel: KernelOracle, tmp_p
         }
         unknown = Verdict.UNKNOWN
         assert said == {"/srv": Verdict.PASS, "/near": unknown, "/far": unknown}
+
+
+def test_a_subvolume_that_no_fstab_names_may_be_mounted(
+    kernel: KernelOracle, tmp_path: Path
+) -> None:
+    """The root has an older file where it may be: nothing is called lost; a snapshot is none."""
+    path = tmp_path / "image"
+    with path.open("wb") as file:
+        file.truncate(200 << 20)
+    subprocess.run(["mkfs.btrfs", "-q", "-U", UUID, path], check=True, capture_output=True)
+    untold = MAKE.replace(f"echo 'UUID={UUID} /home btrfs", "true '")
+    script = untold + "mkdir @/home/u; echo 0 > @/home/u/1.js; echo 0 > before/etc/lost; sync"
+    disk = cut_off(kernel, path, script)
+    wanted = files(**THERE, **{"etc/lost": b"0\n", "home/u/gone": b"x"})
+    tree, found = locate(kernel, disk, wanted)
+    assert [(mount.point, mount.root) for mount in tree.mounts] == [("/", "/@")]
+    said = TreeFollower(kernel, found, {}, tree).check(disk, None)
+    assert said.conditions == {
+        "/etc/passwd": Condition.WHOLE,
+        "/home/u/1.js": Condition.CANNOT_BE_TOLD,
+        "/etc/lost": Condition.MISSING,
+        "/home/u/gone": Condition.MISSING,
+    }
+    assert "mounted at /home" in tree.doubtful["/home/u/1.js"]
+
+
+def test_a_fat_that_no_fstab_names_may_be_mounted(kernel: KernelOracle, tmp_path: Path) -> None:
+    fat = tmp_path / "fat"
+    with fat.open("wb") as file:
+        file.truncate(8 << 20)
+    tool("mkfs.fat", fat)
+    (tmp_path / "new.txt").write_text("new")
+    tool("mcopy", "-i", fat, tmp_path / "new.txt", "::/new.txt")
+    top = Part({**ROOT, "/etc/fstab": "LABEL=root / ext4\n", "/media/new.txt": "old"}, "root")
+    device = MemoryDisk(layout(tmp_path / "disk", top, Part(raw=fat.read_bytes())))
+    wanted = {**ROOT, "/media/new.txt": "new"}
+    for oracle, why in ((QUICK, "partition 2: FAT"), (kernel, "partition 2, mounted at /media")):
+        tree, found = locate(oracle, device, manifest(wanted))
+        said = TreeFollower(oracle, found, {}, tree).check(device, None)
+        assert said.conditions.pop("/media/new.txt") is Condition.CANNOT_BE_TOLD
+        assert set(said.conditions.values()) == {Condition.WHOLE}
+        assert why in tree.doubtful["/media/new.txt"]

@@ -19,6 +19,8 @@ from nbdproxy.lab.build import build_lab
 from nbdproxy.lab.workloads import End, Ending, Workload
 from nbdproxy.oracles import lvm
 from nbdproxy.oracles.check import Verdict, check
+from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import locate
 from nbdproxy.oracles.lvm import LinearDevice, Volume
 from nbdproxy.oracles.manifest import Entry, Manifest, digest
@@ -26,6 +28,7 @@ from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.partitions import VOLUMES, slices
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.survey import survey
+from tests.support.systems import ROOT, Part, filesystem, manifest, root
 
 pytestmark = pytest.mark.lab
 
@@ -153,6 +156,23 @@ def test_metadata_that_is_broken_has_no_volumes(image: Path, at: int) -> None:
     assert volumes(disk) == []
     disk.pwrite(where, before)
     assert len(volumes(disk)) == 2
+
+
+def test_a_volume_that_no_fstab_names_may_be_mounted(image: Path, tmp_path: Path) -> None:
+    """The root has an older file where it may be: nothing is called lost."""
+    disk = OverlayDisk(FileDisk(image, read_only=True))
+    top = root("LABEL=root / ext4\n", {"/home/u/a.js": "before"})
+    parts = {"vg0/first": Part({"/u/a.js": "after"}, "home"), "vg0/second": top}
+    for number, volume in enumerate(volumes(disk), start=1):
+        content = filesystem(tmp_path / str(number), parts[volume.name], number)
+        for piece in volume.pieces:
+            disk.pwrite(piece.offset, content[: piece.length])
+            content = content[piece.length :]
+    tree, wanted = locate(QUICK, disk, manifest({**ROOT, "/home/u/a.js": "after"}))
+    found = TreeFollower(QUICK, wanted, {}, tree).check(disk, None).conditions
+    assert found.pop("/home/u/a.js") is Condition.CANNOT_BE_TOLD
+    assert set(found.values()) == {Condition.WHOLE}
+    assert "perhaps on volume vg0/first, mounted at /home" in tree.doubtful["/home/u/a.js"]
 
 
 AREA, HEADER = 4096, 512

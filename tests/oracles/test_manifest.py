@@ -250,6 +250,15 @@ def test_slashes_and_dots_that_say_nothing_are_left_out() -> None:
     assert paths(parse(text, "m")) == ["/etc/a", "/etc/b/.c", "d/e", ".f/..g"]
 
 
+def test_a_byte_order_mark_says_nothing(tmp_path: Path) -> None:
+    """Windows writes one, of UTF-8, and ends lines with CR LF."""
+    file = tmp_path / "files"
+    for text in (f"{A}  /a\r\n{B}  /b\r\n", f"# size 7\n{A}  /a\n{B}  /b\n", f"{A}  /a\0{B}  /b\0"):
+        file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load(file) == parse(text, "test")
+        assert paths(load(file)) == ["/a", "/b"]
+
+
 def test_a_missing_file_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="No such file"):
         load(tmp_path / "nowhere")

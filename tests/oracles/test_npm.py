@@ -132,6 +132,14 @@ def test_the_strongest_digest_counts(project: Project) -> None:
         project.entries()
 
 
+def test_a_lockfile_may_begin_with_a_byte_order_mark(project: Project) -> None:
+    project.add("node_modules/a", tarball({"index.js": b"x"}))
+    found = project.entries()
+    project.lock.write_bytes(b"\xef\xbb\xbf" + project.lock.read_bytes())
+    again = from_lock(project.lock, Tarballs(folder=project.tarballs)).entries
+    assert {entry.path for entry in again} > set(found) > set()
+
+
 def test_what_is_no_lockfile(tmp_path: Path, project: Project) -> None:
     tarballs = Tarballs(folder=tmp_path)
     lock = tmp_path / "x.json"
