@@ -20,8 +20,20 @@ class UsageError(_OneLineError, ValueError):
     """The command line asks for something contradictory or unknown."""
 
 
+class OutputError(NbdproxyError, OSError):
+    """What was asked for cannot be written to where it was to go: a disk is full, most likely."""
+
+
 class ImageError(NbdproxyError, OSError):
     """The disk image is missing, unreadable, or not of a form that can be served."""
+
+
+class TemporaryFolderError(NbdproxyError, OSError):
+    """The folder for temporary files cannot be used."""
+
+
+class UnsafeFolderError(NbdproxyError):
+    """Another user could put something else in the place of what would be made there."""
 
 
 class RecordingError(NbdproxyError):

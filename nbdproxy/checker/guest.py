@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.disks.swap import SwapDisk
 from nbdproxy.errors import LabError
 from nbdproxy.extents import Extent
@@ -42,6 +43,8 @@ _PORT = "checker"
 _PROGRAMS = [Path(__file__).with_name(name) for name in ("agent.js", "attach.pl")]
 _RETRY_S = 0.05
 _GLANCE_S = 1.0
+_ANSWER_MAX = MEMORY_MIB << 20
+"""Bytes of an answer: the guest made it in its memory."""
 
 _RUN = """n=0; until [ -b /dev/vda ] && [ -b /dev/vdb ]; do
   n=$((n+1)); [ $n -gt 200 ] && exit; sleep 0.05
@@ -97,7 +100,7 @@ class AgentPort:
             answer = json.loads(line)
             number, self.said = answer["number"], answer["log"]
             found: dict[str, Any] | None = answer.get("found")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise GuestError(f"the checker guest's answer is none: {line[:60]!r}") from None
         if number != self._number:
             raise GuestError(
@@ -110,8 +113,10 @@ class AgentPort:
         return found
 
     def _line(self, limit_s: float) -> bytes:
-        parts = [self._pending]
+        parts, size = [self._pending], len(self._pending)
         while b"\n" not in parts[-1]:
+            if size > _ANSWER_MAX:
+                raise GuestError("the checker guest's answer has no end")
             if limit_s <= 0:
                 raise TimeoutError
             began, starved = time.monotonic(), self._starved()
@@ -119,12 +124,15 @@ class AgentPort:
             try:
                 data = self._socket.recv(1 << 20)
             except TimeoutError:
-                lost = max(0.0, self._starved() - starved)  # less, if a thread has ended
-                limit_s -= max(0.0, time.monotonic() - began - lost)
+                data = None
+            lost = max(0.0, self._starved() - starved)  # less, if a thread has ended
+            limit_s -= max(0.0, time.monotonic() - began - lost)
+            if data is None:
                 continue
             if not data:
                 raise ConnectionError("it ended")
             parts.append(data)
+            size += len(data)
         line, _, self._pending = b"".join(parts).partition(b"\n")
         return line
 
@@ -138,7 +146,11 @@ class CheckerGuest:
     def __init__(self, lab: Lab) -> None:
         self._disk = SwapDisk(DISK_SIZE)
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-")))
+            folder = Path(
+                stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+                )
+            )
             export = Export("state", self._disk, loader.load("passthrough").policy)
             stack.callback(export.close)
             server = stack.enter_context(ThreadedServer(FixedShelf([export])))

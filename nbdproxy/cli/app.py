@@ -15,9 +15,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from nbdproxy import __version__
+from nbdproxy import __version__, machine, streams
 from nbdproxy.cli.console import err
 from nbdproxy.errors import NbdproxyError
+from nbdproxy.signals import told_to_end
 
 COMMANDS = {
     "serve": "serve:serve",
@@ -106,21 +107,27 @@ def nbdproxy(
 
 def main() -> None:
     """Run the command line; exit codes: 0 fine, 1 loss or failure found, 2 unusable input."""
+    streams.guard()
     # What was begun is ended, files and guests, as with Ctrl-C; a command may have its own way.
-    signal.signal(signal.SIGTERM, _end)
+    for number in told_to_end():
+        signal.signal(number, _end)
     try:
-        app()
+        try:
+            app()
+        finally:
+            streams.finish()
     except NbdproxyError as error:
         err.print(f"nbdproxy: {error}", markup=False)
         sys.exit(2)
-    except BrokenPipeError:  # the reader of our output has seen enough, as in `... | head`
-        sys.stderr.close()
-        sys.exit(0)
-    except Exception:  # 1 would say that a loss was found
+    except Exception as error:  # 1 would say that a loss was found
+        if (said := machine.said_of(error)) is not None:
+            err.print(f"nbdproxy: {said}", markup=False)
+            sys.exit(2)
         traceback.print_exc()
         err.print("nbdproxy: this is a fault of nbdproxy; please report it with these lines")
         sys.exit(2)
 
 
 def _end(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a signal handler
+    streams.give_up()
     raise SystemExit(128 + number)

@@ -19,6 +19,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from nbdproxy import streams
 from nbdproxy.report.paths import visible
 
 
@@ -84,7 +85,8 @@ def _made_visible(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> 
 
 
 def set_up_logging(*, verbose: bool) -> None:
-    """Send logs to stderr, one line each."""
+    """Send logs to stderr, one line each; one that stderr does not take is lost, and counted."""
+    streams.never_wait()
     level = logging.DEBUG if verbose else logging.INFO
     structlog.configure(
         processors=[

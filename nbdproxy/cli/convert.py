@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.formats import FORMATS, format_of_file
 from nbdproxy.errors import RecordingError, UsageError
+from nbdproxy.private import New, new_file
 from nbdproxy.recording.foreign.dm_log_writes import DmLog, DmLogWriter
 from nbdproxy.recording.foreign.exporting import to_dm_log, to_trlog
 from nbdproxy.recording.foreign.formats import Converted, LogFormat, Progress, look
@@ -102,13 +100,13 @@ def convert(
     _check(asked)
     _look_at_images(asked)
     with ExitStack() as stack:
-        partial = stack.enter_context(_partial(target, folder=to is LogFormat.NBDPROXY))
-        done, log, recording = _convert(asked, partial, stack)
+        made = stack.enter_context(_beside(target, is_folder=to is LogFormat.NBDPROXY))
+        done, log, recording = _convert(asked, made, stack)
         compared = None
         if verify is not None:
             with err.status(f"comparing with {verify}"):
                 compared = compare(log, RecordedSource(recording, image=base), verify)
-        partial.rename(target)
+        _finish(made, target)
     _report(asked, done, compared)
     if json:
         print_json(_summary(asked, done, compared))
@@ -158,43 +156,39 @@ def _look_at_images(asked: _Asked) -> None:
 
 
 @contextmanager
-def _partial(target: Path, *, folder: bool) -> Iterator[Path]:
-    """Make a file or folder beside `target` that is gone afterwards, unless it was renamed."""
-    where, prefix, suffix = target.absolute().parent, f"{target.name}.", ".part"
+def _beside(target: Path, *, is_folder: bool) -> Iterator[New]:
+    """Make a file or folder beside `target` that is gone afterwards, unless it was finished."""
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(new_file(target, is_folder=is_folder))
+        except OSError as error:
+            raise UsageError(f"{target} cannot be written: {error.strerror}") from None
+        yield made
+
+
+def _finish(made: New, target: Path) -> None:
     try:
-        if folder:
-            path = Path(tempfile.mkdtemp(suffix, prefix, where))
-        else:
-            handle, name = tempfile.mkstemp(suffix, prefix, where)
-            os.close(handle)
-            path = Path(name)
+        made.finish()
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}") from None
-    try:
-        yield path
-    finally:
-        if folder:
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _convert(
-    asked: _Asked, partial: Path, stack: ExitStack
+    asked: _Asked, made: New, stack: ExitStack
 ) -> tuple[Converted, DmLog | TransactionLog, Path]:
-    """Write `partial`; return the log, whichever side it is on, and the recording."""
+    """Write what is `made`; return the log, whichever side it is on, and the recording."""
     if asked.form is LogFormat.NBDPROXY:
         with err.status(f"reading {asked.source}") as status:
-            done = _export(asked.source, partial, asked.to, _progress(status, asked))
-        return done, stack.enter_context(closing(_open(partial, asked.to))), asked.source
+            done = _export(asked.source, made, asked.to, _progress(status, asked))
+        return done, stack.enter_context(closing(_open(made.path, asked.to))), asked.source
     log = stack.enter_context(closing(_open(asked.source, asked.form, uncounted=asked.uncounted)))
     with err.status(f"reading {asked.source}") as status:
         progress = _progress(status, asked)
         if asked.to is LogFormat.NBDPROXY:
-            return _import(asked, log, partial, progress), log, partial
-        between = stack.enter_context(_partial(asked.target, folder=True))
+            return _import(asked, log, made.path, progress), log, made.path
+        between = stack.enter_context(_beside(asked.target, is_folder=True)).path
         read = _import(asked, log, between, progress)
-        written = _export(between, partial, asked.to, progress)
+        written = _export(between, made, asked.to, progress)
     remarks = (*read.remarks, *written.remarks)
     left_out = {**read.left_out, **written.left_out}
     return Converted(written.counts, left_out, remarks, read.missing), log, between
@@ -233,10 +227,10 @@ def _read_base(path: Path) -> Base:
         return Base(absolute(path), disk.size, data, Fingerprint.of(path))
 
 
-def _export(source: Path, target: Path, to: LogFormat, progress: Progress) -> Converted:
+def _export(source: Path, made: New, to: LogFormat, progress: Progress) -> Converted:
     with closing(Recording(source)) as recording:
         try:
-            with target.open("wb") as file:
+            with open(made.fd, "wb", closefd=False) as file:
                 if to is LogFormat.DM_LOG_WRITES:
                     return to_dm_log(recording, DmLogWriter(file), progress)
                 return to_trlog(recording, TransactionLogWriter(file), progress)

@@ -11,9 +11,13 @@ import typer
 
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
+from nbdproxy.peers import Believed
 from nbdproxy.sizes import plural, size_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+_ANSWER_MAX = 1 << 24
+"""Bytes of an answer; `status` has some hundred for each export and rule."""
 
 Export = Annotated[
     str | None,
@@ -29,17 +33,17 @@ def ctl(
 ) -> None:
     """Tell a running nbdproxy what to do; each command returns when it is done.
 
-    Start one with: nbdproxy serve disk.img --control /tmp/ctl.sock
+    Start one with: nbdproxy serve disk.img --control vm/ctl.sock
 
     Examples:
 
-      nbdproxy ctl /tmp/ctl.sock status
+      nbdproxy ctl vm/ctl.sock status
 
-      nbdproxy ctl /tmp/ctl.sock mark installed
+      nbdproxy ctl vm/ctl.sock mark installed
 
-      nbdproxy ctl /tmp/ctl.sock policy fsyncgate --set nth=2
+      nbdproxy ctl vm/ctl.sock policy fsyncgate --set nth=2
 
-      nbdproxy ctl /tmp/ctl.sock cut
+      nbdproxy ctl vm/ctl.sock cut
     """
     context.obj = control
 
@@ -48,7 +52,7 @@ def ctl(
 def status(context: typer.Context, export: Export = None, json: Json = False) -> None:
     """Show what is served, under which policy, and what passed.
 
-    Example: nbdproxy ctl /tmp/ctl.sock status --json
+    Example: nbdproxy ctl vm/ctl.sock status --json
     """
     answer = _ask(context, {"do": "status"}, export)
     if json:
@@ -79,7 +83,7 @@ def status(context: typer.Context, export: Export = None, json: Json = False) ->
 def cut(context: typer.Context, json: Json = False) -> None:
     """Cut the power of all exports: what the policy holds back is gone.
 
-    Example: nbdproxy ctl /tmp/ctl.sock cut
+    Example: nbdproxy ctl vm/ctl.sock cut
     """
     answer = _ask(context, {"do": "cut"}, None)
     if json:
@@ -99,7 +103,7 @@ def mark(
 ) -> None:
     """Mark this instant in the recording.
 
-    Example: nbdproxy ctl /tmp/ctl.sock mark installed
+    Example: nbdproxy ctl vm/ctl.sock mark installed
     """
     answer = _ask(context, {"do": "mark", "name": name}, export)
     if json:
@@ -114,7 +118,7 @@ def mark(
 def pause(context: typer.Context, export: Export = None) -> None:
     """Let no request begin, finish those at work, and make all of it durable on the image.
 
-    Example: nbdproxy ctl /tmp/ctl.sock pause && cp disk.img copy.img
+    Example: nbdproxy ctl vm/ctl.sock pause && cp disk.img copy.img
     """
     with err.status("finishing what was begun"):
         _ask(context, {"do": "pause"}, export)
@@ -124,7 +128,7 @@ def pause(context: typer.Context, export: Export = None) -> None:
 def resume(context: typer.Context, export: Export = None) -> None:
     """Let requests go on after a pause.
 
-    Example: nbdproxy ctl /tmp/ctl.sock resume
+    Example: nbdproxy ctl vm/ctl.sock resume
     """
     _ask(context, {"do": "resume"}, export)
 
@@ -145,9 +149,9 @@ def policy(
 
     Examples:
 
-      nbdproxy ctl /tmp/ctl.sock policy bad-sectors
+      nbdproxy ctl vm/ctl.sock policy bad-sectors
 
-      nbdproxy ctl /tmp/ctl.sock policy passthrough
+      nbdproxy ctl vm/ctl.sock policy passthrough
     """
     # A path is read by the server, which may stand in another folder.
     absolute = [
@@ -163,7 +167,7 @@ def policy(
 def lift(context: typer.Context, export: Export = None) -> None:
     """Let reads show what the disk holds: writes that were lost, torn or misdirected come back.
 
-    Example: nbdproxy ctl /tmp/ctl.sock lift
+    Example: nbdproxy ctl vm/ctl.sock lift
     """
     answer = _ask(context, {"do": "lift"}, export)
     err.print(f"{size_text(answer['lifted_bytes'])} read again as they are")
@@ -174,18 +178,24 @@ def _ask(context: typer.Context, asked: dict[str, Any], export: str | None) -> d
     path: Path = context.obj
     if export is not None:
         asked["export"] = export
+    believed = Believed(None, "run this command as that user if its server is meant")
     try:
+        believed.check_path(path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.connect(str(path))
+            believed.check_listener(sock, path)
             sock.sendall(json.dumps(asked).encode() + b"\n")
-            line = sock.makefile("rb").readline()
+            line = sock.makefile("rb").readline(_ANSWER_MAX)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(
             f"{path} does not answer ({reason}); is nbdproxy serve --control {path} running?"
         ) from None
     if not line.endswith(b"\n"):
-        raise UsageError(f"{path} went away before it answered; look at what nbdproxy serve says")
+        raise UsageError(
+            f"{path} went away before it answered: its server ended, or others keep all its places "
+            "busy; look at what nbdproxy serve says"
+        )
     answer: dict[str, Any] = json.loads(line)
     if not answer.pop("ok"):
         raise UsageError(answer["error"])

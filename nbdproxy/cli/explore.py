@@ -61,6 +61,7 @@ from nbdproxy.persistence.modes import (
 )
 from nbdproxy.report import explored
 from nbdproxy.server.commands import CommandPlan
+from nbdproxy.signals import told_to_end
 
 Files = Annotated[
     Path | None,
@@ -180,7 +181,8 @@ def explore(
     if exhaustive and (torn or stale):
         raise UsageError("--exhaustive visits the model's states: no --torn and no --stale ones")
     # A SIGTERM ends it as Ctrl-C does: with its workers and their commands.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in told_to_end():
+        signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         source = stack.enter_context(RecordedSource(run, image=base))
         if source.missing:

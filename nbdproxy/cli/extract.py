@@ -18,6 +18,7 @@ from nbdproxy.oracles.browse import Found, Kind
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
+from nbdproxy.private import check_folder
 from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural, size_text
 
@@ -92,7 +93,9 @@ def extract(
 
 def _make_folder(output: Path) -> None:
     try:
-        output.mkdir(exist_ok=True)
+        check_folder(output.parent)
+        output.mkdir(mode=0o700, exist_ok=True)
+        check_folder(output, sticky=False)
         is_empty = not any(output.iterdir())
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error.strerror}") from None

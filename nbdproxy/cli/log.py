@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from nbdproxy import streams
 from nbdproxy.cli.choices import parse_range, parse_words
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.recorded import RecordedSource
@@ -53,6 +54,8 @@ def log(
     last = resolve(source, end).position if end is not None else source.events
     reach = parse_range(within) if within is not None else None
     for item in _items(source, first, last):
+        if streams.reader_gone():  # as in `... | head`
+            return
         if item["type"] not in types:
             continue
         if reach is not None and not (

@@ -6,8 +6,8 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,13 @@ from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
 from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import CrashDisk, Timeline
+from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
-from nbdproxy.errors import UsageError
+from nbdproxy.disks.scratch import temporary_folder
+from nbdproxy.errors import NbdproxyError, UsageError
 from nbdproxy.policy import loader
+from nbdproxy.private import New, new_file
 from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.export import Export
 from nbdproxy.server.power import Power
@@ -71,7 +73,7 @@ def open_(
 
       nbdproxy open run1 --state s1234.flushed.must --run 'nbdcopy "$uri" - | file -'
 
-      nbdproxy open run1 --at end --socket /tmp/crashed.sock
+      nbdproxy open run1 --at end --socket vm/crashed.sock
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:
@@ -82,10 +84,11 @@ def open_(
         timeline.base()
         if output is not None and command is not None:
             raise UsageError("-o writes the state to a file, --run serves it; drop one of them")
-        if output is not None and output.exists():
+        if output is not None and os.path.lexists(output):
             raise UsageError(f"{output} exists; name a new file, or remove it first")
         if output is not None and output_format is OutputFormat.RAW:
-            _write(disk, output)
+            with _new(output) as made, err.status(f"writing {output}"):
+                write_sparse(disk, made.fd)
             err.print(f"wrote state {chosen} to {output} ({size_text(disk.size)})", markup=False)
             return
         if output is not None:
@@ -93,9 +96,12 @@ def open_(
                 raise UsageError(
                     "qemu-img is not installed; apt-get install qemu-utils, or use raw"
                 )
-            command = f'qemu-img convert -f raw -O qcow2 "$uri" {shlex.quote(str(output))}'
+            made = stack.enter_context(_new(output))
+            command = f'qemu-img convert -f raw -O qcow2 "$uri" {shlex.quote(str(made.path))}'
         if socket is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+            )
             socket = Path(folder) / "socket"
         endpoint = listen_unix(socket)
         stack.callback(endpoint.close)
@@ -123,22 +129,19 @@ def open_(
                 out.file.flush()
 
         outcome = serve([opened], setting, on_ready=announce)
+        if output is not None and outcome.exit_code:
+            raise typer.Exit(outcome.exit_code)  # what is there by then is not whole
     raise typer.Exit(outcome.exit_code)
 
 
-def _write(disk: CrashDisk, output: Path) -> None:
-    """Write a disk to a new sparse file, under a temporary name until it is whole."""
+@contextmanager
+def _new(output: Path) -> Iterator[New]:
+    """Have a file made beside `output`, which has its name afterwards if the block ends well."""
     try:
-        fd, name = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)
+        with new_file(output) as made:
+            yield made
+            made.finish()
+    except NbdproxyError:
+        raise
     except OSError as error:
         raise UsageError(f"{output} cannot be written: {error.strerror}") from None
-    os.close(fd)
-    partial = Path(name)
-    try:
-        with err.status(f"writing {output}"):
-            write_sparse(disk, partial)
-        partial.replace(output)
-    except OSError as error:
-        raise UsageError(f"{output} cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)

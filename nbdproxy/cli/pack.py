@@ -22,6 +22,7 @@ from rich.progress import (
 from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, print_json
 from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.recording import pack as packing
@@ -76,14 +77,20 @@ def pack(
             listed = manifest.load(files)
             extras[packed.FILES] = files
             if manifest.is_dpkg(files):  # it has another name in there, which tells less
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+                folder = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+                )
                 extras[packed.FILES] = Path(folder, packed.FILES)
                 extras[packed.FILES].write_bytes(
                     manifest.dump(listed).encode(errors="surrogateescape")
                 )
         own = run / packed.VERDICTS
         if db is not None or own.exists():
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+            )
+            if db is None and own.is_symlink():
+                raise UsageError(f"{own} is a link; name what it leads to with --db")
             extras[packed.VERDICTS] = _snapshot(db or own, Path(folder, packed.VERDICTS))
         with err.status("looking for what only the image has"):
             parts = tuple(source.image_parts())
@@ -165,6 +172,7 @@ def _snapshot(db: Path, copy: Path) -> Path:
             closing(sqlite3.connect(f"{db.absolute().as_uri()}?{how}", uri=True)) as source,
             closing(sqlite3.connect(copy)) as target,
         ):
+            source.execute("PRAGMA trusted_schema = OFF")
             source.execute("SELECT 1 FROM about, state LIMIT 1")
             source.backup(target)
     except sqlite3.Error as error:

@@ -15,9 +15,12 @@ import typer
 
 from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.disks.formats import ImageFormat, format_of_file
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import UsageError
+from nbdproxy.machine import make_room_for_exports
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
 from nbdproxy.nbd.uri import is_uri, parse
+from nbdproxy.peers import Believed, user_number
 from nbdproxy.policy.compose import load_all
 from nbdproxy.server.assemble import Plan, opened
 from nbdproxy.server.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
@@ -52,7 +55,10 @@ def serve(
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Listen on TCP.")] = None,
     insecure: Annotated[
         bool,
-        typer.Option("--insecure", help="Let --listen go beyond this machine without TLS."),
+        typer.Option(
+            "--insecure",
+            help="Let anybody who reaches --listen in: without TLS, or without a certificate.",
+        ),
     ] = False,
     tls: Annotated[Tls, typer.Option(help="Whether clients may, or must, use TLS.")] = Tls.OFF,
     tls_certificates: Annotated[
@@ -105,10 +111,26 @@ def serve(
             help="Record all that passes to a new folder; several images, to folders in it.",
         ),
     ] = None,
+    sync_recording: Annotated[
+        bool,
+        typer.Option(
+            "--sync-recording",
+            help="Answer a flush only when the recording of it would survive a power loss of this "
+            "machine.",
+        ),
+    ] = False,
     overlay: Annotated[bool, typer.Option("--overlay", help="Never write the image.")] = False,
     qmp: Annotated[
         Path | None,
         typer.Option(metavar="SOCKET", help="QEMU's QMP socket, which may appear later."),
+    ] = None,
+    qmp_user: Annotated[
+        str | None,
+        typer.Option(
+            metavar="USER",
+            help="Believe the monitor if this user's QEMU listens there, as libvirt-qemu.",
+            show_default="your own, or root's",
+        ),
     ] = None,
     control: Annotated[
         Path | None,
@@ -124,30 +146,32 @@ def serve(
 
     Prints the NBD URI on stdout when ready, and on stderr what to paste into QEMU's command line.
     With --run, the command gets $uri, $socket and $export (of the first image), stdout is the
-    command's, and the exit code is its own. SIGINT and SIGTERM end in order; a second one ends at
-    once.
+    command's, and the exit code is its own. SIGINT, SIGTERM and SIGHUP end in order, the command
+    and all its children too; a second one ends at once. Sockets belong in a folder of your own, as
+    vm after mkdir -m 700 vm: in /tmp anybody may bind one first.
 
     Examples:
 
       nbdproxy serve disk.img --record run1
 
-      nbdproxy serve disk.img --policy drop-unflushed --socket /tmp/disk.sock
+      nbdproxy serve disk.img --policy drop-unflushed --socket vm/disk.sock
 
       nbdproxy serve disk.img --overlay --run 'qemu-img info "$uri"'
 
-      nbdproxy serve disk.img --policy cut-at-shutdown --qmp /tmp/qmp.sock --record run2
+      nbdproxy serve disk.img --policy cut-at-shutdown --qmp vm/qmp.sock --record run2
 
       nbdproxy serve disk.img --policy slow-disk --policy bad-sectors --set delay_s=0.5
 
-      nbdproxy serve disk.img --policy drop-unflushed --control /tmp/ctl.sock
+      nbdproxy serve disk.img --policy drop-unflushed --control vm/ctl.sock
 
       nbdproxy serve disk.qcow2 --format qcow2 --record run3
 
-      nbdproxy serve 'nbd+unix:///?socket=/tmp/qemu-nbd.sock' --socket /tmp/proxy.sock
+      nbdproxy serve 'nbd+unix:///?socket=vm/qemu-nbd.sock' --socket vm/proxy.sock
 
       nbdproxy serve root.img data.img --export root --export data
 
-      nbdproxy serve disk.img --listen 0.0.0.0:10809 --tls require --tls-certificates pki
+      nbdproxy serve disk.img --listen 0.0.0.0:10809 --tls require --tls-certificates pki \\
+          --tls-verify-peer
     """
     set_up_logging(verbose=verbose)
     if socket is not None and listen is not None:
@@ -160,6 +184,8 @@ def serve(
                 f"{image} is not an NBD URI; those begin with nbd://, nbds://, "
                 "nbd+unix:// or nbds+unix://"
             )
+    if sync_recording and record is None:
+        raise UsageError("--sync-recording is about a recording; add --record DIR, or drop it")
     names = _names(images, export or [])
     policies = load_all(policy or (), settings or ())
     if bake and (read_only or overlay):
@@ -168,18 +194,22 @@ def serve(
         Plan(
             *(image, policies, name, image_format, read_only, overlay),
             record=_folder(record, name, alone=len(images) == 1),
+            sync_recording=sync_recording,
             seed=seed,
             bake=bake,
         )
         for image, name in zip(images, names, strict=True)
     ]
+    make_room_for_exports(len(plans))
     security = server_tls(TlsMode[tls.name], tls_certificates, verify_peer=tls_verify_peer)
     with ExitStack() as stack:
-        endpoint = _endpoint(socket, listen, security, stack, insecure=insecure)
+        endpoint = _endpoint(
+            *(socket, listen, security, stack), insecure=insecure, read_only=read_only
+        )
         taken = None if control is None else listen_unix(control, option="--control")
         if taken is not None:
             stack.callback(taken.close)
-        setting = Setting(endpoint, security, run, qmp, taken)
+        setting = Setting(endpoint, security, run, qmp, _believed(qmp, qmp_user), taken)
         served: list[Export] = []
 
         def announce(exports: Sequence[Export]) -> None:
@@ -229,23 +259,51 @@ def _folder(record: Path | None, name: str, *, alone: bool) -> Path | None:
 
 
 def _endpoint(
-    socket: Path | None, listen: str | None, tls: ServerTls, stack: ExitStack, *, insecure: bool
+    socket: Path | None,
+    listen: str | None,
+    tls: ServerTls,
+    stack: ExitStack,
+    *,
+    insecure: bool,
+    read_only: bool,
 ) -> Endpoint:
     if listen is not None:
-        safe = tls.mode is TlsMode.REQUIRE
-        endpoint = listen_tcp(listen, anywhere=safe or insecure)
-        if not safe and not is_loopback(endpoint.host):
-            warning = "anybody who reaches {} can read and write the disk, and listen in"
+        private = tls.mode is TlsMode.REQUIRE
+        if private and not (tls.knows_clients or read_only or insecure or _is_here(listen)):
+            raise UsageError(
+                f"anybody who reaches {listen} could write to the disk, as no certificate is asked "
+                "for: add --tls-verify-peer, or --read-only, or --insecure if that is what you want"
+            )
+        endpoint = listen_tcp(listen, anywhere=private or insecure)
+        if not (private and tls.knows_clients) and not is_loopback(endpoint.host):
+            can = "read the disk" if read_only else "read and write the disk"
+            spy = "" if private else ", and listen in"
+            lacks = "--tls-verify-peer" if private else "--tls require --tls-verify-peer"
             err.print(
-                f"warning: {warning.format(listen)}; --tls require keeps them out", markup=False
+                f"warning: anybody who reaches {listen} can {can}{spy}; {lacks} keeps out "
+                "whoever has no certificate of your CA"
             )
     else:
         if socket is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+            )
             socket = Path(folder) / "socket"
         endpoint = listen_unix(socket)
     stack.callback(endpoint.close)
     return endpoint
+
+
+def _is_here(listen: str) -> bool:
+    return is_loopback(listen.rpartition(":")[0].strip("[]") or "localhost")
+
+
+def _believed(qmp: Path | None, user: str | None) -> Believed:
+    """Return whose monitor is believed; UsageError if that makes no sense."""
+    if user is not None and qmp is None:
+        raise UsageError("--qmp-user is for --qmp SOCKET; add that, or drop it")
+    advice = "use a socket in a folder of your own, or say --qmp-user USER if that QEMU is meant"
+    return Believed(None if user is None else user_number(user), advice)
 
 
 def _announce(plans: Sequence[Plan], exports: Sequence[Export], setting: Setting) -> None:

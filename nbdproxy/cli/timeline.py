@@ -13,6 +13,7 @@ from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, print_json, set_up_logging
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.endpoints import listen_unix
 from nbdproxy.server.states import StateShelf, cut_names, serve_states
 
@@ -34,13 +35,13 @@ def timeline(
 
     Examples:
 
-      nbdproxy timeline run1 --socket /tmp/run1.sock
+      nbdproxy timeline run1 --socket vm/run1.sock
 
-      nbdinfo --list 'nbd+unix:///?socket=/tmp/run1.sock'
+      nbdinfo --list 'nbd+unix:///?socket=vm/run1.sock'
 
-      nbdcopy 'nbd+unix:///s1234.flushed.must?socket=/tmp/run1.sock' state.img
+      nbdcopy 'nbd+unix:///s1234.flushed.must?socket=vm/run1.sock' state.img
 
-      qemu-system-x86_64 -snapshot -drive 'file=nbd+unix:///flush%3A3?socket=/tmp/run1.sock'
+      qemu-system-x86_64 -snapshot -drive 'file=nbd+unix:///flush%3A3?socket=vm/run1.sock'
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:
@@ -51,7 +52,9 @@ def timeline(
         if source.missing:
             err.print(f"note: {source.missing}", markup=False)
         if socket is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="nbdproxy-"))
+            folder = stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
+            )
             socket = Path(folder) / "socket"
         endpoint = listen_unix(socket)
         stack.callback(endpoint.close)

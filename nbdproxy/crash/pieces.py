@@ -26,6 +26,7 @@ from xxhash import xxh3_128_hexdigest
 
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.errors import RecordingError
+from nbdproxy.private import open_folder
 from nbdproxy.recording.format import NONE, SLOT_SIZE, Kind, data_path, events_path
 from nbdproxy.recording.reader import SLOTS
 from nbdproxy.recording.stream import StreamReader
@@ -190,7 +191,7 @@ class PieceStore:
         self._pieces, self._runs = folder / "pieces", folder / "runs"
         self._scratch = scratch
         # A disk's content is nobody else's business.
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(open_folder(folder, sticky=False, make=True))
         for path in (self._pieces, self._runs, scratch):
             path.mkdir(exist_ok=True)
 

@@ -5,12 +5,16 @@ the image had holes at the start, and the image itself for data that the recordi
 Only the last needs the image, unchanged since; if it was changed by others, the answer is an
 ImageError and not a wrong state. An unpacked recording brings its own part of the image.
 
+A recording from elsewhere may name any file as its image. Only one that was made here and is no
+copy is believed; of all others nothing outside their folder is read, unless the user names it.
+
 Not covered: a killed recorder, and an image that was changed by others within a minute after; an
 image that the user names as unchanged; and an unpacked recording whose `base` was written to.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError
 from nbdproxy.extents import Extent, ExtentSet
-from nbdproxy.recording.format import base_path, data_path, events_path
+from nbdproxy.recording.format import base_path, data_path, events_path, index_path
 from nbdproxy.recording.meta import Fingerprint
 from nbdproxy.recording.packed import STREAMS, load_index
 from nbdproxy.recording.reader import Recording
@@ -81,8 +85,11 @@ class RecordedSource(Recording):
         """Where the image is looked for."""
         if self._image_given is not None:
             return self._image_given
-        own = base_path(self.path)
-        return own if own.exists() else Path(self.meta.image)
+        return base_path(self.path) if self._is_unpacked else Path(self.meta.image)
+
+    @property
+    def _is_unpacked(self) -> bool:
+        return any(os.path.lexists(of(self.path)) for of in (base_path, index_path))
 
     def image_parts(self) -> Iterator[Extent]:
         """Yield, ascending and disjoint, the parts of the disk that are in the image only."""
@@ -106,12 +113,14 @@ class RecordedSource(Recording):
         """
         image = None
         if self.needs_image:
-            if self._image_given is None and base_path(self.path).exists():
+            own = self._image_given is None and self._is_unpacked
+            if own:
                 self._check_whole()
             elif self._image_given is None:
                 self._check_raw()
+                self._check_original()
                 self._check_unchanged()
-            image = FileDisk(self.image, read_only=True)
+            image = FileDisk(self.image, read_only=True, links=not own)
             if image.size != self.size:
                 image.close()
                 raise ImageError(
@@ -121,7 +130,13 @@ class RecordedSource(Recording):
         return BaseDisk(self, image)
 
     def _check_whole(self) -> None:
-        """Refuse an own base if before-images are gone that were there when it was made."""
+        """Refuse a base that is lacking, or not what was packed, or that lacks before-images."""
+        own = base_path(self.path)
+        if own.is_symlink() or not own.is_file():
+            raise ImageError(
+                f"{self.path} was unpacked, and lacks the file {own.name} with what it needs of "
+                "its image; unpack it again, or name its image with --base IMAGE"
+            )
         if self.events < load_index(self.path).events:
             raise ImageError(
                 f"the end of {self.path} was lost after it was unpacked, and with it a part of the "
@@ -140,6 +155,15 @@ class RecordedSource(Recording):
             raise ImageError(
                 f"this recording builds on {self.meta.image}, which is no raw image; if nothing "
                 f"else wrote to it since, copy it with: {copy}; then add --base base.img"
+            )
+
+    def _check_original(self) -> None:
+        """Refuse to read what a recording names that may be anybody's."""
+        image = self.meta.image
+        if not self.is_original:
+            raise ImageError(
+                f"{self.path} is a copy, or comes from elsewhere, and says that it builds on "
+                f"{image}; if that is so, and nothing wrote to it since, add --base {image}"
             )
 
     def _check_unchanged(self) -> None:

@@ -27,6 +27,7 @@ The file is written as results come; a run that was ended goes on where it was.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from nbdproxy.crash.judging import Judgement
 from nbdproxy.crash.stages import BEYOND
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.private import check_folder
 
 VERSION = "2"
 """Of the schema, and of what a verdict means: raised as well where states are judged by other
@@ -92,8 +94,12 @@ class Verdicts:
             raise UsageError(f"{path} exists; add --resume to go on with it, or name a new file")
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"there is no folder {path.parent}; make it, or name another --db")
+        if path is not None:
+            _make_ready(path)
         try:
             self._db = sqlite3.connect(path or ":memory:", isolation_level=None)
+            # A database may come from elsewhere, with a recording.
+            self._db.execute("PRAGMA trusted_schema = OFF")
             # Nothing is lost by a kill; only the host's own end may take the last rows.
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
@@ -206,6 +212,17 @@ class Verdicts:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _make_ready(path: Path) -> None:
+    """Have a file that is its owner's alone, in a folder where nobody else can put its log."""
+    try:
+        check_folder(path.parent, sticky=False)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be used for verdicts ({error.strerror}); name another --db"
+        ) from None
 
 
 def _texts(about: About) -> dict[str, str]:

@@ -22,7 +22,9 @@ from typing import Protocol
 
 from nbdproxy.crash.bench import Bench, Job, Judged, Unit, open_bench
 from nbdproxy.crash.judging import Judgement
+from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.signals import told_to_end
 
 DEATHS_MAX = 2
 """So many workers may die of a unit before it is taken apart, or its one state given up."""
@@ -94,9 +96,15 @@ class PoolRunner:
         # Its first start unblocks SIGINT here, in the midst of the first worker's (`_submit`).
         resource_tracker.ensure_running()
         # Not forked: this process may have threads, and a fork copies their locks as they are.
-        return ProcessPoolExecutor(
-            self._workers, multiprocessing.get_context("spawn"), _begin, (self._job,)
-        )
+        try:
+            return ProcessPoolExecutor(
+                self._workers, multiprocessing.get_context("spawn"), _begin, (self._job,)
+            )
+        except OSError as error:  # of its semaphores
+            raise UsageError(
+                f"no workers can be started: {error.strerror}; make room in /dev/shm, which has to "
+                "be there, or use --workers 1"
+            ) from None
 
     def _submit(self, unit: Unit) -> Future[list[Judged]]:
         """Queue a unit, which may start a worker: one that no Ctrl-C reaches before `_begin`."""
@@ -160,7 +168,8 @@ def _begin(job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGALRM, _end_now)
-    signal.signal(signal.SIGTERM, _end)
+    for number in told_to_end():
+        signal.signal(number, _end)
     _end_with_parent()
     bench = open_bench(job)
     Finalize(None, _close, exitpriority=10)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from nbdproxy.disks.device import ReadableDevice
 
@@ -12,17 +11,16 @@ _BLOCK = 1 << 16
 _ZEROES = bytes(_BLOCK)
 
 
-def write_sparse(disk: ReadableDevice, path: Path) -> None:
-    """Make `path` a raw image of a disk, with holes where it reads zeroes.
+def write_sparse(disk: ReadableDevice, fd: int) -> None:
+    """Make an empty file, which is open as `fd`, a raw image of a disk, with holes where it is 0.
 
     Raises OSError if it cannot be written; what is there by then is not whole.
     """
-    with path.open("wb") as file:
-        file.truncate(disk.size)
-        for extent in disk.data_extents(0, disk.size):
-            for offset in range(extent.offset, extent.end, _COPY):
-                data = disk.pread(offset, min(_COPY, extent.end - offset))
-                write_blocks(file.fileno(), data, offset)
+    os.ftruncate(fd, disk.size)
+    for extent in disk.data_extents(0, disk.size):
+        for offset in range(extent.offset, extent.end, _COPY):
+            data = disk.pread(offset, min(_COPY, extent.end - offset))
+            write_blocks(fd, data, offset)
 
 
 def write_blocks(fd: int, data: bytes, offset: int) -> None:

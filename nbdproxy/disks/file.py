@@ -28,13 +28,14 @@ _CANNOT = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPE
 class FileDisk:
     """A raw file or block device as a `BlockDevice`.
 
-    Raises ImageError when it is missing, empty, or in use by another program.
+    Without `links`, `path` is what it is, and leads nowhere else. Raises ImageError when it is
+    missing, empty, or in use by another program.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, links: bool = True) -> None:
         self.path = path
         self.read_only = read_only
-        self._fd = _open(path, read_only=read_only)
+        self._fd = _open(path, read_only=read_only, links=links)
         try:
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _check(path, self._fd, self.size, read_only=read_only)
@@ -120,12 +121,13 @@ class FileDisk:
             self._fd = -1
 
 
-def _open(path: Path, *, read_only: bool) -> int:
+def _open(path: Path, *, read_only: bool, links: bool) -> int:
     try:
         # Opening a pipe would wait for somebody at its other end.
-        status = path.stat()
+        status = path.stat(follow_symlinks=links)
         _check_kind(path, status)
         flags = os.O_RDONLY if read_only else os.O_RDWR
+        flags |= 0 if links else os.O_NOFOLLOW
         if stat.S_ISBLK(status.st_mode) and not read_only:
             flags |= os.O_EXCL  # open(2): fails if the device is mounted, or a part of it
         return os.open(path, flags | os.O_CLOEXEC)

@@ -7,15 +7,40 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
+
+from nbdproxy.errors import TemporaryFolderError
+from nbdproxy.private import check_folder
 
 
 def scratch_folder() -> str:
     """Return where scratch files lie: in $TMPDIR, else in /var/tmp.
 
     Unlike /tmp that is on a real disk: what a guest writes without flushing may be larger than
-    memory.
+    memory. Raises TemporaryFolderError if it cannot be used, UnsafeFolderError if others can
+    change it.
     """
-    return os.environ.get("TMPDIR") or "/var/tmp"
+    return _checked(os.environ.get("TMPDIR") or "/var/tmp")
+
+
+def temporary_folder() -> str:
+    """Return where sockets and small files lie: in $TMPDIR if that is there, else in /tmp.
+
+    Raises as `scratch_folder` does.
+    """
+    named = os.environ.get("TMPDIR", "")
+    return _checked(named if Path(named or "/nowhere").is_dir() else "/tmp")
+
+
+def _checked(folder: str) -> str:
+    try:
+        check_folder(Path(folder))
+    except OSError as error:
+        raise TemporaryFolderError(
+            f"the folder for temporary files, {folder}, cannot be used: {error.strerror}; make it, "
+            "or set TMPDIR to another folder"
+        ) from None
+    return folder
 
 
 def open_scratch(size: int = 0) -> int:

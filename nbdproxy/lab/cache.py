@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbdproxy.errors import LabError
+from nbdproxy.errors import LabError, UnsafeFolderError
+from nbdproxy.private import open_folder
 
 Progress = Callable[[str], None]
 """Is told what is being done, one line at a time."""
@@ -61,8 +62,10 @@ class Cache:
     def locked(self) -> Iterator[None]:
         """Keep other builders out; they wait."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            os.close(open_folder(self.root, sticky=False, make=True))
             handle = (self.root / "lock").open("w")
+        except UnsafeFolderError as error:
+            raise LabError(f"{error}, with XDG_CACHE_HOME") from None
         except OSError as error:
             raise LabError(
                 f"the lab's cache {self.root} cannot be written ({error.strerror}); "

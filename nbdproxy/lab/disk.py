@@ -16,6 +16,7 @@ from pathlib import Path
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import LabError
 from nbdproxy.lab import tools
+from nbdproxy.private import open_anew
 
 FILESYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "vfat", "ntfs")
 PARTITION_TABLES = ("gpt", "mbr")
@@ -51,8 +52,11 @@ def format_disk(
         raise LabError(f"a disk for the lab has whole MiB, at least 16, not {size} bytes")
     if path.exists() and not path.is_file():
         raise LabError(f"{path} is not a regular file; the lab formats only image files")
-    with path.open("wb") as image:
-        image.truncate(size)
+    try:
+        with open(open_anew(path), "r+b") as image:  # noqa: PTH123 - a descriptor
+            image.truncate(size)
+    except OSError as error:
+        raise LabError(f"{path} cannot be made: {error.strerror}; name another file") from None
     start = 0
     if partition_table is not None:
         start = PARTITION_START

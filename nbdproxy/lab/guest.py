@@ -52,6 +52,8 @@ _MARKED = re.compile(rf"{MARK} (\w+) ?(\S*?)(?:\[ *\d+\.\d+\] .*)?$")
 _KERNEL_SAYS = re.compile(r"\[ *\d+\.\d+\] ")
 _TOOLS_DEVICE = "/dev/vda"
 _TAIL_LINES = 25
+_LINE_MAX = 1 << 20
+"""Bytes after which what a guest prints is taken for a line, ended or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +283,8 @@ def _lines(process: subprocess.Popen[bytes]) -> Iterator[str | None]:
             if not data:
                 break
             *whole, pending = (pending + data).split(b"\n")
+            if len(pending) > _LINE_MAX:
+                whole, pending = [*whole, pending], b""
             for line in whole:
                 yield line.decode(errors="replace").rstrip("\r")
     if pending:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import LabError
 from nbdproxy.lab import cpio, tools
 
@@ -67,7 +68,7 @@ def build(kernel_part: Path, busybox: Path) -> bytes:
 @contextmanager
 def extended(initrd: Path, entries: Sequence[cpio.Entry]) -> Iterator[Path]:
     """Yield the initramfs with an archive of a run's own behind it: the kernel unpacks both."""
-    with tempfile.NamedTemporaryFile(prefix="nbdproxy-lab-") as joined:
+    with tempfile.NamedTemporaryFile(prefix="nbdproxy-lab-", dir=temporary_folder()) as joined:
         joined.write(initrd.read_bytes())
         joined.write(cpio.archive(entries))
         joined.flush()

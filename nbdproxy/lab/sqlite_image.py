@@ -29,6 +29,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import LabError, NbdproxyError
 from nbdproxy.lab import tools
 from nbdproxy.lab.databases import DATABASE, ROWS, SqliteCheck, content
@@ -158,7 +159,7 @@ def complaints(found: SqliteCheck, *, committed: int = 0, may_lose: int = 0) -> 
 
 def judge(image: Path, *, committed: int = 0, may_lose: int = 0) -> tuple[int, tuple[str, ...]]:
     """Return the exit code for an image, and what to say; `LabError` if it cannot be asked."""
-    with tempfile.TemporaryDirectory(prefix="nbdproxy-sqlite-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nbdproxy-sqlite-", dir=temporary_folder()) as folder:
         try:
             found = check_image(image, Path(folder))
         except ReplayError as error:

@@ -42,6 +42,9 @@ _OPTIONS = """\
 *Replies* come before the final ACK, *errors* instead of it. *Before TLS* says whether the option
 is answered before STARTTLS where TLS is required; every other option then gets ERR_TLS_REQD.
 
+In TLS a client needs a certificate where the server asks for one (`--tls-verify-peer`), as it must
+for a disk that can be written from beyond this machine, or be told `--insecure`.
+
 STARTTLS forgets everything that was agreed on before it, and bytes behind it that are not TLS end
 the connection. SET_META_CONTEXT replaces what was set before, even when it fails. EXPORT_NAME has
 no form for an error; *the end* is that of the connection. Any option that is not in this table is

@@ -5,6 +5,8 @@ The form is that of the specification (doc/uri.md) and of RFC 3986: `nbd://HOST[
 first slash, percent-decoded; its bytes need not be UTF-8 and come as surrogate escapes, like paths.
 `parse(str(uri))` gives the same value again.
 
+`peer-user`, of our own, names a user whose Unix socket is believed besides ours and root's.
+
 Whatever is not understood is refused with a sentence: a parameter that is silently ignored may
 have been the one that asked for safety. Without a host, TCP means localhost, as for libnbd.
 
@@ -52,6 +54,7 @@ class NbdUri:
     certificates  folder with ca-cert.pem, and client-cert.pem, client-key.pem for both-sided TLS
     tls_hostname  the name to expect in the server's certificate, if not `host`
     verify_peer   whether the server's certificate is checked at all
+    peer_user     whose Unix socket it may be, by name or number, besides ours and root's
     """
 
     export: str = ""
@@ -62,6 +65,7 @@ class NbdUri:
     certificates: str | None = None
     tls_hostname: str | None = None
     verify_peer: bool = True
+    peer_user: str | None = None
 
     def __str__(self) -> str:
         scheme = ("nbds" if self.tls else "nbd") + ("+unix" if self.socket is not None else "")
@@ -77,6 +81,7 @@ class NbdUri:
     def _parameters(self) -> dict[str, str]:
         told = {
             "socket": self.socket,
+            "peer-user": self.peer_user,
             "tls-certificates": self.certificates,
             "tls-hostname": self.tls_hostname,
             "tls-verify-peer": None if self.verify_peer else "0",
@@ -102,6 +107,7 @@ def parse(text: str) -> NbdUri:
     tls, unix = _SCHEMES[parts[1].lower()]
     parameters = _query(text, parts[6] or "")
     socket = parameters.pop("socket", None)
+    peer_user = parameters.pop("peer-user", None)
     if unix:
         if parts[3]:
             _refuse(text, "a Unix socket has no host; write nbd+unix:///EXPORT?socket=PATH")
@@ -113,9 +119,12 @@ def parse(text: str) -> NbdUri:
             _refuse(text, "the host is missing; write nbd://HOST/EXPORT")
         if socket is not None:
             _refuse(text, "socket= is for Unix sockets; write nbd+unix: or nbds+unix:")
+        if peer_user is not None:
+            _refuse(text, "peer-user= is for Unix sockets; write nbd+unix: or nbds+unix:")
         host, port = _host_port(text, parts[3])
     export = _export(text, parts[4].removeprefix("/"))
-    return _with_tls(text, NbdUri(export, tls, host, port, socket), parameters)
+    uri = NbdUri(export, tls, host, port, socket, peer_user=peer_user)
+    return _with_tls(text, uri, parameters)
 
 
 def _refuse(text: str, why: str) -> NoReturn:
@@ -173,7 +182,7 @@ def _query(text: str, query: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in query.split("&") if query else []:
         name, _, value = map(_unquote, part.partition("="))
-        if name not in ("socket", *_TLS_PARAMETERS):
+        if name not in ("socket", "peer-user", *_TLS_PARAMETERS):
             _refuse(text, f"the parameter {name!r} is not known")
         if name in found:
             _refuse(text, f"{name} is there twice")

@@ -37,7 +37,8 @@ def e2fsck(device: ReadableDevice) -> Fsck:
     try:
         with tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=scratch_folder()) as folder:
             image = Path(folder) / "image"
-            write_sparse(device, image)
+            with image.open("xb") as file:
+                write_sparse(device, file.fileno())
             code, said = _run([program, "-y", "-E", "journal_only", str(image)])
             if code == 0:  # not where it had to repair or make anew what is no journal
                 code, said = _run([program, "-fn", str(image)])

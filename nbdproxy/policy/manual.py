@@ -59,9 +59,9 @@ keys, conditions that contradict each other, rules that can never strike.
    ```
 
 2. `nbdproxy policy check mine.toml` runs its examples and says for each step which rule struck.
-3. `nbdproxy serve disk.img --policy mine.toml --record run1 --control /tmp/ctl.sock`, attach
+3. `nbdproxy serve disk.img --policy mine.toml --record run1 --control vm/ctl.sock`, attach
    your guest;
-   `nbdproxy ctl /tmp/ctl.sock status` counts how often each rule struck.
+   `nbdproxy ctl vm/ctl.sock status` counts how often each rule struck.
 4. `nbdproxy log run1 --type fault` lists each request that a rule struck.
 
 ## How it is decided
@@ -145,7 +145,7 @@ def gallery() -> str:
         parameters = ", ".join(f"`{one.name}={_shown(one.default)}`" for one in file.parameters)
         lines.append(f"| [{name}]({name}.toml) | {file.policy.summary} | {parameters} |")
     lines += ["", "```", "nbdproxy serve disk.img --policy slow-disk --policy bad-sectors \\"]
-    lines += ["  --set share=0.01 --seed 7 --record run1 --control /tmp/ctl.sock", "```", ""]
+    lines += ["  --set share=0.01 --seed 7 --record run1 --control vm/ctl.sock", "```", ""]
     return "\n".join(lines)
 
 

@@ -61,7 +61,10 @@ A recording that was packed and unpacked (see `nbdproxy.recording.packed`) has f
     files.sha256, explore.db
                  a manifest and a database of verdicts; nothing here reads them
 
-Not covered: the recorder's host losing power. The streams are never synced while they grow.
+The recorder's host losing power: a recording that ended in order is durable, and so is, where that
+was asked for, what was recorded before a flush was answered. For that, a segment of a tail is used
+again only when its block is durable in the file and its number in the tail is durably gone. Else
+the streams are not synced while they grow, and what is left may be anything.
 """
 
 from __future__ import annotations

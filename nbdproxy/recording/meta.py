@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Meta:
     kind           raw: the image's bytes are the disk; nbd: the disk of another server; else the
                    format of the image (qcow2, vmdk), whose guest's view was recorded
     fua            whether clients were offered FUA; None in recordings that do not say
+    origin         what tells the recording's files from a copy of them: see `origin_of`; None in
+                   recordings that do not say
     """
 
     size: int
@@ -60,6 +63,7 @@ class Meta:
     program: str
     kind: str = "raw"
     fua: bool | None = None
+    origin: str | None = None
 
     @property
     def offers_fua(self) -> bool | None:
@@ -111,6 +115,19 @@ class Ending:
             return cls(fields["reason"], None if image is None else Fingerprint(**image))
         except (KeyError, TypeError) as error:
             raise _wrong("END", error) from None
+
+
+def origin_of(events: os.stat_result) -> str:
+    """Return what tells a recording's file `events` from a copy, here or on another machine.
+
+    Whoever makes a recording elsewhere cannot know it: it is made of the file's number and of this
+    machine's, which machine-id(5) asks not to tell to others; hence the digest.
+    """
+    try:
+        machine = Path("/etc/machine-id").read_bytes()
+    except OSError:
+        machine = b""
+    return sha256(b"nbdproxy %d %s" % (events.st_ino, machine)).hexdigest()[:32]
 
 
 def _load(text: str, what: str) -> dict[str, Any]:

@@ -2,15 +2,13 @@
 
 Everything is read twice: once to know sizes and digests, which stand in front, and once to pack
 it. What is not the same both times is an error, so a recording that is still being written or an
-image that is being changed never makes a wrong file. Memory does not grow with the recording.
-
-Not covered: the host losing power; the file is not synced.
+image that is being changed never makes a wrong file. Memory does not grow with the recording. The
+file is its owner's alone (0600), and on the disk when it has its name.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from zstandard import ZstdCompressionParameters, ZstdCompressor
 from nbdproxy import __version__
 from nbdproxy.errors import ImageError, NbdproxyError, RecordingError
 from nbdproxy.extents import Extent
+from nbdproxy.private import new_file, open_plain
 from nbdproxy.recording.packed import (
     BASE,
     CHUNK,
@@ -111,17 +110,13 @@ def pack(
         members=members,
     )
     try:
-        partial = _temporary(target)
-        try:
-            with partial.open("wb") as file:
+        with new_file(target) as made:
+            with open(made.fd, "wb", closefd=False) as file:
                 _write(_Sealed(file.write), index, sources, progress)
                 _check_still(recording)
                 confirm()
                 size = file.tell()
-            partial.rename(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+            made.finish()
     except NbdproxyError:
         raise
     except OSError as error:
@@ -143,13 +138,6 @@ def _check_still(recording: Recording) -> None:
             )
 
 
-def _temporary(target: Path) -> Path:
-    """Make an empty file beside `target` that only its owner may read, as a recording is."""
-    number, name = tempfile.mkstemp(prefix=".nbdproxy-pack-", suffix=".part", dir=target.parent)
-    os.close(number)
-    return Path(name)
-
-
 def _sources(run: Path, base: Base | None, extras: Mapping[str, Path]) -> dict[str, _Parts]:
     """Return where each member is read from, in their order."""
     files = {name: run / name for name in STREAMS if name in NEEDED or (run / name).exists()}
@@ -157,16 +145,19 @@ def _sources(run: Path, base: Base | None, extras: Mapping[str, Path]) -> dict[s
         path = extras.get(name, run / name)
         if name in extras or path.exists():
             files[name] = path
-    sources = {name: _reader_of(path) for name, path in files.items()}
+    sources = {name: _reader_of(path, ours=name not in extras) for name, path in files.items()}
     if base is not None:
         sources[BASE] = lambda: _chunks(base)
     return {name: sources[name] for name in MEMBERS if name in sources}
 
 
-def _reader_of(path: Path) -> _Parts:
+def _reader_of(path: Path, *, ours: bool) -> _Parts:
+    """Return how a file is read; one of `ours` is in the recording's folder, and is no link."""
+
     def read() -> Iterator[bytes]:
         try:
-            with path.open("rb", buffering=0) as file:
+            fd = open_plain(path) if ours else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with open(fd, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor
                 while part := file.read(_PART):
                     yield part
         except OSError as error:

@@ -56,6 +56,7 @@ from pathlib import Path
 from typing import Any
 
 from nbdproxy.errors import RecordingError
+from nbdproxy.private import open_plain
 from nbdproxy.recording.format import base_path, data_path, events_path, index_path
 from nbdproxy.recording.stream import tail_path
 
@@ -126,7 +127,7 @@ class Index:
             version = int(fields.pop("version"))
             if version == VERSION:
                 return _checked(fields)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, OverflowError, TypeError, KeyError, AttributeError, RecursionError):
             raise RecordingError(
                 f"{where} has an index that cannot be understood; it was made by another program, "
                 "or damaged: ask for it to be packed again"
@@ -160,7 +161,7 @@ def load_index(folder: Path) -> Index:
     """Read the index of an unpacked recording; raises RecordingError if it is not there."""
     path = index_path(folder)
     try:
-        with path.open("rb") as file:
+        with open(open_plain(path), "rb") as file:  # noqa: PTH123 - a descriptor
             text = file.read(INDEX_MAX + 1)
     except OSError as error:
         raise RecordingError(

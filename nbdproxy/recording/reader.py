@@ -8,6 +8,7 @@ is not there. Raises RecordingError when there is nothing to open.
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from nbdproxy.errors import RecordingError
+from nbdproxy.private import is_trusted
 from nbdproxy.recording.format import (
     CHECKSUM,
     NONE,
@@ -30,7 +32,7 @@ from nbdproxy.recording.format import (
     events_path,
 )
 from nbdproxy.recording.index import RequestTable
-from nbdproxy.recording.meta import Ending, Meta
+from nbdproxy.recording.meta import Ending, Meta, origin_of
 from nbdproxy.recording.notes import NOTE_OF_SLOT, Note, NoteKind
 from nbdproxy.recording.payloads import PayloadIndex
 from nbdproxy.recording.stream import StreamReader
@@ -225,6 +227,12 @@ class Recording:
         return self.ending is None and not (self._events.has_tail or self._data.has_tail)
 
     @property
+    def is_original(self) -> bool:
+        """Whether it was made here, by one who may do everything here anyway, and is no copy."""
+        events = self._events.status
+        return is_trusted(events.st_uid) and self.meta.origin == origin_of(events)
+
+    @property
     def size(self) -> int:
         """The disk's size in bytes."""
         return self.meta.size
@@ -350,6 +358,11 @@ def _open(recording: Path, path: Path) -> StreamReader:
         todo = f"; it is packed: run nbdproxy unpack {recording}" if packed else ""
         raise RecordingError(f"{recording} is a file; a recording is a folder{todo}") from None
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RecordingError(
+                f"a recording's files are all in its folder, and {path} is a link: put what it "
+                "leads to in its place, if you know that it belongs there"
+            ) from None
         raise RecordingError(f"{path} cannot be read: {error.strerror}") from None
 
 

@@ -6,20 +6,23 @@ O_DIRECT, which is several times faster than growing a file through the page cac
 space is allocated before anything is accepted, so a full disk is an error here and never a
 SIGBUS. The layout is specified in `nbdproxy.recording.format`.
 
-Does not cover: the host losing power; nothing is synced.
+Files are made new and only ever used by their descriptors: whatever comes to have their names
+meanwhile is not written to. What was finished, or synced, survives the host losing power.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import mmap
 import os
 import threading
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 
-from nbdproxy.errors import RecordingFullError
+from nbdproxy.errors import RecordingError, RecordingFullError
+from nbdproxy.private import NEW, open_plain
 from nbdproxy.recording.format import (
     CHECKSUM,
     NONE,
@@ -36,41 +39,50 @@ def tail_path(path: Path) -> Path:
 
 
 class StreamWriter:
-    """Appends to the new stream `path`; belongs to one thread.
+    """Appends to the new stream `path`; belongs to one thread, and `sync` to any.
 
-    `segment` is in bytes and a multiple of 4096; `segments` of them are the tail. Appending blocks
-    when all are full and none has reached the disk yet. Raises RecordingFullError when the disk
-    is full, from then on always; what was appended before stays readable.
+    `folder` is the descriptor of the folder that `path` is in. `segment` is in bytes and a multiple
+    of 4096; `segments` of them are the tail. With `durable`, what `sync` covered survives the host
+    losing power. Appending blocks when all are full and none has reached the disk yet. Raises
+    RecordingFullError when the disk is full, from then on always; what was appended before stays
+    readable.
     """
 
-    def __init__(self, path: Path, *, segment: int, segments: int) -> None:
+    def __init__(
+        self, path: Path, folder: int, *, segment: int, segments: int, durable: bool = False
+    ) -> None:
         self._path = path
+        self._folder = folder
         self._segment = segment
         self._segments = segments
+        self._durable = durable
         self.position = 0
         """Bytes appended so far."""
         self._drained = 0
         self._error: OSError | None = None
         self._moved = threading.Condition()
         self._jobs: SimpleQueue[int | None] = SimpleQueue()
-        self._fd = _create(path)
-        self._map = self._make_tail()
+        self._fd = self._tail = -1
+        try:
+            self._fd = _create(path.name, folder)
+            self._map = self._make_tail()
+        except OSError as error:
+            self._let_go()
+            raise _full(path, error) from error
         self._view = memoryview(self._map)
         self._thread = threading.Thread(target=self._drain, name=f"drain {path.name}", daemon=True)
         self._thread.start()
 
     def _make_tail(self) -> mmap.mmap:
         size = TAIL_PAGE + self._segment * self._segments
-        fd = os.open(
-            tail_path(self._path), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
+        self._tail = os.open(
+            tail_path(self._path).name, os.O_RDWR | NEW, 0o600, dir_fd=self._folder
         )
-        try:
-            os.posix_fallocate(fd, 0, size)
-            tail = mmap.mmap(fd, size)
-        except OSError as error:
-            raise _full(self._path, error) from error
-        finally:
-            os.close(fd)
+        os.posix_fallocate(self._tail, 0, size)
+        tail = mmap.mmap(self._tail, size)
+        if not self._durable:
+            os.close(self._tail)
+            self._tail = -1
         TAIL_HEADER.pack_into(tail, 0, TAIL_MAGIC, VERSION, self._segments, self._segment)
         for index in range(self._segments):
             CHECKSUM.pack_into(tail, TAIL_HEADER.size + 8 * index, NONE)
@@ -137,6 +149,8 @@ class StreamWriter:
                 _write_all(
                     self._fd, self._view[where : where + self._segment], block * self._segment
                 )
+                if self._durable:
+                    self._free_durably(block)
             except OSError as error:
                 with self._moved:
                     self._error = error
@@ -146,8 +160,33 @@ class StreamWriter:
                 self._drained = (block + 1) * self._segment
                 self._moved.notify_all()
 
-    def close(self) -> None:
-        """Empty the tail into the file and remove it; closing twice is harmless.
+    @property
+    def status(self) -> os.stat_result:
+        """What the filesystem says of the file."""
+        return os.fstat(self._fd)
+
+    def _free_durably(self, block: int) -> None:
+        """Let a segment, which may have been synced, be used again when the file has its block.
+
+        First its number goes: pages of the next block may come to the disk before theirs does.
+        """
+        os.fdatasync(self._fd)
+        CHECKSUM.pack_into(self._map, TAIL_HEADER.size + 8 * (block % self._segments), NONE)
+        os.fdatasync(self._tail)
+
+    def sync(self) -> None:
+        """Make durable what was appended before this call; may be called from another thread.
+
+        Raises RecordingError if that fails.
+        """
+        assert self._durable
+        try:
+            os.fdatasync(self._tail)  # full segments leave it only when they are durable
+        except OSError as error:
+            raise _not_durable(self._path, error) from error
+
+    def finish(self) -> None:
+        """Empty the tail into the file, and make that durable; doing so twice is harmless.
 
         Raises RecordingFullError if the file cannot take it; the tail then stays, and is read.
         """
@@ -155,48 +194,54 @@ class StreamWriter:
             return
         self._jobs.put(None)
         self._thread.join()
-        os.close(self._fd)
-        self._fd = -1
         try:
             self.check()
             self._finish()
         finally:
+            self._let_go()
             self._view.release()
             # The traceback of a failed write still refers to the map, which then goes with it.
             with suppress(BufferError):
                 self._map.close()
-        tail_path(self._path).unlink()
 
     def _finish(self) -> None:
         rest = self.position - self._drained
         where = TAIL_PAGE + self._drained % (self._segment * self._segments)
         try:
-            with self._path.open("r+b", buffering=0) as file:
-                _write_all(file.fileno(), self._view[where : where + rest], self._drained)
+            # The rest has any length.
+            _set_direct(self._fd, wanted=False)
+            _write_all(self._fd, self._view[where : where + rest], self._drained)
         except OSError as error:
             raise _full(self._path, error) from error
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise _not_durable(self._path, error) from error
 
-    def __enter__(self) -> StreamWriter:
-        return self
+    def _let_go(self) -> None:
+        for fd in (self._fd, self._tail):
+            if fd >= 0:
+                with suppress(OSError):  # what was written has been synced, or has failed before
+                    os.close(fd)
+        self._fd = self._tail = -1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+    def remove_tail(self) -> None:
+        """Remove the tail of a finished stream, whose name is on the disk by now."""
+        with suppress(FileNotFoundError):
+            os.unlink(tail_path(self._path).name, dir_fd=self._folder)
 
 
-def _create(path: Path) -> int:
+def _create(name: str, folder: int) -> int:
     """Create the stream's file, with O_DIRECT where the filesystem has it."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o600)
-    except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
-        return os.open(path, (flags & ~os.O_EXCL) | os.O_TRUNC, 0o600)
+    fd = os.open(name, os.O_WRONLY | NEW, 0o600, dir_fd=folder)
+    with suppress(OSError):
+        _set_direct(fd, wanted=True)
+    return fd
+
+
+def _set_direct(fd: int, *, wanted: bool) -> None:
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if wanted else flags)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -205,28 +250,55 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
+_TODO = {
+    errno.EEXIST: "record to a new folder",
+    errno.ENOSPC: "make room and record again",
+    errno.EDQUOT: "make room and record again",
+    errno.EFBIG: "raise the limit (ulimit -f) and record again",
+    errno.EMFILE: "raise the limit (ulimit -n) and record again",
+}
+
+
 def _full(path: Path, error: OSError) -> RecordingFullError:
-    return RecordingFullError(
-        f"the recording {path} cannot grow: {error.strerror}; make room and record again"
+    todo = _TODO.get(error.errno or 0, "see to the disk that it is on, and record again")
+    return RecordingFullError(f"the recording {path} cannot grow: {error.strerror}; {todo}")
+
+
+def _not_durable(path: Path, error: OSError) -> RecordingError:
+    return RecordingError(
+        f"the recording {path} cannot be made durable: {error.strerror}; see to the disk that it "
+        "is on, and record again"
     )
+
+
+def _read_tail(path: Path) -> bytes:
+    try:
+        with open(open_plain(path), "rb") as file:  # noqa: PTH123 - a descriptor
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
 class StreamReader:
     """Reads a stream, whether its writer ended in order, was killed, or is still at work."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_plain(path)
         self._blocks: dict[int, memoryview] = {}
         self._segment = 1
-        self.size = os.fstat(self._fd).st_size
+        self.size = 0
         """Bytes there are; behind the last one appended there may be garbage of a killed writer."""
-        self._read_tail(tail_path(path))
-
-    def _read_tail(self, path: Path) -> None:
         try:
-            tail = path.read_bytes()
-        except FileNotFoundError:
-            return
+            tail = _read_tail(tail_path(path))
+            # Looked at second: what leaves the tail meanwhile is in the file.
+            self.size = os.fstat(self._fd).st_size
+            self._take(tail)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, tail: bytes) -> None:
+        """Take the blocks of a tail that can be."""
         if len(tail) < TAIL_PAGE:
             return
         magic, version, segments, segment = TAIL_HEADER.unpack_from(tail)
@@ -249,6 +321,11 @@ class StreamReader:
     def has_tail(self) -> bool:
         """Whether the writer is still at work, or was killed."""
         return bool(self._blocks)
+
+    @property
+    def status(self) -> os.stat_result:
+        """What the filesystem says of the file."""
+        return os.fstat(self._fd)
 
     def read_into(self, position: int, buffer: memoryview) -> int:
         """Fill `buffer` from `position`; return how many bytes there were."""

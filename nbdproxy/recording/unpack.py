@@ -3,7 +3,8 @@
 The file is checked as a whole before anything of it is used, and each member against the index as
 it is written. A header that is not the one that the index calls for is refused, so no other name,
 no link and no device can come out, and no more bytes than the index says. Everything is written
-into a new folder that gets its name when all is right, and is removed again if anything is not.
+into a new folder that gets its name when all is right and on the disk, and is removed again if
+anything is not. Folder and files are their owner's alone (0700, 0600).
 
 Not covered: an index that truthfully promises more than the disk has room for; that is an error
 when the disk is full.
@@ -12,9 +13,9 @@ when the disk is full.
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +24,7 @@ from xxhash import xxh3_128
 from zstandard import ZstdDecompressor, ZstdError
 
 from nbdproxy.errors import NbdproxyError, RecordingError
-from nbdproxy.recording.format import index_path
+from nbdproxy.private import NEW, New, new_folder
 from nbdproxy.recording.packed import (
     BASE,
     BLOCK,
@@ -227,38 +228,38 @@ class _Bounded:
 
 def _unpack(archive: _Archive, index: Index, text: bytes, target: Path, progress: Progress) -> None:
     """Write the members into a new folder; whatever happens, nothing else is left."""
-    partial = None
     try:
-        partial = Path(tempfile.mkdtemp(prefix=".nbdproxy-unpack-", dir=target.parent))
-        index_path(partial).write_bytes(text)
-        total, done = sum(member.size for member in index.members), 0
-        for member in index.members:
-            archive.enter(member)
-            with (partial / member.name).open("xb", buffering=0) as file:
-                content = _Content(archive, member, progress, done, total)
-                if member.name == BASE:
-                    _fill_base(archive, content, file, index.size)
-                else:
-                    _fill(content, file)
-            content.check()
-            archive.pad(member.size)
-            done += member.size
-        archive.end()
-        _check_facts(archive, index, partial)
-        partial.rename(target)
-    except OSError as error:
-        _remove(partial)
-        if isinstance(error, NbdproxyError):
-            raise
-        raise RecordingError(f"{target} cannot be written: {error.strerror}") from None
-    except BaseException:
-        _remove(partial)
+        with new_folder(target) as made:
+            with _new(made, INDEX) as file:
+                _write(file, 0, text)
+            total, done = sum(member.size for member in index.members), 0
+            for member in index.members:
+                archive.enter(member)
+                with _new(made, member.name) as file:
+                    content = _Content(archive, member, progress, done, total)
+                    if member.name == BASE:
+                        _fill_base(archive, content, file, index.size)
+                    else:
+                        _fill(content, file)
+                content.check()
+                archive.pad(member.size)
+                done += member.size
+            archive.end()
+            _check_facts(archive, index, made.path)
+            made.finish()
+    except NbdproxyError:
         raise
+    except OSError as error:
+        raise RecordingError(f"{target} cannot be written: {error.strerror}") from None
 
 
-def _remove(partial: Path | None) -> None:
-    if partial is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+@contextmanager
+def _new(made: New, name: str) -> Iterator[BinaryIO]:
+    """Have a file of the new folder, which is on the disk afterwards."""
+    fd = os.open(name, os.O_RDWR | NEW, 0o600, dir_fd=made.fd)
+    with open(fd, "r+b", buffering=0) as file:  # noqa: PTH123 - a descriptor
+        yield file
+        os.fsync(fd)
 
 
 class _Content:

@@ -2,19 +2,24 @@
 
 Nothing here waits: everything is a copy into shared memory (see `stream`), so a batch of requests
 is recorded in a few microseconds each, and what was recorded survives the death of the process.
+What `close`, or `sync` where that is wanted, brought to the disk survives the host losing power.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
 from nbdproxy.errors import RecordingError, RecordingFullError
+from nbdproxy.private import open_folder, sync_folder
 from nbdproxy.recording.format import (
     CHECKSUM,
     NONE,
@@ -24,7 +29,7 @@ from nbdproxy.recording.format import (
     data_path,
     events_path,
 )
-from nbdproxy.recording.meta import Ending, Meta
+from nbdproxy.recording.meta import Ending, Meta, origin_of
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.stream import StreamWriter
 from nbdproxy.requests import Request
@@ -39,20 +44,33 @@ _RESERVE = 16 * 1024 * 1024
 class RecordingWriter:
     """A recording being made in the new directory `path`; safe to use from several threads.
 
-    Raises RecordingError if the directory exists already, RecordingFullError from every call once
-    the disk is full: nothing may pass then.
+    `durable` says that `sync` will be called. Raises RecordingError if the directory is not empty
+    or not only ours, RecordingFullError from every call once the disk is full: nothing may pass
+    then.
     """
 
-    def __init__(self, path: Path, meta: Meta) -> None:
+    def __init__(self, path: Path, meta: Meta, *, durable: bool = False) -> None:
         self.path = path
-        self.meta = meta
-        _make_directory(path)
-        self._events = StreamWriter(events_path(path), segment=_EVENT_SEGMENT, segments=_SEGMENTS)
-        self._data = StreamWriter(data_path(path), segment=_DATA_SEGMENT, segments=_SEGMENTS)
+        self.durable = durable
+        self._folder = _make_directory(path)
+        try:
+            self._events = self._stream(events_path(path), _EVENT_SEGMENT)
+            self._data = self._stream(data_path(path), _DATA_SEGMENT)
+        except BaseException:
+            os.close(self._folder)
+            raise
+        if durable:
+            sync_folder(self._folder)
+        self.meta = replace(meta, origin=origin_of(self._events.status))
         # Before-images come from the thread that lands a flush, all else from the event loop.
         self._lock = threading.RLock()
         self._start = time.monotonic_ns()
-        self._text(Kind.META, 0, meta.dump())
+        self._text(Kind.META, 0, self.meta.dump())
+
+    def _stream(self, path: Path, segment: int) -> StreamWriter:
+        return StreamWriter(
+            path, self._folder, segment=segment, segments=_SEGMENTS, durable=self.durable
+        )
 
     @property
     def seq(self) -> int:
@@ -140,23 +158,47 @@ class RecordingWriter:
         """Record an event that is not a request; return its seq."""
         return self._text(kind.slot_kind, connection, text)
 
-    def close(self, ending: Ending) -> None:
-        """Record how the run ended and bring everything to the disk.
+    def sync(self) -> None:
+        """Make durable what was recorded before this call; blocks.
 
-        Raises RecordingFullError if there is no room for that; what was recorded stays readable.
+        Raises RecordingError if that fails.
         """
-        errors = []
-        try:
-            self.note(NoteKind.END, ending.dump())
-        except RecordingFullError as error:
-            errors.append(error)
-        for stream in (self._data, self._events):
+        # What events speak of comes first.
+        self._data.sync()
+        self._events.sync()
+
+    def close(self, ending: Ending) -> None:
+        """Record how the run ended, and make all of it durable.
+
+        Raises RecordingFullError if there is no room for that, RecordingError if it cannot be made
+        durable; what was recorded stays readable.
+        """
+        errors: list[RecordingError] = []
+        for step in (
+            partial(self.note, NoteKind.END, ending.dump()),
+            self._data.finish,
+            self._events.finish,
+        ):
             try:
-                stream.close()
-            except RecordingFullError as error:
+                step()
+            except RecordingError as error:
                 errors.append(error)
-        if errors:
-            raise errors[0]
+        try:
+            if errors:
+                raise errors[0]
+            # The files' names have to be on the disk before the tails go.
+            sync_folder(self._folder)
+            self._data.remove_tail()
+            self._events.remove_tail()
+            # Older than the files, a tail that came back would hide their ends.
+            sync_folder(self._folder)
+        except OSError as error:
+            raise RecordingError(
+                f"the recording {self.path} cannot be made durable: {error.strerror}; see to the "
+                "disk that it is on, and record again"
+            ) from None
+        finally:
+            os.close(self._folder)
 
     def _check(self) -> None:
         self._data.check()
@@ -196,20 +238,27 @@ class RecordingWriter:
             return seq
 
 
-def _make_directory(path: Path) -> None:
+def _make_directory(path: Path) -> int:
+    """Make a folder that only we can add files to, and return its descriptor."""
     try:
-        path.mkdir(parents=True, mode=0o700)
-    except FileExistsError:
-        if not path.is_dir():
+        # Somebody else's file `base`, say, would be taken for the recording's.
+        folder = open_folder(path, sticky=False, make=True)
+    except OSError as error:
+        if path.is_file():
             raise RecordingError(f"{path} is a file; name a new folder to record to") from None
-        if any(path.iterdir()):
+        raise RecordingError(f"{path} cannot be made: {error.strerror}") from None
+    try:
+        if os.listdir(folder):  # noqa: PTH208 - of a descriptor
             raise RecordingError(
                 f"{path} exists and is not empty; name a new folder, or remove it first"
-            ) from None
-    except OSError as error:
-        raise RecordingError(f"{path} cannot be made: {error.strerror}") from None
-    free = shutil.disk_usage(path).free
-    if free < 2 * _RESERVE:
-        raise RecordingFullError(
-            f"only {free >> 20} MiB are free for the recording {path}; make room first"
-        )
+            )
+        free = shutil.disk_usage(folder).free
+        if free < 2 * _RESERVE:
+            raise RecordingFullError(
+                f"only {free >> 20} MiB are free for the recording {path}; make room first"
+            )
+        sync_folder(folder)
+    except BaseException:
+        os.close(folder)
+        raise
+    return folder

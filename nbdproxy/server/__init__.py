@@ -6,12 +6,26 @@ for results. A command that serves says more, in its own way.
 
 import logging
 import sys
+from contextlib import suppress
 
 import structlog
+
+
+class _Log(structlog.PrintLogger):
+    """Whatever is stderr when something is said; one that cannot be written ends nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def msg(self, message: str) -> None:
+        with suppress(OSError, ValueError):
+            super().msg(message)
+
+    warn = warning = err = error = critical = exception = msg
+
 
 if not structlog.is_configured():
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        # Whatever is stderr when something is said.
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=lambda *_: _Log(),
     )

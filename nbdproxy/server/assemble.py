@@ -20,7 +20,7 @@ from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.disks.overlay import OverlayDisk
-from nbdproxy.errors import ImageError, UsageError
+from nbdproxy.errors import ImageError, TemporaryFolderError, UsageError
 from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.nbd.constants import TransmissionFlag
 from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
@@ -50,6 +50,7 @@ class Plan:
     read_only: bool = False
     overlay: bool = False
     record: Path | None = None
+    sync_recording: bool = False
     seed: int = 0
     bake: bool = False
 
@@ -145,6 +146,9 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None) -> Export:
             stack = OverlayDisk(disk)
         elif recorder is not None and not read_only:
             stack = preserver = PreservingDisk(disk, recorder)
+    except TemporaryFolderError:
+        disk.close()
+        raise
     except (OSError, MemoryError):
         disk.close()
         raise ImageError(f"{plan.image} is too large for that here; serve it as it is") from None
@@ -227,7 +231,7 @@ def _record(plan: Plan, disk: BlockDevice, upstream: Upstream | None) -> Recordi
         kind=plan.kind,
         fua=below is None or bool(below.info.flags & TransmissionFlag.SEND_FUA),
     )
-    return RecordingWriter(plan.record, meta)
+    return RecordingWriter(plan.record, meta, durable=plan.sync_recording)
 
 
 def _explain(image: Path, found: ImageFormat) -> str:

@@ -83,6 +83,7 @@ class Batches:
         self.claims = Claims()
         self.before_flush: Callable[[], object] = lambda: None
         self._ledger = ledger
+        self._durable = ledger.durable
         self._power = power
         self._preserver = preserver
         self._began_s: float | None = None
@@ -245,8 +246,15 @@ class Batches:
         elif handling is Handling.LAND and self._landings is not None:
             landing = self._landings.add_flush(batch.connection, seq, batch.layer)
             batch.wait(request, seq, landing)
+        elif self._durable:
+            self._answer_later(request, seq, batch, handling)
         else:
             batch.answered.append((request, seq, None))
+
+    def _answer_later(self, request: Request, seq: int, batch: _Batch, handling: Handling) -> None:
+        """Leave to a job what was done: it, or the record of it, has to be durable first."""
+        bare = _without_payload(request)
+        batch.jobs.append(Job(bare, seq, handling=handling, regime=batch.regime))
 
     def _change(self, request: Request, seq: int, batch: _Batch) -> None:
         if request.command == _FLUSH:
@@ -278,8 +286,8 @@ class Batches:
         if handling is Handling.HOLD_AND_LAND and self._landings is not None:
             landing = self._landings.add_fua(batch.connection, seq)
             batch.wait(_without_payload(request), seq, landing)
-        elif handling is Handling.PASS and request.flags & _FUA:
-            batch.wait(_without_payload(request), seq)
+        elif request.flags & _FUA and (self._durable or handling is Handling.PASS):
+            self._answer_later(request, seq, batch, handling)
         else:
             batch.answered.append((request, seq, None))
 

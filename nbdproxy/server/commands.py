@@ -39,7 +39,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.scratch import scratch_folder
 from nbdproxy.disks.traced import TracedDisk
 from nbdproxy.disks.working import WorkingImage
-from nbdproxy.errors import FilesystemError, UsageError
+from nbdproxy.errors import FilesystemError, TemporaryFolderError, UsageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.blank import what_is_blank
 from nbdproxy.oracles.browse import NotMountedError
@@ -51,6 +51,7 @@ from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.quick import QuickOracle
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.states import StateServer
+from nbdproxy.signals import told_to_end
 
 _VERDICTS = {0: Verdict.PASS, 1: Verdict.FAIL}
 _REASON_MAX = 300
@@ -127,12 +128,12 @@ class _CommandJudge:
         with self._begun:
             try:
                 made = self._made(state, changed)
-            except OSError as error:
-                return Judgement(Verdict.UNKNOWN, _unwritable(error)), None
             except NotMountedError as error:
                 return Judgement(Verdict.FAIL, str(error)), None
-            except FilesystemError as error:
+            except (FilesystemError, TemporaryFolderError) as error:
                 return Judgement(Verdict.UNKNOWN, str(error)), None
+            except OSError as error:
+                return Judgement(Verdict.UNKNOWN, _unwritable(error)), None
             self._server.shelf.watch(name)
             judgement = self._run({**environment, **made})
             reads = self._server.shelf.reads(name)
@@ -289,7 +290,7 @@ def _undisturbed() -> Iterator[None]:
     came: list[int] = []
     before = {
         number: signal.signal(number, lambda number, _frame: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, *told_to_end())
     }
     try:
         yield

@@ -11,19 +11,26 @@
 
 With `"export": NAME` a command but `cut` is for one export only. An answer is {"ok": true, ...} or
 {"ok": false, "error": "a sentence"}. Commands of one connection are done one after the other.
+
+Who may connect is trusted with all of this (the socket is its owner's alone), and still cannot end
+the serving by what it sends. At most `_CLIENTS` are connected: for one more the connection goes
+that has been idle the longest.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
 import trio
 
 from nbdproxy.errors import NbdproxyError, UsageError
+from nbdproxy.lines import LONGEST, parse_object
 from nbdproxy.policy.compose import load_all
 from nbdproxy.server.endpoints import Endpoint
 from nbdproxy.server.export import Export
@@ -31,10 +38,12 @@ from nbdproxy.server.power import Power
 
 log = structlog.get_logger()
 
-_LONGEST = 1 << 20
-"""Bytes of a line."""
+CLIENTS = 16
+"""Connections at once."""
 
-_CLIENTS = 16
+_LOAD_S = 10
+"""Seconds that policies have to be read."""
+
 _SEND_S = 5
 """Seconds that a client has to take an answer."""
 
@@ -48,7 +57,9 @@ class Control:
         self._endpoint = endpoint
         self._exports = {export.info.name: export for export in exports}
         self._power = power
-        self._places = trio.CapacityLimiter(_CLIENTS)
+        # Of those connected: how to drop them. The longest idle is the first.
+        self._idle: dict[trio.CancelScope, None] = {}
+        self._connected = 0
         self._commands: dict[str, Callable[[Mapping[str, Any]], Awaitable[Answer]]] = {
             "status": self._status,
             "cut": self._cut,
@@ -66,42 +77,69 @@ class Control:
                 await trio.lowlevel.wait_readable(self._endpoint.sock)
                 try:
                     sock, _ = self._endpoint.sock.accept()
+                except BlockingIOError:
+                    continue
                 except OSError as error:
                     log.debug("no client at the control socket", reason=error.strerror)
+                    self._make_room()
                     await trio.sleep(0.05)
                     continue
+                if self._connected >= CLIENTS and not self._make_room():
+                    sock.close()  # all are at work
+                    continue
+                self._connected += 1
                 clients.start_soon(self._serve, sock)
+
+    def _make_room(self) -> bool:
+        """Drop the connection that has been idle the longest, if there is one."""
+        for scope in self._idle:
+            scope.cancel()
+            del self._idle[scope]
+            return True
+        return False
 
     async def _serve(self, sock: socket.socket) -> None:
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-        async with self._places, stream:
-            pending = b""
-            try:
-                while data := await stream.receive_some(65536):
-                    *lines, pending = (pending + data).split(b"\n")
-                    for line in lines:
-                        await self._answer(stream, line)
-                    if len(pending) > _LONGEST:
-                        return
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                log.debug("a client of the control socket is gone")
+        try:
+            with trio.CancelScope() as scope:
+                async with stream:
+                    self._idle[scope] = None
+                    await self._take_commands(stream, scope)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            log.debug("a client of the control socket is gone")
+        finally:
+            self._idle.pop(scope, None)
+            self._connected -= 1
 
-    async def _answer(self, stream: trio.SocketStream, line: bytes) -> None:
+    async def _take_commands(self, stream: trio.SocketStream, scope: trio.CancelScope) -> None:
+        pending = b""
+        while data := await stream.receive_some(65536):
+            *lines, pending = (pending + data).split(b"\n")
+            if len(pending) > LONGEST:
+                lines.append(pending)
+            if not lines:
+                continue
+            self._idle.pop(scope, None)
+            for line in lines:
+                if not await self._answer(stream, line):
+                    return
+            self._idle[scope] = None
+
+    async def _answer(self, stream: trio.SocketStream, line: bytes) -> bool:
+        """Do what a line says, and answer; tell whether there may be another one."""
         try:
             answer = await self._do(line)
         except NbdproxyError as error:
             answer = {"ok": False, "error": str(error)}
         # A cut ends the serving; whoever asked for it still has its answer.
-        with trio.move_on_after(_SEND_S, shield=True):
+        with trio.move_on_after(_SEND_S, shield=True) as sending:
             await stream.send_all(json.dumps(answer).encode() + b"\n")
+        return len(line) <= LONGEST and not sending.cancelled_caught
 
     async def _do(self, line: bytes) -> Answer:
-        try:
-            asked = json.loads(line)
-        except ValueError:
-            asked = None
-        what = asked.get("do") if isinstance(asked, dict) else None
-        if not isinstance(what, str) or what not in self._commands:
+        asked = parse_object(line)
+        what = asked.get("do") if asked is not None else None
+        if asked is None or not isinstance(what, str) or what not in self._commands:
             known = ", ".join(self._commands)
             raise UsageError(f'not a command: send {{"do": NAME}} with one of {known}')
         return {"ok": True, **await self._commands[what](asked)}
@@ -169,7 +207,13 @@ class Control:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
             raise UsageError('"seed" must be a whole number')
         self._need_power()
-        policy = load_all(names, settings)
+        # In a thread: what is named may be anything that can be opened, a FIFO for one.
+        load = partial(load_all, names, settings)
+        try:
+            with trio.fail_after(_LOAD_S):
+                policy = await trio.to_thread.run_sync(load, abandon_on_cancel=True)
+        except trio.TooSlowError:
+            raise UsageError(f"{names[0]} cannot be read within {_LOAD_S} s") from None
         for export in self._meant(asked):
             await export.change_policy(policy, export.regime.seed if seed is None else seed)
         return {"policy": policy.name}
@@ -184,7 +228,13 @@ class Control:
 
 
 def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    """Tell whether something is a list of texts that can be names of files."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        return False
+    try:
+        return b"\0" not in os.fsencode("".join(value))
+    except UnicodeEncodeError:
+        return False
 
 
 def _describe(export: Export) -> Answer:

@@ -1,17 +1,22 @@
 """Lets clients in, at most `MAX_CLIENTS` at once, and shows them out.
 
+Where there are fewer descriptors (`ulimit -n`) there are fewer places: some are left for all else.
+
 Who has not opened an export yet holds no place against somebody new: when all are taken, the one
 that has been at the door the longest goes. So idle connections never keep a real client out.
 """
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 
 import structlog
 import trio
 
 from nbdproxy.recording.notes import NoteKind
+from nbdproxy.server.control import CLIENTS
 from nbdproxy.server.endpoints import Endpoint
 from nbdproxy.server.power import Power
 from nbdproxy.server.session import Session
@@ -22,6 +27,9 @@ log = structlog.get_logger()
 
 MAX_CLIENTS = 100
 """Clients at once; QEMU takes one connection, nbdcopy and the kernel a few each."""
+
+_RESERVED = CLIENTS + 16
+"""Descriptors left to the control socket, and to what is opened meanwhile."""
 
 _PAUSE_S = 0.1
 _NOTE_S = 1.0
@@ -35,6 +43,7 @@ class Door:
         self._endpoint = endpoint
         self._tls = tls
         self._power = power
+        self._places = _places()
         # In the order in which they came.
         self._sessions: dict[Session, None] = {}
         self._connections = 0
@@ -95,7 +104,7 @@ class Door:
         except OSError:  # gone already
             sock.close()
             return
-        if len(self._sessions) >= MAX_CLIENTS and not self._make_room():
+        if len(self._sessions) >= self._places and not self._make_room():
             self._turn_away(sock, client)
             return
         self._connections += 1
@@ -116,7 +125,7 @@ class Door:
 
     def _turn_away(self, sock: socket.socket, client: str) -> None:
         sock.close()
-        reason = f"{client}: all {MAX_CLIENTS} places are taken"
+        reason = f"{client}: all {self._places} places are taken"
         if trio.current_time() < self._noted + _NOTE_S:
             return  # a flood of them must not fill the recordings
         self._noted = trio.current_time()
@@ -129,3 +138,12 @@ class Door:
             await session.run()
         finally:
             self._sessions.pop(session, None)
+
+
+def _places() -> int:
+    """Return how many clients there may be at once."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return MAX_CLIENTS
+    free = limit - len(os.listdir("/proc/self/fd")) - _RESERVED  # noqa: PTH208 - names only
+    return max(1, min(MAX_CLIENTS, free))

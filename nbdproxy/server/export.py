@@ -98,6 +98,7 @@ class Export:
             seed=seed,
             places=places,
             complete=self.ledger.outcome,
+            keep=self.ledger.keep,
             fail=self.ledger.fail,
         )
         self.note(NoteKind.POLICY, regime.describe())

@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import ImageError
 from nbdproxy.nbd.uri import NbdUri
 
@@ -31,7 +32,7 @@ async def guests_view(image: Path, form: ImageFormat, *, read_only: bool) -> Asy
     Raises ImageError if the file has another format, or QEMU cannot open it.
     """
     _check(image, form, read_only=read_only)
-    with tempfile.TemporaryDirectory(prefix=f"nbdproxy-{form}-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"nbdproxy-{form}-", dir=temporary_folder()) as folder:
         path = Path(folder, "socket")
         said = Path(folder, "stderr")
         daemon = _start(image, form, path, said, read_only=read_only)
@@ -46,6 +47,10 @@ async def guests_view(image: Path, form: ImageFormat, *, read_only: bool) -> Asy
 def _check(image: Path, form: ImageFormat, *, read_only: bool) -> None:
     if not image.exists():
         raise ImageError(f"there is no image at {image}; check the path")
+    if any("\udc80" <= character <= "\udcff" for character in str(image)):
+        raise ImageError(
+            f"{image} is not UTF-8, and QEMU opens no such path; rename it, or serve a link to it"
+        )
     found = format_of_file(image)
     if found is not form:
         what = "" if found is None else f" but {FORMATS[found].said}"

@@ -1,6 +1,7 @@
 """What an export writes down, and whether it may go on.
 
-Guarantees: nothing succeeds unrecorded. Once the recording cannot grow, or the server below is
+Guarantees: nothing succeeds unrecorded; where that is wanted, no flush or FUA write does before the
+recording of it is durable. Once the recording cannot grow, or the server below is
 gone, `failure` is set for good.
 """
 
@@ -16,7 +17,8 @@ from nbdproxy.nbd.events import Refused
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import Request
-from nbdproxy.server.jobs import NOT_RECORDED, Failure
+from nbdproxy.server.jobs import LOST, NOT_RECORDED, Failure
+from nbdproxy.server.syncer import Syncer
 
 log = structlog.get_logger()
 
@@ -29,6 +31,29 @@ class Ledger:
         self.failed = trio.Event()
         self.failure: NbdproxyError | None = None
         self._seq = 0
+        # A thread of its own: it must not wait for those that wait for another server.
+        self._syncing = trio.CapacityLimiter(1)
+        self._syncer = Syncer(self._sync)
+
+    @property
+    def durable(self) -> bool:
+        """Whether the recording has to be durable up to each flush that is answered."""
+        return self.recorder is not None and self.recorder.durable
+
+    async def _sync(self) -> None:
+        assert self.recorder is not None
+        await trio.to_thread.run_sync(self.recorder.sync, limiter=self._syncing)
+
+    async def keep(self) -> Failure | None:
+        """Make durable what was recorded, if that is wanted; return what the client is told."""
+        if not self.durable:
+            return None
+        try:
+            if self.failure is None:
+                await self._syncer.sync()
+        except RecordingError as error:
+            self.fail(error)
+        return None if self.failure is None else NOT_RECORDED if self.full else LOST
 
     @property
     def full(self) -> bool:

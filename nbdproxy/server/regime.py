@@ -7,7 +7,7 @@ claims) is the export's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -40,7 +40,7 @@ class Regime:
 
     `number` tells it from those that were in force before.
 
-    `complete` and `fail` are as for `Waiting`.
+    `complete`, `keep` and `fail` are as for `Waiting`.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Regime:
         seed: int,
         places: Places,
         complete: Callable[[int, int, Failure | None], Failure | None],
+        keep: Callable[[], Awaitable[Failure | None]],
         fail: Callable[[RecordingError], None],
     ) -> None:
         self.policy = policy
@@ -86,6 +87,7 @@ class Regime:
             faults=self.faults,
             held=self.held,
             complete=complete,
+            keep=keep,
             fail=fail,
         )
         self.handling: dict[tuple[int, int], Handling] = {

@@ -11,6 +11,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -18,6 +19,8 @@ import trio
 
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.nbd.constants import TlsMode
+from nbdproxy.peers import Believed
+from nbdproxy.server.children import Children
 from nbdproxy.server.control import Control
 from nbdproxy.server.door import Door
 from nbdproxy.server.endpoints import Endpoint
@@ -26,11 +29,15 @@ from nbdproxy.server.power import Power
 from nbdproxy.server.qmp import QmpListener
 from nbdproxy.server.shelf import FixedShelf
 from nbdproxy.server.tls import ServerTls
+from nbdproxy.signals import told_to_end
 
 log = structlog.get_logger()
 
 _GRACE_S = 5.0
 """Seconds that sessions have at the end to answer what is in flight; then they are cut off."""
+
+_CHILDREN_S = 0.02
+"""Seconds between two looks whether a command's children have ended."""
 
 OpenExport = Callable[[Power], AbstractAsyncContextManager[Export]]
 """Makes an export that hangs on a power supply, and ends it in order."""
@@ -50,6 +57,7 @@ class Setting:
 
     command  a shell command to serve for, with `$uri`, `$socket` and `$export` set
     qmp      QEMU's monitor socket, which may appear later
+    believed whose monitor it may be
     control  where commands are taken, if they are
     """
 
@@ -57,6 +65,7 @@ class Setting:
     tls: ServerTls = ServerTls()  # noqa: RUF009 - frozen
     command: str | None = None
     qmp: Path | None = None
+    believed: Believed = Believed()  # noqa: RUF009 - frozen
     control: Endpoint | None = None
 
     def uri(self, export: Export) -> str:
@@ -115,10 +124,15 @@ async def _serve(
     return outcome or Outcome(ending.reason, ending.exit_code)
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class Ending:
     """Why and when the serving ends; the first reason counts.
 
-    `opening` is cancelled by a signal that comes before all exports are open.
+    `opening` is cancelled by a signal that comes before all exports are open; `at_once` is called
+    when a second one ends the process.
     """
 
     def __init__(self) -> None:
@@ -126,6 +140,7 @@ class Ending:
         self.exit_code = 0
         self.opened = False
         self.opening = trio.CancelScope()
+        self.at_once: Callable[[], object] = _nothing
         self._begun = trio.Event()
 
     def begin(self, reason: str) -> None:
@@ -145,11 +160,12 @@ class Ending:
 
     async def watch_signals(self, task_status: trio.TaskStatus[None]) -> None:
         """End in order at the first signal, and at once at a second one."""
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        with trio.open_signal_receiver(signal.SIGINT, *told_to_end()) as signals:
             task_status.started()
             signalled = False
             async for number in signals:
                 if signalled:
+                    self.at_once()
                     os._exit(128 + number)
                 signalled = True
                 self.begin(f"ended by {signal.Signals(number).name}")
@@ -176,7 +192,9 @@ class Service:
         self._door = Door(FixedShelf(exports), setting.endpoint, setting.tls, power)
         self._ending = ending
         self._exit_code = 0
-        self._qmp = QmpListener(setting.qmp, self._on_qmp) if setting.qmp is not None else None
+        self._qmp = None
+        if setting.qmp is not None:
+            self._qmp = QmpListener(setting.qmp, self._on_qmp, setting.believed)
 
     async def main(self) -> Outcome:
         """Serve, and end."""
@@ -246,22 +264,39 @@ class Service:
     async def _run_command(self, command: str) -> None:
         path = self._setting.endpoint.path
         first = self._exports[0]
+        children = Children()
         environment = {
             **os.environ,
             "uri": self._setting.uri(first),
             "socket": "" if path is None else str(path),
             "export": first.info.name,
+            **children.environment,
         }
         process = await trio.lowlevel.open_process(["/bin/sh", "-c", command], env=environment)
+        self._ending.at_once = partial(children.signal, signal.SIGKILL)
         try:
             code = await process.wait()
         except trio.Cancelled:
-            process.terminate()
-            with trio.move_on_after(_GRACE_S, shield=True):
-                self._exit_code = _shell_code(await process.wait())
+            with trio.CancelScope(shield=True):
+                self._exit_code = _shell_code(await _end(process, children))
             raise
+        finally:
+            self._ending.at_once = _nothing
         self._exit_code = _shell_code(code)
         self._ending.begin("the command ended")
+
+
+async def _end(process: trio.Process, children: Children) -> int:
+    """End a command and all that it started; return its exit code."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process.send_signal(number)
+        with trio.move_on_after(_GRACE_S):
+            children.signal(number)
+            await process.wait()
+            while children.signal(0 if number == signal.SIGTERM else number):
+                await trio.sleep(_CHILDREN_S)
+            break
+    return -number if process.returncode is None else process.returncode
 
 
 def _shell_code(code: int) -> int:

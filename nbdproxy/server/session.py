@@ -22,6 +22,7 @@ from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import NbdErrno, Request
 from nbdproxy.server.budget import Budget
+from nbdproxy.server.complaints import complaints
 from nbdproxy.server.export import Export
 from nbdproxy.server.jobs import Job, LinkDroppedError
 from nbdproxy.server.power import Power, PowerLostError
@@ -125,7 +126,7 @@ class Session:
             pass
         except* ProtocolError as broken:
             for error in broken.exceptions:
-                log.warning("client broke the protocol", client=self._client, reason=str(error))
+                complaints.warn("client broke the protocol", self._client, str(error))
         except* OSError as gone:
             log.debug("client is gone", client=self._client, reason=str(gone.exceptions[0]))
         finally:
@@ -214,7 +215,7 @@ class Session:
                 self._socket_wire, self._tls.context, self._power, server_side=True
             )
         except OSError as error:
-            log.warning("a client is turned away", client=self._client, reason=str(error))
+            complaints.warn("a client is turned away", self._client, str(error))
             raise
         self._connection.tls_started()
 

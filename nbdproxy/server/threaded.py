@@ -10,6 +10,7 @@ from typing import Self
 
 import trio
 
+from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.door import Door
 from nbdproxy.server.endpoints import Endpoint, listen_unix
 from nbdproxy.server.power import Power
@@ -34,7 +35,7 @@ class ThreadedServer:
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
-        self._folder = tempfile.TemporaryDirectory(prefix="nbdproxy-")
+        self._folder = tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
         self.socket = Path(self._folder.name) / "socket"
         self._endpoint = listen_unix(self.socket)
         self._ready = threading.Event()

@@ -24,6 +24,11 @@ class ServerTls:
     mode: TlsMode = TlsMode.OFF
     context: ssl.SSLContext | None = None
 
+    @property
+    def knows_clients(self) -> bool:
+        """Whether clients in TLS have to show a certificate."""
+        return self.context is not None and self.context.verify_mode is ssl.CERT_REQUIRED
+
 
 def server_tls(mode: TlsMode, certificates: Path | None, *, verify_peer: bool) -> ServerTls:
     """Load a server's certificates; UsageError says which file is missing or wrong."""

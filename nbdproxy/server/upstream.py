@@ -33,6 +33,7 @@ from nbdproxy.nbd.events import (
 )
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.uri import NbdUri
+from nbdproxy.peers import Believed, user_number
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
 from nbdproxy.server.budget import Budget
 from nbdproxy.server.jobs import LOST, Failure, ToldError
@@ -370,11 +371,27 @@ async def connected(uri: NbdUri, text: str) -> AsyncIterator[Upstream]:
         await upstream.close()
 
 
+def _believed(uri: NbdUri) -> Believed:
+    """Return whose servers get the guest's data on a Unix socket without a certificate."""
+    user = None if uri.peer_user is None else user_number(uri.peer_user)
+    advice = (
+        "use a socket in a folder of your own, or write peer-user=USER into the URI if that user's "
+        "server is meant"
+    )
+    return Believed(user, advice)
+
+
 async def _connect(uri: NbdUri) -> socket.socket:
     if uri.socket is not None:
+        path = None if uri.socket.startswith("\0") else Path(uri.socket)
+        believed = None if uri.tls and uri.verify_peer else _believed(uri)
+        if believed is not None and path is not None:
+            believed.check_path(path)
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            await sock.connect(str(uri.socket))
+            await sock.connect(uri.socket)
+            if believed is not None:
+                believed.check_listener(sock, uri.socket)
         except BaseException:
             sock.close()
             raise

@@ -6,7 +6,7 @@ before its reply is prepared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
@@ -40,6 +40,7 @@ log = structlog.get_logger()
 
 # Plain integers, for speed: every inline change goes through `apply`.
 _WRITE, _WRITE_ZEROES = int(Command.WRITE), int(Command.WRITE_ZEROES)
+_FLUSH, _FUA = int(Command.FLUSH), int(CommandFlag.FUA)
 _NO_HOLE = int(CommandFlag.NO_HOLE)
 _HOLE = int(BlockState.HOLE | BlockState.ZERO)
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class Waiting:
     """The slow half of an export.
 
     `complete(connection, seq, failure)` records an outcome and returns what the client is told;
+    `keep` makes that record durable, if that is wanted, and returns what the client is told;
     `fail` is told of a recording that is full; `held(request, seq)` of each change that a volatile
     cache took late.
     """
@@ -70,6 +72,7 @@ class Waiting:
         faults: Faults | None = None,
         held: Callable[[Request, int], None] = lambda _request, _seq: None,
         complete: Callable[[int, int, Failure | None], Failure | None],
+        keep: Callable[[], Awaitable[Failure | None]],
         fail: Callable[[RecordingError], None],
     ) -> None:
         self._disk = disk
@@ -80,6 +83,7 @@ class Waiting:
         self._faults = faults
         self._held = held
         self._complete = complete
+        self._keep = keep
         self._fail = fail
         # Of our own: another export that hangs must not take all threads there are.
         self._threads = trio.CapacityLimiter(_THREADS)
@@ -114,6 +118,8 @@ class Waiting:
             return True
         else:
             failure = await self._change(connection, job)
+            if failure is None and _promises(request) and not self._power.off:
+                failure = await self._keep()
         if self._power.off:
             return False
         if failure is None:
@@ -274,6 +280,11 @@ class Waiting:
             await self._remote.will_need(*where)
         else:
             await self._in_thread(self._disk.will_need, *where)
+
+
+def _promises(request: Request) -> bool:
+    """Tell whether a client that gets an answer may take what it wrote to be durable."""
+    return request.command == _FLUSH or bool(request.flags & _FUA)
 
 
 def apply(disk: BlockDevice, request: Request, *, fast: bool = False) -> None:

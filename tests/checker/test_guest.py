@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread, Timer
 
@@ -75,6 +76,7 @@ def test_an_answer_to_the_command_is_taken() -> None:
         (lambda _: b"{\n", "is none"),
         (lambda _: b"[1]\n", "is none"),
         (lambda _: b"\xff\n", "is none"),
+        (lambda _: b"[" * 100_000 + b"\n", "is none"),
         (said(log=["x", "BUG: kernel NULL pointer dereference"]), "stumbled: BUG: kernel NULL"),
         (said(log=["INFO: task node:77 blocked for more than 120 seconds."]), "stumbled: INFO"),
         (said(log=["I/O error, dev vdb, sector 8 op 0x0:(READ)"]), "stumbled: I/O error"),
@@ -85,6 +87,31 @@ def test_what_is_no_answer_to_the_command_is_an_error(
 ) -> None:
     with agent(answer) as port, pytest.raises(GuestError, match=words):
         port.ask("hello", LIMIT_S)
+
+
+@pytest.mark.parametrize("most", [1 << 20, None])
+def test_an_answer_without_end_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, most: int | None
+) -> None:
+    """For its length; or, however long it may be, when its time is over."""
+    if most is not None:
+        monkeypatch.setattr("nbdproxy.checker.guest._ANSWER_MAX", most)
+    ours, theirs = socket.socketpair()
+
+    def flood() -> None:
+        with suppress(OSError):
+            while True:
+                theirs.sendall(b"x" * 4096)
+                time.sleep(0.001)
+
+    thread = Thread(target=flood)
+    with theirs:
+        with ours:
+            thread.start()
+            port = AgentPort(ours, lambda: 0.0)
+            with pytest.raises(TimeoutError if most is None else GuestError):
+                port.ask("hello", 0.5 if most is None else 60)
+        thread.join()
 
 
 def test_a_late_answer_is_not_taken_for_the_next_one() -> None:

@@ -149,7 +149,9 @@ def test_a_damaged_payload_is_found(recorded: Recorded, copy: Path) -> None:
     data[len(data) // 2] ^= 1
     (copy / "data").write_bytes(data)
     assert "is damaged" in refused("info", copy, "--verify")
-    assert "is damaged" in refused("open", copy, "--at", "end", "-o", copy / "out")
+    assert "is damaged" in refused(
+        "open", copy, "--at", "end", "--base", recorded.image, "-o", copy / "out"
+    )
     assert not (copy / "out").exists()
 
 

@@ -231,7 +231,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_every_commands_help_has_an_example(command: list[str]) -> None:
-    words = ["ctl", "/tmp/ctl.sock", *command[1:]] if command[0] == "ctl" else command
+    words = ["ctl", "vm/ctl.sock", *command[1:]] if command[0] == "ctl" else command
     done = CliRunner().invoke(app, [*words, "--help"])
     assert done.exit_code == 0
     assert "Example" in done.output

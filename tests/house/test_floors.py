@@ -12,11 +12,17 @@ import nbdproxy
 ROOT = Path(nbdproxy.__file__).parent
 
 FLOOR = {
-    "errors": 0,
+    "errors": -1,
     "extents": 0,
     "requests": 0,
     "dice": 0,
     "sizes": 0,
+    "signals": 0,
+    "streams": 0,
+    "private": 0,
+    "machine": 0,
+    "lines": 0,
+    "peers": 1,
     "nbd": 1,
     "disks": 1,
     "recording": 1,

@@ -55,6 +55,7 @@ def test_the_path_is_the_export(text: str, export: str | None) -> None:
         ("nbd+unix:///?socket=/tmp/a+b%26c", NbdUri(socket="/tmp/a+b&c")),
         ("nbd+unix:///?socket=%00/abstract", NbdUri(socket="\0/abstract")),
         ("nbds+unix:///?socket=s", NbdUri(tls=True, socket="s")),
+        ("nbd+unix:///?socket=s&peer-user=a%26b", NbdUri(socket="s", peer_user="a&b")),
         (
             "nbds+unix:///?tls-hostname=h&socket=s&tls-verify-peer=0&tls-certificates=/c&tls-type=x509",
             NbdUri(tls=True, socket="s", certificates="/c", tls_hostname="h", verify_peer=False),
@@ -101,6 +102,8 @@ def test_where_the_server_is(text: str, uri: NbdUri) -> None:
         ("nbd://h:ten/", "'ten' is no port"),
         ("nbd://h:" + "9" * 5000, "is no port"),
         ("nbd://h/?socket=s", "socket= is for Unix sockets"),
+        ("nbd://h/?peer-user=u", "peer-user= is for Unix sockets"),
+        ("nbd+unix:///?socket=s&peer-user=", "peer-user needs a value"),
         ("nbd+unix:///", "add ?socket=PATH"),
         ("nbd+unix:///?socket=", "socket needs a value"),
         ("nbd+unix:///?socket", "socket needs a value"),
@@ -148,7 +151,12 @@ def decoded(raw: bytes) -> str:
 texts = st.binary(min_size=1, max_size=30).map(lambda raw: decoded(raw.replace(b"\0", b"n")))
 hosts = st.sampled_from(["localhost", "a-b.example", "127.0.0.1", "::1", "fe80::2%eth0", "1::"])
 tcp = st.builds(NbdUri, texts | st.just(""), host=hosts, port=st.integers(1, 65535))
-unix = st.builds(NbdUri, texts | st.just(""), socket=texts | texts.map(lambda path: "\0" + path))
+unix = st.builds(
+    NbdUri,
+    texts | st.just(""),
+    socket=texts | texts.map(lambda path: "\0" + path),
+    peer_user=st.none() | texts,
+)
 plain = tcp | unix
 
 

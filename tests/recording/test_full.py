@@ -80,7 +80,7 @@ def test_a_full_disk_stops_the_recording_and_keeps_what_was_recorded(tmp_path: P
     for sentence in (message, *later, at_close):
         assert sentence is not None
         assert "cannot grow" in sentence
-        assert "make room" in sentence
+        assert "ulimit -f" in sentence
     recording = Recording(run)
     assert recording.missing is not None
     assert not recording.truncated

@@ -34,7 +34,8 @@ def recording(tmp_path: Path) -> Iterator[Recording]:
 
 
 def test_meta_and_ending_are_what_was_written(recording: Recording) -> None:
-    assert recording.meta == META
+    assert recording.is_original
+    assert recording.meta == replace(META, origin=recording.meta.origin)
     assert recording.ending == ENDING
     assert recording.size == SIZE
     assert recording.missing is None

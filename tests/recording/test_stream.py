@@ -6,6 +6,7 @@ test_full.py.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nbdproxy.errors import RecordingError
 from nbdproxy.recording.stream import StreamReader, StreamWriter, tail_path
 
 SEGMENT = 4096
@@ -27,9 +29,33 @@ def pattern(start: int, length: int) -> bytes:
     return content[start % 4 : start % 4 + length]
 
 
-def writer(path: Path) -> StreamWriter:
-    """A writer with three segments of a page each."""
-    return StreamWriter(path, segment=SEGMENT, segments=3)
+class Writer(StreamWriter):
+    """A writer with three segments of a page each, which is closed as a recording's are."""
+
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
+        self.folder = os.open(path.parent, os.O_RDONLY)
+        super().__init__(path, self.folder, segment=SEGMENT, segments=3, durable=durable)
+
+    def close(self) -> None:
+        """End in order; doing so twice is harmless."""
+        if self.folder >= 0:
+            self.finish()
+            self.finish()
+            self.remove_tail()
+            self.remove_tail()
+            os.close(self.folder)
+            self.folder = -1
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def writer(path: Path) -> Writer:
+    """A new stream."""
+    return Writer(path)
 
 
 def read(path: Path, length: int, position: int = 0) -> bytes:
@@ -42,7 +68,7 @@ def read(path: Path, length: int, position: int = 0) -> bytes:
     return bytes(buffer[:got])
 
 
-def append_all(stream: StreamWriter, lengths: list[int]) -> int:
+def append_all(stream: Writer, lengths: list[int]) -> int:
     """Append runs of the pattern; how many bytes there are."""
     for length in lengths:
         begin = stream.position
@@ -140,7 +166,7 @@ def test_a_tail_that_cannot_be_is_not_believed(tmp_path: Path) -> None:
 
 def test_a_stream_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "stream").write_bytes(b"precious")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(RecordingError, match="File exists; record to a new folder"):
         writer(tmp_path / "stream")
     assert (tmp_path / "stream").read_bytes() == b"precious"
 
@@ -156,3 +182,11 @@ def test_room_is_what_can_be_appended_without_waiting(tmp_path: Path) -> None:
         append_all(stream, [SEGMENT])
         stream.wait_for_room(SEGMENT)
         assert stream.has_room(SEGMENT)
+
+
+def test_a_tail_that_was_removed_meanwhile_is_no_fault(tmp_path: Path) -> None:
+    stream = writer(tmp_path / "stream")
+    append_all(stream, [100, 5000])
+    tail_path(tmp_path / "stream").unlink()
+    stream.close()
+    assert read(tmp_path / "stream", 6000) == pattern(0, 5100)

@@ -145,17 +145,40 @@ def test_beyond_this_machine_nothing_goes_without_tls_or_a_warning(
 ) -> None:
     for words in ((), ("--tls", "allow", "--tls-certificates", certificates.good)):
         said = nbdproxy("serve", image, "--listen", "0.0.0.0:0", *words, code=2).stderr
-        assert "add --tls require, or --insecure" in said
+        assert "add --tls require --tls-verify-peer, or --insecure" in said
     warned = serve("off", "--insecure", listen="0.0.0.0:0")
-    assert "warning: anybody who reaches 0.0.0.0:0 can read and write the disk" in warned.stderr
+    assert (
+        "warning: anybody who reaches 0.0.0.0:0 can read and write the disk, and listen in; --tls "
+        "require --tls-verify-peer keeps out whoever has no certificate of your CA\n"
+    ) in warned.stderr
     port = warned.uri.rstrip("/").rpartition(":")[2]
     assert tool("nbdinfo", "--size", f"nbd://127.0.0.1:{port}") == f"{SIZE}\n"
     assert warned.stop() == 0
-    safe = serve("require", listen="0.0.0.0:0")
+    safe = serve("require", "--tls-verify-peer", listen="0.0.0.0:0")
     assert "warning" not in safe.stderr
     port = safe.uri.rstrip("/").rpartition(":")[2]
     with TlsClient(f"nbd://127.0.0.1:{port}", client_context(certificates.good)) as client:
         assert client.size == SIZE
+
+
+def test_tls_without_certificates_of_clients_keeps_nobody_out(
+    serve: Serve, certificates: Certificates, image: Path
+) -> None:
+    """Anybody can speak TLS: beyond this machine a disk is written by whom the CA knows."""
+    tls = ("--tls", "require", "--tls-certificates", certificates.good)
+    said = nbdproxy("serve", image, "--listen", "0.0.0.0:0", *tls, "--overlay", code=2).stderr
+    assert "add --tls-verify-peer, or --read-only, or --insecure" in said
+    for more, can in (("--insecure", "read and write"), ("--read-only", "read")):
+        proxy = serve("require", more, listen="0.0.0.0:0")
+        assert (
+            f"warning: anybody who reaches 0.0.0.0:0 can {can} the disk; --tls-verify-peer keeps "
+            "out whoever has no certificate of your CA\n"
+        ) in proxy.stderr
+        port = proxy.uri.rstrip("/").rpartition(":")[2]
+        with TlsClient(f"nbd://127.0.0.1:{port}", client_context(certificates.anonymous)) as client:
+            assert client.size == SIZE
+        assert proxy.stop() == 0
+    assert "warning" not in serve("require", listen="127.0.0.1:0").stderr
 
 
 def test_loopback_needs_no_tls_and_warns_of_nothing(serve: Serve) -> None:
