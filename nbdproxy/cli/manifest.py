@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nbdproxy.cli.choices import Mounts, Partition, where_of
-from nbdproxy.cli.console import err, print_json
+from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.cuts import resolve
@@ -114,10 +114,19 @@ def manifest(
     if json:
         print_json([_to_json(entry) for entry in found.entries])
     else:
-        sys.stdout.buffer.write(manifests.dump(found).encode(errors="surrogateescape"))
-        sys.stdout.buffer.flush()
+        _print(manifests.dump(found))
     if left_out or fine:
         raise typer.Exit(2)
+
+
+def _print(text: str) -> None:
+    """Print a manifest: as it is, but for people so that no name steers the terminal."""
+    if sys.stdout.isatty():
+        for line in text.removesuffix("\n").split("\n"):
+            out.print(line, markup=False)
+    else:
+        sys.stdout.buffer.write(text.encode(errors="surrogateescape"))
+        sys.stdout.buffer.flush()
 
 
 def _to_json(entry: Entry) -> dict[str, object]:
