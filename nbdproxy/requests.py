@@ -48,6 +48,14 @@ class NbdErrno(IntEnum):
     ESHUTDOWN = 108
 
 
+def error_name(error: int) -> str:
+    """Return an error's name, or its number where nobody knows it, as of a server below."""
+    return _ERROR_NAMES.get(error, str(error))
+
+
+_ERROR_NAMES = {int(one): one.name for one in NbdErrno}
+
+
 class Request(NamedTuple):
     """One request, validated against the export's size and flags.
 

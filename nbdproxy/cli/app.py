@@ -123,7 +123,8 @@ def main() -> None:
         if (said := machine.said_of(error)) is not None:
             err.print(f"nbdproxy: {said}", markup=False)
             sys.exit(2)
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():
+            err.print(line, markup=False)
         err.print("nbdproxy: this is a fault of nbdproxy; please report it with these lines")
         sys.exit(2)
 

@@ -9,6 +9,7 @@ import typer
 
 from nbdproxy.cli.choices import Covers, Fsyncgate
 from nbdproxy.cli.console import err, out, print_json
+from nbdproxy.cli.recorded import recorded
 from nbdproxy.crash.audit import Auditor, timeline_on
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.disks.device import ReadableDevice
@@ -48,7 +49,7 @@ def audit(
 
       nbdproxy audit run1 nbd://storage.example/disk --json
     """
-    with RecordedSource(run) as source:
+    with recorded(run, note=False) as source:
         form = _form(source, image, image_format)
         _refuse_what_never_reached_a_store(run, source)
 

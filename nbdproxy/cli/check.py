@@ -21,6 +21,7 @@ from nbdproxy.cli.oracles import (
     opened,
     tell_differences,
 )
+from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.cli.states import (
     State,
     StateAt,
@@ -30,7 +31,7 @@ from nbdproxy.cli.states import (
     choose,
     tree_of_disk,
 )
-from nbdproxy.crash.recorded import RecordedSource, is_recording
+from nbdproxy.crash.recorded import is_recording
 from nbdproxy.crash.replay import earlier_digests
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
@@ -93,7 +94,7 @@ def check(
     """
     wanted = None if files is None else manifest.load(files)
     with (
-        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
+        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline, fine),
         err.status("looking at the filesystem") as status,
         opened(oracle, status.update) as judge,
     ):
@@ -119,7 +120,7 @@ def check(
     else:
         for line in checked.lines(told, list_files=list_files):
             out.print(line, markup=False)
-    raise typer.Exit(EXIT[told.verdict])
+    raise typer.Exit(EXIT[told.verdict] or fine)
 
 
 @contextmanager
@@ -127,8 +128,11 @@ def state_disk(
     where: Path,
     named: tuple[str | None, str | None, CacheMode | None, Failure | None],
     base: Path | None,
-) -> Iterator[tuple[str, ReadableDevice, Timeline | None]]:
-    """Yield what the state is called, its disk, and the timeline that it is of, if any."""
+) -> Iterator[tuple[str, ReadableDevice, Timeline | None, int]]:
+    """Yield what the state is called, its disk, the timeline that it is of, if any, and a code.
+
+    That is the exit code where all is well with it: 2 if it is the state at an end that is lost.
+    """
     if where.is_dir() and not is_recording(where):
         raise no_recording(where)
     if not is_recording(where):
@@ -137,15 +141,16 @@ def state_disk(
         disk = FileDisk(where, read_only=True)
         try:
             refuse_foreign(disk)
-            yield str(where), disk, None
+            yield str(where), disk, None, 0
         finally:
             disk.close()
         return
-    with RecordedSource(where, image=base) as source:
+    with recorded(where, base) as source:
         timeline = Timeline(source)
         try:
             chosen = choose(timeline, *(named if any(named) else (None, "end", None, None)))
-            yield f"state {chosen} of {where}", timeline.open(chosen), timeline
+            fine = code_at(source, chosen.position)
+            yield f"state {chosen} of {where}", timeline.open(chosen), timeline, fine
         finally:
             timeline.close()
 

@@ -26,6 +26,7 @@ from nbdproxy.cli.choices import (
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import EXIT, OracleChoice, OracleName, opened, tell_differences
+from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.ranges import Losses, losses
@@ -107,9 +108,7 @@ def explain(
         raise UsageError(f"{len(paths)} files are too many to read; name up to {FILES_MAX}")
     modes = parse_list(mode, CacheMode, "--mode")
     failures = parse_list(failure, Failure, "--failure") or ()
-    with RecordedSource(run, image=base) as source, closing(Timeline(source)) as timeline:
-        if source.missing:
-            err.print(f"note: {source.missing}", markup=False)
+    with recorded(run, base) as source, closing(Timeline(source)) as timeline:
         with err.status("looking at the files") as status, opened(oracle, status.update) as judge:
 
             def about(state: StateId, done: int = 0, total: int = 0) -> None:
@@ -131,7 +130,10 @@ def explain(
             _overview(source, told, taken, json=json)
         _print(source, found, json=json)
     verdicts = {cell.worst.verdict for one in found for cell in one.replay.cells}
-    raise typer.Exit(EXIT[merge(verdicts)])
+    cuts = [cell.cut.position for one in found for cell in one.replay.cells]
+    # Without a file that is named, it is told of all that was recorded.
+    last = max(cuts, default=source.events)
+    raise typer.Exit(code_at(source, last, EXIT[merge(verdicts)]))
 
 
 @dataclass(slots=True)

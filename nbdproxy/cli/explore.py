@@ -34,6 +34,7 @@ from nbdproxy.cli.choices import (
 )
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
+from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.cli.states import tree_of_disk
 from nbdproxy.crash.bench import Job
 from nbdproxy.crash.cuts import resolve
@@ -184,9 +185,7 @@ def explore(
     for number in (signal.SIGINT, *told_to_end()):
         signal.signal(number, interrupt)
     with ExitStack() as stack:
-        source = stack.enter_context(RecordedSource(run, image=base))
-        if source.missing:
-            err.print(f"note: {source.missing}", markup=False)
+        source = stack.enter_context(recorded(run, base))
         timeline = Timeline(source)
         stack.callback(timeline.close)
         check_projection(taken_under(timeline, recorded_as), [mode])
@@ -228,7 +227,8 @@ def explore(
         else:
             for line in explored.lines(report, str(run)):
                 out.print(line, markup=False)
-        raise typer.Exit(explored.exit_code(tally))
+        last = source.events if every else resolve(source, asked).position
+        raise typer.Exit(code_at(source, last, explored.exit_code(tally)))
 
 
 def _what_is_explored(source: RecordedSource, job: Job, mode: CacheMode, failure: Failure) -> About:

@@ -66,7 +66,7 @@ def extract(
     if output is None:
         raise UsageError("where to? name a new folder with -o DIR")
     with (
-        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline),
+        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline, fine),
         err.status("looking at the filesystem") as status,
         opened(oracle, status.update) as reader,
     ):
@@ -88,7 +88,7 @@ def extract(
             for path, why in ones:
                 out.print(f"{word:9}{printable(path)}: {printable(why)}", markup=False)
         out.print(f"wrote {_counts(found)} of {name} to {output}", markup=False)
-    raise typer.Exit(1 if found.lost else 2 if found.doubtful else 0)
+    raise typer.Exit(1 if found.lost else 2 if found.doubtful else fine)
 
 
 def _make_folder(output: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.cli.recorded import recorded
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.persistence.modes import CacheMode, Taken
@@ -31,22 +31,30 @@ def info(
 ) -> None:
     """Sum a recording up: what was recorded, how much, by whom, and how it ended.
 
+    With --verify, exit code 2 if something of it is damaged or lost.
+
     Examples:
 
       nbdproxy info run1
 
       nbdproxy info run1 --verify --json
     """
-    recording = RecordedSource(run)
-    if verify:
-        with err.status("checking payloads"):
-            recording.verify()
-    with closing(Timeline(recording)) as timeline:
-        taken = taken_under(timeline)
-    facts = _facts(recording, taken)
-    if json:
-        print_json(facts)
-        return
+    with recorded(run, note=False) as recording:
+        if verify:
+            with err.status("checking payloads"):
+                recording.verify()
+        with closing(Timeline(recording)) as timeline:
+            taken = taken_under(timeline)
+        facts = _facts(recording, taken)
+        if json:
+            print_json(facts)
+        else:
+            _print(run, recording, facts, taken)
+    if verify and recording.is_damaged:
+        raise typer.Exit(2)
+
+
+def _print(run: Path, recording: Recording, facts: dict[str, Any], taken: Taken) -> None:
     meta = recording.meta
     image, policies = printable(meta.image), printable(", ".join(meta.policies))
     out.print(f"{run}: {image} ({size_text(meta.size)}), policy {policies}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +13,7 @@ import typer
 
 from nbdproxy import streams
 from nbdproxy.cli.choices import parse_range, parse_words
+from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.recording.format import Kind
@@ -20,7 +21,7 @@ from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.recording.reader import Event, command_name
 from nbdproxy.report.paths import printable
-from nbdproxy.requests import Command, CommandFlag, NbdErrno
+from nbdproxy.requests import Command, CommandFlag, error_name
 
 _COMMANDS = ("write", "write-zeroes", "trim", "flush")
 _TYPES = (*_COMMANDS, *(kind.value for kind in NoteKind))
@@ -40,7 +41,8 @@ def log(
 ) -> None:
     """List requests and notes in the order received, one a line.
 
-    Columns: seq, seconds, connection, what, flags, offset + length in bytes, outcome.
+    Columns: seq, seconds, connection, what, flags, offset + length in bytes, outcome. Exit code 2
+    if events are lost that were asked for: all others are listed.
 
     Examples:
 
@@ -48,12 +50,24 @@ def log(
 
       nbdproxy log run1 --from time:3s --to before-exit --range 0-1M --json
     """
-    source = RecordedSource(run)
     types = parse_words(kind, _TYPES, "--type") if kind is not None else _TYPES
-    first = resolve(source, start).position if start is not None else 0
-    last = resolve(source, end).position if end is not None else source.events
     reach = parse_range(within) if within is not None else None
-    for item in _items(source, first, last):
+    with recorded(run) as source:
+        first = resolve(source, start).position if start is not None else 0
+        last = resolve(source, end).position if end is not None else source.events
+        _list(source, (first, last), types, reach, as_json=json)
+        raise typer.Exit(code_at(source, last))
+
+
+def _list(
+    source: RecordedSource,
+    span: tuple[int, int],
+    types: Sequence[str],
+    reach: tuple[int, int] | None,
+    *,
+    as_json: bool,
+) -> None:
+    for item in _items(source, *span):
         if streams.reader_gone():  # as in `... | head`
             return
         if item["type"] not in types:
@@ -62,7 +76,7 @@ def log(
             item.get("offset", reach[1]) < reach[1] and item["offset"] + item["length"] > reach[0]
         ):
             continue
-        sys.stdout.write((jsonlib.dumps(item) if json else _line(item)) + "\n")
+        sys.stdout.write((jsonlib.dumps(item) if as_json else _line(item)) + "\n")
 
 
 def _items(source: RecordedSource, first: int, last: int) -> Iterator[dict[str, Any]]:
@@ -100,7 +114,7 @@ def _request(source: RecordedSource, event: Event) -> dict[str, Any]:
         "cookie": event.cookie,
         "completed": completed if answered else None,
         "completed_s": source.time_of(completed) / 1e9 if answered else None,
-        "error": NbdErrno(error).name if error else None,
+        "error": error_name(error) if error else None,
     }
     if event.command != Command.FLUSH:
         item |= {"offset": event.offset, "length": event.length}
@@ -128,7 +142,8 @@ def _fault(fault: dict[str, Any]) -> str:
         rest = ", ".join(f"{key} {value}" for key, value in fault.items() if key != "action")
         return printable(f"{fault.get('action')} {rest}".rstrip())
     where = f" {fault['seq']}" if "seq" in fault else ""
-    place = f" at {fault['offset']} + {fault['length']}" if "offset" in fault else ""
-    late = f" after {fault['delay_s']:g} s" if "delay_s" in fault else ""
+    place = f" at {fault['offset']} + {fault.get('length')}" if "offset" in fault else ""
+    delay = fault.get("delay_s")
+    late = f" after {delay:g} s" if isinstance(delay, int | float) else ""
     text = f"{fault.get('action')} of {fault.get('command')}{where}{place}{late} by {fault['rule']}"
     return printable(text)

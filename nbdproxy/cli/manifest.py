@@ -12,11 +12,12 @@ from typing import Annotated
 import typer
 
 from nbdproxy.cli.choices import Mounts, Partition, where_of
-from nbdproxy.cli.console import err, print_json
+from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
+from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource, is_recording
+from nbdproxy.crash.recorded import is_recording
 from nbdproxy.crash.timeline import open_state
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
@@ -71,7 +72,7 @@ def manifest(
     means RUN@end: right only if the guest had ended in order, or after a sync. LOCKFILE is a
     package-lock.json: what npm ci would install, from tarballs that are checked and not installed.
     Exit code 2, and a line on stderr for each, if what fstab mounts is on a disk or partition that
-    cannot be read: all others are listed.
+    cannot be read, or if the end that is asked for is lost: all others are listed.
 
     Examples:
 
@@ -84,6 +85,7 @@ def manifest(
       nbdproxy manifest app/package-lock.json --under /app > npm.sha256
     """
     left_out: dict[str, str] = {}
+    fine = 0
     if Path(where).name.endswith(".json") and Path(where).is_file():
         if npm_cache is not None and tarballs is not None:
             raise UsageError("--npm-cache and --tarballs exclude each other; drop one of them")
@@ -98,7 +100,7 @@ def manifest(
         found = manifests.from_directory(Path(where), under, modes=modes)
     else:
         with (
-            _disk(where, base) as disk,
+            _disk(where, base) as (disk, fine),
             err.status("reading") as status,
             opened(oracle, status.update) as asked,
         ):
@@ -112,10 +114,19 @@ def manifest(
     if json:
         print_json([_to_json(entry) for entry in found.entries])
     else:
-        sys.stdout.buffer.write(manifests.dump(found).encode(errors="surrogateescape"))
-        sys.stdout.buffer.flush()
-    if left_out:
+        _print(manifests.dump(found))
+    if left_out or fine:
         raise typer.Exit(2)
+
+
+def _print(text: str) -> None:
+    """Print a manifest: as it is, but for people so that no name steers the terminal."""
+    if sys.stdout.isatty():
+        for line in text.removesuffix("\n").split("\n"):
+            out.print(line, markup=False)
+    else:
+        sys.stdout.buffer.write(text.encode(errors="surrogateescape"))
+        sys.stdout.buffer.flush()
 
 
 def _to_json(entry: Entry) -> dict[str, object]:
@@ -132,8 +143,8 @@ def _to_json(entry: Entry) -> dict[str, object]:
 
 
 @contextmanager
-def _disk(where: str, base: Path | None) -> Iterator[ReadableDevice]:
-    """Yield the disk of an image, or of a recording at a cut."""
+def _disk(where: str, base: Path | None) -> Iterator[tuple[ReadableDevice, int]]:
+    """Yield the disk of an image, or of a recording at a cut; and the exit code if all is well."""
     path = Path(where)
     run, at, cut = where.rpartition("@")
     if is_recording(path):
@@ -141,9 +152,9 @@ def _disk(where: str, base: Path | None) -> Iterator[ReadableDevice]:
     elif not at or path.exists():
         with closing(FileDisk(path, read_only=True)) as image:
             refuse_foreign(image)
-            yield image
+            yield image, 0
         return
-    with RecordedSource(Path(run), image=base) as source:
+    with recorded(Path(run), base) as source:
         state = StateId(resolve(source, cut).position, Level.RECEIVED, Choice.ALL)
         with closing(open_state(source, state)) as disk:
-            yield disk
+            yield disk, code_at(source, state.position)

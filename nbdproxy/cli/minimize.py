@@ -11,11 +11,11 @@ from nbdproxy.cli.choices import Base, Mounts, Partition, Root, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.oracles import OracleChoice, OracleName
+from nbdproxy.cli.recorded import recorded
 from nbdproxy.crash.bench import Bench, Job
 from nbdproxy.crash.judging import ManifestPlan
 from nbdproxy.crash.minimize import minimize as minimize_state
 from nbdproxy.crash.naming import parse_state_id
-from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.report import minimized
 
@@ -46,7 +46,7 @@ def minimize(
       nbdproxy minimize run1 --state s1234.flushed.must --check './check "$uri"'
     """
     chosen = parse_state_id(state)
-    with RecordedSource(run, image=base) as source:
+    with recorded(run, base) as source:
         timeline = Timeline(source)
         timeline.open(chosen)
         at = f"seq:{chosen.position - 1}" if chosen.position else "end"

@@ -16,8 +16,8 @@ import typer
 
 from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, set_up_logging
+from nbdproxy.cli.recorded import recorded
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
-from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
@@ -77,7 +77,7 @@ def open_(
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:
-        timeline = Timeline(stack.enter_context(RecordedSource(run, image=base)))
+        timeline = Timeline(stack.enter_context(recorded(run, base)))
         stack.callback(timeline.close)
         chosen = choose(timeline, state, at, mode, failure)
         disk = timeline.open(chosen)

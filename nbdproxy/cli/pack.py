@@ -21,7 +21,7 @@ from rich.progress import (
 
 from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, print_json
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.cli.recorded import recorded
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
@@ -69,9 +69,7 @@ def pack(
     """
     target = output or Path(run.resolve().name + SUFFIX)
     with ExitStack() as stack:
-        source = stack.enter_context(RecordedSource(run, image=base))
-        if source.missing:
-            err.print(f"note: {source.missing}", markup=False)
+        source = stack.enter_context(recorded(run, base))
         extras = {}
         if files is not None:
             listed = manifest.load(files)

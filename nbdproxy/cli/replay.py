@@ -31,6 +31,7 @@ from nbdproxy.cli.oracles import (
     opened,
     tell_differences,
 )
+from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.naming import StateId
 from nbdproxy.crash.recorded import RecordedSource, is_recording
 from nbdproxy.crash.together import Together, replay_together
@@ -106,11 +107,8 @@ def replay(
         raise UsageError("--base is the image of one recording; name one recording, or drop it")
     wanted = manifest.load(files)
     with ExitStack() as stack:
-        sources = [stack.enter_context(RecordedSource(run, image=base)) for run in found]
-        for run, source in zip(found, sources, strict=True):
-            if source.missing:
-                which = f"{run}: " if len(found) > 1 else ""
-                err.print(f"note: {which}{source.missing}", markup=False)
+        several = len(found) > 1
+        sources = [stack.enter_context(recorded(run, base, name=several)) for run in found]
         with err.status("judging crash states") as status, opened(oracle, status.update) as judge:
 
             def about_to_judge(state: StateId) -> None:
@@ -136,7 +134,10 @@ def replay(
             print_json({**told, **differences_json(judge)})
         else:
             _print(together, sources[0], list_files=list_files)
-    raise typer.Exit(EXIT[merge({cell.verdict for cell in together.table.cells})])
+    code = EXIT[merge({cell.verdict for cell in together.table.cells})]
+    for source, own in zip(sources, together.each, strict=True):
+        code = code_at(source, max(cell.cut.position for cell in own.cells), code)
+    raise typer.Exit(code)
 
 
 def _print(together: Together, source: RecordedSource, *, list_files: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, print_json, set_up_logging
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.cli.recorded import recorded
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.endpoints import listen_unix
@@ -45,12 +45,10 @@ def timeline(
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:
-        source = stack.enter_context(RecordedSource(run, image=base))
+        source = stack.enter_context(recorded(run, base))
         opened = Timeline(source)
         stack.callback(opened.close)
         opened.base()
-        if source.missing:
-            err.print(f"note: {source.missing}", markup=False)
         if socket is None:
             folder = stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())

@@ -27,8 +27,7 @@ from xxhash import xxh3_128_hexdigest
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.errors import RecordingError
 from nbdproxy.private import open_folder
-from nbdproxy.recording.format import NONE, SLOT_SIZE, Kind, data_path, events_path
-from nbdproxy.recording.reader import SLOTS
+from nbdproxy.recording.format import NONE, SLOT_SIZE, SLOTS, Kind, data_path, events_path
 from nbdproxy.recording.stream import StreamReader
 
 PIECE_MAX = 8 * 1024 * 1024

@@ -21,7 +21,13 @@ from nbdproxy.crash.replay import replay as replay_one
 from nbdproxy.crash.rooted import with_root
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
-from nbdproxy.errors import FilesystemError, ManifestError, ProjectionError, UsageError
+from nbdproxy.errors import (
+    FilesystemError,
+    ManifestError,
+    ProjectionError,
+    RecordingError,
+    UsageError,
+)
 from nbdproxy.oracles.check import merge
 from nbdproxy.oracles.composite import split
 from nbdproxy.oracles.condition import Condition
@@ -147,7 +153,13 @@ def _first(sources: Sequence[RecordedSource], text: str) -> tuple[RecordedSource
 
 
 def _began_ns(source: RecordedSource) -> int:
-    return round(datetime.fromisoformat(source.meta.started).timestamp() * 1e6) * 1000
+    try:
+        return round(datetime.fromisoformat(source.meta.started).timestamp() * 1e6) * 1000
+    except (ValueError, OverflowError, OSError):
+        raise RecordingError(
+            f"{source.path} does not say when it began; for several disks together use end or "
+            "before-exit"
+        ) from None
 
 
 def _place(

@@ -30,6 +30,7 @@ import re
 import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,15 +115,23 @@ class Manifest:
 def load(path: Path) -> Manifest:
     """Read a manifest file; raises ManifestError if it cannot be read as one."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            if file.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ManifestError(
+                    f"{path} is UTF-16, as PowerShell's > writes it; save it as UTF-8"
+                )
+            raw = any(b"\0" in part for part in iter(partial(file.read, CHUNK), b""))
+            file.seek(0)
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            # Line by line: the text of a million files takes more memory than what it says.
+            lines = file.read().removesuffix(b"\0").split(b"\0") if raw else file
+            decoded = (line.decode("utf-8", "surrogateescape").removesuffix("\n") for line in lines)
+            return _parse(decoded, str(path), raw=raw, from_root=is_dpkg(path))
     except OSError as error:
         raise ManifestError(
             f"{path}: {error.strerror}; write a manifest with `nbdproxy manifest` or `sha256sum`"
         ) from error
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ManifestError(f"{path} is UTF-16, as PowerShell's > writes it; save it as UTF-8")
-    text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
-    return parse(text, str(path), from_root=is_dpkg(path))
 
 
 def is_dpkg(path: Path) -> bool:
@@ -138,28 +147,32 @@ def parse(text: str, source: str, *, from_root: bool = False) -> Manifest:
     Raises ManifestError, with the line's number, for a line that is none, for a name with two
     digests, and for a manifest without entries.
     """
-    entries: dict[str, Entry] = {}
-    told = _NOTHING_TOLD
     raw = "\0" in text
     lines = text.removesuffix("\0").split("\0") if raw else text.split("\n")
+    return _parse(lines, source, raw=raw, from_root=from_root)
+
+
+def _parse(lines: Iterable[str], source: str, *, raw: bool, from_root: bool) -> Manifest:
+    """Read a manifest's lines; `raw` ones end with NUL, and have no escapes."""
+    entries: dict[str, Entry] = {}
+    told = _NOTHING_TOLD
     for number, line in enumerate(lines, start=1):
-        where = f"{source}:{number}"
         entry = None
         if line.startswith("#"):
             told = _told(line.rstrip(), told)
-            entry = _link(line.rstrip(), where)
+            entry = _link(line.rstrip(), f"{source}:{number}")
         else:
             if raw or line.strip():
-                entry = _entry(line, told, where, raw=raw)
+                entry = _entry(line, told, (source, number), raw=raw)
             told = _NOTHING_TOLD
         if entry is not None:
             if from_root:
                 entry = replace(entry, path="/" + entry.path.lstrip("/"), is_guessed=False)
             known = entries.setdefault(entry.path, entry)
-            if known != entry:
+            if known is not entry and known != entry:
                 raise ManifestError(
-                    f"{where}: {entry.path!r} already stands above with another digest, size, "
-                    f"mode or target; keep the line of the version you expect"
+                    f"{source}:{number}: {entry.path!r} already stands above with another digest, "
+                    f"size, mode or target; keep the line of the version you expect"
                 )
     if not entries:
         raise ManifestError(
@@ -321,11 +334,12 @@ def _link(comment: str, where: str) -> Entry | None:
         ) from None
 
 
-def _entry(line: str, told: _Told, where: str, *, raw: bool) -> Entry | None:
+def _entry(line: str, told: _Told, at: tuple[str, int], *, raw: bool) -> Entry | None:
     """Return the entry of a line; None if it lists what is no file. `raw` names have no escapes."""
+    where = "{}:{}".format(*at)
     if not raw and not line.startswith("\\"):
         line = line.removesuffix("\r")
-    if listed := RPM.fullmatch(line):
+    if line.startswith("/") and (listed := RPM.fullmatch(line)):
         return _of_rpm(listed)
     plain = LINE.fullmatch(line)
     if plain:
@@ -348,8 +362,8 @@ def _entry(line: str, told: _Told, where: str, *, raw: bool) -> Entry | None:
         name = name[2:]
     # A size stands in the lines of our own manifests, whose algorithm is known.
     is_guessed = plain is not None and told.size is None
-    expected = Entry(name, found.lower(), told.size, told.mode, algorithm=algorithm)
-    return replace(expected, is_guessed=is_guessed)
+    values = (name, found.lower(), told.size, told.mode)
+    return Entry(*values, algorithm=algorithm, is_guessed=is_guessed)
 
 
 def _no_line(line: str, where: str) -> ManifestError:

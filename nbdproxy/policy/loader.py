@@ -7,6 +7,7 @@ looked up in the package (an installed wheel carries the gallery) and in the sou
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,22 @@ from nbdproxy.policy.schema import EXAMPLE_KEYS, KEYS, PARAMETER_KEYS
 _PACKAGE = Path(__file__).parent.parent
 DIRECTORIES = (_PACKAGE / "policies", _PACKAGE.parent / "policies")
 """Where the gallery is: in an installed package, and in a source tree."""
+
+
+SIZE_MAX = 256 * 1024
+"""Bytes of a policy file; the longest of the gallery has a hundredth."""
+PARTS_MAX = 100
+"""Dots of a line outside its strings, and brackets, of which a reader takes memory for each."""
+_STRINGS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'|#[^\n]*')
+
+
+def too_deep(text: str) -> bool:
+    """Tell whether a key has so many parts, or a value so many brackets, that reading takes long.
+
+    The standard library's reader takes memory with the square of a dotted key's parts.
+    """
+    lines = _STRINGS.sub("0", text).splitlines()
+    return any(line.count(".") > PARTS_MAX or line.count("[") > PARTS_MAX for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +86,14 @@ def load(name: str) -> PolicyFile:
 
 def read(path: Path) -> PolicyFile:
     """Read one policy file."""
+    text = _text(path)
+    if too_deep(text):
+        raise PolicyError(
+            f"{path} has a key of more than {PARTS_MAX} parts, or brackets as deep; no policy "
+            "needs that: mend it"
+        )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PolicyError(f"there is no policy file {path}; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path} cannot be read: {error}") from None
+        content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also numbers and lists beyond all bounds
         raise PolicyError(f"{path} is not TOML: {error}") from None
     top = checked(str(path), "", content, KEYS)
@@ -95,6 +114,21 @@ def read(path: Path) -> PolicyFile:
             said = str(wrong).removeprefix(f"{path}: ")
             raise PolicyError(f"{path}: example[{index}].set: {said}") from None
     return file
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(SIZE_MAX + 1)
+        text = raw.decode()
+    except FileNotFoundError:
+        raise PolicyError(f"there is no policy file {path}; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{path} cannot be read: {error}") from None
+    if len(raw) > SIZE_MAX:
+        raise PolicyError(f"{path} is larger than {SIZE_MAX >> 10} KiB; split the policy")
+    # The line ends of other systems, as a text file is read.
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _parameters(path: Path, table: Mapping[str, object]) -> Iterator[Parameter]:

@@ -73,15 +73,35 @@ import struct
 from enum import IntEnum
 from pathlib import Path
 
+import numpy as np
+
 VERSION = 1
 SLOT = struct.Struct("<BBHIQQQQQQ")
 CHECKSUM = struct.Struct("<Q")
 SLOT_SIZE = 64
+SLOTS = np.dtype(
+    [
+        ("kind", "u1"),
+        ("command", "u1"),
+        ("flags", "<u2"),
+        ("connection", "<u4"),
+        ("time", "<u8"),
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("cookie", "<u8"),
+        ("position", "<u8"),
+        ("digest", "<u8"),
+        ("checksum", "<u8"),
+    ]
+)
+"""Slots as numpy has them, the checksum included."""
 NONE = 2**64 - 1
 
 TAIL_MAGIC = b"NBDPTAIL"
 TAIL_HEADER = struct.Struct("<8sIIQ")
 TAIL_PAGE = 4096
+TAIL_MAX = 256 * 1024 * 1024
+"""Bytes of a tail, which a reader holds in memory; ours have 16 MiB."""
 
 
 class Kind(IntEnum):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +19,8 @@ from nbdproxy.recording.format import VERSION
 
 IMPORTED = ("imported",)
 """The `policies` of a recording that was made of another program's log."""
+_SIZE_END = 1 << 63
+"""Bytes of a disk are a signed number of 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ class Meta:
         """Read META's JSON text; raises RecordingError if it is of another version, or no META."""
         fields = _load(text, "META")
         version = fields.pop("version", None)
-        if version != VERSION:
+        if type(version) is not int or version != VERSION:
             raise RecordingError(
                 f"this recording has format version {version}, and this nbdproxy reads {VERSION}; "
                 "use the nbdproxy that made it"
@@ -90,9 +93,28 @@ class Meta:
             fields["base"] = Fingerprint(**fields["base"])
             fields["data"] = tuple((start, length) for start, length in fields["data"])
             fields["policies"] = tuple(fields["policies"])
-            return cls(**fields)
+            return cls(**fields)._checked()
         except (KeyError, TypeError, ValueError) as error:
             raise _wrong("META", error) from None
+
+    def _checked(self) -> Meta:
+        """Return itself; raises ValueError if a value is of another kind, or cannot be."""
+        texts = [self.image, self.started, self.program, self.kind, *self.policies]
+        _check(texts, str)
+        _check([text for text in (self.origin,) if text is not None], str)
+        _check([self.overlay, *(one for one in (self.fua,) if one is not None)], bool)
+        _check([self.size, self.base.size, self.base.mtime_ns], int)
+        _check([number for part in self.data for number in part], int)
+        if not 0 <= self.size < _SIZE_END:
+            raise ValueError(f"a disk of {self.size} bytes")
+        end = 0
+        for start, length in self.data:
+            if start < end or length < 0 or start + length > self.size:
+                raise ValueError("data outside the disk, or not in its order")
+            end = start + length
+        if "\0" in self.image or not _is_path(self.image):
+            raise ValueError("an image that no path can name")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +133,12 @@ class Ending:
         """Read END's JSON text; raises RecordingError if it is not one."""
         fields = _load(text, "END")
         try:
-            image = fields["image"]
-            return cls(fields["reason"], None if image is None else Fingerprint(**image))
-        except (KeyError, TypeError) as error:
+            reason, image = fields["reason"], fields["image"]
+            _check([reason], str)
+            found = None if image is None else Fingerprint(**image)
+            _check([] if found is None else [found.size, found.mtime_ns], int)
+            return cls(reason, found)
+        except (KeyError, TypeError, ValueError) as error:
             raise _wrong("END", error) from None
 
 
@@ -133,11 +158,26 @@ def origin_of(events: os.stat_result) -> str:
 def _load(text: str, what: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _wrong(what, error) from None
     if not isinstance(fields, dict):
         raise _wrong(what, TypeError(f"a JSON {type(fields).__name__}"))
     return fields
+
+
+def _check(values: Iterable[object], kind: type) -> None:
+    """Raise TypeError for a value that is not exactly of that kind: true is no number here."""
+    for value in values:
+        if type(value) is not kind:
+            raise TypeError(f"a {type(value).__name__} where {kind.__name__} should be")
+
+
+def _is_path(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _wrong(what: str, error: Exception) -> RecordingError:

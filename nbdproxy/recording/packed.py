@@ -57,7 +57,13 @@ from typing import Any
 
 from nbdproxy.errors import RecordingError
 from nbdproxy.private import open_plain
-from nbdproxy.recording.format import base_path, data_path, events_path, index_path
+from nbdproxy.recording.format import (
+    TAIL_MAX,
+    base_path,
+    data_path,
+    events_path,
+    index_path,
+)
 from nbdproxy.recording.stream import tail_path
 
 VERSION = 1
@@ -84,8 +90,6 @@ STREAMS = tuple(
     )
 )
 NEEDED, TAILS = STREAMS[:2], STREAMS[2:]
-TAIL_MAX = 256 * 1024 * 1024
-"""Bytes of a tail, which a reader holds in memory; ours have 16 MiB."""
 BASE = base_path(_HERE).name
 INDEX = index_path(_HERE).name
 MEMBERS = (*STREAMS, BASE, FILES, VERDICTS)

@@ -3,7 +3,9 @@
 `Recording(path)` verifies every slot's checksum and keeps about 50 bytes for each request; the
 payloads stay in the file and their digests are checked as they are read. A recording that was cut
 off anywhere opens to the consistent prefix before the cut, and `missing` says in a sentence what
-is not there. Raises RecordingError when there is nothing to open.
+is not there. Raises RecordingError when there is nothing to open, and for what no recorder writes:
+checksums tell damage, not forgery (see `vetted`). Nothing else is raised of an open recording than
+RecordingError where a payload is damaged.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +21,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from nbdproxy.errors import RecordingError
 from nbdproxy.private import is_trusted
@@ -27,6 +30,8 @@ from nbdproxy.recording.format import (
     NONE,
     SLOT,
     SLOT_SIZE,
+    SLOTS,
+    TAIL_MAX,
     Kind,
     data_path,
     events_path,
@@ -37,24 +42,17 @@ from nbdproxy.recording.notes import NOTE_OF_SLOT, Note, NoteKind
 from nbdproxy.recording.payloads import PayloadIndex
 from nbdproxy.recording.stream import StreamReader
 from nbdproxy.recording.tables import TableBuilder
+from nbdproxy.recording.vetted import Vetting
 from nbdproxy.requests import Command
 
-SLOTS = np.dtype(
-    [
-        ("kind", "u1"),
-        ("command", "u1"),
-        ("flags", "<u2"),
-        ("connection", "<u4"),
-        ("time", "<u8"),
-        ("offset", "<u8"),
-        ("length", "<u8"),
-        ("cookie", "<u8"),
-        ("position", "<u8"),
-        ("digest", "<u8"),
-        ("checksum", "<u8"),
-    ]
-)
+TEXT_MAX = 1024 * 1024
+"""Bytes of a note's text; what reaches us for one has at most 64 KiB."""
+META_MAX = 256 * 1024 * 1024
+"""Bytes of META's; it takes 20 for each part of an image that is no hole."""
+TEXTS_MAX = 1024 * 1024 * 1024
+"""Bytes of all texts, which are held in memory."""
 _CHUNK = 16384
+_PART = 1024 * 1024
 _NOTES = [int(kind) for kind in NOTE_OF_SLOT]
 _TEXTS = frozenset({Kind.META, *NOTE_OF_SLOT})
 _CHECKSUMS = struct.Struct("<56sQ")
@@ -106,6 +104,8 @@ class Recording:
             raise
         self.missing: str | None = None
         """What is not there any more, in a sentence; None when all is."""
+        self.is_damaged = False
+        """Whether events are gone that were recorded, so that `end` is not the end."""
         self.notes: list[Note] = []
         self.refused = 0
         """How many requests never reached the disk."""
@@ -113,6 +113,7 @@ class Recording:
         """How many events there are; the position `end`."""
         self._indexes: tuple[PayloadIndex, ...] = ()
         self._saved: list[NDArray[np.int64]] = []
+        self._texts = 0
         try:
             self._load()
         except BaseException:
@@ -121,9 +122,11 @@ class Recording:
 
     def _load(self) -> None:
         builder = TableBuilder(self._events.size // SLOT_SIZE)
+        vetting = Vetting(self.path, self._data.size)
         for chunk in self._chunks():
             if self.events == 0:
                 self.meta = self._read_meta(chunk)
+            vetting.check(chunk, self.events, self.meta.size)
             builder.add(chunk, self.events)
             self._load_rest(chunk)
             self.events += len(chunk)
@@ -140,6 +143,11 @@ class Recording:
         self.ending = (
             Ending.parse(last.text) if last is not None and last.kind is NoteKind.END else None
         )
+        if self.truncated and self.missing is None:
+            self._lack(
+                f"cut off after event {self.events}: there is no end, and no tail that a "
+                "recorder leaves which was killed"
+            )
         if self.ending is None and self.missing is None:
             self.missing = (
                 "the recorder is still at work, or did not end in order; until here all is there"
@@ -156,12 +164,11 @@ class Recording:
                 yield np.frombuffer(bytes(buffer[: good * SLOT_SIZE]), SLOTS)
             if good * SLOT_SIZE < count:
                 lost = self._events.size - (number + good) * SLOT_SIZE
-                if self._stale(buffer[good * SLOT_SIZE : count]):
-                    return
-                self.missing = (
-                    f"cut off or damaged after event {number + good}: "
-                    f"{lost} bytes behind it cannot be read"
-                )
+                if not self._stale(buffer[good * SLOT_SIZE : count], number + good):
+                    self._lack(
+                        f"cut off or damaged after event {number + good}: "
+                        f"{lost} bytes behind it cannot be read"
+                    )
                 return
             number += good
 
@@ -181,21 +188,60 @@ class Recording:
         return len(slots) // SLOT_SIZE
 
     def _intact(self, body: bytes, position: int, length: int) -> bool:
-        """Tell whether a text is the one that was recorded."""
+        """Tell whether a text is the one that was recorded, and one that memory holds."""
         if position == NONE:
             return True
-        text = bytearray(length)
+        self._texts += length
+        if length > (META_MAX if body[0] == Kind.META else TEXT_MAX) or self._texts > TEXTS_MAX:
+            return False
         (expected,) = CHECKSUM.unpack_from(body, 48)
-        there = self._data.read_into(position, memoryview(text))
-        return there == length and xxh3_64_intdigest(text) == expected
+        return bool(self._digest(position, length) == expected)
 
-    def _stale(self, rest: memoryview) -> bool:
-        """Tell whether what follows is only what a killed writer leaves in its tail."""
-        return self._events.has_tail or not any(rest)
+    def _digest(self, position: int, length: int) -> int | None:
+        """Return the digest of a payload; None if it is not all there."""
+        digest = xxh3_64()
+        part = memoryview(bytearray(min(length, _PART)))
+        for at in range(position, position + length, _PART):
+            piece = part[: position + length - at]
+            if self._data.read_into(at, piece) != len(piece):
+                return None
+            digest.update(piece)
+        return digest.intdigest()
+
+    def _lack(self, what: str) -> None:
+        self.missing, self.is_damaged = what, True
+
+    def _stale(self, rest: memoryview, number: int) -> bool:
+        """Tell whether what follows is only what a killed writer leaves in its tail.
+
+        `number` is that of the first slot that does not hold. One that holds behind it was
+        recorded later; but a recorder at work may have written both while they were read.
+        """
+        if not self._events.has_tail:
+            return not any(rest)
+        if not self._holds_behind(number):
+            return True
+        with closing(_open(self.path, events_path(self.path))) as again:
+            slot = memoryview(bytearray(SLOT_SIZE))
+            again.read_into(number * SLOT_SIZE, slot)
+            body, checksum = _CHECKSUMS.unpack(slot)
+            return bool(xxh3_64_intdigest(body, number) == checksum)
+
+    def _holds_behind(self, number: int) -> bool:
+        """Tell whether a slot behind `number` holds, as far as a tail reaches."""
+        buffer = memoryview(bytearray(_CHUNK * SLOT_SIZE))
+        for first in range(number + 1, number + 1 + TAIL_MAX // SLOT_SIZE, _CHUNK):
+            count = self._events.read_into(first * SLOT_SIZE, buffer)
+            found = _CHECKSUMS.iter_unpack(buffer[: count - count % SLOT_SIZE])
+            if any(xxh3_64_intdigest(b, seq) == s for seq, (b, s) in enumerate(found, first)):
+                return True
+            if count < len(buffer):
+                break
+        return False
 
     def _read_meta(self, chunk: NDArray[np.void]) -> Meta:
         first = chunk[0]
-        if first["kind"] != Kind.META:
+        if first["kind"] != Kind.META or first["position"] == NONE:
             raise RecordingError(f"{self.path} does not begin as a recording does; check the path")
         return Meta.parse(self._text(int(first["position"]), int(first["length"])))
 
@@ -259,7 +305,12 @@ class Recording:
 
     def _fill(self, position: int, buffer: memoryview) -> None:
         if self._data.read_into(position, buffer) != len(buffer):
-            raise RecordingError(f"{self.path} lacks payload that its events promise")
+            raise self._lacks_payload()
+
+    def _lacks_payload(self) -> RecordingError:
+        return RecordingError(
+            f"{self.path} lacks payload that its events promise; copy it again, all its files"
+        )
 
     def verify(self) -> None:
         """Check every payload's digest; raises RecordingError at the first that is wrong."""
@@ -268,9 +319,10 @@ class Recording:
                 self._verify(event)
 
     def _verify(self, event: Event) -> None:
-        payload = bytearray(event.length)
-        self._fill(event.position, memoryview(payload))
-        if xxh3_64_intdigest(payload) != event.digest:
+        found = self._digest(event.position, event.length)
+        if found is None:
+            raise self._lacks_payload()
+        if found != event.digest:
             raise RecordingError(
                 f"the payload of event {event.seq} in {self.path} is damaged; "
                 "only cuts before it can be trusted: --at seq:" + str(max(event.seq - 1, 0))

@@ -27,6 +27,7 @@ from nbdproxy.recording.format import (
     NONE,
     TAIL_HEADER,
     TAIL_MAGIC,
+    TAIL_MAX,
     TAIL_PAGE,
     VERSION,
 )
@@ -279,7 +280,7 @@ def _not_durable(path: Path, error: OSError) -> RecordingError:
 def _read_tail(path: Path) -> bytes:
     try:
         with open(open_plain(path), "rb") as file:  # noqa: PTH123 - a descriptor
-            return file.read()
+            return file.read(TAIL_MAX)
     except FileNotFoundError:
         return b""
 
@@ -310,6 +311,8 @@ class StreamReader:
         if magic != TAIL_MAGIC or version != VERSION:
             return
         if not segment or TAIL_HEADER.size + 8 * segments > TAIL_PAGE:
+            return
+        if TAIL_PAGE + segment * segments > TAIL_MAX:
             return
         self._segment = segment
         # Blocks stand in turn, and none is begun before the one it replaces is in the file; a

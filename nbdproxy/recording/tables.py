@@ -21,11 +21,16 @@ _COLUMNS = {
 }
 
 
-class TableBuilder:
-    """Collects up to `capacity` requests; memory is touched only as rows are filled."""
+_FIRST = 1 << 20
+"""Rows that there is room for at first; a file may say that it is larger than any memory."""
 
-    def __init__(self, capacity: int) -> None:
-        self._columns = {name: np.empty(capacity, kind) for name, kind in _COLUMNS.items()}
+
+class TableBuilder:
+    """Collects requests, `about` so many; memory is touched only as rows are filled."""
+
+    def __init__(self, about: int) -> None:
+        room = min(about, _FIRST)
+        self._columns = {name: np.empty(room, kind) for name, kind in _COLUMNS.items()}
         self._rows = 0
 
     def add(self, slots: NDArray[np.void], first: int) -> None:
@@ -36,6 +41,8 @@ class TableBuilder:
         rows = slice(self._rows, self._rows + len(received))
         self._rows = rows.stop
         columns = self._columns
+        if rows.stop > len(columns["seq"]):
+            self._grow_to(rows.stop + rows.stop // 4)
         columns["seq"][rows] = received + first
         for name in ("command", "flags", "connection", "offset", "length"):
             columns[name][rows] = chosen[name]
@@ -63,8 +70,11 @@ class TableBuilder:
         self._columns["completed"][rows[found]] = np.repeat(seqs, counts)[found]
         self._columns["error"][rows[found]] = np.repeat(slots["flags"], counts)[found]
 
+    def _grow_to(self, rows: int) -> None:
+        for column in self._columns.values():
+            column.resize(rows, refcheck=False)
+
     def finish(self) -> RequestTable:
         """Return the table; the builder is used up."""
-        for column in self._columns.values():
-            column.resize(self._rows, refcheck=False)
+        self._grow_to(self._rows)
         return RequestTable(**self._columns)

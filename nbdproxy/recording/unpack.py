@@ -41,7 +41,7 @@ from nbdproxy.recording.packed import (
     Progress,
     padding,
 )
-from nbdproxy.recording.vetted import VettedRecording
+from nbdproxy.recording.reader import Recording
 
 _PART = 1024 * 1024
 _FRAME_MAGIC = bytes.fromhex("28b52ffd")
@@ -328,7 +328,7 @@ def _write(file: BinaryIO, offset: int, data: bytes) -> None:
 def _check_facts(archive: _Archive, index: Index, folder: Path) -> None:
     """Refuse a recording that is not the one that the index is of, or that no recorder wrote."""
     try:
-        with VettedRecording(folder) as recording:
+        with Recording(folder) as recording:
             facts = recording.size, recording.events
     except RecordingError:
         raise RecordingError(

@@ -20,7 +20,7 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.effects import SECTOR
 from nbdproxy.policy.examples import GONE, NONSENSE, SILENCE, Example, Step
 from nbdproxy.policy.model import Policy
-from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
+from nbdproxy.requests import Command, CommandFlag, Request, error_name
 from nbdproxy.server.export import Export
 from nbdproxy.server.jobs import Job, LinkDroppedError
 from nbdproxy.server.places import find_places
@@ -235,7 +235,7 @@ def _read(reply: bytes, request: Request) -> str:
     if magic != SIMPLE_REPLY_MAGIC or cookie != request.cookie or not fits:
         return NONSENSE
     if error:
-        return NbdErrno(error).name
+        return error_name(error)
     return letters(reply[_REPLY.size :]) if data else _OK
 
 

@@ -34,7 +34,7 @@ from nbdproxy.nbd.events import (
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.uri import NbdUri
 from nbdproxy.peers import Believed, user_number
-from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
+from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request, error_name
 from nbdproxy.server.budget import Budget
 from nbdproxy.server.jobs import LOST, Failure, ToldError
 from nbdproxy.server.power import Power
@@ -413,8 +413,7 @@ def _check(info: ExportInfo) -> None:
 
 
 def _error_text(error: int) -> str:
-    known = {int(one) for one in NbdErrno}
-    return f"the NBD server below says {NbdErrno(error).name if error in known else error}"
+    return f"the NBD server below says {error_name(error)}"
 
 
 def _words(error: Exception, uri: NbdUri) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import unicodedata
@@ -82,6 +83,21 @@ def test_names_of_files_steer_no_terminal(recorded: Recorded, tmp_path: Path) ->
         nbdproxy("explain", recorded.run, f"/{EVIL}", *listed, "--json", code=1).stdout
     )
     assert story["path"] == f"/{EVIL}"
+
+
+def test_a_manifest_steers_no_terminal_and_is_exact_in_a_file(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a\x1b[2Jb").write_bytes(b"")
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "nbdproxy", "manifest", str(folder)]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=theirs, check=True, timeout=60)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    os.close(theirs)
+    assert r"a\x1b[2Jb" in shown
+    assert "\x1b[2J" not in shown
+    assert "a\x1b[2Jb" in nbdproxy("manifest", folder).stdout
 
 
 def test_errors_and_logs_steer_no_terminal(recorded: Recorded, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ HANG_S = 10
 MEMORY_MB = 512
 """Ten times what a run needs; inputs are short, so nothing may need much."""
 
-LONGEST_INPUT = 4096
+LONGEST_INPUT = 65536
+"""Bytes of an input, if no stored one is longer: those of the protocol have hundreds."""
 _LOG_LINES = 40
 _STATUS = re.compile(r"^#\d+\s.*cov: (\d+).*rss: (\d+)Mb", re.MULTILINE)
 _WRITTEN = re.compile(r"Test unit written to (.+)$", re.MULTILINE)
@@ -138,7 +139,9 @@ def main(
     arguments: Sequence[str], *, targets: Iterable[str] = TARGETS, findings: Path = FINDINGS
 ) -> int:
     """Run what the command line asks for; 1 if there is a finding."""
-    parser = argparse.ArgumentParser(prog="scripts/fuzz", description="Fuzz the protocol cores.")
+    parser = argparse.ArgumentParser(
+        prog="scripts/fuzz", description="Fuzz the protocol cores and the readers."
+    )
     parser.add_argument("--seconds", type=int, default=0, help="time for each target")
     parser.add_argument("--runs", type=int, default=-1, help="inputs for each target")
     parser.add_argument("--target", choices=[*targets], help="one target instead of all")

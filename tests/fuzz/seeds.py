@@ -146,8 +146,8 @@ SEEDS: dict[str, Callable[[], Iterable[tuple[str, bytes]]]] = {
 
 
 def seeds(target: str) -> dict[str, bytes]:
-    """The seeds of a target by the names of their files."""
-    return dict(SEEDS[target]())
+    """The seeds of a target by the names of their files; a reader's are stored, and not made."""
+    return dict(SEEDS[target]()) if target in SEEDS else {}
 
 
 def dictionary() -> str:

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.fuzz import client_target, faulty, replies_target, server_target
+from tests.fuzz import (
+    client_target,
+    faulty,
+    reader_targets,
+    recording_target,
+    replies_target,
+    server_target,
+)
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "server": server_target.run,
     "replies": replies_target.run,
     "client": client_target.run,
 }
+PROTOCOL = tuple(TARGETS)
+"""Those that the tables give seeds for."""
+TARGETS |= {"recording": recording_target.run, **reader_targets.TARGETS}
 
 FAULTY: dict[str, Callable[[bytes], None]] = {
     "faulty-crash": faulty.crash,

@@ -20,7 +20,7 @@ from nbdproxy.requests import Command
 from tests.fuzz import client_target, server_target
 from tests.fuzz.campaign import ROOT, fuzz, main
 from tests.fuzz.seeds import CORPUS, dictionary, seeds
-from tests.fuzz.targets import FAULTY, TARGETS
+from tests.fuzz.targets import FAULTY, PROTOCOL, TARGETS
 from tests.nbd import spec
 from tests.nbd.wire import kinds, taken_apart
 
@@ -41,7 +41,7 @@ def test_a_stored_input_breaks_no_law(path: Path) -> None:
     TARGETS[path.parent.name](path.read_bytes())
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", PROTOCOL)
 def test_the_seeds_are_stored_as_the_tables_give_them(target: str) -> None:
     for name, data in seeds(target).items():
         stored = CORPUS / target / name
@@ -100,15 +100,16 @@ def test_the_dictionary_is_of_a_form_that_the_fuzzer_reads() -> None:
 
 
 @ATHERIS
-def test_a_short_run_finds_nothing() -> None:
-    command = [f"{ROOT}/scripts/fuzz", "--runs", "20000", "--seconds", "5", "--seed", "1"]
+@pytest.mark.parametrize("target", [*PROTOCOL, "lvm", "nbd-trlog"])
+def test_a_short_run_finds_nothing(target: str) -> None:
+    limits = ["--runs", "20000", "--seconds", "4", "--seed", "1"]
+    command = [f"{ROOT}/scripts/fuzz", "--target", target, *limits]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout
-    for target in TARGETS:
-        figures = re.search(rf"^{target}: (\d+) executions, \d+/s, (\d+) edges", done.stdout, re.M)
-        assert figures
-        assert int(figures[1]) > 500
-        assert int(figures[2]) > 50
+    figures = re.search(rf"^{target}: (\d+) executions, \d+/s, (\d+) edges", done.stdout, re.M)
+    assert figures
+    assert int(figures[1]) > (500 if target in PROTOCOL else 50)
+    assert int(figures[2]) > 50
 
 
 @ATHERIS

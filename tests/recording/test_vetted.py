@@ -1,11 +1,10 @@
-"""`VettedRecording`: slots with right checksums that no recorder writes are refused, not believed.
+"""`Recording`: slots with right checksums that no recorder writes are refused, not believed.
 
 Not covered: what harmless values mean; a recording may tell of a disk that never was.
 """
 
 from __future__ import annotations
 
-import struct
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -18,16 +17,12 @@ from xxhash import xxh3_64_intdigest
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.reader import Recording
 from nbdproxy.recording.unpack import unpack
-from nbdproxy.recording.vetted import VettedRecording
 from nbdproxy.recording.writer import RecordingWriter
 from tests.recording.example import ENDING, META, SIZE, fill, make
+from tests.support.forging import FIELDS, NONE, sealed, slots_of
 from tests.support.packs import entry, index_of, names, seal
 
-SLOT = struct.Struct("<BBHIQQQQQQ")
-FIELDS = ["kind", "command", "flags", "connection", "time", "offset", "length", "cookie"]
-FIELDS += ["position", "digest"]
 META_SLOT, ANSWER, REQUEST, BEFORE, TEXT, ZEROES = 0, 5, 3, 2, 1, 9
-NONE = 2**64 - 1
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +35,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def forged(run: Path, changes: list[tuple[int, str, int]], more: bytes = b"") -> dict[str, bytes]:
     """Return a recording's files with fields of slots changed, and right checksums again."""
-    events, data = ((run / name).read_bytes() for name in ("events", "data"))
-    slots = [list(SLOT.unpack_from(events, at)) for at in range(0, len(events), 64)]
+    data = (run / "data").read_bytes() + more
+    slots = slots_of(run)
     for slot, field, value in changes:
         slots[slot % len(slots)][FIELDS.index(field)] = value
-    bodies = [SLOT.pack(*slot) for slot in slots]
-    sums = [struct.pack("<Q", xxh3_64_intdigest(body, seq)) for seq, body in enumerate(bodies)]
-    return {
-        "events": b"".join(b + s for b, s in zip(bodies, sums, strict=True)),
-        "data": data + more,
-    }
+    return {"events": sealed(slots, data, digests=False), "data": data}
 
 
 def refused(members: dict[str, bytes], folder: Path) -> None:
@@ -58,7 +48,7 @@ def refused(members: dict[str, bytes], folder: Path) -> None:
     for name, content in members.items():
         (folder / "run" / name).write_bytes(content)
     with pytest.raises(RecordingError):
-        VettedRecording(folder / "run")
+        Recording(folder / "run")
     index = index_of(members, size=SIZE, events=len(members["events"]) // 64)
     archive = entry("pack.json", index) + b"".join(entry(*one) for one in members.items())
     (folder / "file").write_bytes(seal(archive + bytes(1024)))
@@ -68,11 +58,11 @@ def refused(members: dict[str, bytes], folder: Path) -> None:
 
 
 def test_what_a_recorder_wrote_passes(run: Path, tmp_path: Path) -> None:
-    with VettedRecording(run) as vetted, Recording(run) as plain:
-        assert list(vetted.log()) == list(plain.log())
+    with Recording(run) as vetted:
+        assert len(list(vetted.log())) == vetted.events
     writer = RecordingWriter(tmp_path / "live", META)
     fill(writer)
-    with VettedRecording(tmp_path / "live") as vetted:
+    with Recording(tmp_path / "live") as vetted:
         assert vetted.events
     writer.close(ENDING)
 
@@ -93,6 +83,13 @@ def test_what_a_recorder_wrote_passes(run: Path, tmp_path: Path) -> None:
         (REQUEST, "command", 250),
         (BEFORE, "offset", 2**63),
         (ZEROES, "length", 2**63),
+        (ZEROES, "length", SIZE),
+        (ZEROES, "position", 0),
+        (REQUEST, "position", NONE),
+        (REQUEST, "command", 0),
+        (BEFORE, "offset", SIZE),
+        (TEXT, "time", 2**63),
+        (ANSWER, "position", 0),
     ],
 )
 def test_a_slot_that_no_recorder_writes(
@@ -108,10 +105,19 @@ def test_more_answers_than_requests(run: Path, tmp_path: Path) -> None:
     refused(forged(run, changes), tmp_path)
 
 
+def test_payloads_that_are_told_again_and_again(run: Path, tmp_path: Path) -> None:
+    """A million requests for the same bytes would be read a million times."""
+    with Recording(run) as recording:
+        room = (run / "data").stat().st_size
+        writes = [e for e in recording.log() if e.kind == 2 and e.command == 1]
+    changes = [(e.seq, f, v) for e in writes for f, v in (("position", 0), ("length", room // 2))]
+    refused(forged(run, changes), tmp_path)
+
+
 def test_a_text_that_no_memory_holds(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbdproxy.recording.vetted.TEXT_MAX", 100)
+    monkeypatch.setattr("nbdproxy.recording.reader.META_MAX", 100)
     refused(forged(run, []), tmp_path)
 
 
@@ -159,5 +165,5 @@ def test_whatever_a_slot_says_nothing_else_is_raised(
     with tempfile.TemporaryDirectory() as name:
         for member, content in forged(run, fit).items():
             Path(name, member).write_bytes(content)
-        with suppress(RecordingError), VettedRecording(Path(name)) as recording:
+        with suppress(RecordingError), Recording(Path(name)) as recording:
             assert list(recording.log())

@@ -23,7 +23,7 @@ from math import gcd
 import numpy as np
 
 from nbdproxy.errors import RecordingError
-from nbdproxy.recording.foreign.dm_log_writes import SECTOR, DmLogWriter
+from nbdproxy.recording.foreign.dm_log_writes import SECTOR, ZERO_PIECE, DmLogWriter
 from nbdproxy.recording.foreign.formats import STEP, ZEROES, Converted, Progress, pieces, said
 from nbdproxy.recording.foreign.nbd_trlog import FLAGS, LENGTH_MAX, Asked, TransactionLogWriter
 from nbdproxy.recording.format import Kind
@@ -31,12 +31,16 @@ from nbdproxy.recording.index import NEVER, Mask
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Event, Recording, command_name
 from nbdproxy.requests import Command, CommandFlag
+from nbdproxy.sizes import size_text
 
 _PART = 1024 * 1024
 _NOTES_KEPT = {NoteKind.MARK, NoteKind.CONNECT, NoteKind.DISC, NoteKind.EOF, NoteKind.REFUSED}
 _NOTES_KEPT |= {NoteKind.END, NoteKind.POLICY}
 _COOKIE_BITS = 48
 """A cookie is the request's seq; what is above these bits numbers the pieces of a long one."""
+_PIECES_MAX = 1 << (64 - _COOKIE_BITS)
+_ENTRIES_MAX = 1 << 20
+"""Entries that one request may become in a log of dm-log-writes: 8 TiB."""
 
 
 def to_dm_log(recording: Recording, log: DmLogWriter, progress: Progress) -> Converted:
@@ -136,6 +140,8 @@ class _DmExport:
         self._list(event)
 
     def _list(self, event: Event) -> None:
+        if event.length // ZERO_PIECE >= _ENTRIES_MAX:
+            raise _too_long(self._recording, event)
         fua = bool(event.flags & CommandFlag.FUA)
         self.counts[command_name(event.command)] += 1
         if event.command == Command.WRITE:
@@ -192,6 +198,8 @@ class _TrlogExport:
             return
         self.counts[command_name(event.command)] += 1
         flags = event.flags & FLAGS
+        if event.length // _LONGEST >= _PIECES_MAX:
+            raise _too_long(self._recording, event)
         parts = list(pieces(event.offset, event.length, _LONGEST)) or [(event.offset, 0)]
         for number, (offset, length) in enumerate(parts):
             cookie = event.seq | number << _COOKIE_BITS
@@ -248,6 +256,13 @@ def _check_sectors(recording: Recording, rows: Mask) -> None:
             f"{table.offset[row]}) is not whole sectors of {SECTOR} bytes, as dm-log-writes needs "
             f"them; {said(len(odd), 'request is', 'requests are')} not: use --to nbd-trlog"
         )
+
+
+def _too_long(recording: Recording, event: Event) -> RecordingError:
+    return RecordingError(
+        f"request {event.seq} of {recording.path} ({size_text(event.length)}) is too long for the "
+        "log: there is no way to convert it"
+    )
 
 
 def _common(recording: Recording, left_out: Counter[str]) -> Iterator[str]:
