@@ -27,12 +27,11 @@ _WAIT_MS = 50
 """Milliseconds that a log which never waits is waited for, once, until it is written again."""
 
 
-class Results(io.RawIOBase):
-    """Standard output; raises OutputError if it cannot be written, but for a reader that went."""
+class _Stream(io.RawIOBase):
+    """A descriptor that is written to, and stays open."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self.reader_gone = False
 
     def fileno(self) -> int:
         """Return the descriptor."""
@@ -45,6 +44,14 @@ class Results(io.RawIOBase):
     def writable(self) -> bool:
         """Return True."""
         return True
+
+
+class Results(_Stream):
+    """Standard output; raises OutputError if it cannot be written, but for a reader that went."""
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.reader_gone = False
 
     def write(self, data: Buffer, /) -> int:
         """Write some of the data; return how many bytes."""
@@ -66,30 +73,18 @@ class Results(io.RawIOBase):
             ) from None
 
 
-class Notes(io.RawIOBase):
+class Notes(_Stream):
     """Standard error; nothing raises, and what is lost is counted in lines and said later.
 
     never_waits  a pipe or terminal that takes nothing loses lines, and holds up nobody
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        super().__init__(fd)
         self._lost = 0
         self._reason = ""
         self._torn = False
         self.never_waits = False
-
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._fd
-
-    def isatty(self) -> bool:
-        """Tell whether it is a terminal."""
-        return os.isatty(self._fd)
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
 
     def write(self, data: Buffer, /) -> int:
         """Write some of the data, or forget all of it; return how many bytes."""

@@ -183,7 +183,8 @@ def explore(
         raise UsageError("--exhaustive visits the model's states: no --torn and no --stale ones")
     # A SIGTERM ends it as Ctrl-C does: with its workers and their commands.
     for number in (signal.SIGINT, *told_to_end()):
-        signal.signal(number, interrupt)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of a job in the background
+            signal.signal(number, interrupt)
     with ExitStack() as stack:
         source = stack.enter_context(recorded(run, base))
         timeline = Timeline(source)
