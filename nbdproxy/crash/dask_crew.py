@@ -274,8 +274,11 @@ class Crew:
                 member.flying.clear()
             parting = [self._submit(member, dask_worker.dismiss, key) for member in ready]
             self._wait_for({str(future.key) for future in parting})
-        with suppress(OSError, TimeoutError):
+        try:
             self._client.close(timeout=_PARTING_S)
+        except OSError:
+            # Else it closes itself when it is collected, be it while Dask holds its own lock.
+            self._client.status = "closed"
         if self._pieces is not None:
             self._pieces.close()
 

@@ -10,6 +10,7 @@ Not covered: a scheduler that ends. That is an error; the database of verdicts k
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import re
 from collections import deque
@@ -26,7 +27,8 @@ from nbdproxy.crash.workers import Retry
 from nbdproxy.errors import UsageError
 
 try:
-    from distributed import Client
+    from distributed import Client, Security
+    from distributed.comm.core import connect
 
     from nbdproxy.crash import dask_worker
     from nbdproxy.crash.dask_crew import Crew, Member, say
@@ -164,8 +166,15 @@ def _connect(address: str) -> Client:
     # Without an address Dask would start a cluster of its own; without a port it never gives up.
     if re.search(r":\d+/?$", address):
         with suppress(OSError, ValueError):
+            # A client waits for ever for a peer that takes the connection and says nothing.
+            asyncio.run(asyncio.wait_for(_greet(address), _CONNECT_S))
             return Client(address, timeout=_CONNECT_S, set_as_default=False, name="nbdproxy")
     raise UsageError(
         f"no Dask scheduler answers at {address or 'an empty address'}; start one with: "
         "dask scheduler, and name the address that it prints, such as tcp://host:8786"
     )
+
+
+async def _greet(address: str) -> None:
+    comm = await connect(address, **Security().get_connection_args("client"))
+    comm.abort()

@@ -236,6 +236,36 @@ def test_no_address(random_one: Case, address: str) -> None:
         DaskRunner(random_one.job, address)
 
 
+def test_a_peer_that_says_nothing_is_no_scheduler(
+    random_one: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdproxy.crash.dask_runner._CONNECT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UsageError, match=f"no Dask scheduler answers at {address}; start one"):
+            DaskRunner(random_one.job, address)
+
+
+def test_a_client_that_does_not_close_is_given_up(
+    cluster: Cluster, random_one: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients: list[Client] = []
+
+    def never(client: Client, timeout: float) -> None:
+        clients.append(client)
+        client.status = "closing"
+        raise TimeoutError
+
+    runner = DaskRunner(random_one.job, cluster.scheduler_address)
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "close", never)
+        runner.close()
+    [client] = clients
+    assert client.status == "closed"
+    client.status = "running"
+    client.close()
+
+
 def test_no_worker_and_then_no_scheduler(random_one: Case) -> None:
     units = [Unit(3, ("s",))]
     with LocalCluster(n_workers=0, dashboard_address=":0") as cluster:
