@@ -14,6 +14,7 @@ from pathlib import Path
 
 import trio
 
+from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import ImageError
@@ -67,6 +68,7 @@ def _check(image: Path, form: ImageFormat, *, read_only: bool) -> None:
             f"{image} is {FORMATS[form].said}, which QEMU can only read; add --read-only or "
             "--overlay"
         )
+    FileDisk(image, read_only=read_only).close()  # says who has it, as QEMU does not
 
 
 def _start(
@@ -79,7 +81,8 @@ def _start(
             "(or qemu-utils)"
         )
     common = {"read-only": read_only, "discard": "unmap"}
-    file = {"driver": "file", "filename": str(image.absolute()), **common}
+    driver = "host_device" if image.is_block_device() else "file"
+    file = {"driver": driver, "filename": str(image.absolute()), **common}
     node = {"driver": str(form), "node-name": "disk", "file": file, **common}
     export = {"type": "nbd", "id": "disk", "node-name": "disk", "name": ""}
     command = [

@@ -183,7 +183,7 @@ def test_a_missing_backing_file_is_told(image: Path, tmp_path: Path) -> None:
 
 def test_a_file_in_use_is_refused(image: Path, tmp_path: Path) -> None:
     with Proxy(tmp_path / "proxy", image, *QCOW2) as proxy:
-        assert "another process" in told(image, *QCOW2)
+        assert "is in use by another nbdproxy" in told(image, *QCOW2)
         with proxy.client() as client:
             client.write(0, b"A" * 512)
 
