@@ -44,6 +44,7 @@ class FileDisk:
                 os.close(self._fd)
             raise
         self._nowait = True
+        self._lost: int | None = None
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
@@ -112,8 +113,19 @@ class FileDisk:
         return holes.data_extents(self._fd, offset, length)
 
     def sync(self) -> None:
-        """Make everything written so far durable (fdatasync)."""
-        os.fdatasync(self._fd)
+        """Make everything written so far durable (fdatasync); once that failed, it fails for good.
+
+        The kernel says it once and drops the pages, so that a later success would promise what is
+        lost: QEMU does the same (block/file-posix.c, `page_cache_inconsistent`).
+        """
+        if self._lost is None:
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self._lost = error.errno
+                raise
+        else:
+            raise OSError(self._lost, os.strerror(self._lost))
 
     @property
     def status(self) -> os.stat_result:

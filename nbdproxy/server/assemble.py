@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import structlog
 import trio
 
 from nbdproxy import __version__
@@ -35,6 +36,8 @@ from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
 from nbdproxy.server.upstream import Upstream, connected
 from nbdproxy.server.upstream_disk import UpstreamDisk
+
+log = structlog.get_logger()
 
 _END_S = 10
 """Seconds that a server below has at the end to make durable what it was sent."""
@@ -209,8 +212,11 @@ def _finish(plan: Plan, export: Export, held: _Held) -> None:
                 reason = error.strerror or error
                 failed.append(f"{plan.image} could not be {what}: {reason}")
     finally:
+        moved = held.moved()
+        if moved:
+            log.warning(moved)
         if export.recorder is not None:
-            ended = "; ".join([export.ended, *failed])
+            ended = "; ".join([export.ended, *failed, *([moved] if moved else [])])
             export.recorder.close(Ending(ended, held.fingerprint()))
     if failed:
         raise ImageError(f"{failed[0]}; see to the disk that it is on")
@@ -231,6 +237,7 @@ class _Held:
     """The image's file, whatever its path comes to name; nothing for the disk of a server."""
 
     def __init__(self, plan: Plan) -> None:
+        self._path = Path(plan.image)
         self._fd = -1
         if plan.kind != "nbd":
             with suppress(OSError):  # whoever opens it to be served says so
@@ -241,6 +248,20 @@ class _Held:
         if self._fd < 0 or not isinstance(disk, FileDisk):
             return True
         return os.path.samestat(os.fstat(self._fd), disk.status)
+
+    def moved(self) -> str:
+        """Return a sentence if the path names another file by now, or none; else nothing."""
+        try:
+            if self._fd < 0 or os.path.samestat(os.fstat(self._fd), self._path.stat()):
+                return ""
+        except FileNotFoundError:
+            pass
+        except OSError:
+            return ""  # a store that fails: others say so
+        return (
+            f"{self._path} was moved, replaced or removed while it was served: the file of "
+            "that name is not what was recorded; name that with --base"
+        )
 
     def fingerprint(self) -> Fingerprint | None:
         """Return what the file is like now; None if that cannot be told."""

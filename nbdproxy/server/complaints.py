@@ -1,4 +1,7 @@
-"""What is said of clients in the log: a flood of them must not fill the disk that it is on."""
+"""What is said in the log of clients and of a disk that fails, for every request perhaps.
+
+A flood of that must not fill the disk that the log is on.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ class Complaints:
         self._at = clock()
         self._unsaid = 0
 
-    def warn(self, what: str, client: str, reason: str) -> None:
-        """Say what is wrong with a client, or count it."""
+    def warn(self, what: str, reason: str, **where: object) -> None:
+        """Say what is wrong, and with which client or place; or count it."""
         now = self._clock()
         self._left, self._at = min(self._burst, self._left + now - self._at), now
         if self._left < 1:
@@ -30,7 +33,7 @@ class Complaints:
         self._left -= 1
         more = {"unsaid": self._unsaid} if self._unsaid else {}
         self._unsaid = 0
-        log.warning(what, client=client, reason=reason, **more)
+        log.warning(what, **where, reason=reason, **more)
 
 
 complaints = Complaints()

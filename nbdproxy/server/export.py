@@ -17,7 +17,6 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 
-import structlog
 import trio
 
 from nbdproxy.disks.device import BlockDevice
@@ -30,6 +29,7 @@ from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import MODIFYING, Request
 from nbdproxy.server.batches import Batches
+from nbdproxy.server.complaints import complaints
 from nbdproxy.server.gate import Gate
 from nbdproxy.server.jobs import Counters, Job
 from nbdproxy.server.ledger import Ledger
@@ -39,8 +39,6 @@ from nbdproxy.server.power import Power
 from nbdproxy.server.preserve import PreservingDisk
 from nbdproxy.server.regime import Regime
 from nbdproxy.server.remote import Remote
-
-log = structlog.get_logger()
 
 
 class Export:
@@ -145,7 +143,7 @@ class Export:
         except RecordingError as full:
             self.ledger.fail(full)
         except OSError as error:
-            log.warning("a before-image cannot be read", reason=str(error))
+            complaints.warn("a before-image cannot be read", str(error))
 
     async def _prepare(
         self, recorder: RecordingWriter, requests: Sequence[Request | Refused]

@@ -132,7 +132,7 @@ class Session:
             pass
         except* ProtocolError as broken:
             for error in broken.exceptions:
-                complaints.warn("client broke the protocol", self._client, str(error))
+                complaints.warn("client broke the protocol", str(error), client=self._client)
         except* OSError as gone:
             log.debug("client is gone", client=self._client, reason=str(gone.exceptions[0]))
         finally:
@@ -222,7 +222,7 @@ class Session:
                 self._socket_wire, self._tls.context, self._power, server_side=True
             )
         except OSError as error:
-            complaints.warn("a client is turned away", self._client, str(error))
+            complaints.warn("a client is turned away", str(error), client=self._client)
             raise
         self._connection.tls_started()
 

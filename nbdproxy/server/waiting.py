@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
-import structlog
 import trio
 
 from nbdproxy.disks.device import BlockDevice
@@ -21,6 +20,7 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.actions import ActionKind
 from nbdproxy.policy.model import Handling
 from nbdproxy.requests import Command, CommandFlag, Request
+from nbdproxy.server.complaints import complaints
 from nbdproxy.server.faults import Faults
 from nbdproxy.server.jobs import (
     NOT_RECORDED,
@@ -35,8 +35,6 @@ from nbdproxy.server.landings import Landings
 from nbdproxy.server.power import Power
 from nbdproxy.server.remote import Remote
 from nbdproxy.server.syncer import Syncer
-
-log = structlog.get_logger()
 
 # Plain integers, for speed: every inline change goes through `apply`.
 _WRITE, _WRITE_ZEROES = int(Command.WRITE), int(Command.WRITE_ZEROES)
@@ -247,7 +245,7 @@ class Waiting:
                     replies.done(request)
         except (OSError, RecordingError) as error:
             command = Command(request.command).name
-            log.error(f"{command} failed", offset=request.offset, reason=str(error))
+            complaints.warn(f"{command} failed", str(error), offset=request.offset)
             replies.fail(request, *failure_of(error))
 
     async def _read(self, job: Job, replies: Replies) -> None:

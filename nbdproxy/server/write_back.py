@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 
-import structlog
 import trio
 
 from nbdproxy.dice import draw_below
 from nbdproxy.disks.volatile import VolatileDisk
 from nbdproxy.policy.model import Cache, Order
+from nbdproxy.server.complaints import complaints
 from nbdproxy.server.jobs import Landing
 from nbdproxy.server.landings import Landings
-
-log = structlog.get_logger()
 
 
 class WriteBack:
@@ -94,7 +92,7 @@ class WriteBack:
             self._queued.popleft()
             if landing.failure is not None:
                 # It stays held, and goes with the next flush.
-                log.warning("a write-back failed", reason=landing.failure.text)
+                complaints.warn("a write-back failed", landing.failure.text)
         return True
 
     def _patience(self) -> float:

@@ -115,11 +115,11 @@ def test_a_flood_of_strays_does_not_fill_the_log() -> None:
     complaints = Complaints(burst=3, clock=lambda: now[0])
     with capture_logs() as said:
         for _ in range(1000):
-            complaints.warn("client broke the protocol", "tcp", "junk")
+            complaints.warn("client broke the protocol", "junk", client="tcp")
         assert len(said) == 3
         now[0] = 1.5
-        complaints.warn("client broke the protocol", "tcp", "junk")
-        complaints.warn("client broke the protocol", "tcp", "junk")
+        complaints.warn("client broke the protocol", "junk", client="tcp")
+        complaints.warn("client broke the protocol", "junk", client="tcp")
     assert [line.get("unsaid") for line in said] == [None, None, None, 997]
 
 

@@ -139,6 +139,25 @@ def test_a_version_that_is_no_number_of_ours(number: str) -> None:
         Meta.parse(f'{{"version":{number}}}')
 
 
+def test_workers_need_room_in_shared_memory(image: Path, tmp_path: Path) -> None:
+    """sem_open(3) makes a file there under another name first, and then links it."""
+    run("serve", image, "--record", tmp_path / "run", "--run", "true", code=0)
+    full = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=link")
+    words = ("-e", "inject=link:error=ENOSPC", *COMMAND, "explore", str(tmp_path / "run"))
+    done = subprocess.run(
+        [*full, *words, "--check", "true", "--workers", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "nbdproxy: no workers can be started: No space left on device; make room in /dev/shm, "
+        "which has to be there, or use --workers 1\n"
+    )
+
+
 def test_workers_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from nbdproxy.crash import workers  # noqa: PLC0415 - it takes a while
 

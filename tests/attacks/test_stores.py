@@ -113,6 +113,37 @@ def test_a_call_that_fails_is_one_requests_failure(
     recording.close()
 
 
+def test_a_flush_that_failed_once_fails_for_good(tmp_path: Path, image: Path) -> None:
+    """The kernel says it once, and what it dropped then no later flush makes durable."""
+    run = tmp_path / "run"
+    once = traced(image, "fdatasync:error=EIO:when=2")
+    with Server(image, "--record", run, command=once) as server:
+        with server.client() as client:
+            write = Op(WRITE, 0, data=b"x" * 4096)
+            done = [client.do(one)[0].error for one in (write, Op(FLUSH), write, Op(FLUSH))]
+            assert done == [0, 0, 0, nbd.EIO]
+            done = [client.do(one)[0].error for one in (write, Op(FLUSH), Op(READ, 0, 512))]
+            assert done == [0, nbd.EIO, 0]
+        assert server.stop() == 2
+        assert f"{image} could not be made durable: Input/output error" in server.stderr
+    check_ended_in_order(run, "could not be made durable").close()
+
+
+def test_a_store_that_fails_every_request_does_not_fill_the_log(
+    tmp_path: Path, image: Path
+) -> None:
+    command = failing("preadv2,preadv:EIO", image)
+    with Server(image, "--record", tmp_path / "run", command=command) as server:
+        with server.client() as client:
+            for _ in range(300):
+                assert client.do(Op(WRITE, 0, data=b"x" * 512))[0].error == nbd.EIO
+                assert client.do(Op(READ, 0, 512))[0].error == nbd.EIO
+        assert server.stop() == 0
+        lines = server.stderr.splitlines()
+    assert 200 <= sum("[warning" in line for line in lines) < 250
+    assert "a before-image cannot be read" in lines[4]
+
+
 @pytest.mark.parametrize(
     ("fault", "file", "said"),
     [
@@ -193,7 +224,9 @@ def test_a_recording_on_a_copy_on_write_filesystem_outlives_a_kill(
     assert (tmp_path / "state").read_bytes() == expected
 
 
-@pytest.mark.parametrize("fault", ["lseek:EIO", "openat:ESTALE", "newfstatat:EIO", "flock:EIO"])
+@pytest.mark.parametrize(
+    "fault", ["lseek:EIO", "openat:ESTALE", "openat:EBUSY", "newfstatat:EIO", "fcntl:EIO"]
+)
 def test_an_image_that_cannot_be_opened_is_said(tmp_path: Path, image: Path, fault: str) -> None:
     command = failing(fault, image)
     words = [*command, "serve", str(image), "--record", str(tmp_path / "run")]
@@ -232,9 +265,11 @@ def test_the_end_is_that_of_the_file_that_was_served(tmp_path: Path, image: Path
         image.rename(moved)
         image.write_bytes(bytes(2 * MIB))
         assert server.stop() == 0
+        assert server.stderr.count(f"{image} was moved, replaced or removed while it was") == 1
     recording = Recording(run)
     assert recording.ending is not None
     assert recording.ending.image == Fingerprint.of(moved)
+    assert recording.ending.reason.startswith(f"ended by SIGTERM; {image} was moved, replaced")
     recording.close()
     said = nbdproxy("open", run, "--at", "end", "-o", tmp_path / "state", code=2).stderr
     assert str(image) in said
