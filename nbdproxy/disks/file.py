@@ -18,6 +18,7 @@ from pathlib import Path
 from nbdproxy.disks import holes
 from nbdproxy.disks.fallocate import punch_hole, zero_range
 from nbdproxy.disks.locks import lock
+from nbdproxy.disks.mounted import mounted_at
 from nbdproxy.errors import ImageError
 from nbdproxy.extents import Extent
 
@@ -184,3 +185,9 @@ def _check(path: Path, fd: int, size: int, *, read_only: bool) -> None:
     if size == 0:
         raise ImageError(f"{path} is empty; give it a size with: truncate -s 10G {path}")
     lock(path, fd, read_only=read_only)
+    point = mounted_at(os.fstat(fd))
+    if point is not None:
+        raise ImageError(
+            f"{path} is mounted at {point}, where this machine changes it; "
+            "unmount it, or use a copy"
+        )
