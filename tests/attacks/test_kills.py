@@ -136,7 +136,14 @@ def check_and_go_on(folder: Path, acknowledged: list[int], *, may_have_ended: bo
     else:
         assert set(acknowledged) <= recorded(run)
         assert may_have_ended or "did not end in order" in told.stdout
-    options = ["serve", folder / "image", "--socket", folder / "socket", "--record", run]
+    options: list[str | Path] = [
+        "serve",
+        folder / "image",
+        "--socket",
+        folder / "socket",
+        "--record",
+        run,
+    ]
     if run.exists() and any(run.iterdir()):
         refused = nbdproxy(*options, code=2).stderr
         assert "exists and is not empty; name a new folder, or remove it first" in refused
