@@ -40,7 +40,8 @@ mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t tmpfs none {room}
 mkdir -p {folder}
-mount -t hostfs none {folder} -o {folder}
+# Linux 6.1 has no name for what 6.12 wants named.
+mount -t hostfs none {folder} -o {folder} || mount -t hostfs none {folder} -o hostfs={folder}
 cd {here}
 export HOME={room} TMPDIR={room}
 # Here a page fault is dear: what was allocated once is kept.
