@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from enum import IntFlag
 
@@ -20,9 +21,10 @@ class Mode(IntFlag):
 
 def fallocate(fd: int, mode: Mode, offset: int, length: int) -> None:
     """Call fallocate(2); raises OSError, with EOPNOTSUPP where the filesystem lacks the mode."""
-    if _libc.fallocate(fd, int(mode), offset, length):
+    while _libc.fallocate(fd, int(mode), offset, length):
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        if number != errno.EINTR:  # as Python's own calls: a signal is no failure
+            raise OSError(number, os.strerror(number))
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:

@@ -62,24 +62,33 @@ _INDISPENSABLE = frozenset({"virtio_pci", "virtio_blk", "ext4"})
 
 def fetch(into: Path) -> None:
     """Put `vmlinuz`, `modules/*.ko` and the load orders `modules/GROUP.order` into a directory."""
-    where = tools.require(["apt-cache", "apt-get", "dpkg-deb"])
-    package = _resolve(where["apt-cache"])
+    package = _resolve(tools.require(["apt-cache"])["apt-cache"])
     unpacked = into / "unpacked"
-    unpacked.mkdir()
-    tools.run_tool([where["apt-get"], "download", "-qq", package], cwd=into)
-    debs = sorted(into.glob("*.deb"))
-    if not debs:
-        raise LabError(f"apt-get downloaded no {package}; run: sudo apt-get update")
-    tools.run_tool([where["dpkg-deb"], "-x", debs[0], unpacked])
+    fetched = unpack(package, unpacked)
     kernels = sorted((unpacked / "boot").glob("vmlinuz-*"))
     trees = sorted(p.parent for p in unpacked.glob("**/modules.builtin"))
     if not kernels or not trees:
         raise LabError(f"{package} holds no kernel with modules; run: sudo apt-get update")
     kernels[0].rename(into / "vmlinuz")
     collect(trees[0], into / "modules")
-    (into / "package").write_text(f"{debs[0].name}\n")
+    (into / "package").write_text(f"{fetched}\n")
     shutil.rmtree(unpacked)
+
+
+def unpack(package: str, into: Path) -> str:
+    """Put what one of Debian's packages holds into a new folder; return its file's name.
+
+    Fetched by apt, which checks it. Raises LabError.
+    """
+    where = tools.require(["apt-get", "dpkg-deb"])
+    into.mkdir()
+    tools.run_tool([where["apt-get"], "download", "-qq", package], cwd=into)
+    debs = sorted(into.glob("*.deb"))
+    if not debs:
+        raise LabError(f"apt-get downloaded no {package}; run: sudo apt-get update")
+    tools.run_tool([where["dpkg-deb"], "-x", debs[0], into])
     debs[0].unlink()
+    return debs[0].name
 
 
 def _resolve(apt_cache: Path) -> str:

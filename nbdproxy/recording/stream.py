@@ -2,9 +2,10 @@
 
 Appending copies into the small file `PATH.tail`, by a shared map where that is safe (see `tail`):
 its pages stay warm, and they are the kernel's, so what is there outlives a kill -9. A thread
-empties full segments into PATH with O_DIRECT, which is several times faster than growing a file
-through the page cache. The tail's space is allocated before anything is accepted, and a full disk
-is an error here and never a SIGBUS. The layout is specified in `nbdproxy.recording.format`.
+empties full segments into PATH, where that is safe with O_DIRECT, which is several times faster
+than growing a file through the page cache; else it waits for the disk, to be told its errors. The
+tail's space is allocated before anything is accepted, and a full disk is an error here and never a
+SIGBUS. The layout is specified in `nbdproxy.recording.format`.
 
 Files are made new and only ever used by their descriptors: whatever comes to have their names
 meanwhile is not written to. What was finished, or synced, survives the host losing power.
@@ -65,12 +66,15 @@ class StreamWriter:
         self._jobs: SimpleQueue[int | None] = SimpleQueue()
         self._fd = -1
         try:
-            self._fd = _create(path.name, folder)
+            self._fd = os.open(path.name, os.O_WRONLY | NEW, 0o600, dir_fd=folder)
             self._tail = self._make_tail()
         except OSError as error:
             self._let_go()
             raise _full(path, error) from error
         self._view, self._is_mapped = self._tail.view, self._tail.is_mapped  # in the hot path
+        if self._tail.is_direct:
+            with suppress(OSError):  # a filesystem need not have it
+                _set_direct(self._fd, wanted=True)
         self._thread = threading.Thread(target=self._drain, name=f"drain {path.name}", daemon=True)
         self._thread.start()
 
@@ -161,6 +165,8 @@ class StreamWriter:
                 )
                 if self._durable:
                     self._free_durably(block)
+                elif not self._tail.is_direct:
+                    os.fdatasync(self._fd)
             except OSError as error:
                 with self._moved:
                     self._error = error
@@ -235,14 +241,6 @@ class StreamWriter:
         """Remove the tail of a finished stream, whose name is on the disk by now."""
         with suppress(FileNotFoundError):
             os.unlink(tail_path(self._path).name, dir_fd=self._folder)
-
-
-def _create(name: str, folder: int) -> int:
-    """Create the stream's file, with O_DIRECT where the filesystem has it."""
-    fd = os.open(name, os.O_WRONLY | NEW, 0o600, dir_fd=folder)
-    with suppress(OSError):
-        _set_direct(fd, wanted=True)
-    return fd
 
 
 def _set_direct(fd: int, *, wanted: bool) -> None:

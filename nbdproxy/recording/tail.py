@@ -1,9 +1,10 @@
 """The file that the newest part of a stream stands in while it is written.
 
 What is put there is the kernel's at once, and outlives a kill -9. Where the filesystem keeps the
-space that was allocated for a file, a copy into a shared map does that without a system call. A
-copy-on-write filesystem needs new space whenever a page is written again that has been written
-back: in a map its want is a SIGBUS, so there each piece is a pwrite(2), whose error is told.
+space that was allocated for a file whatever is done to it, a copy into a shared map does that
+without a system call. Elsewhere a page may need new space when it is written again: Btrfs writes
+in new places, and XFS does when somebody has copied the file meanwhile (cp --reflink, which is how
+cp copies). In a map its want is a SIGBUS, so there each piece is a pwrite(2), whose error is told.
 Guarantee: a full disk is an OSError, of the constructor or of `put`, and never a signal.
 """
 
@@ -20,21 +21,26 @@ from nbdproxy.private import NEW
 
 _GETFLAGS, _SETFLAGS, _NOCOW = 0x80086601, 0x40086602, 0x00800000
 """FS_IOC_GETFLAGS, FS_IOC_SETFLAGS and FS_NOCOW_FL of linux/fs.h."""
-_COPY_ON_WRITE = {0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0xF2F52010}
-"""Filesystems that write in new places, by statfs(2): Btrfs, bcachefs, ZFS, F2FS."""
+_EXT4, _TMPFS, _XFS = 0xEF53, 0x01021994, 0x58465342
+"""Filesystems, by statfs(2): ext4 is ext2 and ext3, too."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Tail:
     """A new file `name` of `size` bytes in a folder, filled by one thread; any may read `view`.
 
-    With `durable` it can be synced. If it `is_mapped`, what is put may go to `view` instead.
+    With `durable` it can be synced. If it `is_mapped`, what is put may go to `view` instead; if it
+    `is_direct`, other files may be written from `view` with O_DIRECT.
     """
 
     def __init__(self, name: str, folder: int, size: int, *, durable: bool) -> None:
         self._fd = os.open(name, os.O_RDWR | NEW, 0o600, dir_fd=folder)
         try:
-            self.is_mapped = not _is_copied_on_write(self._fd)
+            moves = _ask_to_stay(self._fd)
+            kind = _kind_of_filesystem(self._fd)
+            self.is_mapped = kind in {_EXT4, _TMPFS} and not moves
+            # Btrfs before Linux 6.4 leaves a hole if a page of the map is not in memory.
+            self.is_direct = self.is_mapped or kind == _XFS
             os.posix_fallocate(self._fd, 0, size)
             self._map = mmap.mmap(self._fd, size)
         except BaseException:
@@ -74,10 +80,10 @@ class Tail:
             self._map.close()
 
 
-def _is_copied_on_write(fd: int) -> bool:
-    """Tell whether a new file's pages may need new space when they are written again.
+def _ask_to_stay(fd: int) -> bool:
+    """Ask for a new file to be written in place; tell whether its filesystem knows that flag.
 
-    If so, it asks for the file to be written in place, which spares most of that.
+    Only those that write in new places do, or lie on one. It spares most of that.
     """
     flags = array.array("l", [0])
     try:
@@ -85,8 +91,8 @@ def _is_copied_on_write(fd: int) -> bool:
         flags[0] |= _NOCOW
         fcntl.ioctl(fd, _SETFLAGS, flags)
     except OSError:
-        return _kind_of_filesystem(fd) in _COPY_ON_WRITE
-    return True  # only such filesystems have the flag; of an overlay it is the one below
+        return False
+    return True
 
 
 def _kind_of_filesystem(fd: int) -> int:

@@ -57,11 +57,11 @@ class RecordingWriter:
         try:
             self._events = self._stream(events_path(path), _EVENT_SEGMENT)
             self._data = self._stream(data_path(path), _DATA_SEGMENT)
+            if durable:
+                _sync(path, self._folder)
         except BaseException:
             os.close(self._folder)
             raise
-        if durable:
-            sync_folder(self._folder)
         self.meta = replace(meta, origin=origin_of(self._events.status))
         # Before-images come from the thread that lands a flush, all else from the event loop.
         self._lock = threading.RLock()
@@ -188,16 +188,13 @@ class RecordingWriter:
             if errors:
                 raise errors[0]
             # The files' names have to be on the disk before the tails go.
-            sync_folder(self._folder)
+            _sync(self.path, self._folder)
             self._data.remove_tail()
             self._events.remove_tail()
             # Older than the files, a tail that came back would hide their ends.
-            sync_folder(self._folder)
+            _sync(self.path, self._folder)
         except OSError as error:
-            raise RecordingError(
-                f"the recording {self.path} cannot be made durable: {error.strerror}; see to the "
-                "disk that it is on, and record again"
-            ) from None
+            raise _not_durable(self.path, error) from None
         finally:
             with suppress(OSError):  # it has been synced
                 os.close(self._folder)
@@ -259,8 +256,23 @@ def _make_directory(path: Path) -> int:
             raise RecordingFullError(
                 f"only {free >> 20} MiB are free for the recording {path}; make room first"
             )
-        sync_folder(folder)
+        _sync(path, folder)
     except BaseException:
         os.close(folder)
         raise
     return folder
+
+
+def _sync(path: Path, folder: int) -> None:
+    """Make the names in a recording's folder durable."""
+    try:
+        sync_folder(folder)
+    except OSError as error:
+        raise _not_durable(path, error) from None
+
+
+def _not_durable(path: Path, error: OSError) -> RecordingError:
+    return RecordingError(
+        f"the recording {path} cannot be made durable: {error.strerror}; see to the disk that it "
+        "is on, and record again"
+    )

@@ -1,7 +1,7 @@
 """Many short `nbdproxy` commands without paying for the interpreter's start each time.
 
-One helper process imports the whole command line once and forks a child for each command; a child
-is then the real command in a process of its own, which can be sent any signal. The helper is
+One helper process imports each command when it is first asked for, and forks a child each time; a
+child is then the real command in a process of its own, which can be sent any signal. The helper is
 talked to in lines of JSON.
 
 Not covered: what an import might do differently in a fresh process; `serving.Server` has that.
@@ -15,26 +15,29 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _HELPER = """
-import json, os, pkgutil, sys
+import gc, json, os, sys
 import nbdproxy.cli.app
-for module in pkgutil.iter_modules(nbdproxy.cli.__path__, "nbdproxy.cli."):
-    __import__(module.name)
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:
         pid, status = os.waitpid(asked["wait"], os.WNOHANG)
         answer = os.waitstatus_to_exitcode(status) if pid else None
     else:
+        module = nbdproxy.cli.app.COMMANDS.get(asked["argv"][0], "").partition(":")[0]
+        if module:
+            __import__("nbdproxy.cli." + module)
+        gc.freeze()
         answer = os.fork()
         if not answer:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number, path in ((1, asked["out"]), (2, asked["err"])):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
                 os.dup2(os.open(path, flags, 0o600), number)
+            os.environ.update(asked["env"])
             sys.argv = ["nbdproxy", *asked["argv"]]
             code = 1
             try:
@@ -64,7 +67,7 @@ class ForkServer:
             env={**os.environ, "COLUMNS": "200"},
         )
 
-    def ask(self, question: dict[str, object]) -> int | None:
+    def ask(self, question: Mapping[str, object]) -> int | None:
         """Send one question and return the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -74,9 +77,12 @@ class ForkServer:
         assert answer is None or isinstance(answer, int)
         return answer
 
-    def start(self, argv: Sequence[str], out: Path, err: Path) -> int:
+    def start(
+        self, argv: Sequence[str], out: Path, err: Path, environment: Mapping[str, str] = {}
+    ) -> int:
         """Start `nbdproxy ARGV...`; return its process id."""
-        pid = self.ask({"argv": list(argv), "out": str(out), "err": str(err)})
+        where = {"out": str(out), "err": str(err)}
+        pid = self.ask({"argv": list(argv), **where, "env": dict(environment)})
         assert pid is not None
         return pid
 

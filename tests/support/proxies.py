@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -28,14 +29,19 @@ class Proxy:
     """
 
     def __init__(
-        self, folder: Path, *words: str | Path, exports: int = 1, listen: str | None = None
+        self,
+        folder: Path,
+        *words: str | Path,
+        exports: int = 1,
+        listen: str | None = None,
+        environment: Mapping[str, str] = {},
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.socket = folder / "socket"
         self._out, self._err = folder / "out", folder / "err"
         where = ("--socket", self.socket) if listen is None else ("--listen", listen)
         argv = ["serve", *map(str, words), *map(str, where)]
-        self.pid = shared().start(argv, self._out, self._err)
+        self.pid = shared().start(argv, self._out, self._err, environment)
         self._code: int | None = None
         try:
             until(lambda: len(self._uris()) == exports or self.ended, "the server is ready")
