@@ -30,6 +30,7 @@ from nbdproxy.oracles.filesystems import (
     kind_of,
     open_filesystem,
 )
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Mount, PartitionName
 from nbdproxy.oracles.partitions import Slice
@@ -126,9 +127,11 @@ def scan(
     *,
     mount: Mount = ONLY,
     modes: bool = False,
+    without: Matcher = no_file,
 ) -> Manifest:
     """Describe a mount's regular files and symbolic links below `under`, with `modes` if wanted.
 
+    Files of the paths that `without` means are not read.
     Hard links appear under each of their names, symbolic links are not followed. Raises
     FilesystemError if there is no filesystem or several, if the state cannot be judged, at the
     first file that cannot be read, and where the files are longer together than a disk can hold.
@@ -139,6 +142,8 @@ def scan(
     left = HOLES_MAX + 2 * filesystem.device.size
     for path, node in filesystem.walk(absolute(under)):
         name = shown(path)
+        if without(name):
+            continue
         try:
             if node.is_symlink:
                 target = shown(filesystem.symlink_target(node))
@@ -149,7 +154,7 @@ def scan(
                 if left < 0 and not filesystem.is_endless(node):
                     raise UnsupportedError(
                         "with this one the files are far longer than the disk; name the folders "
-                        "of the others with --under"
+                        "of the others with --under, or leave some out with --exclude"
                     )
                 digests[node.number] = manifests.digest(filesystem.chunks(node))
         except FilesystemError as error:

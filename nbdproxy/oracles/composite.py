@@ -17,6 +17,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
 from nbdproxy.oracles.oracle import Digests, Follower, Oracle
@@ -97,10 +98,17 @@ def split(manifest: Manifest, tree: Tree) -> tuple[dict[Mount, Manifest], dict[s
 
 
 def scan(
-    oracle: Oracle, device: ReadableDevice, under: str, tree: Tree, *, modes: bool = False
+    oracle: Oracle,
+    device: ReadableDevice,
+    under: str,
+    tree: Tree,
+    *,
+    modes: bool = False,
+    without: Matcher = no_file,
 ) -> Manifest:
     """Describe the files below a directory of a tree, on all its mounts that can be read.
 
+    Files of the paths that `without` means are not read.
     Raises FilesystemError at the first file that cannot be read.
     """
     here = tree.of(under)
@@ -110,7 +118,7 @@ def scan(
     asked = below if isinstance(here, str) else [here, *below]
     found: list[Entry] = []
     for mount in asked:
-        found += oracle.scan(device, under, mount=mount, modes=modes).entries
+        found += oracle.scan(*(device, under), mount=mount, modes=modes, without=without).entries
     return Manifest(tuple(found))
 
 

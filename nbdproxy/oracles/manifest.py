@@ -28,13 +28,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from nbdproxy.errors import ManifestError
+from nbdproxy.oracles.globs import Matcher, no_file
 
 SHA256 = "sha256"
 BY_DIGITS = {32: "md5", 40: "sha1", 56: "sha224", 64: SHA256, 96: "sha384", 128: "sha512"}
@@ -201,21 +202,31 @@ def dump(manifest: Manifest) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def from_directory(root: Path, under: str | None = None, *, modes: bool = False) -> Manifest:
+def from_directory(
+    root: Path, under: str | None = None, *, modes: bool = False, without: Matcher = no_file
+) -> Manifest:
     """Describe every regular file and symbolic link below `root`, named by its path from there.
 
     `under` names a directory to put in front of each path (where `root` stands in the guest).
-    With `modes` the files have theirs. Raises ManifestError for what cannot be read.
+    With `modes` the files have theirs. What has a name that `without` means is not read, and no
+    folder of such a name is entered. Raises ManifestError for what cannot be read.
     """
     if not root.is_dir():
         raise ManifestError(f"{root}: not a directory; name the one whose files are expected")
     front = "" if under is None else under.rstrip("/") + "/"
+
+    def named(path: Path) -> str:
+        return front + path.relative_to(root).as_posix()
+
     entries = tuple(
-        _describe(path, front + path.relative_to(root).as_posix(), modes=modes)
-        for path in _files(root)
+        _describe(path, named(path), modes=modes)
+        for path in _files(root, lambda path: without(named(path)))
     )
     if not entries:
-        raise ManifestError(f"{root}: there are no files in it; name the directory that has them")
+        raise ManifestError(
+            f"{root}: there are no files in it, or --exclude leaves out all; name the "
+            "directory that has them"
+        )
     return Manifest(entries)
 
 
@@ -402,14 +413,16 @@ def _unescape(name: str, where: str) -> str:
     return "".join(pieces)
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _files(root: Path, is_left_out: Callable[[Path], bool]) -> Iterator[Path]:
     def stop(error: OSError) -> None:
         raise ManifestError(f"{error.filename}: {error.strerror}; make it readable") from error
 
     for folder, folders, files in os.walk(root, onerror=stop):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_left_out(Path(folder, name)))
         for name in sorted(files):
             path = Path(folder, name)
+            if is_left_out(path):
+                continue
             if path.is_symlink() or path.is_file():
                 yield path
         # A link to a folder stands among the folders, which are not followed.
