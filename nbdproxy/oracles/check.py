@@ -34,6 +34,7 @@ from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Mount, PartitionName
 from nbdproxy.oracles.partitions import Slice
+from nbdproxy.oracles.resolutions import resolve
 
 
 class Verdict(StrEnum):
@@ -82,6 +83,11 @@ class Outcome(NamedTuple):
         return Verdict.FAIL if is_known else Verdict.UNKNOWN
 
 
+_OUTCOMES = {condition: Outcome(condition) for condition in Condition}
+MISSING = _OUTCOMES[Condition.MISSING]
+"""Millions of files have the same."""
+
+
 def merge(verdicts: Collection[Verdict]) -> Verdict:
     """Return fail if any fails, else unknown if any is unknown, else pass."""
     for verdict in (Verdict.FAIL, Verdict.UNKNOWN):
@@ -106,8 +112,8 @@ def check(
     """
     try:
         filesystem = opened(device, mount)
-        if not all(entry.path.startswith("/") for entry in manifest.entries):
-            manifest = manifests.resolve(manifest, _paths(filesystem))
+        if not all(path.startswith("/") for path in manifest.paths()):
+            manifest = resolve(manifest, _paths(filesystem))
         return _check(filesystem, manifest, earlier or {})
     except ManifestError:
         raise
@@ -184,9 +190,9 @@ def paths(device: ReadableDevice, *, mount: Mount = ONLY) -> list[str]:
 def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
     """Return what `judge` says about a file, or what its failure to read the file means."""
     try:
-        return Outcome(judge())
+        return _OUTCOMES[judge()]
     except CorruptError:
-        return Outcome(Condition.UNREADABLE)
+        return _OUTCOMES[Condition.UNREADABLE]
     except UnsupportedError as error:
         return Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {error}")
 
