@@ -181,6 +181,9 @@ class Entries(Sequence[Entry]):
     def __hash__(self) -> int:
         return hash(tuple(self))
 
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
     def paths(self) -> Iterator[str]:
         """Yield the paths, sooner than with all else."""
         start = 0

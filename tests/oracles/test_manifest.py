@@ -327,6 +327,7 @@ ODD = (
 def test_entries_in_columns_are_what_they_were() -> None:
     columns = Entries(ODD)
     assert columns == ODD and hash(columns) == hash(ODD)
+    assert repr(columns) == repr(ODD)  # databases of verdicts know a manifest by it
     assert pickle.loads(pickle.dumps(columns)) == columns != Entries(ODD[1:])
     assert (columns[-1], columns[1:3]) == (ODD[-1], list(ODD[1:3]))
     assert [one.is_guessed for one in columns] == [one.is_guessed for one in ODD]
