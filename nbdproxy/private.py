@@ -90,6 +90,26 @@ def check_folder(path: Path, *, sticky: bool = True) -> None:
     os.close(open_folder(path, sticky=sticky))
 
 
+def check_file(path: Path) -> None:
+    """Raise UnsafeFolderError if others could change or exchange a file; links are followed.
+
+    OSError as of open(2), also for what is no plain file.
+    """
+    real = path.resolve()
+    check_folder(real.parent)
+    fd = open_plain(real)
+    try:
+        found = os.fstat(fd)
+        _check_owner(fd, found, path)
+        if _is_open_to_others(fd, found):
+            raise UnsafeFolderError(
+                f"{path} is not safe: other users can write to it; take that from them with: "
+                f"chmod go-w {real}"
+            )
+    finally:
+        os.close(fd)
+
+
 def open_folder(path: Path, *, sticky: bool = True, make: bool = False) -> int:
     """Return the descriptor of a folder that passes `check_folder`; `make` makes what is missing.
 
@@ -157,8 +177,7 @@ def _check(folder: int, path: Path, *, sticky: bool = True) -> None:
     _check_owner(folder, found, path)
     if sticky and found.st_mode & stat.S_ISVTX:
         return
-    others = found.st_mode & stat.S_IWOTH
-    if others or (found.st_mode & stat.S_IWGRP and not _is_private_group(folder, found)):
+    if _is_open_to_others(folder, found):
         here = _path_of(folder)
         todo = f"take that from them with: chmod go-w {here}, or name a folder of your own"
         if found.st_mode & stat.S_ISVTX:
@@ -183,12 +202,18 @@ def _path_of(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - a name, not a place
 
 
-def _is_private_group(folder: int, found: os.stat_result) -> bool:
+def _is_open_to_others(thing: int, found: os.stat_result) -> bool:
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    return bool(found.st_mode & stat.S_IWGRP) and not _is_private_group(thing, found)
+
+
+def _is_private_group(thing: int, found: os.stat_result) -> bool:
     """Tell whether the group that may write is its owner's own: of his name, with nobody else."""
     try:
         user, group = pwd.getpwuid(found.st_uid), grp.getgrgid(found.st_gid)
         # With an access control list, the group's permission is that of all who are in the list.
-        listed = _ACL in os.listxattr(f"/proc/self/fd/{folder}")
+        listed = _ACL in os.listxattr(f"/proc/self/fd/{thing}")
     except (KeyError, OSError):
         return False
     return (

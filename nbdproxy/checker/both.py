@@ -20,6 +20,7 @@ from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Outcome, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import Digests, Follower
@@ -67,10 +68,16 @@ class BothOracles:
         return self._kernel.paths(device, mount=mount)
 
     def scan(
-        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
+        self,
+        device: ReadableDevice,
+        under: str,
+        *,
+        mount: Mount,
+        modes: bool = False,
+        without: Matcher = no_file,
     ) -> Manifest:
         """Describe a mount's files below a directory."""
-        return self._kernel.scan(device, under, mount=mount, modes=modes)
+        return self._kernel.scan(device, under, mount=mount, modes=modes, without=without)
 
     def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there."""

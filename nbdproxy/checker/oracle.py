@@ -47,6 +47,7 @@ from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.ext4.filesystem import HOLES_MAX
 from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
 from nbdproxy.oracles.fsck import concluded
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
@@ -105,14 +106,20 @@ class KernelOracle:
         return [entry.path for entry in self._walk(place, mount, "/", digests=False)]
 
     def scan(
-        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
+        self,
+        device: ReadableDevice,
+        under: str,
+        *,
+        mount: Mount,
+        modes: bool = False,
+        without: Matcher = no_file,
     ) -> Manifest:
         """Describe a mount's files below a directory.
 
         Raises FilesystemError at the first file that cannot be read.
         """
         place = self.place(device, mount.partition)
-        entries = self._walk(place, mount, under, digests=True)
+        entries = self._walk(place, mount, under, digests=True, without=without)
         if not (modes and driver_of(place.device).keeps_modes):
             entries = [replace(entry, mode=None) for entry in entries]
         return Manifest(tuple(entries))
@@ -267,7 +274,15 @@ class KernelOracle:
                 raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
         return chosen({which: done["said"] for which, done in said.items()})
 
-    def _walk(self, place: Slice, mount: Mount, under: str, *, digests: bool) -> list[Entry]:
+    def _walk(
+        self,
+        place: Slice,
+        mount: Mount,
+        under: str,
+        *,
+        digests: bool,
+        without: Matcher = no_file,
+    ) -> list[Entry]:
         with self.mounted(place, root=mount.root) as guest:
             found = guest.ask(
                 "walk",
@@ -278,9 +293,10 @@ class KernelOracle:
                 holes=HOLES_MAX,
                 limit_s=_patience(place),
             )
-        entries = sorted(map(_entry, found["files"]), key=lambda entry: entry.path.split("/"))
-        if found["errors"]:
-            path, code = min(found["errors"])
+        entries = [entry for entry in map(_entry, found["files"]) if not without(entry.path)]
+        entries.sort(key=lambda entry: entry.path.split("/"))
+        if errors := [one for one in found["errors"] if not without(_shown(one[0]))]:
+            path, code = min(errors)
             what = _shown(path) or "/"
             if digests:
                 raise FilesystemError(f"{what} cannot be read ({code})")
@@ -288,7 +304,7 @@ class KernelOracle:
         if digests and (endless := [entry for entry in entries if not entry.digest]):
             raise FilesystemError(
                 f"{endless[0].path} is sparse and larger than its disk, or has too many zeroes; "
-                "leave it out"
+                "leave it out with --exclude"
             )
         return entries
 

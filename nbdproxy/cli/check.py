@@ -108,7 +108,7 @@ def check(
             if timeline is not None:
                 earlier = earlier_digests(timeline, wanted, tree, judge)
             findings = TreeFollower(judge, wanted, earlier, tree).check(disk, None)
-            doubt = doubt_of(wanted, [findings.conditions])
+            doubt = doubt_of(wanted, [findings.conditions.get])
         looked = tuple(
             _examined(judge, disk, tree, number, fsck=fsck)
             for number in _asked(disk, tree, wanted, known)
@@ -173,7 +173,7 @@ def _placed(
             if where.mounts:
                 raise
             return Tree((Mount(partition=where.partition),)), None
-    is_absolute = all(entry.path.startswith("/") for entry in wanted.entries)
+    is_absolute = all(path.startswith("/") for path in wanted.paths())
     as_named = replace(where, root=where.root or "/") if is_absolute else where
     try:
         try:

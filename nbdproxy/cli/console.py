@@ -77,7 +77,9 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 def print_json(value: Any) -> None:
     """Print a result for programs."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+    for piece in json.JSONEncoder(indent=2).iterencode(value):  # a list may have a million files
+        sys.stdout.write(piece)
+    sys.stdout.write("\n")
 
 
 def print_fields(fields: Iterable[str]) -> None:

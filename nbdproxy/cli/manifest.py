@@ -26,8 +26,9 @@ from nbdproxy.errors import ManifestError, UsageError
 from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles import npm
 from nbdproxy.oracles.composite import scan
+from nbdproxy.oracles.globs import matcher
 from nbdproxy.oracles.locate import survey_tree
-from nbdproxy.oracles.manifest import Entry
+from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.reader import no_recording, recordings_in
 from nbdproxy.report.paths import printable
@@ -41,6 +42,13 @@ def manifest(
         str | None,
         typer.Option(
             metavar="PATH", help="Only what is below this folder; of a DIR or LOCKFILE, its place."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="Leave out files and folders: anywhere, or from the top if it begins with /.",
         ),
     ] = None,
     modes: Annotated[
@@ -71,6 +79,8 @@ def manifest(
     RUN@CUT is the disk with all that the recording's guest had sent until that instant; RUN alone
     means RUN@end: right only if the guest had ended in order, or after a sync. LOCKFILE is a
     package-lock.json: what npm ci would install, from tarballs that are checked and not installed.
+    What --exclude leaves out is not read: a sparse file of terabytes, for one. It may be given many
+    times; * stands for anything, slashes too.
     Exit code 2, and a line on stderr for each, if what fstab mounts is on a disk or partition that
     cannot be read, or if the end that is asked for is lost: all others are listed.
 
@@ -80,24 +90,28 @@ def manifest(
 
       nbdproxy manifest disk.img --under /app/node_modules > npm.sha256
 
+      nbdproxy manifest disk.img --exclude '*.log' --exclude /var/cache > files
+
       nbdproxy manifest run1@before-exit > files
 
       nbdproxy manifest app/package-lock.json --under /app > npm.sha256
     """
     left_out: dict[str, str] = {}
     fine = 0
+    without = matcher(exclude or ())
     if Path(where).name.endswith(".json") and Path(where).is_file():
         if npm_cache is not None and tarballs is not None:
             raise UsageError("--npm-cache and --tarballs exclude each other; drop one of them")
         cache = None if tarballs is not None else npm_cache or npm.default_cache()
         source = npm.Tarballs(cache=cache, folder=tarballs)
         found = npm.from_lock(Path(where), source, under=under or "", modes=modes)
+        found = Manifest(tuple(entry for entry in found.entries if not without(entry.path)))
     elif npm_cache is not None or tarballs is not None:
         raise UsageError("--npm-cache and --tarballs are for a package-lock.json; drop them")
     elif Path(where).is_dir() and not is_recording(Path(where)):
         if recordings_in(Path(where)):
             raise no_recording(Path(where))
-        found = manifests.from_directory(Path(where), under, modes=modes)
+        found = manifests.from_directory(Path(where), under, modes=modes, without=without)
     else:
         with (
             _disk(where, base) as (disk, fine),
@@ -106,11 +120,11 @@ def manifest(
         ):
             tree = survey_tree(asked, disk, where_of(None, partition, mount))
             left_out = tree.left_out(posixpath.normpath(posixpath.join("/", under or "")))
-            found = scan(asked, disk, under or "/", tree, modes=modes)
+            found = scan(asked, disk, under or "/", tree, modes=modes, without=without)
     for why in dict.fromkeys(left_out.values()):
         err.print(f"left out: {printable(why)}", markup=False)
     if not found.entries:
-        raise ManifestError(f"there are no files in {where}; check the path and --under")
+        raise ManifestError(f"there are no files in {where}; check the path, --under and --exclude")
     if json:
         print_json([_to_json(entry) for entry in found.entries])
     else:

@@ -60,6 +60,11 @@ class FileOutcome:
     condition: Condition
     cause: Cause | None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is lost or in doubt."""
+        return self.condition is Condition.WHOLE
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -69,6 +74,11 @@ class Outcome:
     verdict: Verdict
     reason: str | None
     files: Mapping[str, FileOutcome]
+
+    def condition_of(self, path: str) -> Condition | None:
+        """Return the condition of a file; None if there is none of this path."""
+        found = self.files.get(path)
+        return None if found is None else found.condition
 
     @property
     def conditions(self) -> Counter[Condition]:
@@ -224,8 +234,12 @@ class _Judge:
 
     def _unmapped(self, state: StateId, causes: Mapping[str, Cause]) -> dict[str, Cause]:
         """Return the files that perhaps QEMU, and not the guest, had not sent all of."""
-        found = {}
-        for entry in self.manifest.entries if Cause.NEVER_SENT in causes.values() else ():
+        found: dict[str, Cause] = {}
+        if Cause.NEVER_SENT not in causes.values() or not is_qcow2(
+            self.timeline.at(state.position)
+        ):
+            return found
+        for entry in self.manifest.entries:
             mount = self.tree.of(entry.path)
             if causes.get(entry.path) is not Cause.NEVER_SENT or isinstance(mount, str):
                 continue
@@ -243,7 +257,7 @@ class _Judge:
             for condition in (Condition.WHOLE, Condition.CANNOT_BE_TOLD)
         )
         if not findings.conditions:
-            doubtful = frozenset(entry.path for entry in self.manifest.entries)
+            doubtful = frozenset(self.manifest.paths())
         return Kept(whole, doubtful)
 
     def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> Kept:
@@ -348,7 +362,7 @@ def earlier_digests(
     """Return the SHA-256 digests that the manifest's paths had before the recording, if any."""
     found: dict[str, tuple[str, ...]] = {}
     for mount, part in split(manifest, tree)[0].items():
-        wanted = {entry.path for entry in part.entries}
+        wanted = set(part.paths())
         folder = posixpath.commonpath([posixpath.dirname(path) for path in wanted])
         try:
             before = oracle.scan(timeline.base(), folder, mount=mount)

@@ -45,7 +45,7 @@ def with_root(
         f"no state that was looked at has a directory {path}: --root is wrong, or the guest never "
         f"sent it; if so, name one above it that is there, and the files from there"
     )
-    doubtful = dict.fromkeys((entry.path for entry in manifest.entries), why)
+    doubtful = dict.fromkeys(manifest.paths(), why)
     return [replace(tree, doubtful={**doubtful, **tree.doubtful}) for tree in trees]
 
 

@@ -32,7 +32,7 @@ from nbdproxy.oracles.check import merge
 from nbdproxy.oracles.composite import split
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import ANYWHERE, Where, locate_all
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Entries, Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.quick import QUICK
@@ -187,12 +187,14 @@ def _place(
 
 def _shares(manifest: Manifest, trees: Sequence[Tree]) -> list[Manifest]:
     """Return the files of each recording; the first has those that are on none."""
+    if len(trees) == 1:
+        return [manifest]
     own = [
-        {e.path for part in split(manifest, tree)[0].values() for e in part.entries}
+        {path for part in split(manifest, tree)[0].values() for path in part.paths()}
         for tree in trees
     ]
-    own[0] |= {entry.path for entry in manifest.entries}.difference(*own)
-    return [Manifest(tuple(e for e in manifest.entries if e.path in some)) for some in own]
+    own[0] |= set(manifest.paths()).difference(*own)
+    return [Manifest(Entries(e for e in manifest.entries if e.path in some)) for some in own]
 
 
 def _merged(each: Sequence[Replay], manifest: Manifest, names: Sequence[str]) -> Replay:
@@ -244,10 +246,10 @@ def _outcome(
     files: dict[str, FileOutcome] = {}
     if any(one.files for one in some):
         for one, replay in zip(some, each, strict=True):
-            files |= one.files or {entry.path: _UNKNOWN for entry in replay.manifest.entries}
+            files |= one.files or dict.fromkeys(replay.manifest.paths(), _UNKNOWN)
     return Outcome(
         some[0].state,
         merge({one.verdict for one in some}),
         _told([one.reason or "" for one in some], names) or None,
-        {e.path: files[e.path] for e in manifest.entries if e.path in files},
+        {path: files[path] for path in manifest.paths() if path in files},
     )

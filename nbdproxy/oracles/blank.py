@@ -24,7 +24,7 @@ def certain(findings: Findings, disk: ReadableDevice, manifest: Manifest, mount:
     why = what_is_blank(disk, mount.partition)
     if why is None:
         return findings
-    missing = {entry.path: Condition.MISSING for entry in manifest.entries}
+    missing = dict.fromkeys(manifest.paths(), Condition.MISSING)
     return Findings(Verdict.FAIL, missing, why)
 
 

@@ -30,9 +30,11 @@ from nbdproxy.oracles.filesystems import (
     kind_of,
     open_filesystem,
 )
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Mount, PartitionName
 from nbdproxy.oracles.partitions import Slice
+from nbdproxy.oracles.resolutions import resolve
 
 
 class Verdict(StrEnum):
@@ -81,6 +83,11 @@ class Outcome(NamedTuple):
         return Verdict.FAIL if is_known else Verdict.UNKNOWN
 
 
+_OUTCOMES = {condition: Outcome(condition) for condition in Condition}
+MISSING = _OUTCOMES[Condition.MISSING]
+"""Millions of files have the same."""
+
+
 def merge(verdicts: Collection[Verdict]) -> Verdict:
     """Return fail if any fails, else unknown if any is unknown, else pass."""
     for verdict in (Verdict.FAIL, Verdict.UNKNOWN):
@@ -105,8 +112,8 @@ def check(
     """
     try:
         filesystem = opened(device, mount)
-        if not all(entry.path.startswith("/") for entry in manifest.entries):
-            manifest = manifests.resolve(manifest, _paths(filesystem))
+        if not all(path.startswith("/") for path in manifest.paths()):
+            manifest = resolve(manifest, _paths(filesystem))
         return _check(filesystem, manifest, earlier or {})
     except ManifestError:
         raise
@@ -126,9 +133,11 @@ def scan(
     *,
     mount: Mount = ONLY,
     modes: bool = False,
+    without: Matcher = no_file,
 ) -> Manifest:
     """Describe a mount's regular files and symbolic links below `under`, with `modes` if wanted.
 
+    Files of the paths that `without` means are not read.
     Hard links appear under each of their names, symbolic links are not followed. Raises
     FilesystemError if there is no filesystem or several, if the state cannot be judged, at the
     first file that cannot be read, and where the files are longer together than a disk can hold.
@@ -139,6 +148,8 @@ def scan(
     left = HOLES_MAX + 2 * filesystem.device.size
     for path, node in filesystem.walk(absolute(under)):
         name = shown(path)
+        if without(name):
+            continue
         try:
             if node.is_symlink:
                 target = shown(filesystem.symlink_target(node))
@@ -149,7 +160,7 @@ def scan(
                 if left < 0 and not filesystem.is_endless(node):
                     raise UnsupportedError(
                         "with this one the files are far longer than the disk; name the folders "
-                        "of the others with --under"
+                        "of the others with --under, or leave some out with --exclude"
                     )
                 digests[node.number] = manifests.digest(filesystem.chunks(node))
         except FilesystemError as error:
@@ -179,9 +190,9 @@ def paths(device: ReadableDevice, *, mount: Mount = ONLY) -> list[str]:
 def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
     """Return what `judge` says about a file, or what its failure to read the file means."""
     try:
-        return Outcome(judge())
+        return _OUTCOMES[judge()]
     except CorruptError:
-        return Outcome(Condition.UNREADABLE)
+        return _OUTCOMES[Condition.UNREADABLE]
     except UnsupportedError as error:
         return Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {error}")
 

@@ -8,6 +8,7 @@ that reads all zeroes holds is certain, though no oracle can read it: no file.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 
@@ -17,7 +18,8 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles.blank import certain
 from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.globs import Matcher, no_file
+from nbdproxy.oracles.manifest import Entries, Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
 from nbdproxy.oracles.oracle import Digests, Follower, Oracle
 from nbdproxy.oracles.watched import Range, Reads
@@ -71,36 +73,44 @@ class TreeFollower:
         conditions = dict.fromkeys(self._unknown, Condition.CANNOT_BE_TOLD)
         reasons = []
         for one, (_, part, _) in zip(found, self._parts, strict=True):
-            conditions |= one.conditions or {
-                entry.path: Condition.CANNOT_BE_TOLD for entry in part.entries
-            }
+            conditions |= one.conditions or dict.fromkeys(part.paths(), Condition.CANNOT_BE_TOLD)
             reasons += [one.reason] if one.reason is not None else []
         for reason, count in Counter(self._unknown.values()).items():
             reasons.append(f"{plural(count, 'file')} cannot be told: {reason}")
         verdicts = {one.verdict for one in found}
         verdicts |= {Verdict.UNKNOWN} if self._unknown else set()
-        in_order = {e.path: conditions[e.path] for e in self._manifest.entries}
+        in_order = {path: conditions[path] for path in self._manifest.paths()}
         return Findings(merge(verdicts), in_order, "; ".join(dict.fromkeys(reasons)) or None)
 
 
 def split(manifest: Manifest, tree: Tree) -> tuple[dict[Mount, Manifest], dict[str, str]]:
     """Return the files that each mount has, and why it cannot be told where the others are."""
-    entries: dict[Mount, list[Entry]] = {}
+    places: dict[Mount, array[int]] = {}
     unknown: dict[str, str] = {}
-    for entry in manifest.entries:
-        found = tree.of(entry.path)
+    for at, path in enumerate(manifest.paths()):
+        found = tree.of(path)
         if isinstance(found, str):
-            unknown[entry.path] = found
+            unknown[path] = found
         else:
-            entries.setdefault(found, []).append(entry)
-    return {mount: Manifest(tuple(some)) for mount, some in entries.items()}, unknown
+            places.setdefault(found, array("Q")).append(at)
+    if len(places) == 1 and not unknown:
+        return dict.fromkeys(places, manifest), unknown
+    parts = {mount: (manifest.entries[at] for at in some) for mount, some in places.items()}
+    return {mount: Manifest(Entries(some)) for mount, some in parts.items()}, unknown
 
 
 def scan(
-    oracle: Oracle, device: ReadableDevice, under: str, tree: Tree, *, modes: bool = False
+    oracle: Oracle,
+    device: ReadableDevice,
+    under: str,
+    tree: Tree,
+    *,
+    modes: bool = False,
+    without: Matcher = no_file,
 ) -> Manifest:
     """Describe the files below a directory of a tree, on all its mounts that can be read.
 
+    Files of the paths that `without` means are not read.
     Raises FilesystemError at the first file that cannot be read.
     """
     here = tree.of(under)
@@ -110,7 +120,7 @@ def scan(
     asked = below if isinstance(here, str) else [here, *below]
     found: list[Entry] = []
     for mount in asked:
-        found += oracle.scan(device, under, mount=mount, modes=modes).entries
+        found += oracle.scan(*(device, under), mount=mount, modes=modes, without=without).entries
     return Manifest(tuple(found))
 
 

@@ -14,7 +14,7 @@ another. Labels are made from what is there, as the expected content is not know
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 
 from nbdproxy.oracles.manifest import SHA256, Entry, Manifest
@@ -99,18 +99,22 @@ def conclude(
     return Condition.PARTLY_ZEROED if zero_block else Condition.DAMAGED
 
 
-def doubt_of(manifest: Manifest, states: Iterable[Mapping[str, Condition]]) -> str | None:
+def doubt_of(manifest: Manifest, states: Sequence[Callable[[str], Condition | None]]) -> str | None:
     """Say that a manifest may be another program's, if no file of it is whole in any state.
 
     That is said of lines that do not name their algorithm, where files with content are there.
+    Each state tells the condition of a file by its path; None if it has no such file.
     """
-    guessed = {entry.path: entry for entry in manifest.entries if entry.is_guessed}
-    seen: set[Condition] = set()
-    for state in states:
-        seen |= {found for path, found in state.items() if path in guessed}
-    if Condition.WHOLE in seen or not seen & _WITH_CONTENT:
+    seen: set[Condition | None] = set()
+    algorithms: dict[str, None] = {}
+    for entry in manifest.entries:
+        if entry.is_guessed:
+            seen.update(state(entry.path) for state in states)
+            algorithms.update(dict.fromkeys(entry.algorithms))
+        if Condition.WHOLE in seen:
+            return None
+    if not seen & _WITH_CONTENT:
         return None
-    algorithms = dict.fromkeys(name for entry in guessed.values() for name in entry.algorithms)
     programs = " or ".join(_PROGRAMS.get(name, f"{name}sum") for name in algorithms)
     return (
         f"no file has the digest that stands in the manifest: unless all of them are damaged, it "

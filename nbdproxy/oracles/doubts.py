@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from nbdproxy.oracles import guesses
@@ -32,10 +32,10 @@ def with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
     has, and once more what is not whole.
     """
     trees = plan.trees(disks)
-    entries = {e.path: e for e in manifest.entries if any(_has(tree, e.path) for tree in trees)}
-    plan = replace(plan, doubtful=_elsewhere(disks, plan, entries) | plan.doubtful)
+    here = {p: None for p in manifest.paths() if any(_has(tree, p) for tree in trees)}
+    plan = replace(plan, doubtful=_elsewhere(disks, plan, manifest, here) | plan.doubtful)
     seen = ", ".join(map(str, loose(disks, plan)))
-    asked = [e for e in entries.values() if seen or (plan.from_fstab and _is_in_memory(e.path))]
+    asked = _of(manifest, {p for p in here if seen or (plan.from_fstab and _is_in_memory(p))})
     doubtful = dict(plan.doubtful)
     for path in _unshown(disks, plan, asked):
         if plan.from_fstab and _is_in_memory(path):
@@ -50,6 +50,11 @@ def loose(disks: Disks, plan: Plan) -> list[Unread]:
     used = {(disk, mount.partition) for disk, mount in plan.spots.values()}
     apart = [one for place, one in disks.partial.items() if place not in used]
     return [one for one in (*disks.hidden, *apart) if not plan.accounts_for(one)]
+
+
+def _of(manifest: Manifest, paths: Collection[str]) -> list[Entry]:
+    """Return the entries of some files, in order."""
+    return [e for e in manifest.entries if e.path in paths] if paths else []
 
 
 def _has(tree: Tree, path: str) -> bool:
@@ -85,7 +90,9 @@ def _shown(whole: dict[str, Entry]) -> set[str]:
     return {posixpath.dirname(path) for path, entry in whole.items() if not entry.is_of(b"")}
 
 
-def _elsewhere(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> dict[str, str]:
+def _elsewhere(
+    disks: Disks, plan: Plan, manifest: Manifest, here: Collection[str]
+) -> dict[str, str]:
     """Return files that a filesystem has which is mounted nowhere, and where it may be mounted.
 
     Not those that are whole in the plan; and a file that is not has to be whole there, which shows
@@ -94,16 +101,16 @@ def _elsewhere(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> dict[str,
     possible = [
         (guess, files)
         for store in guesses.unused(disks, plan)
-        for guess in guesses.shown(disks, store, entries)
+        for guess in guesses.shown(disks, store, here)
         if guess.point not in {*plan.spots, *plan.away} and plan.has_folder(disks, guess.point)
         if (files := guesses.covered(plan, guess.point, guess.files))
     ]
     asked: set[str] = set().union(*(files for _, files in possible))
-    lost = asked - _whole(disks, plan, (entries[path] for path in asked)).keys()
+    lost = asked - _whole(disks, plan, _of(manifest, asked)).keys()
     found: dict[str, str] = {}
     for guess, files in possible:
         alone = Plan({guess.point: guess.store.mount(guess.point, guess.root)})
-        there = _whole(disks, alone, (entries[path] for path in files & lost))
+        there = _whole(disks, alone, _of(manifest, files & lost))
         if _shown(there):
             why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
             found |= dict.fromkeys(files & lost, why)

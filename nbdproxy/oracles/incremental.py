@@ -11,7 +11,10 @@ Not thread-safe; use one for each worker.
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+import posixpath
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 
@@ -19,6 +22,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import (
+    MISSING,
     Findings,
     Outcome,
     Verdict,
@@ -50,7 +54,7 @@ class IncrementalCheck:
         self._manifest = manifest
         self._earlier = earlier or {}
         self._at = mount
-        self._is_followable = all(entry.path.startswith("/") for entry in manifest.entries)
+        self._is_followable = all(path.startswith("/") for path in manifest.paths())
         self._size = -1
         self._mount = Remount(mount.partition)
         self._files: _Files | None = None
@@ -150,18 +154,34 @@ def _fewer(ranges: list[Range]) -> list[Range]:
 
 
 class _Files:
-    """The files of a manifest on a view whose blocks change; knows what each was judged from."""
+    """The files of a manifest on a view whose blocks change; knows what each was judged from.
+
+    A directory that is not there is followed once for all that were to be in it.
+    """
 
     def __init__(
         self, view: WatchedDevice, manifest: Manifest, earlier: Earlier, mount: Mount
     ) -> None:
         self._filesystem = TracedFilesystem(view, mount)
         self._view = view
-        self._entries = [
-            (entry, absolute(entry.path), earlier.get(entry.path, ())) for entry in manifest.entries
+        self._entries = manifest.entries
+        self._earlier = earlier
+        self._paths = list(manifest.paths())
+        self._nodes: list[Inode | Failure | None] = [None] * len(self._paths)
+        self._folders: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
+        for file, path in enumerate(self._paths):
+            self._folders[posixpath.dirname(path)].append(file)
+        self._lost: dict[int, str] = {}
+        there = bytearray(len(self._paths))
+        for number, folder in enumerate(self._folders, start=1):
+            self._lost[-number] = folder
+            for file in self._found(-number):
+                there[file] = True
+        for file in itertools.compress(range(len(there)), there):
+            self._nodes[file] = self._follow(file)
+        self._outcomes = [
+            self._judge(file) if is_there else MISSING for file, is_there in enumerate(there)
         ]
-        self._nodes = [self._follow(file) for file in range(len(self._entries))]
-        self._outcomes = [self._judge(file) for file in range(len(self._entries))]
         self._verdicts = Counter(found.verdict for found in self._outcomes)
         self._findings: Findings | None = None
 
@@ -173,7 +193,8 @@ class _Files:
     def update(self, moved: Iterable[int]) -> None:
         """Judge again what was judged from any of these blocks of the view."""
         astray, doubtful = self._filesystem.refresh(moved)
-        for file in astray:
+        lost = self._lost.keys() & astray
+        for file in (astray - lost).union(*map(self._found, lost)):
             node = self._follow(file)
             if node != self._nodes[file]:
                 self._nodes[file] = node
@@ -192,19 +213,29 @@ class _Files:
             self._findings = Findings(
                 merge([verdict for verdict, count in self._verdicts.items() if count]),
                 {
-                    entry.path: found.condition
-                    for (entry, _, _), found in zip(self._entries, self._outcomes, strict=True)
+                    path: found.condition
+                    for path, found in zip(self._paths, self._outcomes, strict=True)
                 },
                 next((found.doubt for found in self._outcomes if found.doubt is not None), None),
             )
         return self._findings
 
+    def _found(self, number: int) -> Collection[int]:
+        """Return the files of a directory that was not there, if it is by now."""
+        folder = self._lost[number]
+        if self._filesystem.follow(number, absolute(folder)) is None:
+            return ()
+        self._filesystem.forget(number)
+        del self._lost[number]
+        return self._folders[folder]
+
     def _follow(self, file: int) -> Inode | Failure | None:
-        entry, path, _ = self._entries[file]
-        return self._filesystem.follow(file, path, follow_last=entry.target is None)
+        entry = self._entries[file]
+        return self._filesystem.follow(file, absolute(entry.path), follow_last=entry.target is None)
 
     def _judge(self, file: int) -> Outcome:
-        entry, _, earlier = self._entries[file]
+        entry = self._entries[file]
+        earlier = self._earlier.get(entry.path, ())
         self._view.take()
         found = outcome(
             entry, partial(_condition, self._filesystem, self._nodes[file], entry, earlier)

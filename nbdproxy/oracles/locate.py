@@ -20,13 +20,13 @@ from functools import partial
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles import check, guesses, moves, partitions, rivals
-from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.doubts import loose, with_doubts
-from nbdproxy.oracles.manifest import Manifest, Resolution
+from nbdproxy.oracles.manifest import Entries, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.plans import Plan, Told, by_fstab, completed, told
 from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.resolutions import Resolution, resolutions
 from nbdproxy.oracles.rivals import Place
 from nbdproxy.oracles.stores import Disks
 
@@ -92,7 +92,7 @@ def locate_all(
     if "/" in given.away:
         raise FilesystemError(f"nothing can be judged: {given.away['/']}")
     if "/" in given.spots:
-        plan = completed(disks, given, frozenset(entry.path for entry in manifest.entries))
+        plan = completed(disks, given, frozenset(manifest.paths()))
         manifest = _resolved(plan, disks, manifest, where, as_named=True)
         if not plan.from_fstab:
             return plan.trees(disks), manifest
@@ -148,7 +148,7 @@ def tree_by_fstab(device: ReadableDevice) -> Tree | None:
 def below(root: str, manifest: Manifest) -> Manifest:
     """Put every path of a manifest below a directory of the guest."""
     return Manifest(
-        tuple(
+        Entries(
             replace(entry, path=posixpath.join(f"/{root.lstrip('/')}", entry.path.lstrip("/")))
             for entry in manifest.entries
         )
@@ -162,7 +162,7 @@ def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: W
         there = oracle.paths(device, mount=mount)
     except check.PartlyListedError as error:
         there = error.paths
-    found = manifests.resolutions(manifest, frozenset(there))
+    found = resolutions(manifest, frozenset(there))
     disks = Disks(oracle, [device])
     sure = moves.fitting(lambda path: disks.has_folder(0, mount, path), manifest, found)
     if found and not sure:
@@ -215,8 +215,8 @@ def _resolved(
     """
     if where.root is not None:
         return manifest
-    found = manifests.resolutions(manifest, plan.known(disks))
-    stand = as_named and all(entry.path.startswith("/") for entry in manifest.entries)
+    found = resolutions(manifest, plan.known(disks))
+    stand = as_named and all(path.startswith("/") for path in manifest.paths())
     sure = [
         one
         for one in moves.fitting(partial(plan.has_folder, disks), manifest, found)
@@ -229,7 +229,7 @@ def _resolved(
 
 def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[Plan, Manifest]:
     """Return the plan under which most of the files are there, and the manifest with its paths."""
-    names = frozenset(entry.path for entry in manifest.entries)
+    names = frozenset(manifest.paths())
     is_absolute = all(path.startswith("/") for path in names)
     plans = by_fstab(disks, given, names)
     if plans and (found := _most(disks, plans, manifest, where, as_named=True)) is not None:
@@ -277,7 +277,7 @@ def _most(
             resolved = _resolved(plan, disks, manifest, where, as_named=as_named)
         except ManifestError:
             continue
-        count = sum(entry.path in known for entry in resolved.entries)
+        count = sum(path in known for path in resolved.paths())
         places.append((plan, Place(plan.trees(disks), resolved, count)))
     if not places:
         return None

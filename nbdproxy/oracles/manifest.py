@@ -17,7 +17,7 @@ Of 128 digits without a name either is meant, as `sha512sum` and `b2sum` write t
 has one of the two digests is whole. Not covered: other programs that write as many digits as one of
 SHA's (`b3sum`): no file is whole by such a list, of which `condition.doubt_of` makes a sentence.
 
-Names may be absolute in the filesystem or stand below some directory of it; `resolve` finds out.
+Names may be absolute in the filesystem or stand below some directory of it: see `resolutions`.
 """
 
 from __future__ import annotations
@@ -25,16 +25,22 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+import operator
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, overload
+
+import numpy as np
 
 from nbdproxy.errors import ManifestError
+from nbdproxy.oracles.globs import Matcher, no_file
 
 SHA256 = "sha256"
 BY_DIGITS = {32: "md5", 40: "sha1", 56: "sha224", 64: SHA256, 96: "sha384", 128: "sha512"}
@@ -66,10 +72,6 @@ REPEATED = re.compile(r"/(?:\./|/)+")
 PERMISSIONS = 0o7777
 ESCAPES = {"\\": "\\", "n": "\n", "r": "\r"}
 CHUNK = 1 << 20
-RESOLUTIONS_MAX = 16
-"""So many places of a manifest's files are compared."""
-PAIRS = 200_000
-"""Pairs of an entry and a file of its name that propose where a manifest belongs; all vote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +107,120 @@ def link_entry(path: str, target: str) -> Entry:
     return Entry(path, digest([raw]), len(raw), target=target)
 
 
+class _Kind(NamedTuple):
+    """What many entries have alike; `width` is how many bytes the digest has."""
+
+    width: int
+    is_sizeless: bool
+    mode: int | None
+    target: str | None
+    algorithm: str
+    is_guessed: bool
+
+
+class Entries(Sequence[Entry]):
+    """Entries in columns, about 85 bytes for one of npm's; each is made when it is asked for.
+
+    Of a path the directory is kept once for all that are in it; digests are kept as bytes. A thing
+    that few entries have, or many have alike, is in `_kinds`: all but name, digest and size.
+    """
+
+    __slots__ = ("_blob", "_ends", "_folder", "_folders", "_kind", "_kinds", "_sizes")
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        """Take entries one after the other; none is kept as it is."""
+        folders: dict[str, int] = {}
+        kinds: dict[_Kind, int] = {}
+        self._blob, self._ends, self._sizes = bytearray(), array("Q"), array("Q")
+        self._folder, self._kind = array("I"), array("I")
+        for entry in entries:
+            start = entry.path.rfind("/") + 1
+            folder, name = entry.path[:start], entry.path[start:]
+            raw = bytes.fromhex(entry.digest)
+            kind = _Kind(
+                *(len(raw), entry.size is None, entry.mode, entry.target),
+                *(entry.algorithm, entry.is_guessed),
+            )
+            self._folder.append(folders.setdefault(folder, len(folders)))
+            self._kind.append(kinds.setdefault(kind, len(kinds)))
+            self._sizes.append(entry.size or 0)
+            self._blob += raw
+            self._blob += name.encode("utf-8", "surrogatepass")
+            self._ends.append(len(self._blob))
+        self._folders, self._kinds = tuple(folders), tuple(kinds)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, at: int) -> Entry: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Entry]: ...
+    def __getitem__(self, at: int | slice) -> Entry | Sequence[Entry]:
+        if isinstance(at, slice):
+            return [self[index] for index in range(*at.indices(len(self)))]
+        at = range(len(self))[at]
+        kind = self._kinds[self._kind[at]]
+        raw = self._blob[self._ends[at - 1] if at else 0 : self._ends[at]]
+        name = raw[kind.width :].decode("utf-8", "surrogatepass")
+        return Entry(
+            self._folders[self._folder[at]] + name,
+            raw[: kind.width].hex(),
+            None if kind.is_sizeless else self._sizes[at],
+            *(kind.mode, kind.target, kind.algorithm, kind.is_guessed),
+        )
+
+    def __iter__(self) -> Iterator[Entry]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    def paths(self) -> Iterator[str]:
+        """Yield the paths, sooner than with all else."""
+        start = 0
+        for folder, kind, end in zip(self._folder, self._kind, self._ends, strict=True):
+            name = self._blob[start + self._kinds[kind].width : end]
+            yield self._folders[folder] + name.decode("utf-8", "surrogatepass")
+            start = end
+
+    def repeated(self) -> list[int]:
+        """Return where a path stands that may stand in another place as well, in order."""
+        starts = chain([0], self._ends)
+        widths = [kind.width for kind in self._kinds]
+        keys = np.fromiter(
+            (
+                hash((folder, bytes(self._blob[start + widths[kind] : end])))
+                for folder, kind, start, end in zip(
+                    self._folder, self._kind, starts, self._ends, strict=False
+                )
+            ),
+            np.int64,
+            len(self),
+        )
+        ordered = np.sort(keys)
+        return np.flatnonzero(np.isin(keys, ordered[1:][ordered[1:] == ordered[:-1]])).tolist()
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """Files in the order given; no path stands twice."""
 
-    entries: tuple[Entry, ...]
+    entries: Sequence[Entry]
+
+    def paths(self) -> Iterator[str]:
+        """Yield the paths of the files, in order."""
+        if isinstance(self.entries, Entries):
+            return self.entries.paths()
+        return (entry.path for entry in self.entries)
 
 
 def load(path: Path) -> Manifest:
@@ -154,7 +265,44 @@ def parse(text: str, source: str, *, from_root: bool = False) -> Manifest:
 
 def _parse(lines: Iterable[str], source: str, *, raw: bool, from_root: bool) -> Manifest:
     """Read a manifest's lines; `raw` ones end with NUL, and have no escapes."""
-    entries: dict[str, Entry] = {}
+    numbers = array("Q")
+    wrong: list[ManifestError] = []
+
+    def read() -> Iterator[Entry]:
+        try:
+            for number, entry in _entries(lines, source, raw=raw, from_root=from_root):
+                numbers.append(number)
+                yield entry
+        except ManifestError as error:
+            wrong.append(error)
+
+    entries = Entries(read())
+    known: dict[str, Entry] = {}
+    again = set()
+    for at in entries.repeated():
+        entry = entries[at]
+        if known.setdefault(entry.path, entry) != entry:
+            raise ManifestError(
+                f"{source}:{numbers[at]}: {entry.path!r} already stands above with another digest, "
+                f"size, mode or target; keep the line of the version you expect"
+            )
+        if known[entry.path] is not entry:
+            again.add(at)
+    if wrong:
+        raise wrong[0]
+    if not entries:
+        raise ManifestError(
+            f"{source}: the manifest is empty; write one with `nbdproxy manifest` or `sha256sum`"
+        )
+    if again:
+        entries = Entries(entry for at, entry in enumerate(entries) if at not in again)
+    return Manifest(entries)
+
+
+def _entries(
+    lines: Iterable[str], source: str, *, raw: bool, from_root: bool
+) -> Iterator[tuple[int, Entry]]:
+    """Yield what lines say, and their numbers."""
     told = _NOTHING_TOLD
     for number, line in enumerate(lines, start=1):
         entry = None
@@ -168,17 +316,7 @@ def _parse(lines: Iterable[str], source: str, *, raw: bool, from_root: bool) -> 
         if entry is not None:
             if from_root:
                 entry = replace(entry, path="/" + entry.path.lstrip("/"), is_guessed=False)
-            known = entries.setdefault(entry.path, entry)
-            if known is not entry and known != entry:
-                raise ManifestError(
-                    f"{source}:{number}: {entry.path!r} already stands above with another digest, "
-                    f"size, mode or target; keep the line of the version you expect"
-                )
-    if not entries:
-        raise ManifestError(
-            f"{source}: the manifest is empty; write one with `nbdproxy manifest` or `sha256sum`"
-        )
-    return Manifest(tuple(entries.values()))
+            yield number, entry
 
 
 def dump(manifest: Manifest) -> str:
@@ -201,90 +339,32 @@ def dump(manifest: Manifest) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def from_directory(root: Path, under: str | None = None, *, modes: bool = False) -> Manifest:
+def from_directory(
+    root: Path, under: str | None = None, *, modes: bool = False, without: Matcher = no_file
+) -> Manifest:
     """Describe every regular file and symbolic link below `root`, named by its path from there.
 
     `under` names a directory to put in front of each path (where `root` stands in the guest).
-    With `modes` the files have theirs. Raises ManifestError for what cannot be read.
+    With `modes` the files have theirs. What has a name that `without` means is not read, and no
+    folder of such a name is entered. Raises ManifestError for what cannot be read.
     """
     if not root.is_dir():
         raise ManifestError(f"{root}: not a directory; name the one whose files are expected")
     front = "" if under is None else under.rstrip("/") + "/"
-    entries = tuple(
-        _describe(path, front + path.relative_to(root).as_posix(), modes=modes)
-        for path in _files(root)
+
+    def named(path: Path) -> str:
+        return front + path.relative_to(root).as_posix()
+
+    entries = Entries(
+        _describe(path, named(path), modes=modes)
+        for path in _files(root, lambda path: without(named(path)))
     )
     if not entries:
-        raise ManifestError(f"{root}: there are no files in it; name the directory that has them")
-    return Manifest(entries)
-
-
-def resolve(manifest: Manifest, paths: Collection[str]) -> Manifest:
-    """Return the manifest with the absolute paths of a filesystem that has the files `paths`.
-
-    Of the changes that `resolutions` tells the one counts under which most entries exist. Raises
-    ManifestError if nothing matches anywhere, or if two places match equally well.
-    """
-    found = resolutions(manifest, paths)
-    if not found:
         raise ManifestError(
-            "the manifest matches nothing on this filesystem: "
-            "if none of its files was ever there, say where they belong with --root PATH; "
-            "else list what is there with `nbdproxy manifest` and name the files as it does"
+            f"{root}: there are no files in it, or --exclude leaves out all; name the "
+            "directory that has them"
         )
-    most = max(one.count for one in found)
-    return sole([one for one in found if one.count == most]).manifest
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Resolution:
-    """A manifest with one leading directory changed to another, and how many entries exist so.
-
-    `front` is the directory that was taken off, `place` the one that stands instead: `/` if none
-    does, and empty if nothing was changed.
-    """
-
-    place: str
-    manifest: Manifest
-    count: int
-    front: str = ""
-
-
-def resolutions(manifest: Manifest, paths: Collection[str]) -> list[Resolution]:
-    """Return the changes of a leading directory under which entries exist, the best first.
-
-    None at all, a directory put in front (`node_modules/a.js` is `/app/node_modules/a.js`), or one
-    taken off (`/data/a.js`, named in a guest that mounts the filesystem at /data, is `/a.js`).
-    Where an absolute path exists as it is, all stand as they are: others may be lost, and a copy of
-    them elsewhere is not what was asked for.
-    """
-    known = paths if isinstance(paths, (set, frozenset)) else set(paths)
-    if any(entry.path.startswith("/") and entry.path in known for entry in manifest.entries):
-        return [_resolution(manifest, known, ("", ""))]
-    found = [_resolution(manifest, known, change) for change in _proposals(manifest, known)]
-    # Equally good ones are told in the order of their places, so that it is always the same.
-    return sorted(found, key=lambda one: (-one.count, one.place))[:RESOLUTIONS_MAX]
-
-
-def sole(found: Sequence[Resolution]) -> Resolution:
-    """Return the one of them, or that without any change; raises ManifestError for others."""
-    if len(found) == 1:
-        return found[0]
-    for one in found:
-        if one.place == "":
-            return one
-    places = ", ".join(sorted({one.place for one in found}))
-    raise ManifestError(
-        f"the manifest matches equally well under {places}; write its paths absolute, "
-        f"as `nbdproxy manifest IMAGE` does"
-    )
-
-
-def _resolution(manifest: Manifest, known: Collection[str], change: tuple[str, str]) -> Resolution:
-    moved = Manifest(tuple(replace(e, path=_moved(e.path, *change)) for e in manifest.entries))
-    place = "" if change == ("", "") else change[1] or "/"
-    count = sum(entry.path in known for entry in moved.entries)
-    return Resolution(place, moved, count, change[0])
+    return Manifest(entries)
 
 
 def digest(chunks: Iterable[bytes], algorithm: str = SHA256) -> str:
@@ -402,14 +482,16 @@ def _unescape(name: str, where: str) -> str:
     return "".join(pieces)
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _files(root: Path, is_left_out: Callable[[Path], bool]) -> Iterator[Path]:
     def stop(error: OSError) -> None:
         raise ManifestError(f"{error.filename}: {error.strerror}; make it readable") from error
 
     for folder, folders, files in os.walk(root, onerror=stop):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not is_left_out(Path(folder, name)))
         for name in sorted(files):
             path = Path(folder, name)
+            if is_left_out(path):
+                continue
             if path.is_symlink() or path.is_file():
                 yield path
         # A link to a folder stands among the folders, which are not followed.
@@ -427,44 +509,3 @@ def _describe(path: Path, name: str, *, modes: bool) -> Entry:
     except OSError as error:
         raise ManifestError(f"{path}: {error.strerror}; make it readable") from error
     return Entry(name, found, size, mode)
-
-
-def _proposals(manifest: Manifest, known: Collection[str]) -> set[tuple[str, str]]:
-    """Return the changes (old front, new front) under which at least one entry exists."""
-    by_name: dict[str, list[str]] = {}
-    for path in known:
-        by_name.setdefault(path.rpartition("/")[2], []).append(path)
-    common = os.path.commonpath(
-        ["/" + e.path.strip("/").rpartition("/")[0] for e in manifest.entries]
-    )
-    # Rare names propose few places, so they go first.
-    found = [by_name.get(e.path.rpartition("/")[2], []) for e in manifest.entries]
-    order = sorted((len(places), i) for i, places in enumerate(found) if places)
-    result = set()
-    looked_at = 0
-    for count, i in order:
-        looked_at += count
-        if looked_at > PAIRS:
-            break
-        for place in found[i]:
-            old, new = _fronts(manifest.entries[i].path, place)
-            if old == "" or (common + "/").startswith(old + "/"):
-                result.add((old, new))
-    return result
-
-
-def _fronts(path: str, place: str) -> tuple[str, str]:
-    """Cut what two paths have in common at their ends; both results are '' or start with '/'."""
-    here, there = path.strip("/").split("/"), place.strip("/").split("/")
-    while here and there and here[-1] == there[-1]:
-        del here[-1], there[-1]
-    return _join(here), _join(there)
-
-
-def _join(parts: list[str]) -> str:
-    return "".join("/" + part for part in parts)
-
-
-def _moved(path: str, old: str, new: str) -> str:
-    absolute = "/" + path.lstrip("/")
-    return new + absolute.removeprefix(old)

@@ -92,10 +92,9 @@ class Tree:
             return why
         points: dict[str, Mount | str] = {mount.point: mount for mount in self.mounts}
         points |= self.away
-        for point in above(path):
-            if point in points:
-                return points[point]
-        return self.nowhere
+        path = "/" + path.lstrip("/")
+        here = [point for point in points if is_below(path, point)]
+        return points[max(here, key=len)] if here else self.nowhere
 
     def left_out(self, under: str) -> dict[str, str]:
         """Return the points in a directory that are on disks, and are not read, and why."""

@@ -15,8 +15,9 @@ import os
 import posixpath
 from collections.abc import Callable, Iterable, Sequence
 
-from nbdproxy.oracles.manifest import Manifest, Resolution
+from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import above
+from nbdproxy.oracles.resolutions import Resolution
 
 _BESIDE_ETC = ("/usr", "/bin", "/sbin", "/lib", "/proc", "/sys", "/dev")
 """What a system's root has beside /etc: file-hierarchy(7)."""
@@ -50,9 +51,9 @@ def fits(has: HasFolder, manifest: Manifest, found: Resolution) -> bool:
     if found.place == "":
         return True
     if found.place == "/":
-        paths = [entry.path for entry in found.manifest.entries]
+        paths = list(found.manifest.paths())
         return may_show_at(has, found.front or "/", paths)
-    if found.front or any(entry.path.startswith("/") for entry in manifest.entries):
+    if found.front or any(path.startswith("/") for path in manifest.paths()):
         return False
     folder = _common(manifest)
     return folder == "/" or not has(folder)
@@ -76,5 +77,5 @@ def own_folders(paths: Sequence[str], point: str) -> set[str]:
 
 def _common(manifest: Manifest) -> str:
     """Return the directory that relative paths have in common, as it would be at the top."""
-    folders = [posixpath.dirname(f"/{entry.path.lstrip('/')}") for entry in manifest.entries]
+    folders = [posixpath.dirname(f"/{path.lstrip('/')}") for path in manifest.paths()]
     return os.path.commonpath(folders)

@@ -16,6 +16,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.watched import Reads
@@ -64,9 +65,18 @@ class Oracle(Protocol):
         ...
 
     def scan(
-        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
+        self,
+        device: ReadableDevice,
+        under: str,
+        *,
+        mount: Mount,
+        modes: bool = False,
+        without: Matcher = no_file,
     ) -> Manifest:
-        """Describe a mount's files below a directory, with `modes` if wanted and kept there."""
+        """Describe a mount's files below a directory, with `modes` if wanted and kept there.
+
+        Files of the paths that `without` means are not read.
+        """
         ...
 
     def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:

@@ -15,6 +15,7 @@ from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of, open_filesystem
 from nbdproxy.oracles.fsck import e2fsck
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
@@ -44,10 +45,16 @@ class QuickOracle:
         return check.paths(device, mount=mount)
 
     def scan(
-        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
+        self,
+        device: ReadableDevice,
+        under: str,
+        *,
+        mount: Mount,
+        modes: bool = False,
+        without: Matcher = no_file,
     ) -> Manifest:
         """Describe a mount's files below a directory."""
-        return check.scan(device, under, mount=mount, modes=modes)
+        return check.scan(device, under, mount=mount, modes=modes, without=without)
 
     def content(self, device: ReadableDevice, entry: Entry, *, mount: Mount) -> bytes | None:
         """Return what a file holds, or where a symbolic link points; None if none is there."""

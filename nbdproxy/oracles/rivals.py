@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.oracles import manifest as manifests
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.manifest import Manifest, Resolution
+from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Tree, above
 from nbdproxy.oracles.oracle import Oracle
+from nbdproxy.oracles.resolutions import Resolution, resolve, sole
 
 _SURE = 3
 """So many more whole files show that of two places with the same names one is right."""
@@ -67,9 +67,9 @@ def manifest_of(
 ) -> Manifest:
     """Return the one of a manifest's resolutions in a tree; ManifestError if none is sure."""
     if not found:
-        return manifests.resolve(manifest, frozenset())
+        return resolve(manifest, frozenset())
     places = {Place(trees, one.manifest, one.count): one for one in found}
-    return manifests.sole([places[p] for p in best(oracle, devices, list(places))]).manifest
+    return sole([places[p] for p in best(oracle, devices, list(places))]).manifest
 
 
 def _told(oracle: Oracle, devices: Sequence[ReadableDevice], place: Place) -> tuple[int, int]:

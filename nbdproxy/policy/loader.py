@@ -120,11 +120,13 @@ def _text(path: Path) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(SIZE_MAX + 1)
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise PolicyError(f"there is no policy file {path}; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise PolicyError(f"{path} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{path} cannot be read: {error}; save it as UTF-8") from None
     if len(raw) > SIZE_MAX:
         raise PolicyError(f"{path} is larger than {SIZE_MAX >> 10} KiB; split the policy")
     # The line ends of other systems, as a text file is read.

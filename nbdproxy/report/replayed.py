@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from nbdproxy.crash.cuts import Cut
-from nbdproxy.crash.replay import Outcome
+from nbdproxy.crash.replay import FileOutcome, Outcome
 from nbdproxy.crash.source import Source
 from nbdproxy.crash.together import Together
-from nbdproxy.oracles.condition import Condition
 from nbdproxy.report import table
 
 
@@ -90,6 +90,10 @@ def _cut_json(cut: Cut, source: Source) -> dict[str, object]:
     }
 
 
+def _file_json(one: FileOutcome) -> dict[str, str | None]:
+    return {"condition": one.condition.value, "cause": one.cause and one.cause.value}
+
+
 def _outcome_json(outcome: Outcome, *, files: bool) -> dict[str, object]:
     found: dict[str, object] = {
         "state": str(outcome.state),
@@ -100,9 +104,6 @@ def _outcome_json(outcome: Outcome, *, files: bool) -> dict[str, object]:
     if outcome.reason is not None:
         found["reason"] = outcome.reason
     if files:
-        found["files"] = {
-            path: {"condition": one.condition.value, "cause": one.cause and one.cause.value}
-            for path, one in outcome.files.items()
-            if one.condition is not Condition.WHOLE
-        }
+        told = functools.cache(_file_json)  # a million files, and few that differ
+        found["files"] = {p: told(one) for p, one in outcome.files.items() if not one.is_whole}
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from rich.table import Table
 from rich.text import Text
@@ -47,27 +48,22 @@ def _alike(result: Replay) -> dict[tuple[str, ...], tuple[str, ...]]:
     return {tuple(modes): column for column, modes in alike.items()}
 
 
-def lost_files(result: Replay) -> list[tuple[str, ...]]:
-    """Return what is told of each file that is not whole in the worst state of a cell, by cell."""
-    return [
-        (
-            cell.mode.value,
-            cell.failure.value,
-            one.condition.value,
-            one.cause.value if one.cause else "-",
-            printable(path),
-        )
-        for cell in result.cells
-        for path, one in sorted(cell.worst.files.items())
-        if one.condition is not Condition.WHOLE
-    ]
+def lost_files(result: Replay) -> Iterator[tuple[str, ...]]:
+    """Yield what is told of each file that is not whole in the worst state of a cell, by cell."""
+    for cell in result.cells:
+        files = cell.worst.files
+        for path in sorted(path for path, one in files.items() if not one.is_whole):
+            one = files[path]
+            cause = one.cause.value if one.cause else "-"
+            told = (cell.mode.value, cell.failure.value, one.condition.value, cause)
+            yield *told, printable(path)
 
 
 def doubt(result: Replay) -> str | None:
     """Return what there is against the manifest itself."""
-    states = [end for cell in result.cells for end in (cell.worst, cell.best)]
-    told = ({path: one.condition for path, one in state.files.items()} for state in states)
-    return doubt_of(result.manifest, told)
+    ends = (end for cell in result.cells for end in (cell.worst, cell.best))
+    states = {id(end.files): end.condition_of for end in ends}  # many cells have the same
+    return doubt_of(result.manifest, list(states.values()))
 
 
 def footnotes(together: Together) -> list[str]:
@@ -78,16 +74,20 @@ def footnotes(together: Together) -> list[str]:
         f"{plural(total, 'file')}. Each cell: the worst state that the model allows, who lost the "
         "files, and the best state where it differs."
     ]
-    empty = sum(entry.size == 0 for entry in result.manifest.entries)
+    kinds = Counter((entry.algorithm, entry.size == 0) for entry in result.manifest.entries)
+    empty = sum(count for (_, is_empty), count in kinds.items() if is_empty)
     if empty > 10 and empty * 5 > total:
         notes.append(
             f"{empty:,} files of the manifest are empty: was it made when they were lost already?"
         )
-    weak = Counter(e.algorithm for e in result.manifest.entries if e.algorithm in WEAK)
+    weak: Counter[str] = Counter()
+    for (algorithm, _), count in kinds.items():
+        weak[algorithm] += count if algorithm in WEAK else 0
     notes += [
         f"{plural(count, 'file')} compared by {algorithm}: that shows what was lost, and proves "
         f"nothing where somebody may have forged a file"
         for algorithm, count in weak.items()
+        if count
     ]
     if (why := doubt(result)) is not None:
         notes.append(why)

@@ -19,7 +19,7 @@ from pathlib import Path
 import structlog
 import trio
 
-from nbdproxy.errors import ImageError, ProtocolError
+from nbdproxy.errors import ImageError, ProtocolError, UnsafeFolderError
 from nbdproxy.nbd.client import ClientConnection, ClientPhase
 from nbdproxy.nbd.constants import MAX_EXPORT_SIZE, ReplyStyle, TransmissionFlag
 from nbdproxy.nbd.events import (
@@ -351,7 +351,7 @@ async def connected(uri: NbdUri, text: str) -> AsyncIterator[Upstream]:
             upstream = Upstream(uri, SocketWire(sock, Power()), connection)
             await upstream.negotiate()
         _check(upstream.info)
-    except (OSError, ProtocolError, ValueError, trio.TooSlowError) as error:
+    except (OSError, ProtocolError, ValueError, UnsafeFolderError, trio.TooSlowError) as error:
         if upstream is not None:
             await upstream.close()
         slow = isinstance(error, trio.TooSlowError)

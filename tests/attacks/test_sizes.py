@@ -94,8 +94,31 @@ def test_a_size_that_cannot_be_is_compared_before_contents(tmp_path: Path) -> No
 def test_the_command_says_which_file_it_does_not_list(tmp_path: Path) -> None:
     image = image_with(tmp_path, f"sif {PATH} size {HUGE:#x}")
     said = nbdproxy("manifest", image, code=2).stderr
-    assert said.startswith(f"nbdproxy: {PATH}: ") and "sparse" in said and "leave it out" in said
+    assert (
+        said.startswith(f"nbdproxy: {PATH}: ")
+        and "sparse" in said
+        and "leave it out with --exclude" in said
+    )
     assert said.count("\n") == 1
+
+
+def test_what_is_left_out_is_not_read(tmp_path: Path) -> None:
+    """Sixteen terabytes of zeroes would take a day."""
+    image = image_with(tmp_path, f"sif {PATH} size {HUGE:#x}")
+    with (tmp_path / "root/app/big").open("r+b") as file:
+        file.truncate(1 << 43)
+    for where, under in ((image, ()), (tmp_path / "root", ("--under", "/"))):
+        for glob in (PATH, "big", "b*g", "app/big", "/*/[a-c]?g"):
+            listed = nbdproxy("manifest", where, *under, "--exclude", glob).stdout
+            assert [line.split("  ")[1] for line in listed.splitlines() if "  " in line] == [
+                "/app/other"
+            ]
+        for glob in ("/big", "ig", "/app/bi", "app/big/x"):
+            with quickly():
+                assert PATH not in nbdproxy("manifest", image, "--exclude", glob, code=2).stdout
+    for glob in ("app", "/app/", "*"):
+        said = nbdproxy("manifest", tmp_path / "root", "--exclude", glob, code=2).stderr
+        assert said.count("\n") == 1 and "no files" in said and "--exclude" in said
 
 
 @pytest.mark.parametrize("number", [2, 3, 7, 8])

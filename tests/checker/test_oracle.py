@@ -20,6 +20,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.filesystems import kind_of
+from nbdproxy.oracles.globs import matcher
 from nbdproxy.oracles.locate import Where, locate
 from nbdproxy.oracles.manifest import DIGITS, Entry, Manifest, digest, link_entry
 from nbdproxy.oracles.mounts import ONLY, Mount, Tree
@@ -212,6 +213,11 @@ def test_both_list_the_same(kernel: KernelOracle, plain: OverlayDisk) -> None:
         assert [entry.mode for entry in listed.entries] == [None, 0o755 if modes else None]
     with pytest.raises(FilesystemError, match="/sparse is sparse and larger than its disk"):
         kernel.scan(plain, "/", mount=ONLY)
+    listed, same = (
+        oracle.scan(plain, "/", mount=ONLY, without=matcher(["sparse"]))
+        for oracle in (kernel, QUICK)
+    )
+    assert set(listed.entries) == set(same.entries) and len(listed.entries) == 3
 
 
 @pytest.mark.parametrize("feature", ["filetype", "^filetype"])

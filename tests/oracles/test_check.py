@@ -27,10 +27,10 @@ from nbdproxy.oracles.manifest import (
     dump,
     from_directory,
     link_entry,
-    resolve,
 )
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.resolutions import resolve
 from tests.support import conditions
 
 Run = Callable[..., str]

@@ -240,3 +240,25 @@ def test_reads_are_a_set_of_bytes() -> None:
     assert list(reads.moved(-15, 20)) == [Extent(0, 15)]
     assert reads.isdisjoint(Reads([(30, 40), (41, 99)]))
     assert not Reads([(0, 11)]).isdisjoint(reads)
+
+
+def test_a_folder_that_comes_goes_and_comes_again(make_image: Make, folder: Path) -> None:
+    """Files of a folder that is not there are followed together, until it is."""
+    options = ("-t", "ext4", "-b", "4096", "-O", "^metadata_csum")
+    disk = MemoryDisk(make_image(*options, folder=folder).read_bytes())
+    wanted = Manifest((*from_directory(folder, "/").entries, Entry("/app1/no", "a" * 64, 1)))
+    filesystem = Filesystem(disk)
+    top = filesystem.lookup(b"/")
+    assert top is not None
+    names = filesystem.runs(top)[0].physical * 4096
+    whole = disk.pread(0, disk.size)
+    renamed = bytearray(whole)
+    renamed[names : names + 4096] = renamed[names : names + 4096].replace(b"app1", b"gone")
+    inner = IncrementalCheck(wanted)
+    seen = []
+    for number, content in enumerate((renamed, whole, renamed, whole)):
+        state = MemoryDisk(bytes(content))
+        found = inner.check(state, [Extent(names, 4096)] if number else None)
+        assert found == check(state, wanted)
+        seen.append(sum(c is Condition.WHOLE for c in found.conditions.values()))
+    assert seen == [8, 12, 8, 12]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import subprocess
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from nbdproxy.errors import ManifestError
 from nbdproxy.oracles.condition import Condition, classify
 from nbdproxy.oracles.manifest import (
     DIGITS,
+    Entries,
     Entry,
     Manifest,
     digest,
@@ -24,8 +27,8 @@ from nbdproxy.oracles.manifest import (
     link_entry,
     load,
     parse,
-    resolve,
 )
+from nbdproxy.oracles.resolutions import resolve
 
 A, B = "a" * 64, "b" * 64
 NAMES = ["plain", "two  spaces", "new\nline", "back\\slash", "carriage\rreturn", "é", "x\udcff"]
@@ -308,3 +311,50 @@ def test_a_place_is_found_where_only_the_most_common_name_is_there() -> None:
     packages = [f"/app/node_modules/p{i:03}/package.json" for i in range(200)]
     manifest = Manifest(tuple(Entry(p, "0" * 64, None) for p in [*packages, "/app/package.json"]))
     assert resolve(manifest, {"/app/package.json"}) == manifest
+
+
+ODD = (
+    Entry("/a/b", A, 1),
+    Entry("/a/c", B, 10**19 - 1, 0o755),
+    Entry("b", "c" * 32, None, algorithm="md5", is_guessed=True),
+    Entry("/", "d" * 128, 0, algorithm="blake2b"),
+    Entry("/x\udcff/\ud800", A, None),
+    link_entry("/a/link", "é\udcff"),
+    Entry("", "", None),
+)
+
+
+def test_entries_in_columns_are_what_they_were() -> None:
+    columns = Entries(ODD)
+    assert columns == ODD and hash(columns) == hash(ODD)
+    assert repr(columns) == repr(ODD)  # databases of verdicts know a manifest by it
+    assert pickle.loads(pickle.dumps(columns)) == columns != Entries(ODD[1:])
+    assert (columns[-1], columns[1:3]) == (ODD[-1], list(ODD[1:3]))
+    assert [one.is_guessed for one in columns] == [one.is_guessed for one in ODD]
+    assert list(Manifest(columns).paths()) == list(Manifest(ODD).paths())
+    assert list(columns.paths()) == [one.path for one in ODD]
+
+
+def test_a_line_takes_a_hundred_bytes(tmp_path: Path) -> None:
+    count = 20_000
+    path = tmp_path / "manifest"
+    with path.open("w") as file:
+        for number in range(count):
+            folder = f"/app/node_modules/package-{number // 20}/node_modules/inner/dist/internal"
+            file.write(f"{number:064x}  {folder}/module-{number % 20}.js\n")
+    load(path)
+    tracemalloc.start()
+    manifest = load(path)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(manifest.entries) == count
+    assert kept < 100 * count and most < 160 * count
+
+
+def test_a_line_that_stands_twice_counts_before_a_wrong_one_below_it() -> None:
+    with pytest.raises(ManifestError, match="m:2: '/a' already stands above"):
+        parse(f"{A}  /a\n{B}  /a\nnonsense\n", "m")
+    with pytest.raises(ManifestError, match="m:2: not a line"):
+        parse(f"{A}  /a\nnonsense\n{B}  /a\n", "m")
+    again = parse(f"{A}  /a\n{B}  /b\n{A}  /a\n", "m")
+    assert [one.path for one in again.entries] == ["/a", "/b"]

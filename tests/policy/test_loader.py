@@ -274,6 +274,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load(str(tmp_path / "bytes.toml"))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_policy(tmp_path: Path) -> None:
+    """Editors of Windows put one before UTF-8."""
+    path = written(tmp_path, HEAD + "[cut]\nat = 'shutdown'")
+    plain = read(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read(path) == plain
+    path.write_bytes(path.read_text("utf-8-sig").encode("utf-16"))
+    with pytest.raises(PolicyError, match=r"cannot be read: .*; save it as UTF-8$"):
+        read(path)
+
+
 def step(text: str, command: Command | None, **values: object) -> Step:
     return Step(text, command, **values)  # type: ignore[arg-type]
 

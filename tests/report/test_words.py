@@ -105,7 +105,7 @@ def test_without_host_power_loss_there_is_nothing_to_say() -> None:
 
 def test_lost_files_are_listed_by_cell() -> None:
     some = outcome(EMPTY, WHOLE, ZEROED)
-    assert lost_files(table({CacheMode.NONE: (some, some)})) == [
+    assert list(lost_files(table({CacheMode.NONE: (some, some)}))) == [
         ("none", "host-power-loss", "empty", "never-sent", "/f0"),
         ("none", "host-power-loss", "zeroed", "unflushed", "/f2"),
     ]

@@ -16,6 +16,7 @@ from tests.support.certificates import Certificates, client_context
 from tests.support.proxies import MIB, Proxy
 from tests.support.raw_client import TlsClient, assert_served, tls_uri
 from tests.support.serving import nbdproxy, tool
+from tests.support.strangers import lay_open
 
 SIZE = MIB
 Serve = Callable[..., Proxy]
@@ -131,6 +132,89 @@ def test_an_unusable_authority_is_told_in_a_sentence(
     said = nbdproxy("serve", image, *words, "--run", "true", code=2).stderr
     assert f"{name} is not a PEM file" in said
     assert said.count("\n") == 1
+
+
+def _folder_laid_open(folder: Path) -> str:
+    lay_open(folder)
+    return f"{folder} is not safe: "
+
+
+def _folder_open_to_all(folder: Path) -> str:
+    folder.chmod(0o777)
+    return f"other users can write to {folder}; take that from them with: chmod go-w {folder}"
+
+
+def _key_laid_open(folder: Path) -> str:
+    return f"{lay_open(folder / 'server-key.pem')} is not safe: "
+
+
+def _authority_open_to_all(folder: Path) -> str:
+    authority = folder / "ca-cert.pem"
+    authority.chmod(0o666)
+    return f"other users can write to it; take that from them with: chmod go-w {authority}"
+
+
+def _authority_elsewhere(folder: Path) -> str:
+    """A link of our own, to a place that is not."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "ca-cert.pem").rename(elsewhere / "ca-cert.pem")
+    (folder / "ca-cert.pem").symlink_to(elsewhere / "ca-cert.pem")
+    elsewhere.chmod(0o777)
+    return f"other users can write to {elsewhere}"
+
+
+def _nowhere(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return f"{folder} is no folder of certificates (No such file or directory); name the one"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _folder_laid_open,
+        _folder_open_to_all,
+        _key_laid_open,
+        _authority_open_to_all,
+        _authority_elsewhere,
+        _nowhere,
+    ],
+)
+def test_certificates_that_others_could_exchange_are_refused(
+    image: Path, tmp_path: Path, certificates: Certificates, spoil: Callable[[Path], str]
+) -> None:
+    folder = tmp_path / "pki"
+    shutil.copytree(certificates.good, folder)
+    told = spoil(folder)
+    words = ("--tls", "require", "--tls-certificates", folder, "--tls-verify-peer")
+    said = nbdproxy("serve", image, *words, "--run", "true", code=2).stderr
+    assert told in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("spoil", [_folder_open_to_all, _authority_open_to_all, _nowhere])
+def test_so_are_those_for_a_server_below(
+    serve: Serve, tmp_path: Path, certificates: Certificates, spoil: Callable[[Path], str]
+) -> None:
+    below = serve("require")
+    folder = tmp_path / "pki"
+    shutil.copytree(certificates.good, folder)
+    told = spoil(folder)
+    said = nbdproxy("serve", tls_uri(below.uri, folder), "--run", "true", code=2).stderr
+    assert told in said
+    assert said.count("\n") == 1
+
+
+def test_a_certificate_may_be_a_link_to_a_safe_place(
+    serve: Serve, tmp_path: Path, certificates: Certificates
+) -> None:
+    """As certbot lays them out."""
+    folder = tmp_path / "pki"
+    folder.mkdir()
+    for name in ("server-cert.pem", "server-key.pem"):
+        (folder / name).symlink_to(certificates.good / name)
+    proxy = serve("require", folder=folder)
+    assert_served(proxy.uri, client_context(certificates.good))
 
 
 def test_certificates_without_tls_are_refused(image: Path, certificates: Certificates) -> None:

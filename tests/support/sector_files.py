@@ -17,6 +17,7 @@ from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
+from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 
@@ -118,10 +119,17 @@ class SectorFiles:
         )
 
     def scan(
-        self, device: ReadableDevice, under: str, *, mount: Mount, modes: bool = False
+        self,
+        device: ReadableDevice,
+        under: str,
+        *,
+        mount: Mount,
+        modes: bool = False,
+        without: Matcher = no_file,
     ) -> Manifest:
         assert (under, mount.partition, modes) == ("/", 2, False)
-        return Manifest(tuple(Entry(p, found, 512) for p, found in self._files(device).items()))
+        files = self._files(device).items()
+        return Manifest(tuple(Entry(p, found, 512) for p, found in files if not without(p)))
 
     def _files(self, device: ReadableDevice) -> dict[str, str]:
         if device.pread(7 * 512, 1)[0] != MAGIC:

@@ -98,7 +98,7 @@ class Filesystem:
         if self.is_endless(node):
             raise UnsupportedError(
                 f"inode {node.number} is sparse, and its {node.size} bytes are too many to be "
-                "read; leave it out"
+                "read; leave it out with --exclude"
             )
         at = 0
         for start, data in self.pieces(node):

@@ -63,7 +63,10 @@ class Index:
                 del self.at[block]
         for block in blocks - before:
             self.at.setdefault(block, set()).add(key)
-        self._blocks[key] = blocks
+        if blocks:
+            self._blocks[key] = blocks
+        else:
+            self._blocks.pop(key, None)
 
     def add(self, key: Key, blocks: Iterable[int]) -> None:
         """Say that an answer was made from these blocks as well."""
@@ -76,7 +79,6 @@ class Index:
     def drop(self, key: Key) -> None:
         """Forget an answer."""
         self.put(key, set())
-        self._blocks.pop(key, None)
 
 
 @dataclass(slots=True)
@@ -172,6 +174,12 @@ class TracedFilesystem(Filesystem):
         self._watched.ranges = outer
         self._replace_way(file, self._way)
         return found
+
+    def forget(self, file: int) -> None:
+        """Forget the way on behalf of a file."""
+        self.index.drop((Kind.PATH, file))
+        self._replace_way(file, Way())
+        del self._ways[file]
 
     def refresh(self, changed: Iterable[int]) -> tuple[set[int], set[int]]:
         """Take note of changed blocks; return the files to follow and those to judge again."""
