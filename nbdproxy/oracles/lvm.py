@@ -30,8 +30,10 @@ _MDA = struct.Struct("<I16sIQQ")
 _LOCATION = struct.Struct("<QQII")
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_SIZE = 512
-_TEXT_MAX = 2 << 20
-"""Bytes of a commit: some thousand volumes; an area has 1 MiB, for two commits."""
+_TEXT_MAX = 512 << 10
+"""Bytes of a commit: a thousand volumes; an area has 1 MiB, for two commits."""
+_DEPTH_MAX = 8
+"""Sections in sections; a segment is the fourth."""
 _IGNORED = 1
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|([\w.+-]+)|([{}=\[\],"])|#[^\n]*|\s+')
 _LINEAR = "striped"
@@ -252,6 +254,8 @@ def _parse(text: str) -> dict[str, Any]:
             at += 1
         elif tokens[at + 1][2] == "{":
             stack.append(stack[-1].setdefault(name, {}))
+            if len(stack) > _DEPTH_MAX:
+                raise ValueError
             at += 2
         else:
             stack[-1][name], at = _value(tokens, at + 2)

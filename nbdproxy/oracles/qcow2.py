@@ -16,7 +16,7 @@ import struct
 import sys
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -40,11 +40,13 @@ _REFUSED = {
 _KNOWN = 0x1F
 _TABLES_LOST_MAX = 16 << 20  # bytes of L2 tables that need not be in the file
 _REFCOUNTS_LOST_MAX = 1 << 16  # blocks of refcounts, of clusters that need not be in the file
+_CLUSTERS_LOST_MAX = 2 << 20  # of data, that need not be in the file
 _DEFLATE_MAX = 1032  # bytes that come out of one
 _SLACK = 1 << 10
 _LENGTH_3_MIN, _REFCOUNT_ORDER_MAX = 104, 6
 _OFFSET = 0x00FFFFFFFFFFFE00
 _COMPRESSED = 1 << 62
+_COPIED = 1 << 63
 _ZERO = 1
 _L1_MAX = 32 << 20  # bytes; QEMU opens no larger table
 _CLUSTER_BITS = range(9, 22)
@@ -123,7 +125,7 @@ class Qcow2Device:
         if len(tables) * self.cluster > max(base.size, _TABLES_LOST_MAX):
             raise Qcow2Error("the qcow2 file's L1 table leads to more L2 tables than it can have")
         self._l2: dict[int, array[int]] = {}
-        self._plain = self._packed = 0
+        self._plain = self._packed = self._beyond = 0
         self._last: tuple[tuple[int, int], bytes] | None = None
 
     def pread(self, offset: int, length: int) -> bytes:
@@ -210,9 +212,14 @@ class Qcow2Device:
         table = self._l1[index] & _OFFSET
         if not table:
             span = self.cluster // 8 * self.cluster
-            return Run(start, min(end, (index + 1) * span), None, None)
+            last = self._last_empty(self._l1, index, -(-end // span))
+            return Run(start, min(end, (last + 1) * span), None, None)
+        entries = self._table(table)
+        entry = entries[slot]
+        if not entry & _OFFSET and not entry & (_COMPRESSED | _ZERO):
+            until = min(len(entries), slot + -(-end >> self._bits) - number)
+            number += self._last_empty(entries, slot, until) - slot
         end = min(end, (number + 1) << self._bits)
-        entry = self._table(table)[slot]
         place = table + slot * 8
         if entry & _COMPRESSED:
             split = 62 - (self._bits - 8)
@@ -224,6 +231,13 @@ class Qcow2Device:
         if not entry & _OFFSET or entry & _ZERO:
             return Run(start, end, None, place)
         return Run(start, end, (entry & _OFFSET) + start % self.cluster, place)
+
+    @staticmethod
+    def _last_empty(table: Sequence[int], at: int, end: int) -> int:
+        """Return the last of the entries from `at` on that lead nowhere, up to `end`."""
+        while at + 1 < end and not table[at + 1] & ~_COPIED:
+            at += 1
+        return at
 
     def _table(self, at: int) -> array[int]:
         found = self._l2.get(at)
@@ -239,8 +253,7 @@ class Qcow2Device:
     def _count(self, table: bytes) -> None:
         """Refuse tables that lead to clusters again and again, so that all of them is too much.
 
-        A few may be named twice, by a table that is behind another; what is behind the file's end
-        is read as zeroes, however often.
+        A few may be named twice, by a table that is behind another.
         """
         entries = np.frombuffer(table, ">u8")
         is_packed = entries & _COMPRESSED != 0
@@ -248,9 +261,12 @@ class Qcow2Device:
         is_there = ~is_packed & (hosts != 0) & (hosts < self._base.size)
         self._packed += int(is_packed.sum())
         self._plain += int(is_there.sum())
-        size = 2 * self._base.size
-        if self._plain * self.cluster > size + _SLACK * self.cluster or (
-            self._packed * self.cluster > _DEFLATE_MAX * size + _SLACK * self.cluster
+        self._beyond += int((~is_packed & (hosts >= self._base.size)).sum())
+        clusters = -(-self._base.size // self.cluster)
+        if (
+            self._plain > 2 * clusters + _SLACK
+            or self._packed > _DEFLATE_MAX * clusters + _SLACK
+            or self._beyond > 2 * clusters + _CLUSTERS_LOST_MAX
         ):
             raise Qcow2Error("the qcow2 file's L2 tables lead to the same clusters again and again")
 

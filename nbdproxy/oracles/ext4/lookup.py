@@ -115,7 +115,7 @@ class Folder:
         self._is_folded = bool(node.flags & InodeFlag.CASEFOLD and sb.incompat & Incompat.CASEFOLD)
         self._places: dict[int, int | None] = {}
         self._nodes: dict[int, Node] = {}
-        self._linear: Linear | None = None
+        self._linear: Linear | CorruptError | UnsupportedError | None = None
 
     def find(self, name: bytes) -> int | None:
         """Return the number of the inode under a name; None if none is.
@@ -174,7 +174,7 @@ class Folder:
         return None
 
     def _search_all(self, name: bytes) -> int | None:
-        found = self._linear = self._linear or self._all()
+        found = self._searched()
         if name in found.doubtful:
             raise self._doubt("how its names are compared is not certain")
         number = found.numbers.get(name)
@@ -187,6 +187,17 @@ class Folder:
         if number == BROKEN:
             raise self._corrupt("an entry of it makes no sense")
         return number
+
+    def _searched(self) -> Linear:
+        """Return what all blocks come to, or raise why that cannot be told, found out once."""
+        if self._linear is None:
+            try:
+                self._linear = self._all()
+            except (CorruptError, UnsupportedError) as error:
+                self._linear = error
+        if isinstance(self._linear, Linear):
+            return self._linear
+        raise type(self._linear)(str(self._linear))
 
     def _all(self) -> Linear:
         numbers: dict[bytes, int] = {}
