@@ -29,8 +29,8 @@ from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.locate import survey_tree
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.persistence.model import Level
+from nbdproxy.printable import printable
 from nbdproxy.recording.reader import no_recording, recordings_in
-from nbdproxy.report.paths import printable
 
 
 def manifest(

@@ -40,8 +40,8 @@ _REFUSED = {
 _KNOWN = 0x1F
 _TABLES_LOST_MAX = 16 << 20  # bytes of L2 tables that need not be in the file
 _REFCOUNTS_LOST_MAX = 1 << 16  # blocks of refcounts, of clusters that need not be in the file
-_CLUSTERS_LOST_MAX = 2 << 20  # of data, that need not be in the file
-_DEFLATE_MAX = 1032  # bytes that come out of one
+_CLUSTERS_LOST_MAX = 1 << 20  # of data, that need not be in the file
+_PACKED_MAX = 16  # clusters that are compressed to one, on the average, and a million more
 _SLACK = 1 << 10
 _LENGTH_3_MIN, _REFCOUNT_ORDER_MAX = 104, 6
 _OFFSET = 0x00FFFFFFFFFFFE00
@@ -265,7 +265,7 @@ class Qcow2Device:
         clusters = -(-self._base.size // self.cluster)
         if (
             self._plain > 2 * clusters + _SLACK
-            or self._packed > _DEFLATE_MAX * clusters + _SLACK
+            or self._packed > _PACKED_MAX * clusters + _CLUSTERS_LOST_MAX
             or self._beyond > 2 * clusters + _CLUSTERS_LOST_MAX
         ):
             raise Qcow2Error("the qcow2 file's L2 tables lead to the same clusters again and again")

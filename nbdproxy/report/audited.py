@@ -14,9 +14,9 @@ from nbdproxy.nbd.uri import is_uri
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.owners import OwnerMap
 from nbdproxy.persistence.model import Options
+from nbdproxy.printable import printable
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
-from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural, size_text
 
 SHOWN = 5
