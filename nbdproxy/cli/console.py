@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
 import structlog
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nbdproxy import streams
-from nbdproxy.report.paths import visible
+from nbdproxy.printable import made_visible, visible
 
 
 class _TimedStatus(Status):
@@ -87,11 +87,6 @@ def print_fields(fields: Iterable[str]) -> None:
     sys.stdout.write("\t".join(map(visible, fields)) + "\n")
 
 
-def _made_visible(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
-    """Let nothing in a log line steer the terminal: what clients and servers say is in there."""
-    return {key: visible(it) if isinstance(it, str) else it for key, it in event.items()}
-
-
 def set_up_logging(*, verbose: bool) -> None:
     """Send logs to stderr, one line each; one that stderr does not take is lost, and counted."""
     streams.never_wait()
@@ -100,7 +95,7 @@ def set_up_logging(*, verbose: bool) -> None:
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
-            _made_visible,
+            made_visible,
             structlog.dev.ConsoleRenderer(colors=err.is_terminal, pad_event_to=0),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),

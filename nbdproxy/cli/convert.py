@@ -249,7 +249,7 @@ def _report(asked: _Asked, done: Converted, compared: Compared | None) -> None:
         if asked.size is None:
             err.print("note: the disk is taken to end where the last write does; see --size")
     if done.missing is not None:
-        err.print(f"missing: {done.missing}", markup=False)
+        err.print(f"note: {done.missing}", markup=False)
     if asked.form is LogFormat.NBDPROXY:
         err.print(
             "note: what was on the disk before is not in the log; replay it onto that: "

@@ -239,7 +239,7 @@ def _overview(source: RecordedSource, told: tuple[Story, ...], taken: Taken, *, 
             out.print(line, markup=False)
     asked = Level.FLUSHED if Level.FLUSHED in levels else Level.COMPLETED
     verdict = merge({Outcome(story.courses[asked].changes[-1].condition).verdict for story in told})
-    raise typer.Exit(EXIT[verdict])
+    raise typer.Exit(code_at(source, source.events, EXIT[verdict]))
 
 
 def _print(source: RecordedSource, found: list[report.Told], *, json: bool) -> None:

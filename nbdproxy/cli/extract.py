@@ -18,8 +18,8 @@ from nbdproxy.oracles.browse import Found, Kind
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
+from nbdproxy.printable import printable
 from nbdproxy.private import check_folder
-from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural, size_text
 
 _TELL_S = 0.2

@@ -15,10 +15,10 @@ from nbdproxy.cli.recorded import recorded
 from nbdproxy.crash.taken import taken_under
 from nbdproxy.crash.timeline import Timeline
 from nbdproxy.persistence.modes import CacheMode, Taken
+from nbdproxy.printable import printable
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
-from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural, size_text
 
 

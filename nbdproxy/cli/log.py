@@ -16,11 +16,11 @@ from nbdproxy.cli.choices import parse_range, parse_words
 from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.cuts import resolve
 from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.printable import printable
 from nbdproxy.recording.format import Kind
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.recording.reader import Event, command_name
-from nbdproxy.report.paths import printable
 from nbdproxy.requests import Command, CommandFlag, error_name
 
 _COMMANDS = ("write", "write-zeroes", "trim", "flush")

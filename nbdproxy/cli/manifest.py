@@ -30,8 +30,8 @@ from nbdproxy.oracles.globs import matcher
 from nbdproxy.oracles.locate import survey_tree
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.model import Level
+from nbdproxy.printable import printable
 from nbdproxy.recording.reader import no_recording, recordings_in
-from nbdproxy.report.paths import printable
 
 
 def manifest(

@@ -139,6 +139,8 @@ def unpack(
     """
     with _shown() as progress:
         done = unpacking.unpack(file, output, progress=progress)
+    if done.missing:
+        err.print(f"note: {done.missing}", markup=False)
     names = {member.name for member in done.index.members}
     found = [str(done.folder / name) for name in (packed.FILES, packed.VERDICTS) if name in names]
     err.print(

@@ -11,7 +11,7 @@ from rich.text import Text
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
-from nbdproxy.report.paths import visible
+from nbdproxy.printable import visible
 from nbdproxy.server.rehearsal import Rehearsal, explain, rehearse
 from nbdproxy.sizes import plural
 

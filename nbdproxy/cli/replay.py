@@ -40,8 +40,8 @@ from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import merge
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import CacheMode, Failure
+from nbdproxy.printable import printable
 from nbdproxy.report import table, words
-from nbdproxy.report.paths import printable
 from nbdproxy.report.replayed import to_json
 
 

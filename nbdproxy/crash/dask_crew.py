@@ -27,6 +27,7 @@ from nbdproxy.crash.dask_worker import Answer, Order, Result, Task
 from nbdproxy.crash.pieces import PieceSource
 from nbdproxy.crash.recorded import RecordedSource
 from nbdproxy.errors import NbdproxyError
+from nbdproxy.printable import visible
 
 _LOOK_S = 0.5
 """How often the scheduler is asked who is there: often enough for a worker that dies."""
@@ -67,8 +68,8 @@ class Member:
 
 
 def say(text: str) -> None:
-    """Tell the user on stderr."""
-    sys.stderr.write(f"nbdproxy: {text}\n")
+    """Tell the user on stderr, so that what a worker said cannot steer a terminal."""
+    sys.stderr.write(f"nbdproxy: {visible(text)}\n")
 
 
 class Crew:

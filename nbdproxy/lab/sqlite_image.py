@@ -33,6 +33,7 @@ from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import LabError, NbdproxyError
 from nbdproxy.lab import tools
 from nbdproxy.lab.databases import DATABASE, ROWS, SqliteCheck, content
+from nbdproxy.printable import visible
 
 SOUND, LOST, UNUSABLE, CANNOT_TELL = range(4)
 """The exit codes."""
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, said = judge(asked.image, committed=asked.committed, may_lose=asked.may_lose)
     except NbdproxyError as error:
         code, said = UNUSABLE, (str(error),)
-    sys.stdout.writelines(f"{line}\n" for line in said)
+    sys.stdout.writelines(f"{visible(line)}\n" for line in said)
     return code
 
 

@@ -47,6 +47,7 @@ def is_blank(device: ReadableDevice) -> bool:
     """Tell whether a disk reads all zeroes; reads up to the first byte that is not."""
     for extent in device.data_extents(0, device.size):
         for at in range(extent.offset, extent.end, _READ):
-            if any(device.pread(at, min(_READ, extent.end - at))):
+            data = device.pread(at, min(_READ, extent.end - at))
+            if data.count(0) != len(data):
                 return False
     return True

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 PATH = "/etc/fstab"
 CRYPTTAB = "/etc/crypttab"
+LONGEST = 64 << 10
+"""Bytes of either; the longest ones have a few KiB."""
 
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "glusterfs", "fuse.sshfs"}

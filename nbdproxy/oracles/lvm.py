@@ -30,9 +30,12 @@ _MDA = struct.Struct("<I16sIQQ")
 _LOCATION = struct.Struct("<QQII")
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_SIZE = 512
-_TEXT_MAX = 16 << 20
+_TEXT_MAX = 512 << 10
+"""Bytes of a commit: a thousand volumes; an area has 1 MiB, for two commits."""
+_DEPTH_MAX = 8
+"""Sections in sections; a segment is the fourth."""
 _IGNORED = 1
-_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|([\w.+-]+)|([{}=\[\],])|#[^\n]*|\s+')
+_TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|([\w.+-]+)|([{}=\[\],"])|#[^\n]*|\s+')
 _LINEAR = "striped"
 _SHOW_NOTHING = {"snapshot", "thin-pool", "cache-pool", "vdo-pool"}
 """Types of the volumes that only serve others, though LVM lists some of them."""
@@ -235,11 +238,13 @@ def _crc(data: bytes) -> int:
 
 def _parse(text: str) -> dict[str, Any]:
     """Read LVM's text: sections in braces, values that are numbers, strings and lists of both."""
-    tokens = [
-        (quoted, word, mark)
-        for quoted, word, mark in (found.groups() for found in _TOKEN.finditer(text))
-        if (quoted, word, mark) != (None, None, None)
-    ]
+    tokens = []
+    for found in _TOKEN.finditer(text):
+        quoted, word, mark = found.groups()
+        if mark == '"':
+            raise ValueError  # a string without an end, in which all others would be looked for
+        if (quoted, word, mark) != (None, None, None):
+            tokens.append((quoted, word, mark))
     top: dict[str, Any] = {}
     stack, at = [top], 0
     while at < len(tokens):
@@ -249,6 +254,8 @@ def _parse(text: str) -> dict[str, Any]:
             at += 1
         elif tokens[at + 1][2] == "{":
             stack.append(stack[-1].setdefault(name, {}))
+            if len(stack) > _DEPTH_MAX:
+                raise ValueError
             at += 2
         else:
             stack[-1][name], at = _value(tokens, at + 2)

@@ -217,11 +217,14 @@ def _by_its_fstab(
     raw, secret = (
         disks.content(store, root, Entry(path, "", None)) for path in (fstab.PATH, fstab.CRYPTTAB)
     )
-    return (
-        None
-        if raw is None
-        else _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
-    )
+    if raw is None:
+        return None
+    if max(len(raw), len(secret or b"")) > fstab.LONGEST:
+        raise FilesystemError(
+            f"{fstab.PATH} or {fstab.CRYPTTAB} on the disk is longer than any; say what is mounted "
+            "where with --mount"
+        )
+    return _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
 
 
 class _Reading:

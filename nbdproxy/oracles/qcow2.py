@@ -13,10 +13,14 @@ for QEMU: that is what a guest gets of a file that lost its length.
 from __future__ import annotations
 
 import struct
+import sys
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from typing import NamedTuple
+
+import numpy as np
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
@@ -35,9 +39,14 @@ _REFUSED = {
 }
 _KNOWN = 0x1F
 _TABLES_LOST_MAX = 16 << 20  # bytes of L2 tables that need not be in the file
+_REFCOUNTS_LOST_MAX = 1 << 16  # blocks of refcounts, of clusters that need not be in the file
+_CLUSTERS_LOST_MAX = 1 << 20  # of data, that need not be in the file
+_PACKED_MAX = 16  # clusters that are compressed to one, on the average, and a million more
+_SLACK = 1 << 10
 _LENGTH_3_MIN, _REFCOUNT_ORDER_MAX = 104, 6
 _OFFSET = 0x00FFFFFFFFFFFE00
 _COMPRESSED = 1 << 62
+_COPIED = 1 << 63
 _ZERO = 1
 _L1_MAX = 32 << 20  # bytes; QEMU opens no larger table
 _CLUSTER_BITS = range(9, 22)
@@ -115,7 +124,9 @@ class Qcow2Device:
         # A file that lost its end may have lost tables; walking more than these takes for ever.
         if len(tables) * self.cluster > max(base.size, _TABLES_LOST_MAX):
             raise Qcow2Error("the qcow2 file's L1 table leads to more L2 tables than it can have")
-        self._l2: dict[int, tuple[int, ...]] = {}
+        self._l2: dict[int, array[int]] = {}
+        self._plain = self._packed = self._beyond = 0
+        self._last: tuple[tuple[int, int], bytes] | None = None
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""
@@ -183,8 +194,11 @@ class Qcow2Device:
                 yield Structure.L2, Extent(entry & _OFFSET, self.cluster)
         at, length = self._refcounts
         yield Structure.REFCOUNTS, Extent(at, length)
-        raw = self._base.pread(at, there) if (there := self._there(at, length)) else b""
-        for (block,) in struct.iter_unpack(">Q", raw[: len(raw) // 8 * 8]):
+        # One block counts 64 clusters at least; no reader of the disk needs them to be right.
+        most = self._base.size // (64 * self.cluster) + _REFCOUNTS_LOST_MAX
+        length = self._there(at, min(length, 8 * most))
+        raw = self._base.pread(at, length) if length else b""
+        for block in dict.fromkeys(struct.unpack(f">{len(raw) // 8}Q", raw[: len(raw) // 8 * 8])):
             if block:
                 yield Structure.REFCOUNTS, Extent(block & _OFFSET, self.cluster)
 
@@ -198,9 +212,14 @@ class Qcow2Device:
         table = self._l1[index] & _OFFSET
         if not table:
             span = self.cluster // 8 * self.cluster
-            return Run(start, min(end, (index + 1) * span), None, None)
+            last = self._last_empty(self._l1, index, -(-end // span))
+            return Run(start, min(end, (last + 1) * span), None, None)
+        entries = self._table(table)
+        entry = entries[slot]
+        if not entry & _OFFSET and not entry & (_COMPRESSED | _ZERO):
+            until = min(len(entries), slot + -(-end >> self._bits) - number)
+            number += self._last_empty(entries, slot, until) - slot
         end = min(end, (number + 1) << self._bits)
-        entry = self._table(table)[slot]
         place = table + slot * 8
         if entry & _COMPRESSED:
             split = 62 - (self._bits - 8)
@@ -213,16 +232,50 @@ class Qcow2Device:
             return Run(start, end, None, place)
         return Run(start, end, (entry & _OFFSET) + start % self.cluster, place)
 
-    def _table(self, at: int) -> tuple[int, ...]:
+    @staticmethod
+    def _last_empty(table: Sequence[int], at: int, end: int) -> int:
+        """Return the last of the entries from `at` on that lead nowhere, up to `end`."""
+        while at + 1 < end and not table[at + 1] & ~_COPIED:
+            at += 1
+        return at
+
+    def _table(self, at: int) -> array[int]:
         found = self._l2.get(at)
         if found is None:
             raw = self._read(at, self.cluster, "L2 table")
-            found = self._l2[at] = struct.unpack(f">{self.cluster // 8}Q", raw)
+            self._count(raw)
+            found = array("Q", raw)
+            if sys.byteorder == "little":
+                found.byteswap()
+            self._l2[at] = found
         return found
+
+    def _count(self, table: bytes) -> None:
+        """Refuse tables that lead to clusters again and again, so that all of them is too much.
+
+        A few may be named twice, by a table that is behind another.
+        """
+        entries = np.frombuffer(table, ">u8")
+        is_packed = entries & _COMPRESSED != 0
+        hosts = entries & _OFFSET
+        is_there = ~is_packed & (hosts != 0) & (hosts < self._base.size)
+        self._packed += int(is_packed.sum())
+        self._plain += int(is_there.sum())
+        self._beyond += int((~is_packed & (hosts >= self._base.size)).sum())
+        clusters = -(-self._base.size // self.cluster)
+        if (
+            self._plain > 2 * clusters + _SLACK
+            or self._packed > _PACKED_MAX * clusters + _CLUSTERS_LOST_MAX
+            or self._beyond > 2 * clusters + _CLUSTERS_LOST_MAX
+        ):
+            raise Qcow2Error("the qcow2 file's L2 tables lead to the same clusters again and again")
 
     def _unpacked(self, run: Run) -> bytes:
         """Return what a piece of a compressed cluster holds."""
         assert run.host is not None
+        place, at = (run.host, run.packed), run.start % self.cluster
+        if self._last is not None and self._last[0] == place:
+            return self._last[1][at : at + run.end - run.start]
         there = self._there(run.host, run.packed)
         data = self._base.pread(run.host, there) if there else b""
         try:
@@ -231,7 +284,7 @@ class Qcow2Device:
             whole = b""
         if len(whole) < self.cluster:
             raise Qcow2Error("a compressed cluster of the qcow2 file is broken")
-        at = run.start % self.cluster
+        self._last = place, whole
         return whole[at : at + run.end - run.start]
 
     def _read(self, at: int, length: int, what: str) -> bytes:

@@ -41,6 +41,7 @@ _NO_FILES = {
     "0x82",  # swap
 }
 """What partitions are meant for that hold no files, whatever is in them."""
+_ROUNDS = 4
 _DYNAMIC = {"0x42", "af9b60a0-1431-4f62-bc68-3311714a69ad"}
 """What partitions of a Windows dynamic disk are for: volumes begin and go on anywhere in them."""
 _UNKNOWN = Signature("something unknown", Usage.FILESYSTEM)
@@ -85,9 +86,11 @@ class Survey:
 class _Found:
     """A survey in the making."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: ReadableDevice) -> None:
         self.parts: list[Part] = []
         self.hidden: list[Hidden] = []
+        self.left = _ROUNDS * device.size
+        """Bytes that are read to see whether they are zeroes."""
 
     def hide(self, where: str, what: str, specs: Iterable[str] = ()) -> None:
         self.hidden.append(Hidden(where, what, frozenset(specs)))
@@ -97,7 +100,7 @@ def survey(device: ReadableDevice) -> Survey:
     """Look at every part of a disk; raises Qcow2Error for a qcow2 file that cannot be read."""
     layout = look(device)
     whole, *inner = layout.slices
-    found = _Found()
+    found = _Found(device)
     has_table = any(part.partition is not None for part in inner)
     doubt = layout.doubt
     if has_table and (member := _member(whole, inner)) is not None:
@@ -150,7 +153,9 @@ def _look(found: _Found, part: Slice, doubt: str | None) -> None:
     if kinds == [FilesystemKind.EXT] and superblock.is_journal(part.device):
         return  # of another filesystem, which is told that it has one elsewhere
     if not kinds and not seen:
-        if _holds_no_files(part):
+        # Parts that overlap are not read again and again.
+        found.left -= part.length
+        if found.left >= 0 and _holds_no_files(part):
             return
         seen = [_by_chance(part.device)]
     specs = _place_specs(part)

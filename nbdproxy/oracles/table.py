@@ -33,6 +33,8 @@ _MBR_ENTRY = struct.Struct("<B3sB3sII")  # active, CHS, type, CHS, first sector,
 _MBR_ENTRIES_AT, _DISK_ID_AT, _SIGNATURE_AT = 446, 440, 510
 _ACTIVE = {0x00, 0x80}
 _EXTENDED = {0x05, 0x0F, 0x85}
+NUMBER_MAX = 255
+"""The last partition that Linux shows (block/partitions: DISK_MAX_PARTS)."""
 _LOGICAL_FIRST = 5
 _LOGICAL_MAX = 128  # a chain longer than this is a loop
 
@@ -161,6 +163,8 @@ def _mbr_partitions(device: ReadableDevice, mbr: bytes, unit: int) -> Iterator[P
     for extended in entries:
         if extended.is_extended:
             for first, entry in _logical(device, extended.first, unit):
+                if number > NUMBER_MAX:
+                    return
                 yield named(number, first, entry)
                 number += 1
 
@@ -215,7 +219,8 @@ def _gpt_table(device: ReadableDevice, unit: int, at: int) -> tuple[Partition, .
     if zlib.crc32(entries) != table_crc:
         return None
     found = []
-    for number, fields in enumerate(_GPT_ENTRY.iter_unpack(entries), start=1):
+    shown = entries[: NUMBER_MAX * width]
+    for number, fields in enumerate(_GPT_ENTRY.iter_unpack(shown), start=1):
         kind, ident, first, end, _, name = fields
         if kind != bytes(16) and first <= end <= last:
             guids = str(uuid.UUID(bytes_le=kind)), str(uuid.UUID(bytes_le=ident))

@@ -49,10 +49,11 @@ _FRAME_MAGIC = bytes.fromhex("28b52ffd")
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What was unpacked, and the folder it is in."""
+    """What was unpacked, the folder it is in, and what its recorder or packer had lost, if so."""
 
     index: Index
     folder: Path
+    missing: str | None
 
 
 def unpack(
@@ -82,12 +83,12 @@ def unpack(
             target = target or _folder_of(index, source)
             if os.path.lexists(target):
                 raise RecordingError(f"{target} exists; name a new folder with -o DIR")
-            _unpack(archive, index, text, target, progress)
+            missing = _unpack(archive, index, text, target, progress)
     except NbdproxyError:
         raise
     except OSError as error:
         raise RecordingError(f"{source} cannot be read: {error.strerror}") from None
-    return Unpacked(index, target)
+    return Unpacked(index, target, missing)
 
 
 def _check_seal(source: Path, file: BinaryIO, progress: Progress) -> int:
@@ -226,8 +227,13 @@ class _Bounded:
         return part
 
 
-def _unpack(archive: _Archive, index: Index, text: bytes, target: Path, progress: Progress) -> None:
-    """Write the members into a new folder; whatever happens, nothing else is left."""
+def _unpack(
+    archive: _Archive, index: Index, text: bytes, target: Path, progress: Progress
+) -> str | None:
+    """Write the members into a new folder; whatever happens, nothing else is left.
+
+    Returns what is missing of the recording.
+    """
     try:
         with new_folder(target) as made:
             with _new(made, INDEX) as file:
@@ -245,8 +251,9 @@ def _unpack(archive: _Archive, index: Index, text: bytes, target: Path, progress
                 archive.pad(member.size)
                 done += member.size
             archive.end()
-            _check_facts(archive, index, made.path)
+            missing = _check_facts(archive, index, made.path)
             made.finish()
+            return missing
     except NbdproxyError:
         raise
     except OSError as error:
@@ -325,11 +332,14 @@ def _write(file: BinaryIO, offset: int, data: bytes) -> None:
         rest, offset = rest[count:], offset + count
 
 
-def _check_facts(archive: _Archive, index: Index, folder: Path) -> None:
-    """Refuse a recording that is not the one that the index is of, or that no recorder wrote."""
+def _check_facts(archive: _Archive, index: Index, folder: Path) -> str | None:
+    """Refuse a recording that is not the one that the index is of, or that no recorder wrote.
+
+    Returns what is missing of it.
+    """
     try:
         with Recording(folder) as recording:
-            facts = recording.size, recording.events
+            facts, missing = (recording.size, recording.events), recording.missing
     except RecordingError:
         raise RecordingError(
             f"{archive.source} holds no recording that this nbdproxy can read; unpack it with the "
@@ -337,3 +347,4 @@ def _check_facts(archive: _Archive, index: Index, folder: Path) -> None:
         ) from None
     if facts != (index.size, index.events):
         raise archive.wrong("has an index of another recording")
+    return missing

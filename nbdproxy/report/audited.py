@@ -14,9 +14,9 @@ from nbdproxy.nbd.uri import is_uri
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.owners import OwnerMap
 from nbdproxy.persistence.model import Options
+from nbdproxy.printable import printable
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
-from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural, size_text
 
 SHOWN = 5
@@ -71,7 +71,7 @@ class Report:
         if self.is_empty:
             return 2
         if not self.faults:
-            return 0
+            return 2 if self.recording.is_damaged else 0
         return 1 if self.ended else 2
 
     @property
@@ -104,7 +104,7 @@ def lines(report: Report) -> Iterator[str]:
     rest = report.timeline.source.size - audit.compared
     yield f"  {'never sent':<15} {size_text(rest):>10}   not compared"
     if report.recording.missing:
-        yield f"missing: {report.recording.missing}"
+        yield f"note: {report.recording.missing}"
     faults = report.faults
     for finding in faults[:SHOWN]:
         yield ""
@@ -218,6 +218,12 @@ def _verdict(report: Report) -> Iterator[str]:
 
 def _cleared(report: Report) -> Iterator[str]:
     """Say why nobody below is to blame."""
+    if report.recording.is_damaged:
+        yield (
+            "No promise that can still be read was broken; whether one was of those that are lost "
+            "with the end of the recording cannot be told."
+        )
+        return
     if not report.audit.sizes[Fate.UNFLUSHED]:
         yield (
             "No promise was broken: all that was sent is there. What is missing all the same was "

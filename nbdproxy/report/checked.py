@@ -11,7 +11,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.owners import Owner
-from nbdproxy.report.paths import printable
+from nbdproxy.printable import printable
 from nbdproxy.sizes import size_text
 
 PATHS_SHOWN = 3

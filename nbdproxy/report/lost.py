@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from nbdproxy.crash.ranges import Losses, Piece, Range
-from nbdproxy.report.paths import printable
+from nbdproxy.printable import printable
 
 SHOWN = 5
 """So many ranges, and so many parts of the way to them, are listed for people; --json has all."""

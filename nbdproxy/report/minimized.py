@@ -14,9 +14,9 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.owners import Owner, OwnerMap
+from nbdproxy.printable import printable
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import command_name
-from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural
 
 OWNERS_MAX = 8

@@ -15,8 +15,8 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode, Failure, Taken, guarantee
+from nbdproxy.printable import printable
 from nbdproxy.report import lost
-from nbdproxy.report.paths import printable
 from nbdproxy.sizes import plural
 
 CARRIERS_SHOWN = 6

@@ -15,7 +15,7 @@ from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition, doubt_of
 from nbdproxy.oracles.manifest import WEAK
 from nbdproxy.persistence.modes import CACHED, CacheMode, Failure
-from nbdproxy.report.paths import printable
+from nbdproxy.printable import printable
 from nbdproxy.sizes import plural
 
 _STYLE = {Verdict.PASS: "green", Verdict.FAIL: "red", Verdict.UNKNOWN: "yellow"}

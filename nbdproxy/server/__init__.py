@@ -10,6 +10,8 @@ from contextlib import suppress
 
 import structlog
 
+from nbdproxy.printable import made_visible
+
 
 class _Log(structlog.PrintLogger):
     """Whatever is stderr when something is said; one that cannot be written ends nothing."""
@@ -25,7 +27,9 @@ class _Log(structlog.PrintLogger):
 
 
 if not structlog.is_configured():
+    *_before, _rendered = structlog.get_config()["processors"]
     structlog.configure(
+        processors=[*_before, made_visible, _rendered],
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
         logger_factory=lambda *_: _Log(),
     )

@@ -55,6 +55,8 @@ def words(command: str, one: Recorded, out: Path) -> list[str | Path]:
             "end",
         ],
         "explain": ["explain", one.run, f"/{FLUSHED}", *run, "--at", "end", "--mode", "none"],
+        "explain all": ["explain", one.run, *files, *run],
+        "audit": ["audit", one.run, one.image],
         "explore": ["explore", one.run, *files, *run, "--at", "end", "--workers", "1"],
         "open": ["open", one.run, *run, "--at", "end", "-o", out],
         "pack": ["pack", one.run, *run, "-o", out],
@@ -64,6 +66,7 @@ def words(command: str, one: Recorded, out: Path) -> list[str | Path]:
 
 
 VERDICTS = ["info", "log", "check", "manifest", "extract", "replay", "explain", "explore"]
+VERDICTS += ["explain all", "audit"]
 
 
 @pytest.mark.parametrize("command", [*VERDICTS, "open", "pack", "convert"])
@@ -74,7 +77,14 @@ def test_every_command_says_what_is_missing(
     assert SAYS not in fine.stderr + fine.stdout
     code = 2 if command in VERDICTS else 0
     done = nbdproxy(*words(command, lost, tmp_path / "b"), code=code)
-    assert (done.stderr if command != "info" else done.stdout).count(SAYS) == 1
+    assert (done.stdout if command in {"info", "audit"} else done.stderr).count(SAYS) == 1
+
+
+def test_unpacking_says_what_was_missing_when_it_was_packed(lost: Recorded, tmp_path: Path) -> None:
+    packed = tmp_path / "lost.nbdpack"
+    nbdproxy("pack", lost.run, "--base", lost.image, "-o", packed)
+    said = nbdproxy("unpack", packed, "-o", tmp_path / "out").stderr
+    assert said.count(f"note: {SAYS}") == 1
 
 
 def test_of_an_earlier_instant_all_is_well(lost: Recorded) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdproxy.crash.dask_crew import say
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from tests.cli.conftest import Recorded
@@ -119,3 +120,15 @@ def test_no_log_goes_to_stdout_whichever_process_it_is_in() -> None:
     assert done.stdout == ""
     assert "much" in done.stderr
     assert "little" not in done.stderr
+
+
+def test_what_workers_say_steers_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    say(f"the worker at {EVIL} failed: {EVIL}")
+    only_shows(capfd.readouterr().err)
+
+
+def test_a_log_line_of_a_process_that_was_not_set_up_steers_no_terminal() -> None:
+    code = f"from nbdproxy.server.door import log; log.warning('much', peer={EVIL!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    only_shows(done.stderr)
+    assert "much" in done.stderr

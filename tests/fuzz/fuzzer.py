@@ -18,7 +18,12 @@ def main() -> None:
     with atheris.instrument_imports(include=["nbdproxy"]):
         targets = importlib.import_module("tests.fuzz.targets")
     target = {**targets.TARGETS, **targets.FAULTY}[name]
-    atheris.Setup([sys.argv[0], *arguments], target)
+    more = {}
+    if (mutated := targets.MUTATORS.get(name)) is not None:
+        more["custom_mutator"] = lambda data, longest, seed: mutated(
+            bytes(data), longest, seed, atheris.Mutate
+        )
+    atheris.Setup([sys.argv[0], *arguments], target, **more)
     atheris.Fuzz()
 
 

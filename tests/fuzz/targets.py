@@ -25,6 +25,12 @@ PROTOCOL = tuple(TARGETS)
 """Those that the tables give seeds for."""
 TARGETS |= {"recording": recording_target.run, **reader_targets.TARGETS}
 
+MUTATORS: dict[str, Callable[[bytes, int, int, Callable[[bytes, int], bytes]], bytes]] = {
+    "recording": recording_target.mutated,
+    **dict.fromkeys(("qcow2", "gpt", "ext4"), reader_targets.mutated),
+}
+"""How inputs of a form of their own are changed: arguments as of `recording_target.mutated`."""
+
 FAULTY: dict[str, Callable[[bytes], None]] = {
     "faulty-crash": faulty.crash,
     "faulty-hang": faulty.hang,

@@ -22,6 +22,7 @@ FLOOR = {
     "private": 0,
     "machine": 0,
     "lines": 0,
+    "printable": 0,
     "peers": 1,
     "nbd": 1,
     "disks": 1,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from nbdproxy.oracles.ext4 import casefold
 from nbdproxy.oracles.ext4.checksum import crc32c
+from nbdproxy.oracles.ext4.faults import UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
 
@@ -101,7 +102,10 @@ def is_inner(sb: Superblock, inode: Inode, index: int, block: bytes) -> bool:
 
 
 def parse(sb: Superblock, inode: Inode, blocks: Iterable[tuple[int, bytes]]) -> Directory:
-    """List a directory from the blocks of its file, each with its place in it."""
+    """List a directory from the blocks of its file, each with its place in it.
+
+    Raises UnsupportedError for more names than any disk of its size has files.
+    """
     names: dict[bytes, int] = {}
     is_complete = is_plain = True
     for index, block in blocks:
@@ -116,6 +120,8 @@ def parse(sb: Superblock, inode: Inode, blocks: Iterable[tuple[int, bytes]]) -> 
             if entry is not None and entry[1]:
                 is_plain &= entry[0] not in names
                 names[entry[0]] = entry[1]
+        if len(names) > sb.names_max:
+            raise UnsupportedError(f"inode {inode.number} has more names than the disk has files")
     return Directory(_without_dots(names), is_complete, is_plain)
 
 

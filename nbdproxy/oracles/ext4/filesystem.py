@@ -28,6 +28,10 @@ HOLES_MAX = 4 << 30
 CACHED_BLOCKS_MAX = 4096
 CACHED_INODES_MAX = 65536
 LINKS_MAX = 40  # symbolic links the kernel follows in one path
+STEPS_MAX = 500
+"""Names that are looked up for one path, those of its links included: the kernel goes on, and forty
+links of 4 KiB would take seconds for each file."""
+PATH_MAX = 4096  # bytes of a path that a kernel takes, its zero byte included
 _ZEROES = bytes(CHUNK)
 
 
@@ -173,27 +177,27 @@ class Filesystem:
         if top is None:
             return None
         todo = self._below_point(path)
-        way, names = [top], list(self._point)
+        way, names = {top.number: top}, list(self._point)
+        here = top
         links = 0
-        while todo:
-            name = todo.pop()
+        for name in _steps(todo):
             if name in {b"", b"."}:
                 continue
             if name == b"..":
-                way, names = way[:-1] or way, self._up(names)
+                names, here = self._up(names), _leave(way)
                 continue
-            if not way[-1].is_directory:
+            if not here.is_directory:
                 return None
             if (*names, name) in self._covered:
                 raise _elsewhere([*names, name])
-            number = self.child(way[-1], name)
+            number = self.child(here, name)
             if number is None:
                 return None
             node = self.inode(number)
             if not node.is_symlink or (not todo and not follow_last):
-                if node.is_directory and node in way:
+                if node.is_directory and number in way:
                     return None  # it contains itself: the kernel does not go there
-                way.append(node)
+                here = way[number] = node
                 names.append(name)
                 continue
             links += 1
@@ -201,11 +205,11 @@ class Filesystem:
                 return None
             target = self.symlink_target(node)
             if target.startswith(b"/"):
-                way, names = [top], list(self._point)
+                way, names, here = {top.number: top}, list(self._point), top
                 todo += self._below_point(target)
             else:
                 todo += target.split(b"/")[::-1]
-        return way[-1]
+        return here
 
     def walk(
         self, under: bytes = b"/", broken: list[bytes] | None = None
@@ -229,6 +233,7 @@ class Filesystem:
         todo = [(prefix, top)] if top.is_directory else []
         seen = {top.number}
         left = self.superblock.blocks
+        names = self.superblock.names_max
         while todo:
             path, node = todo.pop()
             left -= self._blocks_of_folder(node)
@@ -236,6 +241,9 @@ class Filesystem:
                 raise UnsupportedError(f"{_shown(path)}: directories use the same blocks")
             below = []
             for full, number, child in self._children(path, node, broken):
+                names -= 1
+                if names < 0:
+                    raise UnsupportedError(f"{_shown(path)}: there are more names than files")
                 if child.is_regular or child.is_symlink:
                     yield full, child
                 elif child.is_directory and number not in seen:
@@ -308,6 +316,12 @@ class Filesystem:
             return
         for name, number in names:
             full = path + b"/" + name
+            if len(full) >= PATH_MAX:
+                error = UnsupportedError("a path is longer than any kernel takes")
+                if broken is None:
+                    raise error
+                broken.append(path)
+                return
             if self._covered and tuple(_split(full)) in self._covered:
                 continue
             try:
@@ -358,6 +372,23 @@ class Filesystem:
         for run in self.runs(node):
             for index in range(run.logical, min(run.logical + run.blocks, end)):
                 yield index, self.block(run.physical + index - run.logical)
+
+
+def _steps(todo: list[bytes]) -> Iterator[bytes]:
+    """Take the last of what is to be looked up, again and again; more may come meanwhile."""
+    for _ in range(STEPS_MAX):
+        if not todo:
+            return
+        yield todo.pop()
+    if todo:
+        raise UnsupportedError(f"more than {STEPS_MAX} names lead there, by links")
+
+
+def _leave(way: dict[int, Inode]) -> Inode:
+    """Go up to where a way came from; the top is above itself."""
+    if len(way) > 1:
+        way.popitem()
+    return next(reversed(way.values()))
 
 
 def _zeroes(length: int) -> Iterator[bytes]:

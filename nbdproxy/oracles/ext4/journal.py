@@ -233,8 +233,8 @@ def _scan(log: Log) -> list[Control]:
     doubtful = False  # a block's checksum was wrong: stale if its commit is older, else broken
     running = ONES  # checksum of the first kind, over a transaction
     found: list[Control] = []
-    committed = 0
-    while len(found) <= log.last:
+    committed = passed = 0
+    while passed <= log.last - log.first:
         block = log.read(position)
         kind = _kind(block, sequence)
         if kind is None:
@@ -242,6 +242,7 @@ def _scan(log: Log) -> list[Control]:
         position = log.step(position)
         tags = list(_tags(log, block)) if kind == DESCRIPTOR else []
         found.append(Control(position, sequence, kind, block, tags))
+        passed += 1 + len(tags)
         if kind == DESCRIPTOR:
             doubtful |= not _tail_is_right(log, block)
             if log.compat & COMPAT_CHECKSUM:
@@ -272,6 +273,7 @@ def _scan(log: Log) -> list[Control]:
 def _revoked(log: Log, controls: list[Control]) -> dict[int, int]:
     """Return each revoked block's last revoking sequence."""
     revoked: dict[int, int] = {}
+    blocks = log.filesystem.superblock.blocks
     width, code = (8, "Q") if log.incompat & BITS_64 else (4, "I")
     for control in controls:
         if control.kind != REVOKE:
@@ -281,6 +283,8 @@ def _revoked(log: Log, controls: list[Control]) -> dict[int, int]:
             raise refusal("its journal holds an impossible revoke block")
         count = max(0, used - 16) // width
         for number in struct.unpack_from(f">{count}{code}", control.block, 16):
+            if number >= blocks:
+                continue  # there is no such block, and nothing is written there
             if number not in revoked or _is_later(control.sequence, revoked[number]):
                 revoked[number] = control.sequence
     return revoked

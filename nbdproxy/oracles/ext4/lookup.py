@@ -32,7 +32,11 @@ ROOT_INFO = 24  # behind "." and ".."
 NODE_ENTRIES = 8  # behind an entry without a name that fills the block
 BLOCK_MASK = 0x0FFFFFFF
 READ_AHEAD = 8  # so many blocks at once are looked for, before the first of them is searched
-KEPT_MAX = 4096
+KEPT_MAX = 16 << 20
+"""Bytes of blocks whose entries are kept."""
+CHAIN_MAX = 16
+"""Blocks of an index that are searched for one name. More are only needed where hundreds of names
+have one hash, which somebody has to make so."""
 _SEVERAL = -2
 _HASHED = {HashVersion.LEGACY, HashVersion.HALF_MD4, HashVersion.TEA}
 
@@ -111,7 +115,7 @@ class Folder:
         self._is_folded = bool(node.flags & InodeFlag.CASEFOLD and sb.incompat & Incompat.CASEFOLD)
         self._places: dict[int, int | None] = {}
         self._nodes: dict[int, Node] = {}
-        self._linear: Linear | None = None
+        self._linear: Linear | CorruptError | UnsupportedError | None = None
 
     def find(self, name: bytes) -> int | None:
         """Return the number of the inode under a name; None if none is.
@@ -170,7 +174,7 @@ class Folder:
         return None
 
     def _search_all(self, name: bytes) -> int | None:
-        found = self._linear = self._linear or self._all()
+        found = self._searched()
         if name in found.doubtful:
             raise self._doubt("how its names are compared is not certain")
         number = found.numbers.get(name)
@@ -183,6 +187,17 @@ class Folder:
         if number == BROKEN:
             raise self._corrupt("an entry of it makes no sense")
         return number
+
+    def _searched(self) -> Linear:
+        """Return what all blocks come to, or raise why that cannot be told, found out once."""
+        if self._linear is None:
+            try:
+                self._linear = self._all()
+            except (CorruptError, UnsupportedError) as error:
+                self._linear = error
+        if isinstance(self._linear, Linear):
+            return self._linear
+        raise type(self._linear)(str(self._linear))
 
     def _all(self) -> Linear:
         numbers: dict[bytes, int] = {}
@@ -212,6 +227,8 @@ class Folder:
             for name, number in kept.leaf.numbers.items():
                 if numbers.setdefault(name, number) != number:
                     numbers[name] = _SEVERAL
+            if len(numbers) > self._sb.names_max:
+                raise self._doubt("it has more names than the disk has files")
         return Linear(numbers, frozenset(doubtful), is_broken, len(places) <= 1)
 
     def _in_leaf(self, leaf: Leaf, name: bytes) -> int | None:
@@ -230,7 +247,7 @@ class Folder:
         ):
             leaf = directory.search(self._sb, raw, is_folded=self._is_folded)
             verified = not self._sb.has_checksums or directory.checksum_is_right(self._node, raw)
-            if len(self._parsed) >= KEPT_MAX:
+            if len(self._parsed) * len(raw) >= KEPT_MAX:
                 self._parsed.clear()
             known = self._parsed[physical] = Kept(raw, self._node.seed, leaf, verified)
         return known
@@ -239,7 +256,7 @@ class Folder:
 
     def _indexed(self, name: bytes) -> int | None:
         frames, wanted = self._probe(name)
-        for _ in range(min(self._node.size // self._sb.block_size, self._sb.blocks)):
+        for _ in range(CHAIN_MAX):
             top = frames[-1]
             number = self._in_leaf(self._leaf(top.node.block(top.at)), name)
             if number == BROKEN:
@@ -248,7 +265,7 @@ class Folder:
                 return number
             if not self._next(frames, wanted):
                 return None
-        raise self._doubt("its index leads to the same blocks again and again")
+        raise self._doubt("too many of its names have one hash, or its index leads in a circle")
 
     def _probe(self, name: bytes) -> tuple[list[_Frame], int]:
         """Follow the name's hash through the index; return the way, and the hash."""

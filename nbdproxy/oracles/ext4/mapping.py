@@ -24,6 +24,8 @@ EXTENT_ENTRY = 12
 WRITTEN_MAX = 32768  # a longer length means: less this, and not yet written
 DEPTH_MAX = 5
 DIRECT = 12
+WALKED_ALWAYS, WALKED_SHARE = 64, 16
+"""Blocks that lead to a file's others: no more than these, and that part of the filesystem's."""
 
 ReadBlock = Callable[[int], bytes]
 
@@ -88,18 +90,18 @@ class BlockTree:
         self._is_doubtful = False
         self._walked.clear()
         result: list[Run] = []
-        end = written = 0
+        end = count = 0
         for run in self._extents() if self._inode.flags & InodeFlag.EXTENTS else self._indirect():
             if run.logical < end:
                 raise self._corrupt("its extents overlap")
             end = run.logical + run.blocks
-            if not run.is_written:
-                continue
-            written += run.blocks
-            if written > self._sb.blocks:
+            count += run.blocks
+            if count > self._sb.blocks:
                 raise UnsupportedError(
                     f"inode {self._inode.number} has more blocks than the filesystem"
                 )
+            if not run.is_written:
+                continue
             if result:
                 last = result[-1]
                 if run[:2] == (last.logical + last.blocks, last.physical + last.blocks):
@@ -230,6 +232,10 @@ class BlockTree:
         if number in self._walked:
             raise UnsupportedError(f"inode {self._inode.number} uses block {number} twice")
         self._walked.add(number)
+        if len(self._walked) > WALKED_ALWAYS + self._sb.blocks // WALKED_SHARE:
+            raise UnsupportedError(
+                f"inode {self._inode.number} has too many blocks that lead to others"
+            )
 
     def _find_pointer(self, logical: int) -> int | None:
         self._is_doubtful = False

@@ -22,7 +22,7 @@ from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import ExtentMap
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.faults import CorruptError
-from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
+from nbdproxy.oracles.ext4.filesystem import PATH_MAX, ROOT, Filesystem
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.mounted import open_filesystem
 from nbdproxy.oracles.ext4.superblock import Incompat, RoCompat
@@ -222,7 +222,7 @@ def _tree(filesystem: Filesystem, paths: dict[int, list[str]]) -> Iterator[Inode
     """Yield each inode that has a name once; collects the names as paths."""
     paths[ROOT] = ["/"]
     todo = [("", ROOT)]
-    left = filesystem.superblock.blocks
+    left, names_left = filesystem.superblock.blocks, filesystem.superblock.names_max
     while todo:
         path, number = todo.pop()
         try:
@@ -233,8 +233,13 @@ def _tree(filesystem: Filesystem, paths: dict[int, list[str]]) -> Iterator[Inode
             names = filesystem.listing(node).names if is_listed else {}
         except FilesystemError:
             continue
+        names_left -= len(names)
+        if names_left < 0:
+            return
         for name, below in names.items():
             full = f"{path}/{name.decode('utf-8', 'surrogateescape')}"
+            if len(full) >= PATH_MAX:
+                continue
             if below not in paths:
                 todo.append((full, below))
             paths.setdefault(below, []).append(full)

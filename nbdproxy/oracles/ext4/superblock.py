@@ -22,6 +22,7 @@ MAGIC = b"\x53\xef"
 HAS_JOURNAL = 0x4
 DIR_INDEX = 0x20
 SPARSE_SUPER2 = 0x200
+NAMES_ALWAYS, BYTES_PER_NAME = 100_000, 256
 UNSIGNED_HASH = 0x2  # a flag: bytes of names count as unsigned in their hash
 STRICT_ENCODING = 0x1
 UTF8_12_1 = 1  # the one encoding there is
@@ -134,6 +135,11 @@ class Superblock:
     def has_checksums(self) -> bool:
         """Whether metadata carries CRC-32C checksums."""
         return bool(self.ro_compat & RoCompat.METADATA_CSUM)
+
+    @property
+    def names_max(self) -> int:
+        """How many names are listed: each file takes an inode, and few have many names."""
+        return NAMES_ALWAYS + self.blocks * self.block_size // BYTES_PER_NAME
 
     @property
     def needs_recovery(self) -> bool:

@@ -6,6 +6,9 @@ escape: controls, newlines, bidirectional overrides, bytes that are not UTF-8, l
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 
 def printable(text: str) -> str:
     """Return a text of others with its escapes; its own backslashes are doubled, so it is exact."""
@@ -15,6 +18,11 @@ def printable(text: str) -> str:
 def visible(text: str) -> str:
     """Return a text in which every character shows; one that does already is left as it is."""
     return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def made_visible(_logger: Any, _name: str, event: MutableMapping[str, Any]) -> dict[str, Any]:
+    """Let nothing in a line of a log steer the terminal: structlog's form of a processor."""
+    return {key: visible(it) if isinstance(it, str) else it for key, it in event.items()}
 
 
 def _escaped(character: str) -> str:

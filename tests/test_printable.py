@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdproxy.report.paths import printable, visible
+from nbdproxy.printable import printable, visible
 
 ANY = st.text(st.characters(exclude_categories=()))
 
