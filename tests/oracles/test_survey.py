@@ -275,6 +275,40 @@ def test_partitions_of_an_array_are_copies(
     assert f"UUID={UUID}" in found.hidden[1].specs
 
 
+AT_THE_START = {
+    "a member of an md array (RAID5)": (
+        4096,
+        struct.pack("<II24x32s8xi68xQ", 0xA92B4EFC, 1, b"", 5, 8),
+    ),
+    "part of a bcache": (4120, bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81")),
+    "F2FS": (1024, b"\x10\x20\xf5\xf2"),
+    "a physical volume of LVM": (
+        1024,
+        b"LABELONE" + (2).to_bytes(8, "little") + bytes(8) + b"LVM2 001",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", AT_THE_START)
+def test_a_disk_that_is_more_than_its_partitions_hides_files(
+    what: str, run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR, small)
+    disk.pwrite(*AT_THE_START[what])
+    found = survey(disk)
+    assert [part.slice.number for part in found.parts] == [1]
+    assert [str(hidden) for hidden in found.hidden] == [f"whole disk is {what}, and has partitions"]
+
+
+def test_what_is_in_front_of_partitions_and_holds_no_files_hides_none(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR, small)
+    disk.pwrite(4086, b"SWAPSPACE2")
+    disk.pwrite(512, b"a boot loader")
+    assert not survey(disk).hidden
+
+
 def test_a_partition_of_a_windows_dynamic_disk_is_not_read_as_it_begins(
     run: Run, blank: Callable[[int], Path], small: bytes
 ) -> None:
