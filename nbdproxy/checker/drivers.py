@@ -127,7 +127,6 @@ _PASSING = {
     *(errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
 }
 """What comes of the guest, and need not come again in another one."""
-_BTRFS_FLAGS_AT, _SEEDING = 0x10038, 1 << 32
 _EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
 _EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
 
@@ -155,13 +154,6 @@ def replays_for_writing_only(device: ReadableDevice) -> bool:
         return False
     compat = int.from_bytes(device.pread(_EXT_COMPAT_AT, 4), "little")
     return bool(compat & _FAST_COMMIT)
-
-
-def is_for_reading_only(device: ReadableDevice) -> bool:
-    """Tell whether a filesystem is one that is mounted for reading: a seed of Btrfs, btrfs(5)."""
-    if kind_of(device) is not FilesystemKind.BTRFS:
-        return False
-    return bool(int.from_bytes(device.pread(_BTRFS_FLAGS_AT, 8), "little") & _SEEDING)
 
 
 def refusal(driver: Driver, code: int, said: Sequence[str]) -> FilesystemError | LabError:

@@ -28,7 +28,6 @@ from nbdproxy.checker.drivers import (
     RefusedByKernelError,
     driver_of,
     has_ciphers,
-    is_for_reading_only,
     refusal,
     replays_for_writing_only,
 )
@@ -45,7 +44,7 @@ from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.ext4.filesystem import HOLES_MAX
-from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, kind_of
+from nbdproxy.oracles.filesystems import FilesystemKind, elsewhere, is_seed, kind_of
 from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
@@ -206,7 +205,7 @@ class KernelOracle:
         """
         driver = driver_of(place.device)
         options = [driver.options, driver.top_level] if root else [driver.options]
-        is_ro = replay_only or is_for_reading_only(place.device)
+        is_ro = replay_only or is_seed(place.device)
         guest = self._booted()
         for program in (driver.program, *driver.probe[:1]):
             if program is not None:

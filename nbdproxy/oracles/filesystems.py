@@ -54,6 +54,7 @@ _SIGNATURES = (
 
 _XFS_SUPERBLOCK = struct.Struct(">16xQ24xQ")  # blocks of its realtime device; where the log is
 _BTRFS_DEVICES_AT = 0x10088
+_BTRFS_FLAGS_AT, _BTRFS_SEEDING = 0x10038, 1 << 32
 _EXT_JOURNAL = struct.Struct("<II")  # its inode, its device
 _EXT_JOURNAL_AT = superblock.OFFSET + 0xE0
 
@@ -92,6 +93,13 @@ def elsewhere(device: ReadableDevice, kind: FilesystemKind) -> str | None:
         inode, number = _EXT_JOURNAL.unpack(raw)
         return "it has its journal" if number and not inode else None
     return None
+
+
+def is_seed(device: ReadableDevice) -> bool:
+    """Tell whether a filesystem is a seed of Btrfs, from which others may have grown (btrfs(5))."""
+    if kind_of(device) is not FilesystemKind.BTRFS:
+        return False
+    return bool(int.from_bytes(device.pread(_BTRFS_FLAGS_AT, 8), "little") & _BTRFS_SEEDING)
 
 
 def _is_fat(boot: bytes) -> bool:

@@ -246,7 +246,7 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
         raise _nothing_readable(disks)
     singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
     if len(singles) == 1 and not disks.hidden and not given.spots:
-        return singles[0], _resolved(singles[0], disks, manifest, where)
+        return _on_the_only_one(disks, singles[0], manifest, where)
     if is_absolute:
         plan = guesses.by_files(disks, given, manifest)
         if plan.spots:
@@ -259,6 +259,25 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
     if found is None:
         raise _matches_nothing(disks)
     return found
+
+
+def _on_the_only_one(
+    disks: Disks, single: Plan, manifest: Manifest, where: Where
+) -> tuple[Plan, Manifest]:
+    """Return the plan of the only filesystem that there is, and the manifest with its paths.
+
+    Where no change of all paths fits, it may be a data disk with some of a whole guest's files.
+    """
+    try:
+        return single, _resolved(single, disks, manifest, where)
+    except ElsewhereError:
+        raise
+    except ManifestError:
+        if all(entry.path.startswith("/") for entry in manifest.entries):
+            plan = guesses.by_files(disks, Plan(), manifest)
+            if plan.spots:
+                return plan, manifest
+        raise
 
 
 def _most(

@@ -11,7 +11,7 @@ other it is hidden. Not covered: what lies between partitions, and detached head
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nbdproxy.disks.device import ReadableDevice
@@ -19,7 +19,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles import lvm
 from nbdproxy.oracles.blank import is_blank
 from nbdproxy.oracles.ext4 import superblock
-from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, kinds_of
+from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, is_seed, kinds_of
 from nbdproxy.oracles.identity import identity
 from nbdproxy.oracles.lvm import Volume
 from nbdproxy.oracles.partitions import Layout, Slice, SliceDevice, look
@@ -44,6 +44,7 @@ _NO_FILES = {
 _ROUNDS = 4
 _DYNAMIC = {"0x42", "af9b60a0-1431-4f62-bc68-3311714a69ad"}
 """What partitions of a Windows dynamic disk are for: volumes begin and go on anywhere in them."""
+_PHYSICAL = "a physical volume of LVM"
 _UNKNOWN = Signature("something unknown", Usage.FILESYSTEM)
 _DIVIDED = Signature("divided by a partition table", Usage.TABLE)
 _UDEV_SAFE = frozenset("#+-.:=@_")
@@ -106,21 +107,34 @@ def survey(device: ReadableDevice) -> Survey:
     if has_table and (member := _member(whole, inner)) is not None:
         found.hide(whole.name, member)
         doubt = f"on a disk that is {member}"
-    if not has_table or kinds_of(whole.device):  # or a filesystem beside the table
+    if not has_table or whole.number in layout.physicals or kinds_of(whole.device):
         inner.insert(0, whole)
+    elif beside := list(_beside(whole, inner)):
+        found.hide(whole.name, f"{' and '.join(one.what for one in beside)}, and has partitions",
+                   set().union(*(_signature_specs(one) for one in beside)))  # fmt: skip
     unread = lvm.unread(layout.physicals.values())
     for part in inner:
         physical = layout.physicals.get(part.number)
         if physical is None:
             _look(found, part, doubt or _below(layout, part))
-        elif wrapper := _wrapper(signatures(part.device)):
-            found.hide(part.name, wrapper, _place_specs(part))
+        elif odd := _no_plain_physical(layout, part):
+            found.hide(part.name, odd, _place_specs(part))
         elif physical in unread:
-            found.hide(part.name, "a physical volume of LVM whose metadata cannot be read")
+            found.hide(part.name, f"{_PHYSICAL} whose metadata cannot be read")
+    _hide_seeds(found)
     for volume in layout.closed:
         assert volume.obstacle is not None
         found.hide(f"volume {volume.name}", volume.obstacle, _volume_specs(volume))
     return Survey(tuple(found.parts), tuple(found.hidden))
+
+
+def _hide_seeds(found: _Found) -> None:
+    """Hide the seeds of a Btrfs that is hidden: it has their files, as they were once."""
+    if not any(NAMES[FilesystemKind.BTRFS] in hidden.what for hidden in found.hidden):
+        return
+    for part in [part for part in found.parts if is_seed(part.slice.device)]:
+        found.parts.remove(part)
+        found.hide(part.slice.name, f"a seed of {NAMES[part.kind]}", part.specs)
 
 
 def _member(whole: Slice, inner: Iterable[Slice]) -> str | None:
@@ -129,16 +143,38 @@ def _member(whole: Slice, inner: Iterable[Slice]) -> str | None:
     return next((one.what for one in members(whole.device) if one.at >= end), None)
 
 
+def _beside(whole: Slice, inner: Iterable[Slice]) -> Iterator[Signature]:
+    """Yield what a disk says it is, in front of its partitions: one of the two is out of date."""
+    first = min(part.offset for part in inner if part.partition is not None)
+    head = SliceDevice(whole.device, 0, first)
+    return (one for one in signatures(head) if one.usage is not Usage.NO_FILES)
+
+
 def _below(layout: Layout, volume: Slice) -> str | None:
     """Say why a volume is only a copy of what a guest sees: it lies on a member of an array."""
     if volume.volume is None:
         return None
     for number in layout.physicals:
         part = next(part for part in layout.slices if part.number == number)
-        wrapper = _wrapper(signatures(part.device))
         inside = Extent(part.offset, part.length)
-        if wrapper and any(inside.offset <= e.offset < inside.end for e in volume.volume.pieces):
-            return f"on {part.name}, which is {wrapper}"
+        if any(inside.offset <= e.offset < inside.end for e in volume.volume.pieces) and (
+            odd := _no_plain_physical(layout, part)
+        ):
+            return f"on {part.name}, which is {odd}"
+    return None
+
+
+def _no_plain_physical(layout: Layout, part: Slice) -> str | None:
+    """Say what else a physical volume of LVM is; None if LVM surely takes it for one.
+
+    LVM passes over a disk with partitions, and what is a member of an array.
+    """
+    if wrapper := _wrapper(signatures(part.device)):
+        return wrapper
+    if not part.number and any(one.partition is not None for one in layout.slices):
+        return f"{_PHYSICAL}, and has partitions"
+    if kinds := kinds_of(part.device):
+        return f"{_PHYSICAL} and {NAMES[kinds[0]]} at once"
     return None
 
 
@@ -160,7 +196,7 @@ def _look(found: _Found, part: Slice, doubt: str | None) -> None:
         seen = [_by_chance(part.device)]
     specs = _place_specs(part)
     for one in seen:
-        specs |= _tags("UUID", one.ident) | _tags("LABEL", one.label) | {*one.nodes}
+        specs |= _signature_specs(one)
     for kind in kinds:
         names = identity(part.device, kind)
         specs |= _tags("UUID", names.ident) | _tags("LABEL", names.label)
@@ -213,6 +249,11 @@ def _place_specs(part: Slice) -> set[str]:
     if part.volume is not None:
         specs |= _volume_specs(part.volume)
     return specs
+
+
+def _signature_specs(seen: Signature) -> set[str]:
+    """Return the names that something has that is not read."""
+    return _tags("UUID", seen.ident) | _tags("LABEL", seen.label) | {*seen.nodes}
 
 
 def _volume_specs(volume: Volume) -> set[str]:

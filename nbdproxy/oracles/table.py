@@ -36,7 +36,7 @@ _EXTENDED = {0x05, 0x0F, 0x85}
 NUMBER_MAX = 255
 """The last partition that Linux shows (block/partitions: DISK_MAX_PARTS)."""
 _LOGICAL_FIRST = 5
-_LOGICAL_MAX = 128  # a chain longer than this is a loop
+_EMPTY_MAX = 100  # so many boot records without a partition in a row end a chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,28 +162,36 @@ def _mbr_partitions(device: ReadableDevice, mbr: bytes, unit: int) -> Iterator[P
     number = _LOGICAL_FIRST
     for extended in entries:
         if extended.is_extended:
-            for first, entry in _logical(device, extended.first, unit):
+            for first, entry in _logical(device, extended, unit):
                 if number > NUMBER_MAX:
                     return
                 yield named(number, first, entry)
                 number += 1
 
 
-def _logical(device: ReadableDevice, base: int, unit: int) -> Iterator[tuple[int, _Entry]]:
-    """Follow the chain of extended boot records; links count from the extended partition."""
-    here = base
-    for _ in range(_LOGICAL_MAX):
+def _logical(device: ReadableDevice, whole: _Entry, unit: int) -> Iterator[tuple[int, _Entry]]:
+    """Follow the chain of extended boot records; links count from the extended partition.
+
+    OS/2 uses all four entries of a record. In the last two there may be garbage: they count if
+    what they name is within this link of the chain, and within the extended partition.
+    """
+    here, room, empty = whole.first, whole.length, 0
+    while empty < _EMPTY_MAX:
         sector = _sector(device, here * unit)
         if sector is None:
             return
+        empty += 1
         entries = _entries(sector)
-        for entry in entries[:2]:
-            if entry.length and not entry.is_extended:
+        for at, entry in enumerate(entries):
+            end = entry.first + entry.length
+            is_within = end <= room and here + end <= whole.first + whole.length
+            if entry.length and not entry.is_extended and (at < 2 or is_within):
                 yield here + entry.first, entry
+                empty = 0
         link = next((entry for entry in entries if entry.is_extended), None)
         if link is None:
             return
-        here = base + link.first
+        here, room = whole.first + link.first, link.length
 
 
 def _gpt(device: ReadableDevice) -> Table:

@@ -64,10 +64,10 @@ def _fault(cell: Cell) -> str:
         return f"Whose fault: that cannot be told, because {cell.worst.reason}."
     if whole == total:
         all_of_it = "the file is" if total == 1 else f"all {total:,} files are"
-        return (
-            f"After a host power loss under cache={cell.mode.value} nobody lost anything: "
-            f"{all_of_it} whole."
-        )
+        under = f"After a host power loss under cache={cell.mode.value}"
+        if cell.best.conditions[Condition.WHOLE] == total:
+            return f"{under} nobody lost anything: {all_of_it} whole."
+        return f"{under} {all_of_it} whole as flushed; with what was sent later, {_later(cell)}."
     causes = cell.worst.causes.most_common()
     unknown = cell.worst.conditions[Condition.CANNOT_BE_TOLD]
     if not causes:
@@ -84,6 +84,20 @@ def _fault(cell: Cell) -> str:
     return text + "."
 
 
+def _later(cell: Cell) -> str:
+    """Say what became of the files if all that was sent had come through."""
+    told = [
+        f"{count:,} of them {_blame(cause, count)}"
+        for cause, count in cell.best.causes.most_common()
+    ]
+    unknown = cell.best.conditions[Condition.CANNOT_BE_TOLD] if cell.best.files else None
+    if unknown is None:
+        return f"that cannot be told, because {cell.best.reason}"
+    if unknown:
+        told.append(f"what became of {unknown:,} cannot be told")
+    return "; ".join(told) or "some are not"
+
+
 def _blame(cause: Cause, count: int) -> str:
     """Say what became of so many files."""
     return _BLAME[cause].format(
@@ -95,14 +109,13 @@ def _blame(cause: Cause, count: int) -> str:
 
 def _saved(cells: dict[CacheMode, Cell]) -> str:
     by_count: dict[tuple[int, int], list[str]] = {}
-    unknown = [mode.value for mode, cell in cells.items() if not cell.worst.files]
-    if len(unknown) == len(cells):
+    judged = {mode: c for mode, c in cells.items() if c.worst.files and c.best.files}
+    unknown = [mode.value for mode in cells if mode not in judged]
+    if not judged:
         return "Which cache mode would have saved how many cannot be told either."
-    for mode, cell in cells.items():
-        if not cell.worst.files:
-            continue
-        ends = tuple(end.conditions[Condition.WHOLE] for end in (cell.worst, cell.best))
-        by_count.setdefault((ends[0], ends[1]), []).append(mode.value)
+    for mode, cell in judged.items():
+        best = max(end.conditions[Condition.WHOLE] for end in (cell.worst, cell.best))
+        by_count.setdefault((_certain(cell), best), []).append(mode.value)
     total = max(len(cell.worst.files) for cell in cells.values())
     parts = []
     for (worst, best), modes in sorted(by_count.items(), reverse=True):
@@ -113,6 +126,14 @@ def _saved(cells: dict[CacheMode, Cell]) -> str:
     return (
         f"Had the host lost power then, these cache modes would certainly have saved, "
         f"of {plural(total, 'file')}: {'; '.join(parts)}."
+    )
+
+
+def _certain(cell: Cell) -> int:
+    """Count the files that are whole in both ends of what a cell may leave."""
+    return sum(
+        one.condition is Condition.WHOLE and one.condition is cell.best.files[path].condition
+        for path, one in cell.worst.files.items()
     )
 
 

@@ -59,6 +59,12 @@ def gpt_range(first: int, last: int) -> Change:
     return change
 
 
+def logical(number: int, *fields: int) -> Change:
+    """Give the first extended record of MBR another entry: type, first sector, sectors."""
+    raw = struct.pack("<B3sB3sII", 0, b"", fields[0], b"", *fields[1:])
+    return lambda disk: disk.pwrite(8192 * 512 + 446 + 16 * (number - 1), raw)
+
+
 TABLES: dict[str, tuple[str, Change | None]] = {
     "GPT": (GPT, None),
     "GPT that is broken at the start": (GPT, wipe(512)),
@@ -73,6 +79,8 @@ TABLES: dict[str, tuple[str, Change | None]] = {
     "MBR with a partition beyond the disk": (MBR, entry(3, 0, 0x83, 1 << 20, 8)),
     "MBR with a partition of no type": (MBR, entry(3, 0, 0, 30000, 100)),
     "MBR with two extended partitions": (MBR, entry(3, 0, 0x0F, 8192, 16384)),
+    "MBR whose extended record has a third partition": (MBR, logical(3, 0x83, 4096, 512)),
+    "MBR whose extended record has garbage at its end": (MBR, logical(4, 0x83, 4096, 1 << 20)),
     "MBR with a wrong boot flag": (MBR, entry(4, 0x11, 0x83, 30000, 100)),
 }
 LARGE = {

@@ -482,3 +482,14 @@ def test_the_fstab_of_a_root_that_is_told_is_read(made: Make) -> None:
     over = Where(mounts=(Told("2", "/"), Told("4", "/boot")))
     assert placed(judged(device, {**ROOT, "/boot/k": "k"}, over)[0]) == {"/": 2, "/boot": 4}
     assert placed(judged(device, ROOT, Where(mounts=(Told("3", "/"),)))[0]) == {"/": 3, "/efi": 1}
+
+
+def test_a_data_disk_alone_has_some_of_a_whole_guests_files(made: Make) -> None:
+    device = made(Part({"/u/a.js": "text", "/u/b.js": "old"}, "home"))
+    wanted = {**ROOT, "/home/u/a.js": "text", "/home/u/b.js": "new", "/home/u/c.js": "gone"}
+    tree, found = judged(device, wanted)
+    assert placed(tree) == {"/home": 1}
+    ours = {path: c for path, c in found.conditions.items() if path.startswith("/home")}
+    assert list(ours.values()) == [Condition.WHOLE, Condition.DAMAGED, Condition.MISSING]
+    others = {found.conditions[path] for path in ROOT}
+    assert others == {Condition.CANNOT_BE_TOLD}, "they are on a disk that was not recorded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,11 +77,43 @@ def test_mbr_with_logical_partitions(disk: Callable[[str], MemoryDisk]) -> None:
     ]
 
 
-def test_a_loop_of_logical_partitions_ends(disk: Callable[[str], MemoryDisk]) -> None:
+def test_a_loop_of_logical_partitions_ends_where_linux_ends_it(
+    disk: Callable[[str], MemoryDisk],
+) -> None:
     device = disk(MBR)
     # The first extended record's link, in its second entry, now leads to itself.
     device.pwrite(12288 * 512 + 462 + 8, bytes(4))
-    assert len(found(device)) < 200
+    logical = [(number, 14336, 4096) for number in range(5, 256)]
+    assert found(device) == [WHOLE, (1, 2048, 8192), *logical]
+    device.pwrite(12288 * 512 + 446, bytes(16))  # and now it is a loop without partitions
+    assert found(device) == [WHOLE, (1, 2048, 8192)]
+
+
+@pytest.mark.parametrize(
+    ("first", "length", "is_there"),
+    [
+        (9000, 100, True),
+        (9000, 40961 - 9000, False),  # one sector behind the extended partition's end
+        (9000, 40960 - 9000, True),
+        (1 << 30, 100, False),
+    ],
+)
+def test_the_last_two_entries_of_an_extended_record_count_if_they_are_within_it(
+    first: int, length: int, is_there: bool, disk: Callable[[str], MemoryDisk]
+) -> None:
+    device = disk(MBR)
+    raw = struct.pack("<B3sB3sII", 0, b"", 0x83, b"", first, length)
+    device.pwrite(12288 * 512 + 446 + 3 * 16, raw)
+    third = [(6, 12288 + first, length)] if is_there else []
+    behind = 6 + len(third)
+    assert found(device) == [
+        WHOLE,
+        (1, 2048, 8192),
+        (5, 14336, 4096),
+        *third,
+        (behind, 20480, 8192),
+        (behind + 1, 30720, 2048),
+    ]
 
 
 def test_no_table_and_no_room(disk: Callable[[str], MemoryDisk]) -> None:

@@ -115,6 +115,24 @@ def test_luks2_is_known_by_its_second_header(
     assert [hidden.what for hidden in survey(disk).hidden] == ["something unknown"]
 
 
+def test_a_seed_beside_the_btrfs_that_grew_from_it(
+    run: Run, blank: Callable[[int], Path], load: Load
+) -> None:
+    seed, one, two, disk = blank(128), blank(128), blank(128), blank(260)
+    run("mkfs.btrfs", "-q", seed)
+    run("btrfstune", "-S", "1", seed)
+    run("mkfs.btrfs", "-q", one, two)  # on two devices, as one that grew from a seed
+    run("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=128MiB\nsize=128MiB\n")
+    both = load(disk)
+    both.pwrite(MIB, seed.read_bytes())
+    assert [part.slice.name for part in survey(both).parts] == ["partition 1"]
+    both.pwrite(129 * MIB, one.read_bytes())
+    assert [str(hidden) for hidden in survey(both).hidden] == [
+        "partition 2 is Btrfs, but it has a part on another device",
+        "partition 1 is a seed of Btrfs",
+    ]
+
+
 OLD_MD = struct.pack("<III16xi12xI", 0xA92B4EFC, 0, 90, 5, 3)
 SIGNS = {
     "a member of an md array (RAID5)": ("linux_raid_member", -65536, OLD_MD),
@@ -273,6 +291,40 @@ def test_partitions_of_an_array_are_copies(
         "partition 1 is on a disk that is a member of an md array (RAID1)",
     ]
     assert f"UUID={UUID}" in found.hidden[1].specs
+
+
+AT_THE_START = {
+    "a member of an md array (RAID5)": (
+        4096,
+        struct.pack("<II24x32s8xi68xQ", 0xA92B4EFC, 1, b"", 5, 8),
+    ),
+    "part of a bcache": (4120, bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81")),
+    "F2FS": (1024, b"\x10\x20\xf5\xf2"),
+    "a physical volume of LVM": (
+        1024,
+        b"LABELONE" + (2).to_bytes(8, "little") + bytes(8) + b"LVM2 001",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", AT_THE_START)
+def test_a_disk_that_is_more_than_its_partitions_hides_files(
+    what: str, run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR, small)
+    disk.pwrite(*AT_THE_START[what])
+    found = survey(disk)
+    assert [part.slice.number for part in found.parts] == [1]
+    assert [str(hidden) for hidden in found.hidden] == [f"whole disk is {what}, and has partitions"]
+
+
+def test_what_is_in_front_of_partitions_and_holds_no_files_hides_none(
+    run: Run, blank: Callable[[int], Path], small: bytes
+) -> None:
+    disk = partitioned(run, blank(16), MBR, small)
+    disk.pwrite(4086, b"SWAPSPACE2")
+    disk.pwrite(512, b"a boot loader")
+    assert not survey(disk).hidden
 
 
 def test_a_partition_of_a_windows_dynamic_disk_is_not_read_as_it_begins(

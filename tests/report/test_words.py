@@ -57,6 +57,21 @@ def test_nobody_is_blamed_where_all_is_whole() -> None:
     assert told.startswith("After a host power loss under cache=none nobody lost anything: all 3")
 
 
+def test_what_the_guest_may_have_discarded_is_not_certainly_saved() -> None:
+    """A TRIM that no flush followed: with it a file is lost, and without it whole."""
+    kept, discarded = outcome(WHOLE, WHOLE, WHOLE), outcome(WHOLE, GONE, WHOLE)
+    other = outcome(WHOLE, GONE, EMPTY), outcome(EMPTY, WHOLE, WHOLE)
+    cells = {CacheMode.NONE: (kept, discarded), CacheMode.WRITEBACK: other}
+    fault, saved = sentences(table(cells))
+    assert "nobody lost anything" not in fault
+    assert "all 3 files are whole as flushed; with what was sent later, 1 of them was" in fault
+    assert "changed or removed by the guest itself" in fault
+    assert saved.endswith("of 3 files: none 2 (at best 3); writeback 0 (at best 2).")
+    unjudged = sentences(table({CacheMode.NONE: (kept, outcome())}))
+    assert "with what was sent later, that cannot be told" in unjudged[0]
+    assert "cannot be told" in unjudged[1]
+
+
 def test_the_guest_is_not_blamed_for_files_that_never_were_on_the_disk() -> None:
     nothing = outcome(MISSING, MISSING, MISSING)
     (only,) = sentences(table({CacheMode.NONE: (nothing, nothing)}))
