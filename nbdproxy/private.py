@@ -95,8 +95,7 @@ def check_file(path: Path) -> None:
 
     OSError as of open(2), also for what is no plain file.
     """
-    real = path.resolve()
-    check_folder(real.parent)
+    real = _followed(path)
     fd = open_plain(real)
     try:
         found = os.fstat(fd)
@@ -108,6 +107,23 @@ def check_file(path: Path) -> None:
             )
     finally:
         os.close(fd)
+
+
+def _followed(path: Path) -> Path:
+    """Return where links lead, each of ours or root's, and in a folder that is safe."""
+    real = path
+    for _ in range(_LINKS_MAX):
+        check_folder(real.parent)
+        way = os.open(real, _WAY)  # the link itself
+        try:
+            found = os.fstat(way)
+            _check_owner(way, found, path)
+        finally:
+            os.close(way)
+        if not stat.S_ISLNK(found.st_mode):
+            return real
+        real = real.parent / real.readlink()
+    raise UnsafeFolderError(f"{path} leads through too many links")
 
 
 def open_folder(path: Path, *, sticky: bool = True, make: bool = False) -> int:

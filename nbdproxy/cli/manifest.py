@@ -98,7 +98,7 @@ def manifest(
     """
     left_out: dict[str, str] = {}
     fine = 0
-    without = matcher(exclude or ())
+    without = matcher([_meant(glob) for glob in exclude or ()])
     if Path(where).name.endswith(".json") and Path(where).is_file():
         if npm_cache is not None and tarballs is not None:
             raise UsageError("--npm-cache and --tarballs exclude each other; drop one of them")
@@ -172,3 +172,10 @@ def _disk(where: str, base: Path | None) -> Iterator[tuple[ReadableDevice, int]]
         state = StateId(resolve(source, cut).position, Level.RECEIVED, Choice.ALL)
         with closing(open_state(source, state)) as disk:
             yield disk, code_at(source, state.position)
+
+
+def _meant(glob: str) -> str:
+    """Return a pattern that may mean something; UsageError for one that cannot."""
+    if not glob.removeprefix("./").strip("/"):
+        raise UsageError(f"--exclude {glob!r} names nothing; name a file or a folder")
+    return glob

@@ -126,7 +126,8 @@ class FileDisk:
                 self._lost = error.errno
                 raise
         else:
-            raise OSError(self._lost, os.strerror(self._lost))
+            said = f"{os.strerror(self._lost)}, at an earlier flush"
+            raise OSError(self._lost, f"{said}; see to the disk and start nbdproxy again")
 
     @property
     def status(self) -> os.stat_result:
@@ -185,7 +186,13 @@ def _check(path: Path, fd: int, size: int, *, read_only: bool) -> None:
     if size == 0:
         raise ImageError(f"{path} is empty; give it a size with: truncate -s 10G {path}")
     lock(path, fd, read_only=read_only)
-    point = mounted_at(os.fstat(fd))
+    try:
+        point = mounted_at(os.fstat(fd))
+    except OSError as error:
+        raise ImageError(
+            f"whether {path} is mounted cannot be told ({error.strerror}: {error.filename}); "
+            "mount /proc"
+        ) from None
     if point is not None:
         raise ImageError(
             f"{path} is mounted at {point}, where this machine changes it; "

@@ -11,11 +11,15 @@ from __future__ import annotations
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 
 def mounted_at(status: os.stat_result, root: Path = Path("/")) -> str | None:
-    """Return where a file or block device is mounted for writing; None if nowhere."""
+    """Return where a file or block device is mounted for writing; None if nowhere.
+
+    Raises OSError if there is no /proc to tell.
+    """
     writable = _writable(root)
     for number in _numbers(status, root):
         for device in (number, *_partitions(root / "sys/dev/block" / number)):
@@ -26,16 +30,19 @@ def mounted_at(status: os.stat_result, root: Path = Path("/")) -> str | None:
 
 def _writable(root: Path) -> dict[str, str]:
     """Return the mount points by the devices' numbers, as in "7:0"."""
-    found = {}
-    for line in (root / "proc/self/mountinfo").read_text(errors="replace").splitlines():
+    found: dict[str, str] = {}
+    for line in os.fsdecode((root / "proc/self/mountinfo").read_bytes()).split("\n"):
         own, _, of_filesystem = line.partition(" - ")
-        _, source, options = of_filesystem.split(" ", 2)
+        if not of_filesystem:
+            continue
+        kind, source, options = of_filesystem.split(" ", 2)
         if "rw" not in options.split(","):
             continue
         _, _, number, _, point, *_ = own.split(" ")
-        # The number of a Btrfs is none of a device's.
-        for one in {number, *_numbers_of_node(root / _plain(source).lstrip("/"))}:
-            found[one] = _plain(point)
+        numbers = {number}
+        if kind == "btrfs":  # whose number is none of a device's
+            numbers |= {*_numbers_of_node(root / _plain(source).lstrip("/"))}
+        found |= dict.fromkeys(numbers, _plain(point))
     return found
 
 
@@ -71,4 +78,8 @@ def _numbers(status: os.stat_result, root: Path) -> list[str]:
 
 
 def _partitions(device: Path) -> list[str]:
-    return [one.parent.joinpath("dev").read_text().strip() for one in device.glob("*/partition")]
+    found = []
+    for one in device.glob("*/partition"):
+        with suppress(OSError):  # gone meanwhile
+            found.append(one.parent.joinpath("dev").read_text().strip())
+    return found

@@ -146,10 +146,8 @@ def scan(
     entries = []
     digests: dict[int, str] = {}
     left = HOLES_MAX + 2 * filesystem.device.size
-    for path, node in filesystem.walk(absolute(under)):
+    for path, node in filesystem.walk(absolute(under), without=lambda path: without(shown(path))):
         name = shown(path)
-        if without(name):
-            continue
         try:
             if node.is_symlink:
                 target = shown(filesystem.symlink_target(node))

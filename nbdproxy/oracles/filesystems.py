@@ -8,7 +8,7 @@ end their first sector in the same two bytes.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
@@ -154,11 +154,15 @@ class Mounted(Protocol[N]):
         ...
 
     def walk(
-        self, under: bytes = b"/", broken: list[bytes] | None = None
+        self,
+        under: bytes = b"/",
+        broken: list[bytes] | None = None,
+        without: Callable[[bytes], bool] = ...,
     ) -> Iterator[tuple[bytes, N]]:
         """Yield path and node of every file and symbolic link below a folder.
 
         Raises FilesystemError at what cannot be read; with a list `broken` its path goes there.
+        Nothing is read of the paths that `without` means.
         """
         ...
 

@@ -30,5 +30,5 @@ def matcher(globs: Sequence[str]) -> Matcher:
 
 def _translated(glob: str) -> str:
     begin = r"\A/" if glob.startswith("/") else "/"
-    body = fnmatch.translate(glob.strip("/"))[:-2]  # without its end of the text
+    body = fnmatch.translate(glob.removeprefix("./").strip("/"))[:-2]  # without its end of the text
     return rf"{begin}{body}(?:/|\Z)"

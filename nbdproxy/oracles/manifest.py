@@ -407,7 +407,7 @@ def _link(comment: str, where: str) -> Entry | None:
         path, target = json.loads(found[1])
         if not isinstance(path, str) or not isinstance(target, str):
             raise TypeError
-        return link_entry(path, target)
+        return link_entry(REPEATED.sub("/", path), target)
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise ManifestError(
             f'{where}: a symbolic link is written as `# symlink ["PATH", "TARGET"]`; mend the line'
@@ -461,13 +461,14 @@ def _no_line(line: str, where: str) -> ManifestError:
 def _of_rpm(listed: re.Match[str]) -> Entry | None:
     """Return the entry of a line of `rpm --dump`; folders, devices and ghosts have none."""
     mode, found = int(listed["mode"], 8), listed["digest"]
+    path = REPEATED.sub("/", listed["path"])
     if stat.S_ISLNK(mode):
-        return link_entry(listed["path"], listed["target"])
+        return link_entry(path, listed["target"])
     algorithm = BY_DIGITS.get(len(found))
     if not stat.S_ISREG(mode) or algorithm is None or not found.strip("0"):
         return None
     size, permissions = int(listed["size"]), mode & PERMISSIONS
-    return Entry(listed["path"], found, size, permissions, algorithm=algorithm)
+    return Entry(path, found, size, permissions, algorithm=algorithm)
 
 
 def _unescape(name: str, where: str) -> str:

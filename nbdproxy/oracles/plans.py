@@ -221,8 +221,8 @@ def _by_its_fstab(
         return None
     if max(len(raw), len(secret or b"")) > fstab.LONGEST:
         raise FilesystemError(
-            f"{fstab.PATH} or {fstab.CRYPTTAB} on the disk is longer than any; say what is mounted "
-            "where with --mount"
+            f"{fstab.PATH} or {fstab.CRYPTTAB} on the disk has more than "
+            f"{fstab.LONGEST >> 10} KiB; say what is mounted where with --mount"
         )
     return _Reading(disks, store, root, raw, secret or b"").plan(given, wanted)
 

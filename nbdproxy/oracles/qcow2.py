@@ -263,11 +263,12 @@ class Qcow2Device:
         self._plain += int(is_there.sum())
         self._beyond += int((~is_packed & (hosts >= self._base.size)).sum())
         clusters = -(-self._base.size // self.cluster)
-        if (
-            self._plain > 2 * clusters + _SLACK
-            or self._packed > _PACKED_MAX * clusters + _CLUSTERS_LOST_MAX
-            or self._beyond > 2 * clusters + _CLUSTERS_LOST_MAX
-        ):
+        if self._packed > _PACKED_MAX * clusters + _CLUSTERS_LOST_MAX:
+            raise Qcow2Error(
+                "the qcow2 file has more compressed clusters than are read here; write it out "
+                "with: qemu-img convert -O raw"
+            )
+        if self._plain > 2 * clusters + _SLACK or self._beyond > 2 * clusters + _CLUSTERS_LOST_MAX:
             raise Qcow2Error("the qcow2 file's L2 tables lead to the same clusters again and again")
 
     def _unpacked(self, run: Run) -> bytes:

@@ -14,7 +14,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles import browse
 from nbdproxy.oracles.check import PartlyListedError, absolute
-from nbdproxy.oracles.filesystems import KernelOnlyError
+from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, KernelOnlyError, is_seed
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.oracle import Oracle
@@ -80,14 +80,20 @@ class Disks:
         self.partial: dict[tuple[int, int | str], Unread] = {}
         self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
         self._folders: dict[tuple[int, Mount, str], bool] = {}
-        for disk, device in enumerate(devices):
-            found = survey(device)
+        found_on = [survey(device) for device in devices]
+        grown = any(NAMES[FilesystemKind.BTRFS] in o.what for f in found_on for o in f.hidden)
+        for disk, found in enumerate(found_on):
             for hidden in found.hidden:
                 specs = specs_of(disk, hidden.where, hidden.specs)
                 words = f"{self.named(disk, hidden.where)} is {hidden.what}"
                 self.hidden.append(Unread(words, specs, disk))
             for part in found.parts:
-                self._enter(disk, part)
+                if grown and is_seed(part.slice.device):  # of one on another disk, perhaps
+                    specs = specs_of(disk, part.slice.name, part.specs)
+                    words = f"{self.named(disk, part.slice.name)} is a seed of {NAMES[part.kind]}"
+                    self.hidden.append(Unread(words, specs, disk))
+                else:
+                    self._enter(disk, part)
         for disk, device in enumerate(others):
             self._compare(disk, device)
 

@@ -86,8 +86,9 @@ def _fault(cell: Cell) -> str:
 
 def _later(cell: Cell) -> str:
     """Say what became of the files if all that was sent had come through."""
+    total = len(cell.best.files)
     told = [
-        f"{count:,} of them {_blame(cause, count)}"
+        f"{'it' if total == 1 else f'{count:,} of them'} {_blame(cause, count)}"
         for cause, count in cell.best.causes.most_common()
     ]
     unknown = cell.best.conditions[Condition.CANNOT_BE_TOLD] if cell.best.files else None
@@ -124,7 +125,7 @@ def _saved(cells: dict[CacheMode, Cell]) -> str:
     if unknown:
         parts.append(f"of {_and(unknown)} it cannot be told")
     return (
-        f"Had the host lost power then, these cache modes would certainly have saved, "
+        f"Had the host lost power then, these cache modes would have saved, "
         f"of {plural(total, 'file')}: {'; '.join(parts)}."
     )
 

@@ -37,4 +37,6 @@ class Complaints:
 
 
 complaints = Complaints()
+disk_complaints = Complaints()
+"""What is said of disks: no flood of clients' faults hides it."""
 """Those of this process."""

@@ -29,7 +29,7 @@ from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import MODIFYING, Request
 from nbdproxy.server.batches import Batches
-from nbdproxy.server.complaints import complaints
+from nbdproxy.server.complaints import disk_complaints
 from nbdproxy.server.gate import Gate
 from nbdproxy.server.jobs import Counters, Job
 from nbdproxy.server.ledger import Ledger
@@ -143,7 +143,7 @@ class Export:
         except RecordingError as full:
             self.ledger.fail(full)
         except OSError as error:
-            complaints.warn("a before-image cannot be read", str(error))
+            disk_complaints.warn("a before-image cannot be read", str(error))
 
     async def _prepare(
         self, recorder: RecordingWriter, requests: Sequence[Request | Refused]

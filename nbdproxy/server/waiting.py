@@ -20,7 +20,7 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.actions import ActionKind
 from nbdproxy.policy.model import Handling
 from nbdproxy.requests import Command, CommandFlag, Request
-from nbdproxy.server.complaints import complaints
+from nbdproxy.server.complaints import disk_complaints
 from nbdproxy.server.faults import Faults
 from nbdproxy.server.jobs import (
     NOT_RECORDED,
@@ -245,7 +245,7 @@ class Waiting:
                     replies.done(request)
         except (OSError, RecordingError) as error:
             command = Command(request.command).name
-            complaints.warn(f"{command} failed", str(error), offset=request.offset)
+            disk_complaints.warn(f"{command} failed", str(error), offset=request.offset)
             replies.fail(request, *failure_of(error))
 
     async def _read(self, job: Job, replies: Replies) -> None:

@@ -13,7 +13,7 @@ import trio
 from nbdproxy.dice import draw_below
 from nbdproxy.disks.volatile import VolatileDisk
 from nbdproxy.policy.model import Cache, Order
-from nbdproxy.server.complaints import complaints
+from nbdproxy.server.complaints import disk_complaints
 from nbdproxy.server.jobs import Landing
 from nbdproxy.server.landings import Landings
 
@@ -92,7 +92,7 @@ class WriteBack:
             self._queued.popleft()
             if landing.failure is not None:
                 # It stays held, and goes with the next flush.
-                complaints.warn("a write-back failed", landing.failure.text)
+                disk_complaints.warn("a write-back failed", landing.failure.text)
         return True
 
     def _patience(self) -> float:

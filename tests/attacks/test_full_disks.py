@@ -32,6 +32,8 @@ DISKS = {
 SIZE = 320 * MIB
 """Bytes of a disk: XFS takes 300 MiB at least."""
 
+pytestmark = pytest.mark.timeout(900)
+
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -53,6 +53,7 @@ class Clients:
     path: Path
     flushes: bool = False
     acknowledged: list[int] = field(default_factory=list)
+    wrong: list[int] = field(default_factory=list)
     _next: int = 1
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -87,7 +88,8 @@ class Clients:
             client.send(Op(FLUSH))
         for _ in range(len(cookies) + self.flushes):
             cookie, reply = client.receive()
-            assert reply.error in {0, 108}  # 108: it came too late
+            if reply.error not in {0, 108}:  # 108: it came too late
+                self.wrong.append(reply.error)
             if cookie in cookies and not reply.error:
                 self.acknowledged.append(cookies[cookie])
 
@@ -96,6 +98,7 @@ class Clients:
         for thread in self._threads:
             thread.join(DEADLINE_S)
             assert not thread.is_alive()
+        assert not self.wrong
 
 
 @contextmanager
@@ -117,7 +120,8 @@ def recorded(run: Path) -> set[int]:
     with Recording(run) as recording:
         recording.verify()
         table = recording.table
-        for position in table.position[(table.position >= 0) & (table.completed != NEVER)].tolist():
+        is_done = (table.position >= 0) & (table.completed != NEVER) & (table.error == 0)
+        for position in table.position[is_done].tolist():
             recording.read_payload(position, buffer)
             number = int.from_bytes(buffer[:8], "big")
             assert buffer == block(number)
@@ -218,7 +222,7 @@ def test_while_clients_write(folder: Path, load: str, told: bool, seed: int) -> 
     with started(folder, *options) as pid:
         until(lambda: (folder / "out").exists() and (folder / "out").read_text() != "", "it serves")
         clients.start(count)
-        enough = dice.randrange(1, 300)
+        enough = dice.randrange(1, 60 if flushes else 300)
         until(lambda: len(clients.acknowledged) >= enough, "enough is written")
         if told:
             os.kill(pid, signal.SIGTERM)

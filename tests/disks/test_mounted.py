@@ -56,6 +56,15 @@ def test_another_disk_or_one_that_is_only_read(tmp_path: Path, image: Path, moun
     assert mounted_at(image.stat(), machine(tmp_path / "root", image, mounts)) is None
 
 
+def test_mount_points_of_any_name_and_sources_that_others_chose(
+    tmp_path: Path, image: Path
+) -> None:
+    odd = LOOP.replace("a\\040disk", "a\r\x0b\x85b")
+    fuse = "37 27 0:60 / /mnt/x rw - fuse.bindfs /dev/loop0 rw,user_id=1000"
+    root = machine(tmp_path / "root", image, f"{fuse}\n{odd}")
+    assert mounted_at(image.stat(), root) == "/mnt/a\r\x0b\x85b"
+
+
 def test_another_file_of_the_loop_device(tmp_path: Path, image: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"")
@@ -74,3 +83,13 @@ def test_a_disk_that_is_mounted_is_not_opened(image: Path, monkeypatch: pytest.M
     for read_only in (False, True):
         with pytest.raises(ImageError, match="is mounted at /mnt, where this machine changes it"):
             FileDisk(image, read_only=read_only)
+
+
+def test_a_machine_without_proc(
+    tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "nbdproxy.disks.file.mounted_at", lambda status: mounted_at(status, tmp_path)
+    )
+    with pytest.raises(ImageError, match=r"whether .* is mounted cannot be told .* mount /proc"):
+        FileDisk(image)

@@ -91,23 +91,22 @@ def running(words: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def locked(process: subprocess.Popen[bytes], image: Path) -> bool:
-    """Tell whether it has taken locks on an image, and so is past its own look at ours."""
+def locked(process: subprocess.Popen[bytes]) -> bool:
+    """Tell whether it has taken locks as on an image, and so is past its own look at ours."""
     assert process.poll() is None, "it has ended"
-    inode = f":{image.stat().st_ino} "
     folder = Path(f"/proc/{process.pid}/fdinfo")
     try:
         held = [info.read_text() for info in folder.iterdir()]
     except OSError:
         return False  # one was closed meanwhile
-    return any("lock:" in info and inode in info for info in held)
+    return any("lock:" in info and "OFDLCK" in info for info in held)
 
 
 @contextmanager
 def holding(words: Sequence[str], image: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program of QEMU's until it has the image."""
     with running(words) as process:
-        until(lambda: locked(process, image), f"{words[0]} has the image")
+        until(lambda: locked(process), f"{words[0]} has the image")
         yield process
 
 

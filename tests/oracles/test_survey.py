@@ -12,6 +12,8 @@ import pytest
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.filesystems import FilesystemKind
+from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.stores import Disks
 from nbdproxy.oracles.survey import Survey, survey
 
 MIB = 1 << 20
@@ -131,6 +133,12 @@ def test_a_seed_beside_the_btrfs_that_grew_from_it(
         "partition 2 is Btrfs, but it has a part on another device",
         "partition 1 is a seed of Btrfs",
     ]
+    apart = Disks(QUICK, [load(seed), load(one)])
+    assert [one.words for one in apart.hidden if "seed" in one.words] == [
+        "whole disk of disk 1 is a seed of Btrfs"
+    ]
+    assert not apart.parts
+    assert "seed" not in str(Disks(QUICK, [load(seed)]).hidden)
 
 
 OLD_MD = struct.pack("<III16xi12xI", 0xA92B4EFC, 0, 90, 5, 3)

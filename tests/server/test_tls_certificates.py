@@ -164,6 +164,17 @@ def _authority_elsewhere(folder: Path) -> str:
     return f"other users can write to {elsewhere}"
 
 
+def _authority_by_way_of_elsewhere(folder: Path) -> str:
+    """A link to a link of our own that others can exchange; the file that it leads to is safe."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "ca-cert.pem").rename(folder / "real.pem")
+    (elsewhere / "ca-cert.pem").symlink_to("../real.pem")
+    (folder / "ca-cert.pem").symlink_to("elsewhere/ca-cert.pem")
+    elsewhere.chmod(0o777)
+    return f"other users can write to {elsewhere}"
+
+
 def _nowhere(folder: Path) -> str:
     shutil.rmtree(folder)
     return f"{folder} is no folder of certificates (No such file or directory); name the one"
@@ -177,6 +188,7 @@ def _nowhere(folder: Path) -> str:
         _key_laid_open,
         _authority_open_to_all,
         _authority_elsewhere,
+        _authority_by_way_of_elsewhere,
         _nowhere,
     ],
 )

@@ -31,7 +31,7 @@ from nbdproxy.lab.cache import Cache, default_cache, key_of
 ROOM = Path("/media")
 """Where the guest has an empty tmpfs to write to; nothing of the host's is needed there."""
 PACKAGE = "user-mode-linux"
-_LIMIT_S = 120.0
+_LIMIT_S = 480.0
 
 _SAID = "console"
 _STATUS = "status"
@@ -120,6 +120,7 @@ def _run(words: Sequence[str], said: Path) -> str:
             stdout=output,
             stderr=output,
             start_new_session=True,  # its processes form a group that can be ended
+            env={**os.environ, "TMPDIR": str(said.parent)},  # its memory: /dev/shm may be small
         )
     try:
         return f"ended with status {process.wait(_LIMIT_S)}"

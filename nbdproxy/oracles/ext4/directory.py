@@ -121,7 +121,7 @@ def parse(sb: Superblock, inode: Inode, blocks: Iterable[tuple[int, bytes]]) -> 
                 is_plain &= entry[0] not in names
                 names[entry[0]] = entry[1]
         if len(names) > sb.names_max:
-            raise UnsupportedError(f"inode {inode.number} has more names than the disk has files")
+            raise UnsupportedError(f"inode {inode.number} has more names than are read here")
     return Directory(_without_dots(names), is_complete, is_plain)
 
 

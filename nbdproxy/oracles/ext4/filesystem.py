@@ -10,7 +10,7 @@ they are to be truncated to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.oracles.ext4 import directory, inode, superblock
@@ -212,13 +212,17 @@ class Filesystem:
         return here
 
     def walk(
-        self, under: bytes = b"/", broken: list[bytes] | None = None
+        self,
+        under: bytes = b"/",
+        broken: list[bytes] | None = None,
+        without: Callable[[bytes], bool] = lambda _: False,
     ) -> Iterator[tuple[bytes, Inode]]:
         """Yield path and inode of every regular file and symbolic link, in the order of names.
 
         Hard links appear under each of their names; symbolic links are not followed, but on the way
         to `under`. Raises CorruptError, with the path, at what cannot be read; with a list
-        `broken` its path goes there, and the walk goes on.
+        `broken` its path goes there, and the walk goes on. Nothing is read of the paths that
+        `without` means, nor of what is below them.
         """
         wanted = _split(under)
         if self._point[: len(wanted)] == wanted:
@@ -240,10 +244,10 @@ class Filesystem:
             if left < 0:
                 raise UnsupportedError(f"{_shown(path)}: directories use the same blocks")
             below = []
-            for full, number, child in self._children(path, node, broken):
+            for full, number, child in self._children(path, node, broken, without):
                 names -= 1
                 if names < 0:
-                    raise UnsupportedError(f"{_shown(path)}: there are more names than files")
+                    raise UnsupportedError(f"{_shown(path)}: more names than are read here")
                 if child.is_regular or child.is_symlink:
                     yield full, child
                 elif child.is_directory and number not in seen:
@@ -304,7 +308,11 @@ class Filesystem:
         return node
 
     def _children(
-        self, path: bytes, node: Inode, broken: list[bytes] | None
+        self,
+        path: bytes,
+        node: Inode,
+        broken: list[bytes] | None,
+        without: Callable[[bytes], bool],
     ) -> Iterator[tuple[bytes, int, Inode]]:
         """Yield path, number and inode of what is in a directory, but for what is covered."""
         try:
@@ -316,8 +324,12 @@ class Filesystem:
             return
         for name, number in names:
             full = path + b"/" + name
+            if without(full):
+                continue
             if len(full) >= PATH_MAX:
-                error = UnsupportedError("a path is longer than any kernel takes")
+                error = UnsupportedError(
+                    f"{_shown(path)}: paths below it are longer than any kernel takes"
+                )
                 if broken is None:
                     raise error
                 broken.append(path)

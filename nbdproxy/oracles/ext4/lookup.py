@@ -228,7 +228,7 @@ class Folder:
                 if numbers.setdefault(name, number) != number:
                     numbers[name] = _SEVERAL
             if len(numbers) > self._sb.names_max:
-                raise self._doubt("it has more names than the disk has files")
+                raise self._doubt("it has more names than are read here")
         return Linear(numbers, frozenset(doubtful), is_broken, len(places) <= 1)
 
     def _in_leaf(self, leaf: Leaf, name: bytes) -> int | None:
