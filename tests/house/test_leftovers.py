@@ -95,7 +95,7 @@ def assert_nothing_left(folder: Path) -> None:
 
 def test_a_killed_run_leaves_no_server_of_any_kind(scratch: Path) -> None:
     with run(scratch, DAEMON + EVERYTHING) as process:
-        assert len(processes_with(str(scratch))) >= 13
+        until(lambda: len(processes_with(str(scratch))) >= 13, "all are there")
         process.kill()
     assert_nothing_left(scratch)
 
@@ -103,7 +103,7 @@ def test_a_killed_run_leaves_no_server_of_any_kind(scratch: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_told_to_end_leaves_nothing(scratch: Path, number: int) -> None:
     with run(scratch, DAEMON) as process:
-        assert len(processes_with(str(scratch))) >= 3
+        until(lambda: len(processes_with(str(scratch))) >= 3, "all are there")
         process.send_signal(number)
     assert_nothing_left(scratch)
 

@@ -102,6 +102,15 @@ def locked(process: subprocess.Popen[bytes]) -> bool:
     return any("lock:" in info and "OFDLCK" in info for info in held)
 
 
+def is_free(image: Path) -> bool:
+    """Tell whether nobody has locks on an image."""
+    try:
+        FileDisk(image).close()
+    except ImageError:
+        return False
+    return True
+
+
 @contextmanager
 def holding(words: Sequence[str], image: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a program of QEMU's until it has the image."""
@@ -232,6 +241,7 @@ def test_a_qcow2_file_that_is_served_is_locked_too_and_honours_locks(tmp_path: P
         assert b'Failed to get "write" lock' in done.stderr
         with pytest.raises(ImageError, match=r"\(qemu-storage-daemon, process"):
             FileDisk(image)
+    until(lambda: is_free(image), "the server's own daemon is gone")
     for options in ((), ("--read-only",), ("--overlay",)):
         with holding(words, image) as process:
             refused = nbdproxy("serve", image, "--format", "qcow2", *options, code=2).stderr
