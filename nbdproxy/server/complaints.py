@@ -37,6 +37,6 @@ class Complaints:
 
 
 complaints = Complaints()
+"""What this process says of clients."""
 disk_complaints = Complaints()
-"""What is said of disks: no flood of clients' faults hides it."""
-"""Those of this process."""
+"""What it says of disks: no flood of clients' faults hides that."""
