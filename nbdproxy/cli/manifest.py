@@ -79,8 +79,8 @@ def manifest(
     RUN@CUT is the disk with all that the recording's guest had sent until that instant; RUN alone
     means RUN@end: right only if the guest had ended in order, or after a sync. LOCKFILE is a
     package-lock.json: what npm ci would install, from tarballs that are checked and not installed.
-    What --exclude leaves out is not read: a sparse file of terabytes, for one. It may be given many
-    times; * stands for anything, slashes too.
+    What --exclude leaves out is not read, but by the kernel oracle, which passes over sparse files
+    of terabytes only. It may be given many times; * stands for anything, slashes too.
     Exit code 2, and a line on stderr for each, if what fstab mounts is on a disk or partition that
     cannot be read, or if the end that is asked for is lost: all others are listed.
 

@@ -80,15 +80,17 @@ class Disks:
         self.partial: dict[tuple[int, int | str], Unread] = {}
         self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
         self._folders: dict[tuple[int, Mount, str], bool] = {}
-        found_on = [survey(device) for device in devices]
-        grown = any(NAMES[FilesystemKind.BTRFS] in o.what for f in found_on for o in f.hidden)
-        for disk, found in enumerate(found_on):
+        surveys = [survey(device) for device in devices]
+        unread = [hidden.what for found in surveys for hidden in found.hidden]
+        has_grown = any(NAMES[FilesystemKind.BTRFS] in what for what in unread)
+        for disk, found in enumerate(surveys):
             for hidden in found.hidden:
                 specs = specs_of(disk, hidden.where, hidden.specs)
                 words = f"{self.named(disk, hidden.where)} is {hidden.what}"
                 self.hidden.append(Unread(words, specs, disk))
             for part in found.parts:
-                if grown and is_seed(part.slice.device):  # of one on another disk, perhaps
+                # What grew from a seed has newer versions of its files.
+                if has_grown and is_seed(part.slice.device):
                     specs = specs_of(disk, part.slice.name, part.specs)
                     words = f"{self.named(disk, part.slice.name)} is a seed of {NAMES[part.kind]}"
                     self.hidden.append(Unread(words, specs, disk))

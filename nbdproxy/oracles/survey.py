@@ -19,7 +19,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles import lvm
 from nbdproxy.oracles.blank import is_blank
 from nbdproxy.oracles.ext4 import superblock
-from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, is_seed, kinds_of
+from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, kinds_of
 from nbdproxy.oracles.identity import identity
 from nbdproxy.oracles.lvm import Volume
 from nbdproxy.oracles.partitions import Layout, Slice, SliceDevice, look
@@ -110,8 +110,8 @@ def survey(device: ReadableDevice) -> Survey:
     if not has_table or whole.number in layout.physicals or kinds_of(whole.device):
         inner.insert(0, whole)
     elif beside := list(_beside(whole, inner)):
-        found.hide(whole.name, f"{' and '.join(one.what for one in beside)}, and has partitions",
-                   set().union(*(_signature_specs(one) for one in beside)))  # fmt: skip
+        what = f"{' and '.join(one.what for one in beside)}, and has partitions"
+        found.hide(whole.name, what, set().union(*map(_signature_specs, beside)))
     unread = lvm.unread(layout.physicals.values())
     for part in inner:
         physical = layout.physicals.get(part.number)
@@ -121,20 +121,10 @@ def survey(device: ReadableDevice) -> Survey:
             found.hide(part.name, odd, _place_specs(part))
         elif physical in unread:
             found.hide(part.name, f"{_PHYSICAL} whose metadata cannot be read")
-    _hide_seeds(found)
     for volume in layout.closed:
         assert volume.obstacle is not None
         found.hide(f"volume {volume.name}", volume.obstacle, _volume_specs(volume))
     return Survey(tuple(found.parts), tuple(found.hidden))
-
-
-def _hide_seeds(found: _Found) -> None:
-    """Hide the seeds of a Btrfs that is hidden: it has their files, as they were once."""
-    if not any(NAMES[FilesystemKind.BTRFS] in hidden.what for hidden in found.hidden):
-        return
-    for part in [part for part in found.parts if is_seed(part.slice.device)]:
-        found.parts.remove(part)
-        found.hide(part.slice.name, f"a seed of {NAMES[part.kind]}", part.specs)
 
 
 def _member(whole: Slice, inner: Iterable[Slice]) -> str | None:
