@@ -15,7 +15,7 @@ from typing import NamedTuple
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
-from nbdproxy.lab.cache import silent
+from nbdproxy.lab.guest.cache import silent
 from nbdproxy.oracles.browse import Shown
 from nbdproxy.oracles.check import Findings, Outcome, Verdict, merge
 from nbdproxy.oracles.condition import Condition

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from nbdproxy.checker.guest import GuestError
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, LabError
-from nbdproxy.lab.kernel import MOUNT_PROGRAMS
+from nbdproxy.lab.guest.kernel import MOUNT_PROGRAMS
 from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of

@@ -27,12 +27,12 @@ from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.disks.swap import SwapDisk
 from nbdproxy.errors import LabError
 from nbdproxy.extents import Extent
-from nbdproxy.lab import accel, cpio, initramfs
-from nbdproxy.lab.build import Lab
+from nbdproxy.lab.guest import accel, cpio, initramfs
+from nbdproxy.lab.guest.build import Lab
 from nbdproxy.policy import loader
-from nbdproxy.server.export import Export
-from nbdproxy.server.shelf import FixedShelf
-from nbdproxy.server.threaded import ThreadedServer
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.state_server.background import ThreadedServer
 
 BOOT_LIMIT_S = 120.0
 ANSWER_LIMIT_S = 120.0

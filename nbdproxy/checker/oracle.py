@@ -35,10 +35,10 @@ from nbdproxy.checker.guest import ANSWER_LIMIT_S, DISK_SIZE, CheckerGuest, Gues
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.lab.build import Lab, build_lab
-from nbdproxy.lab.cache import silent
-from nbdproxy.lab.kernel import FILESYSTEM_MODULES
-from nbdproxy.lab.tools import PACKAGE_OF
+from nbdproxy.lab.guest.build import Lab, build_lab
+from nbdproxy.lab.guest.cache import silent
+from nbdproxy.lab.guest.kernel import FILESYSTEM_MODULES
+from nbdproxy.lab.guest.tools import PACKAGE_OF
 from nbdproxy.oracles import check as quick
 from nbdproxy.oracles.check import Findings, Outcome, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude

@@ -10,8 +10,8 @@ import typer
 from nbdproxy.cli.choices import Covers, Fsyncgate
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.crash.audit import Auditor, timeline_on
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.blame.audit import Auditor, timeline_on
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.formats import FORMATS, ImageFormat, format_of_file
 from nbdproxy.errors import UsageError
@@ -19,7 +19,7 @@ from nbdproxy.nbd import uri as nbd_uri
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.recording.meta import IMPORTED, Fingerprint
 from nbdproxy.report import audited
-from nbdproxy.server.stored import with_store
+from nbdproxy.server.below.stored import with_store
 
 
 def audit(

@@ -31,9 +31,9 @@ from nbdproxy.cli.states import (
     choose,
     tree_of_disk,
 )
-from nbdproxy.crash.recorded import is_recording
-from nbdproxy.crash.replay import earlier_digests
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.replay import earlier_digests
+from nbdproxy.crash.states.recorded import is_recording
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.formats import refuse_foreign

@@ -12,8 +12,8 @@ import typer
 from rich.status import Status
 
 from nbdproxy.cli.console import err, print_json
-from nbdproxy.crash.log_end import Compared, compare
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.log_end import Compared, compare
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.formats import FORMATS, format_of_file
 from nbdproxy.errors import RecordingError, UsageError

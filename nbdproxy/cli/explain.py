@@ -27,14 +27,14 @@ from nbdproxy.cli.choices import (
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import EXIT, OracleChoice, OracleName, opened, tell_differences
 from nbdproxy.cli.recorded import code_at, recorded
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.naming import StateId
-from nbdproxy.crash.ranges import Losses, losses
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import Replay, place, replay
-from nbdproxy.crash.story import Story, carriers, stories
-from nbdproxy.crash.taken import taken_under
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.file_history import Story, carriers, stories
+from nbdproxy.crash.blame.ranges import Losses, losses
+from nbdproxy.crash.blame.replay import Replay, place, replay
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.naming import StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.taken import taken_under
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import Outcome, merge

@@ -36,18 +36,18 @@ from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.cli.states import tree_of_disk
-from nbdproxy.crash.bench import Job
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.explore import Exploration, Tally
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.judging import JudgePlan, ManifestPlan
-from nbdproxy.crash.planning import Every, Plan, Wish, cuts_of, make_plan
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import earlier_digests, level_at, place
-from nbdproxy.crash.taken import taken_under
-from nbdproxy.crash.timeline import Timeline
-from nbdproxy.crash.verdicts import About, Verdicts
-from nbdproxy.crash.workers import Runner, make_runner
+from nbdproxy.crash.blame.replay import earlier_digests, level_at, place
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.evaluator import Job
+from nbdproxy.crash.explore.explore import Exploration, Tally
+from nbdproxy.crash.explore.judging import JudgePlan, ManifestPlan
+from nbdproxy.crash.explore.planning import Every, Plan, Wish, cuts_of, make_plan
+from nbdproxy.crash.explore.verdicts import About, Verdicts
+from nbdproxy.crash.explore.workers import Runner, make_runner
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.taken import taken_under
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
@@ -61,8 +61,8 @@ from nbdproxy.persistence.modes import (
     guarantee,
 )
 from nbdproxy.report import explored
-from nbdproxy.server.commands import CommandPlan
 from nbdproxy.signals import interrupt, told_to_end
+from nbdproxy.state_server.commands import CommandPlan
 
 Files = Annotated[
     Path | None,
@@ -411,7 +411,7 @@ def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
         return make_runner(job, workers)
     if workers is not None:
         raise UsageError("--workers and --dask exclude each other; the cluster has its own workers")
-    from nbdproxy.crash.dask_runner import DaskRunner  # noqa: PLC0415 - an optional extra
+    from nbdproxy.crash.explore.dask.runner import DaskRunner  # noqa: PLC0415 - an optional extra
 
     return DaskRunner(job, dask)
 

@@ -12,8 +12,8 @@ import typer
 
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.crash.taken import taken_under
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.states.taken import taken_under
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.persistence.modes import CacheMode, Taken
 from nbdproxy.printable import printable
 from nbdproxy.recording.index import NEVER

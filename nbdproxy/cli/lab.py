@@ -13,11 +13,13 @@ import typer
 
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
-from nbdproxy.lab import guest, renames, sqlite_image
-from nbdproxy.lab.build import Lab, build_lab
-from nbdproxy.lab.disk import FILESYSTEMS, PARTITION_TABLES, format_disk
-from nbdproxy.lab.marks import Marker
-from nbdproxy.lab.workloads import WORKLOADS, parse_ending, shell, workload_named
+from nbdproxy.lab import run as guest
+from nbdproxy.lab import sqlite_image
+from nbdproxy.lab.guest.build import Lab, build_lab
+from nbdproxy.lab.guest.disk import FILESYSTEMS, PARTITION_TABLES, format_disk
+from nbdproxy.lab.workloads import renames
+from nbdproxy.lab.workloads.marks import Marker
+from nbdproxy.lab.workloads.workloads import WORKLOADS, parse_ending, shell, workload_named
 from nbdproxy.oracles.manifest import dump
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.sizes import parse_size

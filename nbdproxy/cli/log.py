@@ -14,8 +14,8 @@ import typer
 from nbdproxy import streams
 from nbdproxy.cli.choices import parse_range, parse_words
 from nbdproxy.cli.recorded import code_at, recorded
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.printable import printable
 from nbdproxy.recording.format import Kind
 from nbdproxy.recording.index import NEVER

@@ -15,10 +15,10 @@ from nbdproxy.cli.choices import Mounts, Partition, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.cli.recorded import code_at, recorded
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import is_recording
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import is_recording
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.formats import refuse_foreign

@@ -12,11 +12,11 @@ from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.oracles import OracleChoice, OracleName
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.crash.bench import Bench, Job
-from nbdproxy.crash.judging import ManifestPlan
-from nbdproxy.crash.minimize import minimize as minimize_state
-from nbdproxy.crash.naming import parse_state_id
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.evaluator import Bench, Job
+from nbdproxy.crash.explore.judging import ManifestPlan
+from nbdproxy.crash.explore.minimize import minimize as minimize_state
+from nbdproxy.crash.states.naming import parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.report import minimized
 
 

@@ -18,15 +18,15 @@ from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.cli.recorded import recorded
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import NbdproxyError, UsageError
 from nbdproxy.policy import loader
 from nbdproxy.private import New, new_file
-from nbdproxy.server.endpoints import listen_unix
-from nbdproxy.server.export import Export
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.front.endpoints import listen_unix
 from nbdproxy.server.power import Power
 from nbdproxy.server.service import Setting, serve
 from nbdproxy.sizes import size_text

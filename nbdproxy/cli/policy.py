@@ -12,7 +12,7 @@ from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
 from nbdproxy.printable import visible
-from nbdproxy.server.rehearsal import Rehearsal, explain, rehearse
+from nbdproxy.server.export.dry_run import Rehearsal, explain, rehearse
 from nbdproxy.sizes import plural
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)

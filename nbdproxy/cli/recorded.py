@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nbdproxy.cli.console import err
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.recorded import RecordedSource
 
 
 @contextmanager

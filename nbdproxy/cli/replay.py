@@ -32,9 +32,9 @@ from nbdproxy.cli.oracles import (
     tell_differences,
 )
 from nbdproxy.cli.recorded import code_at, recorded
-from nbdproxy.crash.naming import StateId
-from nbdproxy.crash.recorded import RecordedSource, is_recording
-from nbdproxy.crash.together import Together, replay_together
+from nbdproxy.crash.blame.together import Together, replay_together
+from nbdproxy.crash.states.naming import StateId
+from nbdproxy.crash.states.recorded import RecordedSource, is_recording
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import merge

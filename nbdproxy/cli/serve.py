@@ -23,8 +23,8 @@ from nbdproxy.nbd.uri import is_uri, parse
 from nbdproxy.peers import Believed, user_number
 from nbdproxy.policy.compose import load_all
 from nbdproxy.server.assemble import Plan, opened
-from nbdproxy.server.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
-from nbdproxy.server.export import Export
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.front.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
 from nbdproxy.server.service import Setting
 from nbdproxy.server.service import serve as serve_exports
 from nbdproxy.server.tls import ServerTls, server_tls

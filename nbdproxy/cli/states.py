@@ -7,10 +7,10 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.naming import Choice, StateId, parse_state_id
-from nbdproxy.crash.replay import level_at
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.replay import level_at
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles.locate import Where, survey_tree

@@ -12,10 +12,10 @@ import typer
 from nbdproxy.cli.choices import Base
 from nbdproxy.cli.console import err, out, print_json, set_up_logging
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.scratch import temporary_folder
-from nbdproxy.server.endpoints import listen_unix
-from nbdproxy.server.states import StateShelf, cut_names, serve_states
+from nbdproxy.server.front.endpoints import listen_unix
+from nbdproxy.state_server.server import StateShelf, cut_names, serve_states
 
 
 def timeline(

@@ -31,8 +31,8 @@ from pathlib import Path
 
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import LabError, NbdproxyError
-from nbdproxy.lab import tools
-from nbdproxy.lab.databases import DATABASE, ROWS, SqliteCheck, content
+from nbdproxy.lab.guest import tools
+from nbdproxy.lab.workloads.databases import DATABASE, ROWS, SqliteCheck, content
 from nbdproxy.printable import visible
 
 SOUND, LOST, UNUSABLE, CANNOT_TELL = range(4)

@@ -10,7 +10,7 @@ cut. Temporaries stay under ten bytes a request. `Fates` answers for a few rows 
 cut, for sixteen bytes a request that are worked out once.
 
 Not covered: what becomes of a *sector* (rules 6-9), which follows from the chosen requests painted
-in seq order (`nbdproxy.crash.state`) and is enumerated slowly in `nbdproxy.persistence.reference`;
+in seq order (`crash/states/`) and is enumerated slowly in `tests/support/persistence_reference.py`;
 shorn or garbage sectors; QEMU's cache modes (`nbdproxy.persistence.modes`).
 """
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nbdproxy.crash.audit import BEFORE, FAULTS, UNKNOWN, ZEROES, Audit, Fate, Finding
-from nbdproxy.crash.blame import Safety, blame
-from nbdproxy.crash.cells import NONE
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.audit import BEFORE, FAULTS, UNKNOWN, ZEROES, Audit, Fate, Finding
+from nbdproxy.crash.blame.flushes import Safety, blame
+from nbdproxy.crash.states.cells import NONE
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.nbd.uri import is_uri
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.owners import OwnerMap

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from nbdproxy.crash.explore import Tally
-from nbdproxy.crash.judging import JudgePlan
-from nbdproxy.crash.planning import Plan, states_text
-from nbdproxy.crash.stages import BEYOND, Stage
-from nbdproxy.crash.verdicts import CHECKED, SAME_CONTENT, SAME_READS, About, Row, Verdicts
+from nbdproxy.crash.explore.explore import Tally
+from nbdproxy.crash.explore.judging import JudgePlan
+from nbdproxy.crash.explore.planning import Plan, states_text
+from nbdproxy.crash.explore.stages import BEYOND, Stage
+from nbdproxy.crash.explore.verdicts import CHECKED, SAME_CONTENT, SAME_READS, About, Row, Verdicts
 from nbdproxy.oracles.check import Verdict
 
 SHOWN = 5

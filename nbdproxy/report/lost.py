@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nbdproxy.crash.ranges import Losses, Piece, Range
+from nbdproxy.crash.blame.ranges import Losses, Piece, Range
 from nbdproxy.printable import printable
 
 SHOWN = 5

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nbdproxy.crash.blame import Blame, blame
-from nbdproxy.crash.minimize import Lost, Minimum
-from nbdproxy.crash.naming import Choice
-from nbdproxy.crash.paint import NOTHING
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.flushes import Blame, blame
+from nbdproxy.crash.explore.minimize import Lost, Minimum
+from nbdproxy.crash.states.naming import Choice
+from nbdproxy.crash.states.paint import NOTHING
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.mounts import Tree

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from nbdproxy.crash.cuts import Cut
-from nbdproxy.crash.replay import FileOutcome, Outcome
-from nbdproxy.crash.source import Source
-from nbdproxy.crash.together import Together
+from nbdproxy.crash.blame.replay import FileOutcome, Outcome
+from nbdproxy.crash.blame.together import Together
+from nbdproxy.crash.states.cuts import Cut
+from nbdproxy.crash.states.source import Source
 from nbdproxy.report import table
 
 

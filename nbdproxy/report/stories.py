@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.cuts import Cut
-from nbdproxy.crash.ranges import Losses
-from nbdproxy.crash.replay import Cell, Replay
-from nbdproxy.crash.source import Source
-from nbdproxy.crash.story import LEVELS, Carrier, Course, Story
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.file_history import LEVELS, Carrier, Course, Story
+from nbdproxy.crash.blame.ranges import Losses
+from nbdproxy.crash.blame.replay import Cell, Replay
+from nbdproxy.crash.states.cuts import Cut
+from nbdproxy.crash.states.source import Source
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.mounts import Mount
 from nbdproxy.persistence.model import Level

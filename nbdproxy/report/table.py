@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from nbdproxy.crash.replay import Cell, Outcome, Replay
-from nbdproxy.crash.source import Source
-from nbdproxy.crash.together import Together
+from nbdproxy.crash.blame.replay import Cell, Outcome, Replay
+from nbdproxy.crash.blame.together import Together
+from nbdproxy.crash.states.source import Source
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition, doubt_of
 from nbdproxy.oracles.manifest import WEAK

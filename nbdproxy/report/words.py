@@ -5,8 +5,8 @@ Both are about host power loss, the failure in which the cache modes differ most
 
 from __future__ import annotations
 
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.replay import Cell, Replay
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.replay import Cell, Replay
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.sizes import plural

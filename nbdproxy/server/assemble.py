@@ -29,13 +29,13 @@ from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta, absolute
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export import Export
-from nbdproxy.server.guests_view import guests_view
-from nbdproxy.server.places import find_places
+from nbdproxy.server.below.guests_view import guests_view
+from nbdproxy.server.below.upstream import Upstream, connected
+from nbdproxy.server.below.upstream_disk import UpstreamDisk
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.export.places import find_places
+from nbdproxy.server.export.preserve import PreservingDisk
 from nbdproxy.server.power import Power
-from nbdproxy.server.preserve import PreservingDisk
-from nbdproxy.server.upstream import Upstream, connected
-from nbdproxy.server.upstream_disk import UpstreamDisk
 
 log = structlog.get_logger()
 

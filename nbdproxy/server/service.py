@@ -20,14 +20,14 @@ import trio
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.nbd.constants import TlsMode
 from nbdproxy.peers import Believed
+from nbdproxy.server.below.qmp import QmpListener
 from nbdproxy.server.children import Children
-from nbdproxy.server.control import Control
-from nbdproxy.server.door import Door
-from nbdproxy.server.endpoints import Endpoint
-from nbdproxy.server.export import Export
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.front.control import Control
+from nbdproxy.server.front.endpoints import Endpoint
+from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.listener import Door
 from nbdproxy.server.power import Power
-from nbdproxy.server.qmp import QmpListener
-from nbdproxy.server.shelf import FixedShelf
 from nbdproxy.server.tls import ServerTls
 from nbdproxy.signals import told_to_end
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.cli.pack import pack, unpack
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.verdicts import Verdicts
+from nbdproxy.crash.explore.verdicts import Verdicts
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.recording import format as layout
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta

@@ -159,7 +159,7 @@ def test_workers_need_room_in_shared_memory(image: Path, tmp_path: Path) -> None
 
 
 def test_workers_need_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbdproxy.crash import workers  # noqa: PLC0415 - it takes a while
+    from nbdproxy.crash.explore import workers  # noqa: PLC0415 - it takes a while
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

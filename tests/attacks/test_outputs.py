@@ -16,12 +16,12 @@ from nbdproxy.cli.convert import convert
 from nbdproxy.cli.extract import _make_folder
 from nbdproxy.cli.open import OutputFormat, open_
 from nbdproxy.cli.pack import pack, unpack
-from nbdproxy.crash.verdicts import Verdicts
+from nbdproxy.crash.explore.verdicts import Verdicts
 from nbdproxy.disks.scratch import scratch_folder, temporary_folder
 from nbdproxy.errors import LabError, NbdproxyError, TemporaryFolderError, UnsafeFolderError
-from nbdproxy.lab import dm_log
-from nbdproxy.lab.cache import Cache
-from nbdproxy.lab.disk import format_disk
+from nbdproxy.lab.guest import dm_log
+from nbdproxy.lab.guest.cache import Cache
+from nbdproxy.lab.guest.disk import format_disk
 from nbdproxy.recording.foreign.formats import LogFormat
 from nbdproxy.recording.writer import RecordingWriter
 from tests.recording.example import ENDING, META, write

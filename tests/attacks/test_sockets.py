@@ -18,7 +18,7 @@ import pytest
 
 from nbdproxy.errors import UnsafeFolderError, UsageError
 from nbdproxy.peers import Believed, user_number
-from nbdproxy.server.endpoints import listen_unix
+from nbdproxy.server.front.endpoints import listen_unix
 from tests.support.proxies import Proxy
 from tests.support.serving import nbdproxy, until
 from tests.support.strangers import NOBODY, lay_open, listening
@@ -176,7 +176,7 @@ def test_a_server_that_is_just_starting_is_not_taken_for_a_stale_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has bound the path, and listens a moment later."""
-    monkeypatch.setattr("nbdproxy.server.endpoints._STALE_S", 2.0)
+    monkeypatch.setattr("nbdproxy.server.front.endpoints._STALE_S", 2.0)
     with socket.socket(socket.AF_UNIX) as starting:
         starting.bind(str(tmp_path / "socket"))
         timer = threading.Timer(0.2, starting.listen)

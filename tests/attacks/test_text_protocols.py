@@ -16,7 +16,7 @@ import pytest
 import trio
 import trio.testing
 
-from nbdproxy.server.qmp import QmpListener
+from nbdproxy.server.below.qmp import QmpListener
 from tests.support.forked import ForkedServer
 from tests.support.nbd_client import NbdClient
 from tests.support.serving import COMMAND, DEADLINE_S, Server, nbdproxy, until

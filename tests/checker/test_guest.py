@@ -18,8 +18,8 @@ import pytest
 from nbdproxy.checker.guest import AgentPort, CheckerGuest, GuestError
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.overlay import OverlayDisk
-from nbdproxy.lab import accel
-from nbdproxy.lab.disk import format_disk
+from nbdproxy.lab.guest import accel
+from nbdproxy.lab.guest.disk import format_disk
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.manifest import Manifest

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.checker.oracle import KernelOracle
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import replay
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.replay import replay
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.modes import CacheMode, Failure
 from tests.support import layouts

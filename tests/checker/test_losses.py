@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.checker.oracle import KernelOracle
-from nbdproxy.crash.naming import Choice, Part, StateId
-from nbdproxy.crash.ranges import Losses, losses
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.story import carriers, stories
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.file_history import carriers, stories
+from nbdproxy.crash.blame.ranges import Losses, losses
+from nbdproxy.crash.states.naming import Choice, Part, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.extract import extract
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Tree
 from nbdproxy.persistence.model import Level
-from nbdproxy.server.commands import CommandPlan
+from nbdproxy.state_server.commands import CommandPlan
 
 pytestmark = pytest.mark.lab
 

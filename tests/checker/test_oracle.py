@@ -14,7 +14,7 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import FilesystemError
-from nbdproxy.lab.disk import format_disk
+from nbdproxy.lab.guest.disk import format_disk
 from nbdproxy.oracles.check import Findings, PartlyListedError, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.checker.oracle import KernelOracle
-from nbdproxy.lab.disk import format_disk
+from nbdproxy.lab.guest.disk import format_disk
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.mounts import ONLY

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.lab.build import build_lab
+from nbdproxy.lab.guest.build import build_lab
 from tests.support.processes import processes_with
 from tests.support.serving import tool, until
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol, cast
 
 import pytest
 
-from nbdproxy.crash.cuts import Cut
-from nbdproxy.crash.replay import Replay
-from nbdproxy.crash.source import Source
-from nbdproxy.crash.story import LEVELS, Change, Course, Story
+from nbdproxy.crash.blame.file_history import LEVELS, Change, Course, Story
+from nbdproxy.crash.blame.replay import Replay
+from nbdproxy.crash.states.cuts import Cut
+from nbdproxy.crash.states.source import Source
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree

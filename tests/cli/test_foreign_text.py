@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.dask_crew import say
+from nbdproxy.crash.explore.dask.crew import say
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from tests.cli.conftest import Recorded
@@ -115,7 +115,7 @@ def test_only_json_is_on_stdout_where_workers_serve_states(recorded: Recorded) -
 
 
 def test_no_log_goes_to_stdout_whichever_process_it_is_in() -> None:
-    code = "from nbdproxy.server.door import log; log.info('little'); log.warning('much')"
+    code = "from nbdproxy.server.front.listener import log; log.info('little'); log.warning('much')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert "much" in done.stderr
@@ -128,7 +128,7 @@ def test_what_workers_say_steers_no_terminal(capfd: pytest.CaptureFixture[str]) 
 
 
 def test_a_log_line_of_a_process_that_was_not_set_up_steers_no_terminal() -> None:
-    code = f"from nbdproxy.server.door import log; log.warning('much', peer={EVIL!r})"
+    code = f"from nbdproxy.server.front.listener import log; log.warning('much', peer={EVIL!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     only_shows(done.stderr)
     assert "much" in done.stderr

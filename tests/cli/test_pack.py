@@ -20,7 +20,7 @@ from random import Random
 import pytest
 
 from nbdproxy.cli.pack import pack
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import ImageError
 from tests.cli.conftest import Recorded
 from tests.support.images import write_sparse

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from nbdproxy.crash.source import MemorySource
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received, table_of
 
 SECTOR = 512
 Event = Received | Completed

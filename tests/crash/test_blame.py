@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from nbdproxy.crash.blame import Safety, blame
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.flushes import Safety, blame
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.persistence.model import Options
-from nbdproxy.persistence.reference import Completed, Log, Received, table_of
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Log, Received, table_of
 
 WRITE = Received(Command.WRITE, 0, 1)
 FUA = Received(Command.WRITE, 0, 1, fua=True)

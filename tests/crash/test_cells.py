@@ -9,14 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.cells import NONE, Cells, concurrent_pairs, expand
-from nbdproxy.crash.contents import Contents, mixed, sector_digests
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.contents import Contents, mixed, sector_digests
+from nbdproxy.crash.states.cells import NONE, Cells, concurrent_pairs, expand
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent
 from nbdproxy.recording.index import NEVER, RequestTable
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
 
 SIZE_MAX = 9000
 SECTORS = st.sampled_from([512, 1024, 4096])

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.source import MemorySource
+from nbdproxy.crash.states.cuts import resolve
 from nbdproxy.errors import UsageError
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received
 
 MakeSource = Callable[..., MemorySource]
 Log = list[Received | Completed]

@@ -20,15 +20,15 @@ import pytest
 from distributed import Client, LocalCluster
 
 from nbdproxy import __version__
-from nbdproxy.crash import dask_worker
-from nbdproxy.crash.bench import Job, Unit
-from nbdproxy.crash.dask_runner import DaskRunner
-from nbdproxy.crash.dask_worker import Answer, Order, identity_of
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.workers import LocalRunner
+from nbdproxy.crash.explore.dask import worker as dask_worker
+from nbdproxy.crash.explore.dask.runner import DaskRunner
+from nbdproxy.crash.explore.dask.worker import Answer, Order, identity_of
+from nbdproxy.crash.explore.evaluator import Job, Unit
+from nbdproxy.crash.explore.workers import LocalRunner
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import NbdproxyError, UsageError
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.server.commands import CommandPlan
+from nbdproxy.state_server.commands import CommandPlan
 from tests.support.exploring import DIES_ONCE, ODD, Case, Told, ext4_case, random_case
 
 
@@ -239,7 +239,7 @@ def test_no_address(random_one: Case, address: str) -> None:
 def test_a_peer_that_says_nothing_is_no_scheduler(
     random_one: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nbdproxy.crash.dask_runner._CONNECT_S", 0.2)
+    monkeypatch.setattr("nbdproxy.crash.explore.dask.runner._CONNECT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(UsageError, match=f"no Dask scheduler answers at {address}; start one"):
@@ -281,7 +281,7 @@ def test_workers_of_another_version_are_refused(
     cluster: Cluster, random_one: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr("nbdproxy.crash.dask_runner.__version__", "0.0.0")
+    monkeypatch.setattr("nbdproxy.crash.explore.dask.runner.__version__", "0.0.0")
     runner = DaskRunner(random_one.job, cluster.scheduler_address, tell=told.append)
     with pytest.raises(NbdproxyError, match=r"no worker can be used \(nbdproxy is .* install the"):
         list(runner.run([Unit(3, ("s",))]))

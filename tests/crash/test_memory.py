@@ -10,14 +10,14 @@ from functools import partial
 import numpy as np
 import pytest
 
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.persistence.model import Coverage, Level, Options
 from nbdproxy.persistence.modes import recorded_under
 from nbdproxy.recording.index import RequestTable
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
 
 COUNT = 200_000
 BYTES_A_REQUEST = 100

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash import pieces
-from nbdproxy.crash.pieces import PieceSource, PieceStore
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.explore import pieces
+from nbdproxy.crash.explore.pieces import PieceSource, PieceStore
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.preserve import PreservingDisk
+from nbdproxy.server.export.preserve import PreservingDisk
 from tests.support.exploring import random_case
 from tests.support.images import write_sparse
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.planning import (
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.planning import (
     CutPlan,
     Every,
     Plan,
@@ -20,13 +20,13 @@ from nbdproxy.crash.planning import (
     states_text,
     visits_of,
 )
-from nbdproxy.crash.stages import BEYOND, Stage, Visit
+from nbdproxy.crash.explore.stages import BEYOND, Stage, Visit
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.requests import Command
 from tests.laws.test_enumeration import contents, make_timeline
 from tests.support.logs import logs, options
+from tests.support.persistence_reference import Completed, Received
 
 Log = list[Received | Completed]
 VISITS_MAX = 300

@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import ImageError
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.preserve import PreservingDisk
+from nbdproxy.server.export.preserve import PreservingDisk
 from tests.support.images import write_sparse
 
 S = 512

@@ -11,11 +11,10 @@ from collections.abc import Callable, Collection, Mapping
 
 import pytest
 
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.naming import StateId
-from nbdproxy.crash.replay import Cell, Replay, replay
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.together import Together
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.replay import Cell, Replay, replay
+from nbdproxy.crash.blame.together import Together
+from nbdproxy.crash.states.naming import StateId
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import ProjectionError, UsageError
 from nbdproxy.oracles.check import Findings, Verdict
@@ -23,10 +22,11 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import THROUGH, CacheMode, Failure
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.report.replayed import to_json
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received
 from tests.support.sector_files import FORMATTED, MAGIC, PATHS, TREE, SectorFiles
 
 MakeSource = Callable[..., MemorySource]

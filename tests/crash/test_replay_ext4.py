@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.replay import Cell, replay
-from nbdproxy.crash.source import MemorySource
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.replay import Cell, replay
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
@@ -20,8 +19,9 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.modes import CacheMode, Failure
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received, table_of
 
 BLOCK = 4096
 SECTORS = BLOCK // 512

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from nbdproxy.crash.replay import exit_flush_failed
+from nbdproxy.crash.blame.replay import exit_flush_failed
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.blank import is_blank
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.requests import Command
+from tests.support.persistence_reference import Completed, Received, table_of
 
 FLUSH = Received(Command.FLUSH)
 WRITE = Received(Command.WRITE, 0, 1)

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.naming import Choice, Part, Pin, StateId, parse_state_id
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import CrashDisk, open_state
+from nbdproxy.crash.states.naming import Choice, Part, Pin, StateId, parse_state_id
+from nbdproxy.crash.states.timeline import CrashDisk, open_state
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent
 from nbdproxy.persistence.model import Coverage, Level, Options
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.recording.index import RequestTable
 from nbdproxy.requests import Command
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received, table_of
 
 MakeSource = Callable[..., MemorySource]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nbdproxy.crash.cuts import Cut
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.replay import Cell, Outcome, Replay
-from nbdproxy.crash.together import Together, _merged
+from nbdproxy.crash.blame.replay import Cell, Outcome, Replay
+from nbdproxy.crash.blame.together import Together, _merged
+from nbdproxy.crash.states.cuts import Cut
+from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree

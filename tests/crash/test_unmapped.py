@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import Timeline
-from nbdproxy.crash.unmapped import Unmapped
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.unmapped import Unmapped
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.layout import file_extents
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.oracles.mounts import ONLY
 from nbdproxy.oracles.qcow2 import Qcow2Device
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.requests import Command
 from tests.support import ext4
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received, table_of
 from tests.support.serving import tool
 
 CLUSTER = ext4.BLOCK

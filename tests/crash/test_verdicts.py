@@ -15,21 +15,21 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.bench import Bench, Job, Judged, Unit
-from nbdproxy.crash.explore import Exploration, Tally
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.judging import Judge, Judgement
-from nbdproxy.crash.naming import StateId, parse_state_id
-from nbdproxy.crash.planning import Wish, make_plan
-from nbdproxy.crash.timeline import Timeline
-from nbdproxy.crash.verdicts import CHECKED, SAME_CONTENT, SAME_READS, Row, Verdicts
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.evaluator import Bench, Job, Judged, Unit
+from nbdproxy.crash.explore.explore import Exploration, Tally
+from nbdproxy.crash.explore.judging import Judge, Judgement
+from nbdproxy.crash.explore.planning import Wish, make_plan
+from nbdproxy.crash.explore.verdicts import CHECKED, SAME_CONTENT, SAME_READS, Row, Verdicts
+from nbdproxy.crash.states.naming import StateId, parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.requests import Command
 from tests.laws.test_enumeration import make_timeline
+from tests.support.persistence_reference import Completed, Received
 from tests.support.serving import until
 
 ABOUT = {"recording": "run1", "events": "7", "wish": "all"}

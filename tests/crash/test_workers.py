@@ -9,10 +9,10 @@ import struct
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from nbdproxy.crash import workers
-from nbdproxy.crash.bench import Job
+from nbdproxy.crash.explore import workers
+from nbdproxy.crash.explore.evaluator import Job
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.server.commands import CommandPlan
+from nbdproxy.state_server.commands import CommandPlan
 from tests.support.recorded_runs import make
 from tests.support.serving import until
 

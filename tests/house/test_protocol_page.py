@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.nbd import constants
-from nbdproxy.nbd.manual import page
+from scripts.pages.protocol import page
 from tests.nbd import spec
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "protocol.md"

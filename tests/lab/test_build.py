@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import accel, build, cpio, disk, initramfs, kernel, tools, userland, workloads
-from nbdproxy.lab.cache import Cache, default_cache, key_of
+from nbdproxy.lab.guest import accel, build, cpio, disk, initramfs, kernel, tools, userland
+from nbdproxy.lab.guest.cache import Cache, default_cache, key_of
+from nbdproxy.lab.workloads import workloads
 
 MIB = 1 << 20
 

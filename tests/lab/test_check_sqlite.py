@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import databases, disk, sqlite_image
+from nbdproxy.lab import sqlite_image
+from nbdproxy.lab.guest import disk
 from nbdproxy.lab.sqlite_image import CANNOT_TELL, LOST, SOUND, UNUSABLE
+from nbdproxy.lab.workloads import databases
 from tests.support.serving import nbdproxy, tool
 
 MIB = 1 << 20
@@ -205,5 +207,12 @@ def test_what_cannot_be_asked_is_unusable(
 
 
 def test_the_module_is_a_program(image_of: Callable[..., Path]) -> None:
-    words = (sys.executable, "-m", "nbdproxy.lab.sqlite_image", image_of(), "--committed", "24")
+    words = (
+        sys.executable,
+        "-m",
+        "nbdproxy.lab.sqlite_image",
+        image_of(),
+        "--committed",
+        "24",
+    )
     assert tool(*words) == "sound, 24 transactions\n"

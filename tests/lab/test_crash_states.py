@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.lab import disk
+from nbdproxy.lab.guest import disk
 from tests.support.forked import ForkedServer
 from tests.support.serving import nbdproxy, tool
 

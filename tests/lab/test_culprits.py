@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from nbdproxy.lab import guest
-from nbdproxy.lab.build import build_lab
-from nbdproxy.lab.disk import format_disk
-from nbdproxy.lab.workloads import End, Ending, Workload, workload_named
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest.build import build_lab
+from nbdproxy.lab.guest.disk import format_disk
+from nbdproxy.lab.workloads.workloads import End, Ending, Workload, workload_named
 from nbdproxy.oracles.manifest import Entry, Manifest, dump
 from tests.support.forked import ForkedServer
 from tests.support.serving import nbdproxy

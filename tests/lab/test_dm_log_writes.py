@@ -31,13 +31,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbdproxy.crash.cuts import before_exit, resolve
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.cuts import before_exit, resolve
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.errors import LabError
-from nbdproxy.lab import databases, disk, dm_log, guest, workloads
-from nbdproxy.lab.build import Lab, build_lab
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest import disk, dm_log
+from nbdproxy.lab.guest.build import Lab, build_lab
+from nbdproxy.lab.workloads import databases, workloads
 from nbdproxy.persistence.model import Level
 from tests.support.forked import ForkedServer
 from tests.support.serving import nbdproxy

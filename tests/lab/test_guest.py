@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import accel, disk, guest, tools, workloads
-from nbdproxy.lab.build import Lab, build_lab
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest import accel, disk, tools
+from nbdproxy.lab.guest.build import Lab, build_lab
+from nbdproxy.lab.workloads import workloads
 
 pytestmark = pytest.mark.lab
 

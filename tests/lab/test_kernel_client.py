@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import disk, guest, stress, workloads
-from nbdproxy.lab.build import Lab, build_lab
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest import disk
+from nbdproxy.lab.guest.build import Lab, build_lab
+from nbdproxy.lab.workloads import stress, workloads
 from nbdproxy.recording.reader import Recording
 from nbdproxy.requests import Command
 from tests.support.serving import Server, nbdproxy, tool

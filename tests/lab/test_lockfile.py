@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.lab.build import build_lab
+from nbdproxy.lab.guest.build import build_lab
 from nbdproxy.oracles.manifest import from_directory
 from nbdproxy.oracles.npm import Tarballs, from_lock
 

@@ -14,9 +14,9 @@ import pytest
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.overlay import OverlayDisk
-from nbdproxy.lab import guest
-from nbdproxy.lab.build import build_lab
-from nbdproxy.lab.workloads import End, Ending, Workload
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest.build import build_lab
+from nbdproxy.lab.workloads.workloads import End, Ending, Workload
 from nbdproxy.oracles import lvm
 from nbdproxy.oracles.check import Verdict, check
 from nbdproxy.oracles.composite import TreeFollower

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nbdproxy.lab.build import build_lab
+from nbdproxy.lab.guest.build import build_lab
 
 pytestmark = pytest.mark.lab
 

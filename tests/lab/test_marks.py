@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import CrashDisk, open_state
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import CrashDisk, open_state
 from nbdproxy.errors import LabError
-from nbdproxy.lab import disk, sqlite_image
-from nbdproxy.lab.marks import Marker, mark_of
+from nbdproxy.lab import sqlite_image
+from nbdproxy.lab.guest import disk
 from nbdproxy.lab.sqlite_image import LOST, SOUND
+from nbdproxy.lab.workloads.marks import Marker, mark_of
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.notes import NoteKind
 from tests.support.forked import ForkedServer

@@ -18,13 +18,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.errors import LabError
-from nbdproxy.lab import databases, disk, fsyncs, guest, kernel_log, sqlite_image, workloads
-from nbdproxy.lab.build import Lab, build_lab
-from nbdproxy.lab.cache import silent
+from nbdproxy.lab import run as guest
+from nbdproxy.lab import sqlite_image
+from nbdproxy.lab.guest import disk
+from nbdproxy.lab.guest.build import Lab, build_lab
+from nbdproxy.lab.guest.cache import silent
+from nbdproxy.lab.workloads import databases, fsyncs, kernel_log, workloads
 from nbdproxy.persistence.model import Level, Options, lost
 from nbdproxy.recording.notes import NoteKind
 from tests.support.forked import ForkedServer

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import accel
-from nbdproxy.lab.guest import _Watch
-from nbdproxy.lab.workloads import Ending, shell
+from nbdproxy.lab.guest import accel
+from nbdproxy.lab.run import _Watch
+from nbdproxy.lab.workloads.workloads import Ending, shell
 
 
 @pytest.fixture(autouse=True)

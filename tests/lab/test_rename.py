@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.replay import Cell, replay
-from nbdproxy.lab import disk, renames
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.replay import Cell, replay
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.lab.guest import disk
+from nbdproxy.lab.workloads import renames
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where
 from nbdproxy.oracles.manifest import Manifest, dump, parse

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.errors import LabError
-from nbdproxy.lab import databases, disk, fsyncs, guest, kernel_log, workloads
-from nbdproxy.lab.build import Lab, build_lab
-from nbdproxy.lab.workloads import End, Ending
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest import disk
+from nbdproxy.lab.guest.build import Lab, build_lab
+from nbdproxy.lab.workloads import databases, fsyncs, kernel_log, workloads
+from nbdproxy.lab.workloads.workloads import End, Ending
 
 GUEST = pytest.mark.lab
 MIB = 1 << 20

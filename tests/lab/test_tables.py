@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.lab import guest
-from nbdproxy.lab.build import build_lab
-from nbdproxy.lab.workloads import End, Ending, Workload
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest.build import build_lab
+from nbdproxy.lab.workloads.workloads import End, Ending, Workload
 from nbdproxy.oracles.table import read_table
 
 pytestmark = pytest.mark.lab

@@ -6,21 +6,21 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.audit import FAULTS, Audit, Auditor, Fate
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.stages import Stages
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.audit import FAULTS, Audit, Auditor, Fate
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.stages import Stages
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.persistence import reference
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.persistence.reference import BASE, ZERO, Completed, Received
 from nbdproxy.requests import Command
 from tests.laws.test_cuts_of import contents as ragged_contents
 from tests.laws.test_cuts_of import make_timeline as make_ragged
 from tests.laws.test_cuts_of import ragged_logs, visits_of
 from tests.laws.test_enumeration import contents, make_timeline
+from tests.support import persistence_reference as reference
 from tests.support.logs import SECTOR, SECTORS, logs, options
+from tests.support.persistence_reference import BASE, ZERO, Completed, Received
 
 Log = list[Received | Completed]
 

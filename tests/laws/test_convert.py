@@ -14,7 +14,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind

@@ -23,9 +23,9 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.index import NEVER
 from tests.support.forked import ForkedServer

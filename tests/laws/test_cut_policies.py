@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.persistence.model import Level, Options, durable, sent
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind

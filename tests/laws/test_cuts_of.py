@@ -19,18 +19,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.naming import parse_state_id
-from nbdproxy.crash.planning import Every, cuts_of
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.stages import BEYOND, Stage, Stages, Visit
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.planning import Every, cuts_of
+from nbdproxy.crash.explore.stages import BEYOND, Stage, Stages, Visit
+from nbdproxy.crash.states.naming import parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.persistence import reference
 from nbdproxy.persistence.model import Coverage, Fates, Level, Options
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.requests import Command
+from tests.support import persistence_reference as reference
 from tests.support.logs import SECTORS, logs, options
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received
 
 Log = Sequence[Received | Completed]
 QUARTERS = 4

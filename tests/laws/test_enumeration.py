@@ -9,18 +9,18 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.field import Field
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.naming import parse_state_id
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.stages import BEYOND, SMALL_MAX, Stage, Stages, Visit
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.crash_space import Field
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.stages import BEYOND, SMALL_MAX, Stage, Stages, Visit
+from nbdproxy.crash.states.naming import parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.persistence import reference
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.persistence.reference import BASE, ZERO, Completed, Received
 from nbdproxy.requests import Command
+from tests.support import persistence_reference as reference
 from tests.support.logs import SECTOR, SECTORS, logs, options
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import BASE, ZERO, Completed, Received
 
 STATES_MAX = 3000
 SAMPLES = 20

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import open_state
-from nbdproxy.persistence import reference
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.persistence.model import Level, completed, durable
 from nbdproxy.recording.index import NEVER, Mask, RequestTable
 from nbdproxy.requests import Command
+from tests.support import persistence_reference as reference
 from tests.support.forked import ForkedServer
 from tests.support.serving import nbdproxy, until
 from tests.support.workload import SECTOR, SECTORS, Load, is_base, make_image, stamp

@@ -15,24 +15,24 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.bench import Bench, Job
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.judging import Judge, Judgement
-from nbdproxy.crash.minimize import Lost, Minimum, minimize
-from nbdproxy.crash.naming import Choice, StateId, parse_state_id
-from nbdproxy.crash.stages import Stages
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.evaluator import Bench, Job
+from nbdproxy.crash.explore.judging import Judge, Judgement
+from nbdproxy.crash.explore.minimize import Lost, Minimum, minimize
+from nbdproxy.crash.explore.stages import Stages
+from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.report.minimized import tell
 from nbdproxy.requests import Command
 from tests.laws.test_cuts_of import make_timeline as make_ragged
 from tests.laws.test_cuts_of import ragged_logs, visits_of
 from tests.laws.test_enumeration import contents, make_timeline
 from tests.support.logs import SECTOR, SECTORS, logs, options
+from tests.support.persistence_reference import Completed, Received
 
 Log = list[Received | Completed]
 Fails = Callable[[bytes], bool]

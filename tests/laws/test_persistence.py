@@ -8,14 +8,15 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.naming import Choice, StateId, parse_state_id
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.persistence import model, reference
+from nbdproxy.persistence import model
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.persistence.reference import BASE, ZERO, Completed, Received
+from tests.support import persistence_reference as reference
 from tests.support.logs import SECTOR, SECTORS, logs, options
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import BASE, ZERO, Completed, Received
 
 
 @given(logs(), options)

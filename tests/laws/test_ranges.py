@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.naming import Choice, Part, StateId
-from nbdproxy.crash.ranges import Losses, losses
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.ranges import Losses, losses
+from nbdproxy.crash.states.naming import Choice, Part, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.oracles.check import Verdict, check
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash import explore
-from nbdproxy.crash.explore import Tally
-from nbdproxy.crash.workers import LocalRunner, PoolRunner
+from nbdproxy.crash.explore import explore
+from nbdproxy.crash.explore.explore import Tally
+from nbdproxy.crash.explore.workers import LocalRunner, PoolRunner
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.server.commands import CommandPlan
+from nbdproxy.state_server.commands import CommandPlan
 from tests.support.exploring import DIES_ONCE, ODD, Case, Told, ext4_case, random_case
 
 

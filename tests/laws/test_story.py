@@ -10,11 +10,11 @@ from itertools import pairwise
 
 import pytest
 
-from nbdproxy.crash.judging import ManifestPlan
-from nbdproxy.crash.naming import Choice, StateId, parse_state_id
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.story import LEVELS, carriers, stories
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.blame.file_history import LEVELS, carriers, stories
+from nbdproxy.crash.explore.judging import ManifestPlan
+from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.owners import OwnerKind

@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.naming import BASE, Choice, Part, Pin, StateId, parse_state_id
-from nbdproxy.crash.presence import ABSENT, WHOLE, Presence
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.states.naming import BASE, Choice, Part, Pin, StateId, parse_state_id
+from nbdproxy.crash.states.presence import ABSENT, WHOLE, Presence
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent
-from nbdproxy.persistence import reference
 from nbdproxy.persistence.model import Coverage, Level, Options
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.recording.index import RequestTable
 from nbdproxy.requests import Command
+from tests.support import persistence_reference as reference
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received
 
 CHANGES = [Command.WRITE, Command.WRITE, Command.WRITE, Command.WRITE_ZEROES, Command.TRIM]
 DRAWS = 40

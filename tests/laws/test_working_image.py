@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.bench import Bench, Job, Unit
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.stages import Stage, Stages
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.evaluator import Bench, Job, Unit
+from nbdproxy.crash.explore.stages import Stage, Stages
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.holes import data_extents
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.disks.working import BLOCK, WorkingImage
@@ -245,8 +245,8 @@ def test_a_disk_that_is_full_is_said() -> None:
     """What a limit on the size of files gives is the same error in all but its number."""
     code = """
 import resource, signal, sys
-from nbdproxy.crash.naming import parse_state_id
-from nbdproxy.server.commands import CommandPlan
+from nbdproxy.crash.states.naming import parse_state_id
+from nbdproxy.state_server.commands import CommandPlan
 from tests.server.test_states import make_timeline
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))

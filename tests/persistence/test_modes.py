@@ -15,8 +15,8 @@ from nbdproxy.persistence.modes import (
     guarantee,
     recorded_under,
 )
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.requests import Command
+from tests.support.persistence_reference import Completed, Received, table_of
 
 TABLE = """
                  none       writeback  writethrough directsync unsafe

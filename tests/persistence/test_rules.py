@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbdproxy.persistence import model, reference
+from nbdproxy.persistence import model
 from nbdproxy.persistence.model import DEFAULTS, Coverage, Level, Options
-from nbdproxy.persistence.reference import BASE, ZERO, Completed, Log, Received, allowed
 from nbdproxy.recording.index import Mask, RequestTable
 from nbdproxy.requests import Command
+from tests.support import persistence_reference as reference
+from tests.support.persistence_reference import BASE, ZERO, Completed, Log, Received, allowed
 
 GENEROUS = Options(coverage=Coverage.REPLIED)
 FSYNCGATE = Options(fsyncgate=True)

@@ -14,7 +14,7 @@ from nbdproxy.policy.compose import compose
 from nbdproxy.policy.examples import Example, parse_step
 from nbdproxy.policy.loader import load, read
 from nbdproxy.policy.model import Policy
-from nbdproxy.server.rehearsal import rehearse
+from nbdproxy.server.export.dry_run import rehearse
 
 HEAD = 'summary = "s"\nimitates = "i"\n'
 CACHE = "[cache]\nholds = true\n"

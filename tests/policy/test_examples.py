@@ -12,7 +12,7 @@ import pytest
 
 from nbdproxy.policy.examples import Example, parse_step
 from nbdproxy.policy.loader import load, names
-from nbdproxy.server.rehearsal import rehearse
+from nbdproxy.server.export.dry_run import rehearse
 
 STORIES = [
     (name, number, example)

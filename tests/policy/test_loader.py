@@ -14,10 +14,10 @@ import nbdproxy
 from nbdproxy.errors import PolicyError
 from nbdproxy.policy.examples import Step, parse_step
 from nbdproxy.policy.loader import load, names, read
-from nbdproxy.policy.manual import gallery, language
 from nbdproxy.policy.model import Cache, Cut, CutEvent, FlushCovers, Order, Survivors
 from nbdproxy.policy.words import sentences
 from nbdproxy.requests import Command
+from scripts.pages.policies import gallery, language
 
 HEAD = 'summary = "s"\nimitates = "i"\n'
 RULE = HEAD + "[[rule]]\n"

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from nbdproxy.crash.causes import Cause
-from nbdproxy.crash.cuts import Cut
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.replay import Cell, FileOutcome, Outcome, Replay
-from nbdproxy.crash.together import Together
+from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.replay import Cell, FileOutcome, Outcome, Replay
+from nbdproxy.crash.blame.together import Together
+from nbdproxy.crash.states.cuts import Cut
+from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest

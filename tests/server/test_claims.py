@@ -15,10 +15,10 @@ import trio.testing
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.policy.loader import load
 from nbdproxy.requests import Command, Request
-from nbdproxy.server.export import Export
-from nbdproxy.server.jobs import Claims
-from nbdproxy.server.session import Session
-from nbdproxy.server.shelf import FixedShelf
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.export.jobs import Claims
+from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.session import Session
 from tests.nbd.wire import FLAGS, go, request
 from tests.support.nbd_client import READ, WRITE, ZERO
 

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.judging import Judge, Judgement
-from nbdproxy.crash.naming import parse_state_id
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.judging import Judge, Judgement
+from nbdproxy.crash.states.naming import parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.mounts import Mount, Tree
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.requests import Command
-from nbdproxy.server.commands import CommandPlan, last_mark
+from nbdproxy.state_server.commands import CommandPlan, last_mark
 from tests.server.test_states import DISKS, SECTOR, SIZE, make_timeline
+from tests.support.memory_source import MemorySource
+from tests.support.persistence_reference import Completed, Received, table_of
 from tests.support.serving import until
 
 Judged = tuple[Judgement, ExtentSet | None]
@@ -70,7 +70,7 @@ def test_a_signal_just_when_a_command_begins_ends_the_command_too(
             begun.append(self.pid)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("nbdproxy.server.commands.subprocess.Popen", Interrupted)
+    monkeypatch.setattr("nbdproxy.state_server.commands.subprocess.Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("sleep 300")
     [pid] = begun

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.recording.notes import NoteKind
 from tests.support.forked import ForkedServer
 from tests.support.nbd_client import EIO, FLUSH, WRITE, NbdError, Op

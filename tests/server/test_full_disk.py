@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.recorded import RecordedSource
+from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.recording.index import NEVER
 from nbdproxy.requests import Command
 from tests.support import nbd_client as nbd

@@ -22,10 +22,10 @@ import trio.testing
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.nbd.constants import TlsMode
 from nbdproxy.policy import loader
-from nbdproxy.server.export import Export
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.session import Session
 from nbdproxy.server.power import Power
-from nbdproxy.server.session import Session
-from nbdproxy.server.shelf import FixedShelf
 from nbdproxy.server.tls import server_tls
 from tests.support import raw_client as raw
 from tests.support.certificates import Certificates

@@ -17,7 +17,7 @@ import trio
 
 from nbdproxy.errors import ImageError
 from nbdproxy.nbd import uri as nbd_uri
-from nbdproxy.server import upstream
+from nbdproxy.server.below import upstream
 from tests.support.certificates import Certificates
 from tests.support.proxies import MIB
 from tests.support.raw_client import (

@@ -23,7 +23,7 @@ SOON_S = 3.0
 IMPATIENT = (
     sys.executable,
     "-c",
-    "import nbdproxy.server.session as s; s.NEGOTIATION_S = 0.3\n"
+    "import nbdproxy.server.front.session as s; s.NEGOTIATION_S = 0.3\n"
     "from nbdproxy.cli.app import main; main()",
 )
 """The command, with less patience for clients that do not open an export."""

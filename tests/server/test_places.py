@@ -15,9 +15,9 @@ import pytest
 
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import PolicyError
-from nbdproxy.lab.disk import PARTITION_START, format_disk
+from nbdproxy.lab.guest.disk import PARTITION_START, format_disk
 from nbdproxy.policy.loader import read
-from nbdproxy.server.places import find_places
+from nbdproxy.server.export.places import find_places
 from tests.support.forked import ForkedServer
 from tests.support.serving import nbdproxy, tool
 

@@ -18,9 +18,9 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.compose import load_all
 from nbdproxy.policy.model import Policy
 from nbdproxy.requests import Command, CommandFlag, Request
-from nbdproxy.server.export import Export
-from nbdproxy.server.jobs import Job
-from nbdproxy.server.places import find_places
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.export.jobs import Job
+from nbdproxy.server.export.places import find_places
 
 SECTOR = 512
 

@@ -8,20 +8,20 @@ from contextlib import ExitStack
 
 import pytest
 
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.naming import Choice, StateId, parse_state_id
-from nbdproxy.crash.source import MemorySource
-from nbdproxy.crash.stages import Stages
-from nbdproxy.crash.timeline import Timeline
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.stages import Stages
+from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.persistence.reference import Completed, Received, table_of
 from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.requests import Command
-from nbdproxy.server.states import StateServer, StateShelf, cut_names, state_named
+from nbdproxy.state_server.server import StateServer, StateShelf, cut_names, state_named
+from tests.support.memory_source import MemorySource
 from tests.support.nbd_client import NbdClient
+from tests.support.persistence_reference import Completed, Received, table_of
 from tests.support.serving import tool
 from tests.support.shell import nbdsh
 

@@ -16,9 +16,9 @@ import trio
 
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.policy.loader import load
-from nbdproxy.server.export import Export
-from nbdproxy.server.session import Session
-from nbdproxy.server.shelf import FixedShelf
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.session import Session
 from tests.nbd.wire import FLAGS, go, request
 from tests.support.nbd_client import READ, WRITE
 from tests.support.serving import COMMAND, DEADLINE_S, Server, nbdproxy

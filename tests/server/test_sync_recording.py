@@ -21,8 +21,8 @@ from nbdproxy.recording.meta import Ending
 from nbdproxy.recording.reader import Recording
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
-from nbdproxy.server.export import Export
-from nbdproxy.server.places import find_places
+from nbdproxy.server.export.export import Export
+from nbdproxy.server.export.places import find_places
 from tests.recording.example import META
 from tests.support.serving import Server, nbdproxy
 

@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nbdproxy.crash.bench import Job
-from nbdproxy.crash.explore import Exploration, Tally
-from nbdproxy.crash.fields import Fields
-from nbdproxy.crash.judging import JudgePlan, ManifestPlan
-from nbdproxy.crash.planning import Every, Wish, cuts_of, make_plan
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import Timeline
-from nbdproxy.crash.verdicts import Verdicts
-from nbdproxy.crash.workers import Runner
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.evaluator import Job
+from nbdproxy.crash.explore.explore import Exploration, Tally
+from nbdproxy.crash.explore.judging import JudgePlan, ManifestPlan
+from nbdproxy.crash.explore.planning import Every, Wish, cuts_of, make_plan
+from nbdproxy.crash.explore.verdicts import Verdicts
+from nbdproxy.crash.explore.workers import Runner
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Level, Options
-from nbdproxy.server.commands import CommandPlan
+from nbdproxy.state_server.commands import CommandPlan
 from tests.support import ext4
 from tests.support.forked import ForkedServer
 from tests.support.serving import until

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from nbdproxy.cli.convert import convert as command
-from nbdproxy.crash.cuts import resolve
-from nbdproxy.crash.naming import Choice, StateId
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.cuts import resolve
+from nbdproxy.crash.states.naming import Choice, StateId
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.index import NEVER

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nbdproxy.lab import guest
-from nbdproxy.lab.build import build_lab
-from nbdproxy.lab.workloads import End, Ending, Workload
+from nbdproxy.lab import run as guest
+from nbdproxy.lab.guest.build import build_lab
+from nbdproxy.lab.workloads.workloads import End, Ending, Workload
 from nbdproxy.oracles.manifest import Entry, Manifest, digest, link_entry
 from tests.support.serving import tool
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from nbdproxy.persistence.model import Coverage, Options
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.requests import Command
+from tests.support.persistence_reference import Completed, Received
 
 SECTORS = 4
 SECTOR = 512

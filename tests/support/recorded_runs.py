@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from nbdproxy.crash.naming import parse_state_id
-from nbdproxy.crash.recorded import RecordedSource
-from nbdproxy.crash.timeline import open_state
+from nbdproxy.crash.states.naming import parse_state_id
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import open_state
 from tests.support.images import write_sparse
 from tests.support.serving import Server
 from tests.support.shell import nbdsh

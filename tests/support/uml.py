@@ -3,7 +3,7 @@
     run(tmp_path, [sys.executable, "-m", "some.module"], disks=[image])
 
 The kernel is that of Debian's package `user-mode-linux`, fetched and unpacked once into the lab's
-cache (see `nbdproxy.lab.build`); it needs no root and no network after that. A command runs in it
+cache (see `lab/guest/build.py`); it needs no root and no network after that. A command runs in it
 as root with the host's own file system to read. What it may write is: `folder`, at the same path
 as here; an empty tmpfs at `ROOM`; and the disks, which are /dev/ubda, /dev/ubdb and so on. It has
 one processor, and no network.
@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from nbdproxy.lab import kernel
-from nbdproxy.lab.cache import Cache, default_cache, key_of
+from nbdproxy.lab.guest import kernel
+from nbdproxy.lab.guest.cache import Cache, default_cache, key_of
 
 ROOM = Path("/media")
 """Where the guest has an empty tmpfs to write to; nothing of the host's is needed there."""

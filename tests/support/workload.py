@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from nbdproxy.persistence.reference import Completed, Received
 from nbdproxy.requests import Command
 from tests.support.nbd_client import FLUSH, FUA, READ, TRIM, WRITE, ZERO, NbdClient, Op
+from tests.support.persistence_reference import Completed, Received
 
 SECTOR = 512
 SECTORS = 256

@@ -1,0 +1,212 @@
+"""Why a file is not whole in a crash state, byte range by byte range.
+
+The state is compared with one of the same cut that keeps more and has the file whole: whatever the
+file hangs on there, and the state lacks, was lost. What it hangs on is what the oracle read to find
+it whole: its data, its inode, extents and directories, the journal's transactions, and the tables
+of a qcow2 file. Only the ext family is followed so closely. Of other filesystems data is told by
+its content, and of all else those requests without which the file is not whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from nbdproxy.crash.blame.block_owners import names_of
+from nbdproxy.crash.blame.flushes import Blame, blame
+from nbdproxy.crash.states.naming import Choice, Part, StateId
+from nbdproxy.crash.states.paint import NOTHING
+from nbdproxy.crash.states.timeline import CrashDisk, Timeline
+from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.oracles.check import Verdict
+from nbdproxy.oracles.composite import TreeFollower, content
+from nbdproxy.oracles.ext4.owners import OwnerKind
+from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.mounts import Tree
+from nbdproxy.oracles.oracle import Follower, Oracle
+from nbdproxy.oracles.quick import QUICK
+from nbdproxy.persistence.model import Level
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a request that the state lacks; `what` says what it was, `extent` where.
+
+    Instants are nanoseconds since the recording began.
+    """
+
+    extent: Extent
+    what: str
+    seq: int
+    received_ns: int
+    blame: Blame
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Bytes [start, end) of the file: lost with their data, or `None` if that is there.
+
+    `is_whole` tells whether the state shows them as they should be; if not, and their data is
+    there, it is the way to it that was lost. It `is_apart` unless it is nowhere on the disk as it
+    is: packed into metadata, or compressed.
+    """
+
+    start: int
+    end: int
+    data: Piece | None
+    is_whole: bool = False
+    is_apart: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a state lacks of a file; `reference` is the state that has it whole.
+
+    `ranges` cover the file; those without data of their own, such as holes, count as there. `way`
+    is what is lost of all that leads to the data; empty where the file is found all the same, at
+    its full length, with all of its data that was not lost.
+    """
+
+    reference: StateId
+    ranges: tuple[Range, ...]
+    way: tuple[Piece, ...]
+
+
+def losses(
+    timeline: Timeline,
+    entry: Entry,
+    state: StateId,
+    tree: Tree,
+    oracle: Oracle = QUICK,
+) -> Losses | None:
+    """Return what a state lacks of a file; None if no state of its cut has it whole."""
+    follower = TreeFollower(oracle, Manifest((entry,)), {}, tree)
+    reference = _reference(timeline, follower, state)
+    if reference is None or follower.reads is None:
+        return None
+    reads = list(follower.reads)
+    here, there = timeline.open(state), timeline.open(reference)
+    shown, should = (content(oracle, d, entry, tree) for d in (here, there))
+    if should is None:
+        return None
+    names = names_of(there, entry, tree, oracle)
+    data: list[tuple[int, Piece]] = []
+    way: dict[tuple[int, str], Piece] = {}
+    apart = ExtentSet()
+    size = timeline.source.size
+    for extent in reads:
+        stop = min(extent.end, size)
+        read = Extent(extent.offset, stop - extent.offset)
+        for owner in () if names.is_exact else names.of(read):
+            if owner.kind is OwnerKind.FILE_DATA:
+                apart.add(owner.offset or 0, (owner.offset or 0) + owner.extent.length)
+        for start, end, row in _lacking(here, there, extent.offset, stop):
+            for owner in names.of(Extent(start, end - start)):
+                what = names.words(owner)
+                if what is None:
+                    continue
+                piece = _piece(timeline, row, owner.extent, what, state)
+                if owner.kind is OwnerKind.FILE_DATA and entry.path in owner.paths:
+                    data.append((owner.offset or 0, piece))
+                else:
+                    way.setdefault((row, what), piece)
+    ranges = tuple(
+        one
+        if one.data or shown is None
+        else replace(one, is_whole=shown[one.start : one.end] == should[one.start : one.end])
+        for one in _ranges(len(should), data, None if names.is_exact else apart)
+    )
+    is_found = shown is not None and len(shown) == len(should)
+    needs_way = not is_found or not all(one.data or one.is_whole for one in ranges)
+    lost = list(way.values()) if needs_way else []
+    if not names.is_exact:
+        lost = _needed(lost, lambda some: _is_whole(timeline, follower, state, data, some))
+    return Losses(reference, ranges, tuple(lost))
+
+
+def _reference(timeline: Timeline, follower: Follower, state: StateId) -> StateId | None:
+    """Return the state of the least level that has the file whole; it is the last one judged."""
+    levels = list(Level)
+    for level in levels[levels.index(state.level) + 1 :]:
+        fuller = StateId(state.position, level, Choice.MUST, state.options)
+        if follower.check(timeline.open(fuller), None).verdict is Verdict.PASS:
+            return fuller
+    return None
+
+
+def _is_whole(
+    timeline: Timeline,
+    follower: Follower,
+    state: StateId,
+    data: Sequence[tuple[int, Piece]],
+    way: Sequence[Piece],
+) -> bool:
+    """Tell whether a state with some requests put back has the file whole."""
+    seqs = {piece.seq for _, piece in data} | {piece.seq for piece in way}
+    parts = tuple(Part(seq) for seq in sorted(seqs))
+    more = StateId(state.position, state.level, Choice.ONLY, state.options, parts)
+    return follower.check(timeline.open(more), None).verdict is Verdict.PASS
+
+
+def _needed(pieces: list[Piece], suffice: Callable[[Sequence[Piece]], bool]) -> list[Piece]:
+    """Return those that suffice, and none of which can be left out; all, if all do not suffice."""
+    if not suffice(pieces):
+        return pieces
+    size = len(pieces)
+    while size:
+        for at in range(0, len(pieces), size):
+            fewer = pieces[:at] + pieces[at + size :]
+            if suffice(fewer):
+                pieces = fewer
+                break
+        else:
+            size //= 2
+        size = min(size, len(pieces))
+    return pieces
+
+
+def _lacking(
+    here: CrashDisk, there: CrashDisk, start: int, end: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield where the fuller state shows a request that the other does not have, and which."""
+    shown = list(here.segments(start, end))
+    for low, high, row in there.segments(start, end):
+        if row == NOTHING:
+            continue
+        for other_low, other_high, other in shown:
+            first, last = max(low, other_low), min(high, other_high)
+            if first >= last or other == row:
+                continue
+            if here.pread(first, last - first) != there.pread(first, last - first):
+                yield first, last, row
+
+
+def _piece(timeline: Timeline, row: int, extent: Extent, what: str, state: StateId) -> Piece:
+    seq = int(timeline.table.seq[row])
+    why = blame(timeline, row, state.position, state.options)
+    return Piece(extent, what, seq, timeline.source.time_of(seq), why)
+
+
+def _ranges(length: int, data: list[tuple[int, Piece]], apart: ExtentSet | None) -> Iterator[Range]:
+    """Yield the whole file: what was lost, and what lies between; `apart` None is everything."""
+    at = 0
+    for offset, piece in [*sorted(data, key=lambda one: one[0]), (length, None)]:
+        start, end = max(at, offset), length
+        if piece is not None:
+            end = min(length, offset + piece.extent.length)
+        if at < start:
+            yield from _between(at, min(start, length), apart)
+        if piece is not None and start < end:
+            yield Range(start, end, piece)
+        at = max(at, end)
+
+
+def _between(start: int, end: int, apart: ExtentSet | None) -> Iterator[Range]:
+    """Yield ranges that lost no data of their own."""
+    for gap in list(apart.missing(start, end)) if apart is not None else ():
+        if start < gap.offset:
+            yield Range(start, gap.offset, None)
+        yield Range(gap.offset, gap.end, None, is_apart=False)
+        start = gap.end
+    if start < end:
+        yield Range(start, end, None)

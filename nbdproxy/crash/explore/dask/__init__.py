@@ -1,0 +1,1 @@
+"""Exploring on a Dask cluster."""

@@ -1,0 +1,144 @@
+"""`Bench`: where states are judged: a recording, its timeline and a judge, in any process.
+
+A `Job` says what to judge with, a `Unit` which states of one cut. Both can be sent to another
+process, and the same unit gives the same verdicts there; only which states had to be checked, and
+which took another's verdict, depends on what else that process had to do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nbdproxy.crash.explore.crash_space import Change, Field
+from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.judging import Judge, Judgement, JudgePlan
+from nbdproxy.crash.explore.sharing import Sharing
+from nbdproxy.crash.states.cells import runs
+from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.source import Source
+from nbdproxy.crash.states.timeline import Timeline
+from nbdproxy.extents import Extent
+from nbdproxy.persistence.model import Level, Options
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to judge states of, and with; `base` is where the image is now, if it was moved."""
+
+    run: Path
+    base: Path | None
+    level: Level
+    options: Options
+    judge: JudgePlan
+    share: bool = True
+    """Whether verdicts may be shared between states that the judge cannot tell apart."""
+
+
+class Unit(NamedTuple):
+    """States of one cut, by their ids."""
+
+    position: int
+    states: tuple[str, ...]
+
+
+class Judged(NamedTuple):
+    """What became of a state: `shared` is the id of the one whose verdict it took, if any."""
+
+    state: str
+    judgement: Judgement
+    shared: str | None
+    seconds: float
+
+
+class Bench:
+    """Judges states; `source` is the caller's."""
+
+    def __init__(self, source: Source, job: Job) -> None:
+        self.timeline = Timeline(source)
+        self._fields = Fields(self.timeline, job.level, job.options)
+        self._plan = job.judge
+        # One for the states near each end of a cut: between two of these less changes.
+        self._judges: dict[Choice, Judge] = {}
+        self._share = job.share
+        self._field: Field | None = None
+        self._sharing: Sharing | None = None
+        self._last: dict[Judge, tuple[int, Change]] = {}
+
+    def judge(self, unit: Unit) -> list[Judged]:
+        """Judge the states of a unit."""
+        field = self._field_at(unit.position)
+        return [self._one(field, parse_state_id(text)) for text in unit.states]
+
+    def _field_at(self, position: int) -> Field:
+        if self._field is None or self._field.state.position != position:
+            self._field = self._fields.at(position)
+            self._sharing = Sharing(self._field)
+        return self._field
+
+    def hash_of(self, state: StateId) -> int:
+        """Return the hash of a state's content; equal ones are equal disks."""
+        return self._field_at(state.position).change(state).hash
+
+    def _one(self, field: Field, state: StateId) -> Judged:
+        assert self._sharing is not None
+        began = time.perf_counter()
+        change = field.change(state)
+        known = self._sharing.find(change) if self._share else None
+        if known is not None:
+            return Judged(str(state), known[1], known[0], time.perf_counter() - began)
+        near = change.reference
+        if near not in self._judges:
+            others = list(self._judges.values())
+            self._judges[near] = others[0].beside() if others else self._plan.open(self.timeline)
+        judge = self._judges[near]
+        judgement, reads = judge.judge(state, self._changed(judge, field, change))
+        self._last[judge] = state.position, change
+        if reads is not None:
+            self._sharing.add(change, (str(state), judgement), reads)
+        return Judged(str(state), judgement, None, time.perf_counter() - began)
+
+    def _changed(self, judge: Judge, field: Field, change: Change) -> Iterable[Extent] | None:
+        """Return where a state may differ from the one that the same judge saw before it."""
+        if judge not in self._last:
+            return None
+        position, last = self._last[judge]
+        size = field.state.options.sector
+        sectors = [last.sectors, change.sectors]
+        if last.reference is not change.reference:
+            sectors.append(field.ends.sectors)
+        differing = np.unique(np.concatenate(sectors))
+        found = [Extent(low * size, (high - low) * size) for low, high in runs(differing)]
+        if position != field.state.position:
+            found += self._between(position, field.state.position)
+        return found
+
+    def _between(self, one: int, other: int) -> list[Extent]:
+        """Return what may differ between the states of two cuts.
+
+        A request that must be there at both is there in all states of both.
+        """
+        table, level = self.timeline.table, self._fields.level
+        rows = np.arange(int(np.searchsorted(table.seq, max(one, other))))
+        fates = self.timeline.fates(self._fields.options)
+        stays = fates.kept(rows, one, level) & fates.kept(rows, other, level)
+        loose = rows[~stays & (table.length[rows] > 0)]
+        pairs = zip(table.offset[loose].tolist(), table.length[loose].tolist(), strict=True)
+        return [Extent(offset, length) for offset, length in pairs]
+
+    def close(self) -> None:
+        """Release judges and timeline."""
+        for judge in self._judges.values():
+            judge.close()
+        self.timeline.close()
+
+
+def open_bench(job: Job) -> Bench:
+    """Open a job's recording and its bench; they are there until the process ends."""
+    return Bench(RecordedSource(job.run, image=job.base), job)

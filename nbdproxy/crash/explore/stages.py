@@ -1,0 +1,237 @@
+"""The states of one cut in the order in which they are worth a look, stage by stage.
+
+    ends        nothing of what chance decides on, and all of it
+    requests    each request missing, and each alone
+    orders      overlapping requests in another order, and TRIMs that did nothing, each for itself
+    sectors     each sector of a request of several sectors missing, and each alone
+    pairs       each two requests missing, and each two alone, neighbours first
+    samples     states drawn by lot, without end: each legal subset has its chance
+    rest        instead of sectors, pairs and samples, if states are few: all of them
+    torn        on request, and beyond the model: each sector half written
+    stale       on request, and beyond the model: each request missing that must be there
+    exhaustive  on request, instead of all these: every state of the model
+
+The same field, seed and stage always give the same states in the same order.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+
+from nbdproxy.crash.explore.crash_space import Change, Field
+from nbdproxy.crash.states.cells import NONE, Numbers
+from nbdproxy.crash.states.naming import BASE, Choice, Part, Pin, StateId
+from nbdproxy.dice import key_of, mix
+
+
+class Stage(StrEnum):
+    """See the module."""
+
+    ENDS = "ends"
+    REQUESTS = "requests"
+    ORDERS = "orders"
+    TORN = "torn"
+    STALE = "stale"
+    SECTORS = "sectors"
+    PAIRS = "pairs"
+    SAMPLES = "samples"
+    REST = "rest"
+    EXHAUSTIVE = "exhaustive"
+
+
+SMALL_MAX = 4096
+"""States that are few: they are all visited, each once, if the budget allows."""
+
+BEYOND = frozenset({Stage.TORN, Stage.STALE})
+"""The stages whose states the model does not allow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A state to look at, and how it differs from an end of its cut."""
+
+    state: StateId
+    stage: Stage
+    change: Change
+
+
+class Stages:
+    """The stages of one field; `torn` and `stale` ask for those stages, `few` states get a rest."""
+
+    def __init__(
+        self,
+        field: Field,
+        *,
+        seed: int = 0,
+        torn: bool = False,
+        stale: bool = False,
+        exhaustive: bool = False,
+        few: int = SMALL_MAX,
+    ) -> None:
+        self._field = field
+        self._seed = seed
+        self._seqs = field.timeline.table.seq
+        self._wanted = {Stage.TORN: torn, Stage.STALE: stale}
+        self._exhaustive = exhaustive
+        self._few = few
+        self._named = self._may_in_field()
+        self._everything = replace(field.state, choice=Choice.ALL)
+
+    @property
+    def small(self) -> bool:
+        """Whether all states are visited in the end: they are few, and each can be named."""
+        field = self._field
+        few = field.states_log10 < 18 and field.states <= self._few
+        return few and not self._exhaustive and field.is_complete
+
+    def sizes(self) -> dict[Stage, int | None]:
+        """Return how many states each stage has, in the stages' order; None is no end."""
+        field = self._field
+        if self._exhaustive:
+            return {Stage.EXHAUSTIVE: field.states}
+        count = len(self._named)
+        found: dict[Stage, int | None] = {
+            Stage.ENDS: 2 if len(field.sectors) else 1,
+            Stage.REQUESTS: 2 * count,
+            Stage.ORDERS: len(self._hidden()),
+            Stage.TORN: 2 * len(self._pieces(alone=True)),
+            Stage.STALE: len(field.durable),
+        }
+        if self.small:
+            found[Stage.REST] = field.states - len(self._end_hashes())
+        else:
+            found[Stage.SECTORS] = 2 * len(self._pieces(alone=False))
+            found[Stage.PAIRS] = count * (count - 1)
+            found[Stage.SAMPLES] = None if len(field.sectors) else 0
+        return {stage: n for stage, n in found.items() if self._wanted.get(stage, True)}
+
+    def visits(self, stage: Stage) -> Iterator[Visit]:
+        """Yield the states of one stage."""
+        if stage in {Stage.REST, Stage.EXHAUSTIVE}:
+            known = self._end_hashes() if stage is Stage.REST else ()
+            for state, change in self._every():
+                if change.hash not in known:
+                    yield Visit(state, stage, change)
+            return
+        for state in self._states(stage):
+            yield Visit(state, stage, self._field.change(state))
+
+    def _states(self, stage: Stage) -> Iterator[StateId]:
+        makers: dict[Stage, Callable[[], Iterator[StateId]]] = {
+            Stage.ENDS: self._ends,
+            Stage.REQUESTS: self._requests,
+            Stage.ORDERS: self._orders,
+            Stage.TORN: self._torn,
+            Stage.STALE: self._stale,
+            Stage.SECTORS: self._sectors,
+            Stage.PAIRS: self._pairs,
+            Stage.SAMPLES: self._samples,
+        }
+        return makers[stage]()
+
+    def _ends(self) -> Iterator[StateId]:
+        yield self._field.state
+        if len(self._field.sectors):
+            yield self._everything
+
+    def _end_hashes(self) -> set[int]:
+        return {self._field.must_hash, self._field.ends.hash}
+
+    def _requests(self) -> Iterator[StateId]:
+        for seq in self._named:
+            yield from self._without_and_alone(Part(seq))
+
+    def _orders(self) -> Iterator[StateId]:
+        for pins in self._hidden():
+            yield replace(self._field.state, pins=pins)
+
+    def _sectors(self) -> Iterator[StateId]:
+        for row, sector in self._pieces(alone=False).tolist():
+            at = sector - self._field.first_sector(row)
+            yield from self._without_and_alone(Part(int(self._seqs[row]), at, at))
+
+    def _pairs(self) -> Iterator[StateId]:
+        for step in range(1, len(self._named)):
+            for one, other in zip(self._named, self._named[step:], strict=False):
+                yield from self._without_and_alone(Part(one), Part(other))
+
+    def _samples(self) -> Iterator[StateId]:
+        for number in itertools.count() if len(self._field.sectors) else ():
+            yield replace(self._field.state, choice=Choice.DRAW, seed=self._seed, number=number)
+
+    def _stale(self) -> Iterator[StateId]:
+        for row in self._field.durable[::-1].tolist():
+            yield self._but(Part(int(self._seqs[row])))
+
+    def _without_and_alone(self, *parts: Part) -> Iterator[StateId]:
+        yield self._but(*parts)
+        yield replace(self._field.state, choice=Choice.ONLY, parts=parts)
+
+    def _but(self, *parts: Part) -> StateId:
+        return replace(self._field.state, choice=Choice.BUT, parts=parts)
+
+    def _may_in_field(self) -> list[int]:
+        """Return the seqs of the requests that leave anything to chance."""
+        rows = np.unique(self._field.values.rows)
+        return [int(self._seqs[row]) for row in rows[np.isin(rows, self._field.may)].tolist()]
+
+    def _pieces(self, *, alone: bool) -> Numbers:
+        """Return row and sector of each sector of the requests that chance decides on, shuffled.
+
+        Unless `alone`, those of requests with one open sector are left out.
+        """
+        values = self._field.values
+        sectors = np.repeat(values.sectors, np.diff(values.start))
+        chance = np.isin(values.rows, self._field.may)
+        rows, sectors = values.rows[chance].astype(np.int64), sectors[chance]
+        if not alone:
+            several = np.bincount(rows, minlength=1)[rows] > 1
+            rows, sectors = rows[several], sectors[several]
+        key = key_of(self._seed, "pieces")
+        order = np.argsort(mix(np.arange(len(rows), dtype=np.uint64), key), kind="stable")
+        return np.stack((rows[order], sectors[order]), axis=1)
+
+    def _hidden(self) -> list[tuple[Pin, ...]]:
+        """Return pins for the values that no subset shows: those older than what must be there."""
+        values = self._field.values
+        sector = np.repeat(np.arange(len(values.sectors)), np.diff(values.start))
+        entries = np.arange(len(values.rows))
+        hidden = (entries < values.must[sector]) & self._field.first
+        # A request that covers a sector in part is shown by naming it.
+        hidden &= ~(values.ragged[sector] & np.isin(values.rows, self._field.may))
+        return [
+            self._field.pins(sector[at], at)
+            for row in np.unique(values.rows[hidden]).tolist()
+            for at in [np.flatnonzero(hidden & (values.rows == row))]
+        ]
+
+    def _torn(self) -> Iterator[StateId]:
+        values = self._field.values
+        for row, sector in self._pieces(alone=True).tolist():
+            at = int(np.searchsorted(values.sectors, sector))
+            before = int(values.rows[values.must[at]])
+            old = BASE if before == NONE else int(self._seqs[before])
+            new = int(self._seqs[row])
+            yield replace(self._everything, pins=(Pin(sector, sector, new, old),))
+            yield replace(self._everything, pins=(Pin(sector, sector, old, new),))
+
+    def _every(self) -> Iterator[tuple[StateId, Change]]:
+        """Yield the product of all sectors' values, what must be there first."""
+        field = self._field
+        values = field.values
+        choices = []
+        for index, must in enumerate(values.must.tolist()):
+            here = range(int(values.start[index]), int(values.start[index + 1]))
+            others = [
+                at for at in here if field.first[at] and values.digests[at] != values.digests[must]
+            ]
+            choices.append([must, *others])
+        for number, mixture in enumerate(field.mixtures):
+            choices[mixture.at].append(len(values.rows) + number)
+        for entries in itertools.product(*choices):
+            yield field.pinned(np.array(entries, np.int64))

@@ -1,0 +1,1 @@
+"""The throw-away guest: its kernel, initramfs, tools, accelerator, and disk."""

@@ -1,0 +1,1 @@
+"""What runs in a lab guest: npm, databases, renames, stress."""

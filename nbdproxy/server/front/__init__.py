@@ -1,0 +1,1 @@
+"""What clients meet: listeners, sessions, endpoints, the control socket."""

@@ -1,0 +1,1 @@
+"""Serves crash states over NBD, and runs commands on them."""
