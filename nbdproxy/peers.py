@@ -45,7 +45,7 @@ def peer_of(sock: _Connected) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Believed:
+class TrustedPeers:
     """Whose sockets are believed: ours, root's, and those of the user who was named, if one was.
 
     advice  what somebody can do whose socket is not

@@ -16,14 +16,14 @@ from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.lab.guest.cache import silent
-from nbdproxy.oracles.browse import Shown
-from nbdproxy.oracles.check import Findings, Outcome, Verdict, merge
+from nbdproxy.oracles.browse import ShownMount
+from nbdproxy.oracles.check import FileCheck, Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.oracle import Digests, Follower
+from nbdproxy.oracles.oracle import EarlierDigests, Follower
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.watched import Reads
 
@@ -51,7 +51,7 @@ class BothOracles:
         self.differences: list[Difference] = []
         self._kernel = KernelOracle(progress)
 
-    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> Follower:
+    def follow(self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount) -> Follower:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         return Pair(
             self,
@@ -83,7 +83,7 @@ class BothOracles:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         return self._kernel.content(device, entry, mount=mount)
 
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[ShownMount]:
         """Open a mount to go through its files, as the kernel reads them."""
         return self._kernel.browse(device, mount=mount)
 
@@ -156,5 +156,5 @@ def agreed(quick: Findings, kernel: Findings, differences: Sequence[Difference])
     ]
     reasons += [f"they differ on {len(differences) - 1:,} more"] if len(differences) > 1 else []
     reasons += [kernel.reason] if kernel.reason else []
-    verdict = merge({Outcome(condition).verdict for condition in conditions.values()})
+    verdict = merge({FileCheck(condition).verdict for condition in conditions.values()})
     return Findings(verdict, conditions, "; ".join(reasons))

@@ -31,7 +31,7 @@ from nbdproxy.lab.guest import accel, cpio, initramfs
 from nbdproxy.lab.guest.build import Lab
 from nbdproxy.policy import loader
 from nbdproxy.server.export.export import Export
-from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.state_server.background import ThreadedServer
 
 BOOT_LIMIT_S = 120.0
@@ -153,7 +153,7 @@ class CheckerGuest:
             )
             export = Export("state", self._disk, loader.load("passthrough").policy)
             stack.callback(export.close)
-            server = stack.enter_context(ThreadedServer(FixedShelf([export])))
+            server = stack.enter_context(ThreadedServer(FixedExports([export])))
             command = _command(lab, server.uri("state"), folder / "port")
             entries = [cpio.regular(path.name, path.read_bytes()) for path in _PROGRAMS]
             entries.append(cpio.regular("run.sh", _RUN.encode()))

@@ -40,7 +40,7 @@ from nbdproxy.lab.guest.cache import silent
 from nbdproxy.lab.guest.kernel import FILESYSTEM_MODULES
 from nbdproxy.lab.guest.tools import PACKAGE_OF
 from nbdproxy.oracles import check as quick
-from nbdproxy.oracles.check import Findings, Outcome, Verdict
+from nbdproxy.oracles.check import FileCheck, Findings, Verdict
 from nbdproxy.oracles.condition import Condition, classify, conclude
 from nbdproxy.oracles.examine import Examination, Fsck
 from nbdproxy.oracles.ext4.filesystem import HOLES_MAX
@@ -49,7 +49,7 @@ from nbdproxy.oracles.fsck import concluded
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
+from nbdproxy.oracles.oracle import CONTENT_MAX, EarlierDigests
 from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import Reads, WatchedDevice
 
@@ -71,7 +71,9 @@ class KernelOracle:
         self._guest: CheckerGuest | None = None
         self._known: dict[int, Manifest] = {}
 
-    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> KernelFollower:
+    def follow(
+        self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
+    ) -> KernelFollower:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         return KernelFollower(self, manifest, earlier, mount)
 
@@ -335,7 +337,7 @@ class KernelFollower:
     """Judges the same files in one state after the other."""
 
     def __init__(
-        self, oracle: KernelOracle, manifest: Manifest, earlier: Digests, mount: Mount
+        self, oracle: KernelOracle, manifest: Manifest, earlier: EarlierDigests, mount: Mount
     ) -> None:
         self._oracle = oracle
         self._manifest = manifest
@@ -383,15 +385,15 @@ class KernelFollower:
     def _findings(self, found: Sequence[Any], place: Slice) -> Findings:
         keeps_modes = driver_of(place.device).keeps_modes
         hides = has_ciphers(place.device)
-        outcomes: dict[str, Outcome] = {}
+        outcomes: dict[str, FileCheck] = {}
         for entry, one in zip(self._manifest.entries, found, strict=True):
             doubt = _doubt(entry, one, hides=hides)
             if doubt is not None:
-                outcomes[entry.path] = Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {doubt}")
+                outcomes[entry.path] = FileCheck(Condition.CANNOT_BE_TOLD, f"{entry.path}: {doubt}")
                 continue
             earlier = self._earlier.get(entry.path, ())
             condition = _condition(entry, one, earlier, keeps_modes=keeps_modes)
-            outcomes[entry.path] = Outcome(condition)
+            outcomes[entry.path] = FileCheck(condition)
         verdict = quick.merge({outcome.verdict for outcome in outcomes.values()})
         reason = next((one.doubt for one in outcomes.values() if one.doubt), None)
         return Findings(verdict, {path: one.condition for path, one in outcomes.items()}, reason)

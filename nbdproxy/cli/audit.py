@@ -81,7 +81,7 @@ def _audit(
         )
     owners = audited.owners_of(timeline, found)
     changed = _is_changed(source, image)
-    report = audited.Report(source, image, timeline, options, found, owners, changed)
+    report = audited.AuditReport(source, image, timeline, options, found, owners, changed)
     if as_json:
         print_json(audited.to_json(report))
     else:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from nbdproxy.checker.both import BothOracles
-from nbdproxy.cli.choices import Base, Mounts, Partition, Root, where_of
+from nbdproxy.cli.choices import BaseOption, Mounts, PartitionOption, Root, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import (
     EXIT,
@@ -45,7 +45,7 @@ from nbdproxy.oracles.condition import doubt_of
 from nbdproxy.oracles.locate import ElsewhereError, Where, below, locate
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
-from nbdproxy.oracles.oracle import Digests, Oracle
+from nbdproxy.oracles.oracle import EarlierDigests, Oracle
 from nbdproxy.oracles.owners import owners
 from nbdproxy.oracles.partitions import slices
 from nbdproxy.persistence.modes import CacheMode, Failure
@@ -64,9 +64,9 @@ def check(
         typer.Option(metavar="MANIFEST", help="Also tell the condition of these files."),
     ] = None,
     root: Root = None,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     mount: Mounts = None,
-    base: Base = None,
+    base: BaseOption = None,
     oracle: OracleChoice = OracleName.QUICK,
     fsck: Annotated[bool, typer.Option(help="Run the filesystem's own checker.")] = True,
     list_files: Annotated[
@@ -104,7 +104,7 @@ def check(
         tree, wanted = _placed(judge, disk, timeline, wanted, known)
         findings = doubt = None
         if wanted is not None:
-            earlier: Digests = {}
+            earlier: EarlierDigests = {}
             if timeline is not None:
                 earlier = earlier_digests(timeline, wanted, tree, judge)
             findings = TreeFollower(judge, wanted, earlier, tree).check(disk, None)
@@ -220,13 +220,13 @@ def _asked(
 
 def _examined(
     judge: Oracle, disk: ReadableDevice, tree: Tree, partition: PartitionName, *, fsck: bool
-) -> checked.Filesystem:
+) -> checked.CheckedFilesystem:
     """Tell of one filesystem of the disk."""
     points = [mount.point for mount in tree.mounts if mount.partition == partition]
     names = (part.name for part in slices(disk) if partition in {part.number, part.key})
     name = next(names, f"partition {partition}")
     found = judge.examine(disk, partition=partition, fsck=fsck)
-    return checked.Filesystem(
+    return checked.CheckedFilesystem(
         ", ".join((name, *(f"at {point}" for point in points))),
         found,
         tuple(owners(disk, found.replayed, tree)),

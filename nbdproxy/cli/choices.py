@@ -13,7 +13,7 @@ import typer
 
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.locate import Where
-from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.plans import GivenMount
 from nbdproxy.persistence.model import Coverage
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.sizes import parse_size
@@ -55,12 +55,12 @@ FailureText = Annotated[
     str | None,
     typer.Option("--failure", metavar="FAILURE,...", help="Failures.", show_default="all"),
 ]
-Base = Annotated[
+BaseOption = Annotated[
     Path | None,
     typer.Option(metavar="IMAGE", help="The image as it was, if it moved or was copied."),
 ]
 
-Partition = Annotated[
+PartitionOption = Annotated[
     int | None,
     typer.Option(
         metavar="N",
@@ -95,7 +95,7 @@ def where_of(root: str | None, partition: int | None, mounts: list[str] | None) 
             )
         root_of = found[3] and posixpath.normpath(posixpath.join("/", found[3]))
         point = posixpath.normpath(f"/{found[2].lstrip('/')}")
-        told.append(Told(found[1], point, root_of))
+        told.append(GivenMount(found[1], point, root_of))
     if told and partition is not None:
         raise UsageError("--partition says that all files are on it; drop it, or --mount")
     return Where(root, partition, tuple(told))

@@ -20,9 +20,9 @@ from nbdproxy.errors import RecordingError, UsageError
 from nbdproxy.private import New, new_file
 from nbdproxy.recording.foreign.dm_log_writes import DmLog, DmLogWriter
 from nbdproxy.recording.foreign.exporting import to_dm_log, to_trlog
-from nbdproxy.recording.foreign.formats import Converted, LogFormat, Progress, look
+from nbdproxy.recording.foreign.formats import ConversionProgress, Converted, LogFormat, look
 from nbdproxy.recording.foreign.importing import (
-    Base,
+    ImportedBase,
     disk_size,
     from_dm_log,
     from_trlog,
@@ -36,7 +36,7 @@ from nbdproxy.sizes import parse_size
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Conversion:
     """What the user asked for, checked as far as it can be without reading IN."""
 
     source: Path
@@ -96,7 +96,7 @@ def convert(
 
       nbdproxy convert run1 run1.trlog --to nbd-trlog && nbd-trplay -i copy.img -l run1.trlog
     """
-    asked = _Asked(source, target, look(source), to, base, verify, _size(size), uncounted)
+    asked = _Conversion(source, target, look(source), to, base, verify, _size(size), uncounted)
     _check(asked)
     _look_at_images(asked)
     with ExitStack() as stack:
@@ -120,7 +120,7 @@ def _size(text: str | None) -> int | None:
     return size
 
 
-def _check(asked: _Asked) -> None:
+def _check(asked: _Conversion) -> None:
     ours = asked.form is LogFormat.NBDPROXY
     if asked.to is asked.form:
         raise UsageError(f"{asked.source} is of the format {asked.to.value} already; copy it")
@@ -136,7 +136,7 @@ def _check(asked: _Asked) -> None:
         raise UsageError("--uncounted is for dm-log-writes logs; drop it")
 
 
-def _look_at_images(asked: _Asked) -> None:
+def _look_at_images(asked: _Conversion) -> None:
     """Refuse an image that cannot be read before the work begins, not behind it."""
     images = [path for path in (asked.base, asked.verify) if path is not None]
     if len(images) == 2 and all(path.exists() for path in images) and images[0].samefile(images[1]):
@@ -174,7 +174,7 @@ def _finish(made: New, target: Path) -> None:
 
 
 def _convert(
-    asked: _Asked, made: New, stack: ExitStack
+    asked: _Conversion, made: New, stack: ExitStack
 ) -> tuple[Converted, DmLog | TransactionLog, Path]:
     """Write what is `made`; return the log, whichever side it is on, and the recording."""
     if asked.form is LogFormat.NBDPROXY:
@@ -194,7 +194,7 @@ def _convert(
     return Converted(written.counts, left_out, remarks, read.missing), log, between
 
 
-def _progress(status: Status, asked: _Asked) -> Progress:
+def _progress(status: Status, asked: _Conversion) -> ConversionProgress:
     def told(done: int, total: int) -> None:
         status.update(f"converting {asked.source}: {100 * done // max(total, 1)} %")
 
@@ -208,7 +208,7 @@ def _open(path: Path, form: LogFormat, *, uncounted: bool = False) -> DmLog | Tr
 
 
 def _import(
-    asked: _Asked, log: DmLog | TransactionLog, folder: Path, progress: Progress
+    asked: _Conversion, log: DmLog | TransactionLog, folder: Path, progress: ConversionProgress
 ) -> Converted:
     base = None if asked.base is None else _read_base(asked.base)
     if isinstance(log, DmLog):
@@ -221,13 +221,13 @@ def _import(
         return from_trlog(log, survey.errors, writer, progress)
 
 
-def _read_base(path: Path) -> Base:
+def _read_base(path: Path) -> ImportedBase:
     with closing(FileDisk(path, read_only=True)) as disk:
         data = tuple((extent.offset, extent.length) for extent in disk.data_extents(0, disk.size))
-        return Base(absolute(path), disk.size, data, Fingerprint.of(path))
+        return ImportedBase(absolute(path), disk.size, data, Fingerprint.of(path))
 
 
-def _export(source: Path, made: New, to: LogFormat, progress: Progress) -> Converted:
+def _export(source: Path, made: New, to: LogFormat, progress: ConversionProgress) -> Converted:
     with closing(Recording(source)) as recording:
         try:
             with open(made.fd, "wb", closefd=False) as file:
@@ -238,7 +238,7 @@ def _export(source: Path, made: New, to: LogFormat, progress: Progress) -> Conve
             raise RecordingError(f"the log cannot be written: {error.strerror}") from None
 
 
-def _report(asked: _Asked, done: Converted, compared: Compared | None) -> None:
+def _report(asked: _Conversion, done: Converted, compared: Compared | None) -> None:
     """Say on stderr what was written, and what it lacks."""
     counted = ", ".join(f"{count:,} {kind}" for kind, count in done.counts.items()) or "nothing"
     err.print(f"wrote {asked.target} ({asked.to.value}): {counted}", markup=False)
@@ -275,7 +275,7 @@ def _report(asked: _Asked, done: Converted, compared: Compared | None) -> None:
         )  # fmt: skip
 
 
-def _summary(asked: _Asked, done: Converted, compared: Compared | None) -> dict[str, Any]:
+def _summary(asked: _Conversion, done: Converted, compared: Compared | None) -> dict[str, Any]:
     return {
         "in": str(asked.source),
         "from": asked.form.value,

@@ -11,7 +11,7 @@ import typer
 
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
-from nbdproxy.peers import Believed
+from nbdproxy.peers import TrustedPeers
 from nbdproxy.sizes import plural, size_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
@@ -19,11 +19,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 _ANSWER_MAX = 1 << 24
 """Bytes of an answer; `status` has some hundred for each export and rule."""
 
-Export = Annotated[
+ExportOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Only this export.", show_default="all of them"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -49,7 +49,7 @@ def ctl(
 
 
 @app.command()
-def status(context: typer.Context, export: Export = None, json: Json = False) -> None:
+def status(context: typer.Context, export: ExportOption = None, json: JsonOption = False) -> None:
     """Show what is served, under which policy, and what passed.
 
     Example: nbdproxy ctl vm/ctl.sock status --json
@@ -80,7 +80,7 @@ def status(context: typer.Context, export: Export = None, json: Json = False) ->
 
 
 @app.command()
-def cut(context: typer.Context, json: Json = False) -> None:
+def cut(context: typer.Context, json: JsonOption = False) -> None:
     """Cut the power of all exports: what the policy holds back is gone.
 
     Example: nbdproxy ctl vm/ctl.sock cut
@@ -98,8 +98,8 @@ def mark(
     name: Annotated[
         str, typer.Argument(help="For --at mark:NAME, and rules with since and until.")
     ],
-    export: Export = None,
-    json: Json = False,
+    export: ExportOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Mark this instant in the recording.
 
@@ -115,7 +115,7 @@ def mark(
 
 
 @app.command()
-def pause(context: typer.Context, export: Export = None) -> None:
+def pause(context: typer.Context, export: ExportOption = None) -> None:
     """Let no request begin, finish those at work, and make all of it durable on the image.
 
     Example: nbdproxy ctl vm/ctl.sock pause && cp disk.img copy.img
@@ -125,7 +125,7 @@ def pause(context: typer.Context, export: Export = None) -> None:
 
 
 @app.command()
-def resume(context: typer.Context, export: Export = None) -> None:
+def resume(context: typer.Context, export: ExportOption = None) -> None:
     """Let requests go on after a pause.
 
     Example: nbdproxy ctl vm/ctl.sock resume
@@ -143,7 +143,7 @@ def policy(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="As for serve.", show_default="as it was")
     ] = None,
-    export: Export = None,
+    export: ExportOption = None,
 ) -> None:
     """Let other policies come into force; what was held is made durable, faults are lifted.
 
@@ -164,7 +164,7 @@ def policy(
 
 
 @app.command()
-def lift(context: typer.Context, export: Export = None) -> None:
+def lift(context: typer.Context, export: ExportOption = None) -> None:
     """Let reads show what the disk holds: writes that were lost, torn or misdirected come back.
 
     Example: nbdproxy ctl vm/ctl.sock lift
@@ -178,7 +178,7 @@ def _ask(context: typer.Context, asked: dict[str, Any], export: str | None) -> d
     path: Path = context.obj
     if export is not None:
         asked["export"] = export
-    believed = Believed(None, "run this command as that user if its server is meant")
+    believed = TrustedPeers(None, "run this command as that user if its server is meant")
     try:
         believed.check_path(path)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:

@@ -14,11 +14,11 @@ import typer
 from nbdproxy.checker.both import BothOracles
 from nbdproxy.cli.choices import (
     At,
-    Base,
+    BaseOption,
     FailureText,
     ModeText,
     Mounts,
-    Partition,
+    PartitionOption,
     RecordedAs,
     Root,
     parse_list,
@@ -27,7 +27,7 @@ from nbdproxy.cli.choices import (
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import EXIT, OracleChoice, OracleName, opened, tell_differences
 from nbdproxy.cli.recorded import code_at, recorded
-from nbdproxy.crash.blame.file_history import Story, carriers, stories
+from nbdproxy.crash.blame.file_history import FileHistory, carriers, stories
 from nbdproxy.crash.blame.ranges import Losses, losses
 from nbdproxy.crash.blame.replay import Replay, place, replay
 from nbdproxy.crash.states.cuts import resolve
@@ -37,7 +37,7 @@ from nbdproxy.crash.states.taken import taken_under
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.check import Outcome, merge
+from nbdproxy.oracles.check import FileCheck, merge
 from nbdproxy.oracles.composite import scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, survey_tree
@@ -75,10 +75,10 @@ def explain(
     mode: ModeText = None,
     failure: FailureText = Failure.HOST_POWER_LOSS.value,
     root: Root = None,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     mount: Mounts = None,
     recorded_as: RecordedAs = None,
-    base: Base = None,
+    base: BaseOption = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -172,7 +172,7 @@ def _wanted(
     return tree, wanted
 
 
-def _told(asked: _Asked, story: Story, tree: Tree) -> report.Told:
+def _told(asked: _Asked, story: FileHistory, tree: Tree) -> report.FileReport:
     table = replay(
         asked.source,
         Manifest((story.entry,)),
@@ -185,7 +185,7 @@ def _told(asked: _Asked, story: Story, tree: Tree) -> report.Told:
         oracle=asked.oracle,
     )
     hangs_on = carriers(asked.timeline, story.entry, tree, oracle=asked.oracle)
-    return report.Told(story, hangs_on, table, _losses(asked, story.entry, table))
+    return report.FileReport(story, hangs_on, table, _losses(asked, story.entry, table))
 
 
 def _losses(asked: _Asked, entry: Entry, table: Replay) -> dict[str, Losses]:
@@ -230,7 +230,9 @@ def _chosen(wanted: Manifest, paths: list[str], *, from_manifest: bool) -> Manif
     return Manifest(tuple(known[path] for path in dict.fromkeys(paths)))
 
 
-def _overview(source: RecordedSource, told: tuple[Story, ...], taken: Taken, *, json: bool) -> None:
+def _overview(
+    source: RecordedSource, told: tuple[FileHistory, ...], taken: Taken, *, json: bool
+) -> None:
     levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in taken.tells]
     if json:
         print_json(report.overview_json(told, source))
@@ -238,11 +240,13 @@ def _overview(source: RecordedSource, told: tuple[Story, ...], taken: Taken, *, 
         for line in report.overview_lines(told, source, taken):
             out.print(line, markup=False)
     asked = Level.FLUSHED if Level.FLUSHED in levels else Level.COMPLETED
-    verdict = merge({Outcome(story.courses[asked].changes[-1].condition).verdict for story in told})
+    verdict = merge(
+        {FileCheck(story.courses[asked].changes[-1].condition).verdict for story in told}
+    )
     raise typer.Exit(code_at(source, source.events, EXIT[verdict]))
 
 
-def _print(source: RecordedSource, found: list[report.Told], *, json: bool) -> None:
+def _print(source: RecordedSource, found: list[report.FileReport], *, json: bool) -> None:
     if json:
         print_json([report.to_json(one, source) for one in found])
         return

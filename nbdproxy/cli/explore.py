@@ -23,11 +23,11 @@ from xxhash import xxh3_64_hexdigest
 
 from nbdproxy.cli.choices import (
     At,
-    Base,
+    BaseOption,
     Covers,
     Fsyncgate,
     Mounts,
-    Partition,
+    PartitionOption,
     RecordedAs,
     Root,
     where_of,
@@ -37,11 +37,17 @@ from nbdproxy.cli.oracles import MAKERS, OracleChoice, OracleName, opened
 from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.cli.states import tree_of_disk
 from nbdproxy.crash.blame.replay import earlier_digests, level_at, place
-from nbdproxy.crash.explore.crash_space_builder import Fields
-from nbdproxy.crash.explore.evaluator import Job
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup
 from nbdproxy.crash.explore.explore import Exploration, Tally
 from nbdproxy.crash.explore.judging import JudgePlan, ManifestPlan
-from nbdproxy.crash.explore.planning import Every, Plan, Wish, cuts_of, make_plan
+from nbdproxy.crash.explore.planning import (
+    Every,
+    ExplorationPlan,
+    ExploreOptions,
+    cuts_of,
+    make_plan,
+)
 from nbdproxy.crash.explore.verdicts import About, Verdicts
 from nbdproxy.crash.explore.workers import Runner, make_runner
 from nbdproxy.crash.states.cuts import resolve
@@ -149,9 +155,9 @@ def explore(
     ] = True,
     recorded_as: RecordedAs = None,
     root: Root = None,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     mount: Mounts = None,
-    base: Base = None,
+    base: BaseOption = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -198,11 +204,11 @@ def explore(
             *(timeline, files, check, None if every else asked, where),
             *(time_limit, oracle),
         )
-        fields = Fields(timeline, level, options)
-        budget = states if states is not None else None if exhaustive else Wish().budget
-        wish = Wish(budget, seed, torn, stale, exhaustive)
+        fields = CrashSpaceBuilder(timeline, level, options)
+        budget = states if states is not None else None if exhaustive else ExploreOptions().budget
+        wish = ExploreOptions(budget, seed, torn, stale, exhaustive)
         plan = _plan(fields, None if every else asked, at, every, wish)
-        job = Job(run.absolute(), base, level, options, judge, share)
+        job = EvaluatorSetup(run.absolute(), base, level, options, judge, share)
         about: About = {
             **_what_is_explored(source, job, mode, failure),
             "at": asked,
@@ -222,7 +228,9 @@ def explore(
             raise typer.Exit(130) from None
         again = _again(files, check, where, base, time_limit, oracle)
         needs = option_of_base(base)
-        report = explored.Report(about, plan, tally, verdicts, again, needs, source.missing)
+        report = explored.ExplorationReport(
+            about, plan, tally, verdicts, again, needs, source.missing
+        )
         if json:
             print_json(explored.to_json(report))
         else:
@@ -232,7 +240,9 @@ def explore(
         raise typer.Exit(code_at(source, last, explored.exit_code(tally)))
 
 
-def _what_is_explored(source: RecordedSource, job: Job, mode: CacheMode, failure: Failure) -> About:
+def _what_is_explored(
+    source: RecordedSource, job: EvaluatorSetup, mode: CacheMode, failure: Failure
+) -> About:
     return {
         "recording": str(job.run),
         "identity": xxh3_64_hexdigest(source.meta.dump().encode()),
@@ -256,7 +266,7 @@ def _identity_of(base: Path | None) -> str | None:
     return f"{stat.st_size} bytes, last changed {stat.st_mtime_ns} ns after 1970"
 
 
-def _what_is_wished(wish: Wish) -> About:
+def _what_is_wished(wish: ExploreOptions) -> About:
     """Return all of a wish but its budget, which may grow when an exploration is gone on with."""
     return {
         "seed": wish.seed,
@@ -386,8 +396,12 @@ def _by(oracle: OracleName) -> str:
 
 
 def _plan(
-    fields: Fields, asked: str | None, at: str | None, every: Every | None, wish: Wish
-) -> Plan:
+    fields: CrashSpaceBuilder,
+    asked: str | None,
+    at: str | None,
+    every: Every | None,
+    wish: ExploreOptions,
+) -> ExplorationPlan:
     source = fields.timeline.source
     if every is not None and at is not None:
         raise UsageError("--at and --every exclude each other; drop one of them")
@@ -406,7 +420,7 @@ def _plan(
         )
 
 
-def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
+def _runner(job: EvaluatorSetup, workers: int | None, dask: str | None) -> Runner:
     if dask is None:
         return make_runner(job, workers)
     if workers is not None:
@@ -416,7 +430,7 @@ def _runner(job: Job, workers: int | None, dask: str | None) -> Runner:
     return DaskRunner(job, dask)
 
 
-def _watch(plan: Plan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally:
+def _watch(plan: ExplorationPlan, run: Callable[[Callable[[Tally], None]], Tally]) -> Tally:
     """Show on stderr how far it is."""
     columns = (
         TextColumn("{task.description}", markup=False),

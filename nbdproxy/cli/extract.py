@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from nbdproxy.cli.check import state_disk
-from nbdproxy.cli.choices import Base, Mounts, Partition, where_of
+from nbdproxy.cli.choices import BaseOption, Mounts, PartitionOption, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, tree_of_disk
 from nbdproxy.errors import UsageError
-from nbdproxy.oracles.browse import Found, Kind
+from nbdproxy.oracles.browse import FileType, Found
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
@@ -39,9 +39,9 @@ def extract(
     at: StateAt = None,
     mode: StateMode = None,
     failure: StateFailure = None,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     mount: Mounts = None,
-    base: Base = None,
+    base: BaseOption = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -108,7 +108,7 @@ def _counts(found: Extracted) -> str:
     return f"{files} ({size_text(found.size)}), {folders}, {links}"
 
 
-_SHOWN = (Kind.FILE, Kind.FOLDER, Kind.LINK)
+_SHOWN = (FileType.FILE, FileType.FOLDER, FileType.LINK)
 
 
 def _left_out(found: Extracted) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -17,7 +17,7 @@ from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.states.cuts import resolve
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.printable import printable
-from nbdproxy.recording.format import Kind
+from nbdproxy.recording.format import SlotKind
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.recording.reader import Event, command_name
@@ -82,7 +82,7 @@ def _list(
 def _items(source: RecordedSource, first: int, last: int) -> Iterator[dict[str, Any]]:
     notes = {note.seq: note for note in source.notes}
     for event in source.log(first, last):
-        if event.kind is Kind.RECEIVED:
+        if event.kind is SlotKind.RECEIVED:
             yield _request(source, event)
         elif event.seq in notes:
             yield _note(notes[event.seq])

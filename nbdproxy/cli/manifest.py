@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Mounts, Partition, where_of
+from nbdproxy.cli.choices import Mounts, PartitionOption, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.cli.recorded import code_at, recorded
@@ -64,7 +64,7 @@ def manifest(
         Path | None,
         typer.Option(metavar="DIR", help="For a lockfile: the packages' tarballs, by any name."),
     ] = None,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     mount: Mounts = None,
     base: Annotated[
         Path | None,

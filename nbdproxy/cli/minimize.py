@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Base, Mounts, Partition, Root, where_of
+from nbdproxy.cli.choices import BaseOption, Mounts, PartitionOption, Root, where_of
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
 from nbdproxy.cli.oracles import OracleChoice, OracleName
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.crash.explore.evaluator import Bench, Job
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, StateEvaluator
 from nbdproxy.crash.explore.judging import ManifestPlan
 from nbdproxy.crash.explore.minimize import minimize as minimize_state
 from nbdproxy.crash.states.naming import parse_state_id
@@ -27,9 +27,9 @@ def minimize(
     check: Check = None,
     time_limit: TimeLimit = TIME_LIMIT_S,
     root: Root = None,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     mount: Mounts = None,
-    base: Base = None,
+    base: BaseOption = None,
     oracle: OracleChoice = OracleName.QUICK,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -53,8 +53,8 @@ def minimize(
         judge = make_judge(
             timeline, files, check, at, where_of(root, partition, mount), time_limit, oracle
         )
-        job = Job(run.absolute(), base, chosen.level, chosen.options, judge)
-        bench = Bench(source, job)
+        job = EvaluatorSetup(run.absolute(), base, chosen.level, chosen.options, judge)
+        bench = StateEvaluator(source, job)
         try:
             with err.status("minimizing") as status:
                 found = minimize_state(

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Base
+from nbdproxy.cli.choices import BaseOption
 from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.cli.recorded import recorded
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
@@ -59,7 +59,7 @@ def open_(
     output_format: Annotated[
         OutputFormat, typer.Option("--format", help="What to write.")
     ] = OutputFormat.RAW,
-    base: Base = None,
+    base: BaseOption = None,
 ) -> None:
     """Open a crash state as a disk: serve it, run a command on it, or write it to a file.
 

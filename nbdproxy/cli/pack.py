@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nbdproxy.cli.choices import Base
+from nbdproxy.cli.choices import BaseOption
 from nbdproxy.cli.console import err, print_json
 from nbdproxy.cli.recorded import recorded
 from nbdproxy.disks.scratch import temporary_folder
@@ -52,7 +52,7 @@ def pack(
     db: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Add the verdicts of an exploration.")
     ] = None,
-    base: Base = None,
+    base: BaseOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Pack a recording into one compressed file that needs no image: to send with a bug report.
@@ -97,7 +97,7 @@ def pack(
         done = packing.pack(
             source,
             target,
-            base=packing.Base(disk, parts) if parts else None,
+            base=packing.PackedBase(disk, parts) if parts else None,
             extras=extras,
             # Opening it once more tells whether the image was changed while it was read.
             confirm=lambda: source.base().close(),
@@ -151,7 +151,7 @@ def unpack(
         print_json({"recording": str(done.folder), **_summary(done.index)})
 
 
-def _summary(index: packed.Index) -> dict[str, Any]:
+def _summary(index: packed.PackIndex) -> dict[str, Any]:
     return {
         "name": index.name,
         "program": index.program,
@@ -183,7 +183,7 @@ def _snapshot(db: Path, copy: Path) -> Path:
 
 
 @contextmanager
-def _shown() -> Iterator[packed.Progress]:
+def _shown() -> Iterator[packed.PackProgress]:
     """Show on stderr how far it is."""
     columns = (
         *(

@@ -12,11 +12,11 @@ from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
 from nbdproxy.printable import visible
-from nbdproxy.server.export.dry_run import Rehearsal, explain, rehearse
+from nbdproxy.server.export.dry_run import DryRun, explain, rehearse
 from nbdproxy.sizes import plural
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -36,7 +36,7 @@ def policy() -> None:
 
 
 @app.command("list")
-def list_(json: Json = False) -> None:
+def list_(json: JsonOption = False) -> None:
     """List the policies of the gallery, a line each.
 
     Example: nbdproxy policy list
@@ -55,7 +55,7 @@ def list_(json: Json = False) -> None:
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A policy.")],
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Show what a policy does, what it imitates, its parameters and its examples.
 
@@ -72,7 +72,7 @@ def show(
 @app.command()
 def check(
     files: Annotated[list[str], typer.Argument(metavar="NAME|FILE...", help="Policies.")],
-    json: Json = False,
+    json: JsonOption = False,
 ) -> None:
     """Run the examples of policies, and explain step by step which rule struck.
 
@@ -95,12 +95,12 @@ def check(
     raise typer.Exit(1 if failed else 0)
 
 
-def _rehearsals(file: PolicyFile) -> Iterator[tuple[int, Rehearsal]]:
+def _rehearsals(file: PolicyFile) -> Iterator[tuple[int, DryRun]]:
     for number, example in enumerate(file.examples, 1):
         yield number, rehearse(file.with_settings(example.settings), example)
 
 
-def _result(file: PolicyFile, found: list[tuple[int, Rehearsal]]) -> dict[str, Any]:
+def _result(file: PolicyFile, found: list[tuple[int, DryRun]]) -> dict[str, Any]:
     return {
         "name": file.name,
         "path": str(file.path),
@@ -117,7 +117,7 @@ def _result(file: PolicyFile, found: list[tuple[int, Rehearsal]]) -> dict[str, A
     }
 
 
-def _tell(file: PolicyFile, found: list[tuple[int, Rehearsal]]) -> None:
+def _tell(file: PolicyFile, found: list[tuple[int, DryRun]]) -> None:
     for number, one in found:
         example = file.examples[number - 1]
         options = [f"{key}={value}" for key, value in example.settings.items()]

@@ -11,12 +11,12 @@ import typer
 from nbdproxy.checker.both import BothOracles
 from nbdproxy.cli.choices import (
     At,
-    Base,
+    BaseOption,
     Covers,
     FailureText,
     ModeText,
     Mounts,
-    Partition,
+    PartitionOption,
     RecordedAs,
     Root,
     parse_list,
@@ -59,11 +59,11 @@ def replay(
     failure: FailureText = None,
     at: At = None,
     root: Root = None,
-    partition: Partition = None,
+    partition: PartitionOption = None,
     mount: Mounts = None,
     recorded_as: RecordedAs = None,
     covers: Covers = Coverage.RECEIVED,
-    base: Base = None,
+    base: BaseOption = None,
     oracle: OracleChoice = OracleName.QUICK,
     list_files: Annotated[
         bool,

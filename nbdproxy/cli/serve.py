@@ -20,9 +20,9 @@ from nbdproxy.errors import UsageError
 from nbdproxy.machine import make_room_for_exports
 from nbdproxy.nbd.constants import MAX_STRING, TlsMode, TransmissionFlag
 from nbdproxy.nbd.uri import is_uri, parse
-from nbdproxy.peers import Believed, user_number
+from nbdproxy.peers import TrustedPeers, user_number
 from nbdproxy.policy.compose import load_all
-from nbdproxy.server.assemble import Plan, opened
+from nbdproxy.server.assemble import ExportPlan, opened
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
 from nbdproxy.server.service import Setting
@@ -191,7 +191,7 @@ def serve(
     if bake and (read_only or overlay):
         raise UsageError("--bake writes to the image, which --read-only and --overlay forbid")
     plans = [
-        Plan(
+        ExportPlan(
             *(image, policies, name, image_format, read_only, overlay),
             record=_folder(record, name, alone=len(images) == 1),
             sync_recording=sync_recording,
@@ -298,15 +298,15 @@ def _is_here(listen: str) -> bool:
     return is_loopback(listen.rpartition(":")[0].strip("[]") or "localhost")
 
 
-def _believed(qmp: Path | None, user: str | None) -> Believed:
+def _believed(qmp: Path | None, user: str | None) -> TrustedPeers:
     """Return whose monitor is believed; UsageError if that makes no sense."""
     if user is not None and qmp is None:
         raise UsageError("--qmp-user is for --qmp SOCKET; add that, or drop it")
     advice = "use a socket in a folder of your own, or say --qmp-user USER if that QEMU is meant"
-    return Believed(None if user is None else user_number(user), advice)
+    return TrustedPeers(None if user is None else user_number(user), advice)
 
 
-def _announce(plans: Sequence[Plan], exports: Sequence[Export], setting: Setting) -> None:
+def _announce(plans: Sequence[ExportPlan], exports: Sequence[Export], setting: Setting) -> None:
     for plan, export in zip(plans, exports, strict=True):
         size, name = size_text(export.info.size), plan.policy.name
         err.print(f"serving {plan.image} ({size}), policy {name}", markup=False)
@@ -350,7 +350,7 @@ def _in_option(value: object) -> str:
     return str(value).replace(",", ",,")
 
 
-def _summarize(plan: Plan, export: Export, reason: str) -> None:
+def _summarize(plan: ExportPlan, export: Export, reason: str) -> None:
     counted = export.counters
     text = (
         f"{reason}: {plural(counted.writes, 'write')} ({size_text(counted.written)}), "

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.choices import Base
+from nbdproxy.cli.choices import BaseOption
 from nbdproxy.cli.console import err, out, print_json, set_up_logging
 from nbdproxy.cli.recorded import recorded
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.front.endpoints import listen_unix
-from nbdproxy.state_server.server import StateShelf, cut_names, serve_states
+from nbdproxy.state_server.server import StateExports, cut_names, serve_states
 
 
 def timeline(
@@ -24,7 +24,7 @@ def timeline(
         Path | None,
         typer.Option(help="Listen on this Unix socket.", show_default="one in a new folder"),
     ] = None,
-    base: Base = None,
+    base: BaseOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Serve every crash state at once: an export's name is a CUT or the id of a state.
@@ -63,4 +63,4 @@ def timeline(
             out.print(endpoint.uri("end"), markup=False)
         out.file.flush()
         err.print(f"serving every state of {run}: put a CUT or a state id for 'end'", markup=False)
-        serve_states(StateShelf(opened), endpoint)
+        serve_states(StateExports(opened), endpoint)

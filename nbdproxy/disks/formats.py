@@ -15,7 +15,7 @@ from typing import NamedTuple
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 
-Read = Callable[[int, int], bytes]
+ReadAt = Callable[[int, int], bytes]
 """Reads so many bytes at an offset; fewer at the end of the file."""
 
 _SECTOR = 512
@@ -46,7 +46,7 @@ class Magic(NamedTuple):
     bytes: bytes
 
 
-class Known(NamedTuple):
+class KnownFormat(NamedTuple):
     """What a format is called, what it is told by, and whether QEMU can write it."""
 
     said: str
@@ -55,33 +55,35 @@ class Known(NamedTuple):
 
 
 FORMATS = {
-    ImageFormat.QCOW2: Known(
+    ImageFormat.QCOW2: KnownFormat(
         "a qcow2 file", (Magic(0, b"QFI\xfb\0\0\0\2"), Magic(0, b"QFI\xfb\0\0\0\3"))
     ),
-    ImageFormat.QCOW: Known("a qcow file (version 1)", (Magic(0, b"QFI\xfb\0\0\0\1"),)),
-    ImageFormat.VMDK: Known(
+    ImageFormat.QCOW: KnownFormat("a qcow file (version 1)", (Magic(0, b"QFI\xfb\0\0\0\1"),)),
+    ImageFormat.VMDK: KnownFormat(
         "a VMDK image of VMware",
         (Magic(0, b"KDMV"), Magic(0, b"COWD"), Magic(0, b"# Disk DescriptorFile")),
     ),
-    ImageFormat.VDI: Known("a VDI image of VirtualBox", (Magic(64, b"\x7f\x10\xda\xbe"),)),
-    ImageFormat.VHDX: Known("a VHDX image of Hyper-V", (Magic(0, b"vhdxfile"),)),
-    ImageFormat.VPC: Known(
+    ImageFormat.VDI: KnownFormat("a VDI image of VirtualBox", (Magic(64, b"\x7f\x10\xda\xbe"),)),
+    ImageFormat.VHDX: KnownFormat("a VHDX image of Hyper-V", (Magic(0, b"vhdxfile"),)),
+    ImageFormat.VPC: KnownFormat(
         "a VHD image of Hyper-V or Virtual PC",
         (Magic(0, b"conectix"), Magic(-_SECTOR, b"conectix")),
     ),
-    ImageFormat.QED: Known("a QED image", (Magic(0, b"QED\0"),)),
-    ImageFormat.PARALLELS: Known(
+    ImageFormat.QED: KnownFormat("a QED image", (Magic(0, b"QED\0"),)),
+    ImageFormat.PARALLELS: KnownFormat(
         "a disk of Parallels",
         (Magic(0, b"WithoutFreeSpace"), Magic(0, b"WithouFreSpacExt")),
     ),
-    ImageFormat.DMG: Known("a DMG image of macOS", (Magic(-_SECTOR, b"koly"),), writable=False),
-    ImageFormat.BOCHS: Known(
+    ImageFormat.DMG: KnownFormat(
+        "a DMG image of macOS", (Magic(-_SECTOR, b"koly"),), writable=False
+    ),
+    ImageFormat.BOCHS: KnownFormat(
         "a disk of Bochs", (Magic(0, b"Bochs Virtual HD Image\0"),), writable=False
     ),
-    ImageFormat.CLOOP: Known(
+    ImageFormat.CLOOP: KnownFormat(
         "a cloop image", (Magic(0, b"#!/bin/sh\n#V2.0 Format\n"),), writable=False
     ),
-    ImageFormat.LUKS: Known("encrypted with LUKS", (Magic(0, b"LUKS\xba\xbe"),)),
+    ImageFormat.LUKS: KnownFormat("encrypted with LUKS", (Magic(0, b"LUKS\xba\xbe"),)),
 }
 """All formats but raw. An unknown version of qcow2 counts as qcow2: QEMU says what is wrong."""
 
@@ -92,7 +94,7 @@ class ForeignFormatError(FilesystemError):
     """The bytes of a disk are those of an image file, whose format is not read here."""
 
 
-def format_of(read: Read, size: int, *, footers: bool = True) -> ImageFormat | None:
+def format_of(read: ReadAt, size: int, *, footers: bool = True) -> ImageFormat | None:
     """Return the format that an image of `size` bytes says it has, None for raw bytes.
 
     Without `footers` only the first sector is read.

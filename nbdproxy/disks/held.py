@@ -18,7 +18,7 @@ _PRUNE_AT_LEAST = 1024
 """Covering pieces below which looking for those that are not needed is not worth the while."""
 
 
-class Kind(Enum):
+class HeldKind(Enum):
     """What a held piece will do to the disk below."""
 
     DATA = auto()
@@ -30,7 +30,7 @@ class Held(NamedTuple):
     """One held piece: its place in the order of writes, and where its data is in the scratch."""
 
     order: int
-    kind: Kind
+    kind: HeldKind
     position: int
 
 

@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.fallocate import punch_hole
-from nbdproxy.disks.held import Held, History, Kind, Ticket, held_map, shift
+from nbdproxy.disks.held import Held, HeldKind, History, Ticket, held_map, shift
 from nbdproxy.disks.scratch import close_scratch, open_scratch, write_scratch
 from nbdproxy.extents import Extent, ExtentMap, ExtentSet
 
-__all__ = ["Kind", "Layer", "Ticket", "VolatileDisk"]
+__all__ = ["HeldKind", "Layer", "Ticket", "VolatileDisk"]
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ class VolatileDisk:
             piece = buffer[start - offset : end - offset]
             if held is None:
                 self._below.pread_into(start, piece)
-            elif held.kind is Kind.DATA:
+            elif held.kind is HeldKind.DATA:
                 os.preadv(self._scratch, [piece], held.position)
             else:
                 piece[:] = bytes(len(piece))
@@ -135,7 +135,7 @@ class VolatileDisk:
         position = self._end
         write_scratch(self._scratch, data, position)
         self._end += len(data)
-        self._hold(offset, len(data), Kind.DATA, position)
+        self._hold(offset, len(data), HeldKind.DATA, position)
 
     def zero(
         self,
@@ -146,17 +146,17 @@ class VolatileDisk:
         fast: bool = False,  # noqa: ARG002 - holding is
     ) -> None:
         """Hold zeroes for a range."""
-        self._hold(offset, length, Kind.HOLE if may_punch else Kind.ZERO, 0)
+        self._hold(offset, length, HeldKind.HOLE if may_punch else HeldKind.ZERO, 0)
 
     def trim(self, offset: int, length: int, *, fast: bool = False) -> None:  # noqa: ARG002
         """Hold a trim of a range; it reads as zeroes."""
-        self._hold(offset, length, Kind.HOLE, 0)
+        self._hold(offset, length, HeldKind.HOLE, 0)
 
     def will_need(self, offset: int, length: int) -> None:
         """Hand the hint on."""
         self._below.will_need(offset, length)
 
-    def _hold(self, offset: int, length: int, kind: Kind, position: int) -> None:
+    def _hold(self, offset: int, length: int, kind: HeldKind, position: int) -> None:
         self._order += 1
         held = Held(self._order, kind, position)
         self._last = ticket = Ticket(offset, length, held)
@@ -251,7 +251,7 @@ class VolatileDisk:
         needed = ExtentSet()
         for pieces in (self._newest, *self._tickets.values()):
             for start, end, held in pieces:
-                if held.kind is Kind.DATA:
+                if held.kind is HeldKind.DATA:
                     needed.add(held.position, held.position + end - start)
         runs, self._dropped = self._dropped, ExtentSet()
         unshown = []
@@ -308,7 +308,7 @@ class VolatileDisk:
             for order, pieces in self._tickets.items():
                 if order < held.order:
                     pieces.remove(start, end)
-            data = held.kind is Kind.DATA
+            data = held.kind is HeldKind.DATA
             self._give_back([(held.position, held.position + ticket.length)] if data else [])
 
     def land_pieces(self, pieces: Iterable[tuple[Ticket, int, int]]) -> None:
@@ -326,9 +326,9 @@ class VolatileDisk:
         self._below.sync()
 
     def _put(self, offset: int, length: int, held: Held) -> None:
-        if held.kind is Kind.ZERO:
+        if held.kind is HeldKind.ZERO:
             self._below.zero(offset, length, may_punch=False)
-        elif held.kind is Kind.HOLE:
+        elif held.kind is HeldKind.HOLE:
             self._below.trim(offset, length)
         else:
             while length:
@@ -352,7 +352,7 @@ class VolatileDisk:
         for start, end, held in segments:
             if held is None:
                 yield from self._below.data_extents(start, end - start)
-            elif held.kind is Kind.DATA:
+            elif held.kind is HeldKind.DATA:
                 yield Extent(start, end - start)
 
     def sync(self) -> None:

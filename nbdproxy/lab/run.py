@@ -27,7 +27,7 @@ from nbdproxy.lab.guest.build import Lab
 from nbdproxy.lab.guest.cache import silent
 from nbdproxy.lab.guest.initramfs import MARK
 from nbdproxy.lab.guest.kernel import MOUNT_PROGRAMS
-from nbdproxy.lab.workloads.workloads import End, Ending, Workload, render
+from nbdproxy.lab.workloads.workloads import End, RunEnd, Workload, render
 
 CACHE_MODES = ("none", "writeback", "writethrough", "directsync", "unsafe")
 
@@ -84,7 +84,7 @@ def run(
     workload: Workload,
     target: Path | str,
     *,
-    ending: Ending | None = None,
+    ending: RunEnd | None = None,
     cache_mode: str = "writeback",
     device: str = "virtio-blk",
     image_format: str = "raw",
@@ -209,7 +209,7 @@ class _Watch:
     """Follows one guest by its serial port."""
 
     workload: Workload
-    ending: Ending
+    ending: RunEnd
     time_limit_s: float | None
     on_line: Callable[[str], None]
     started_at: float = field(default_factory=time.monotonic)

@@ -38,7 +38,7 @@ class Closed(NamedTuple):
     """The client said good-bye (DISC in transmission, ABORT before): nothing more is read."""
 
 
-Event = Request | Refused | Send | StartTls | Opened | Closed
+ServerEvent = Request | Refused | Send | StartTls | Opened | Closed
 """What a server is told."""
 
 

@@ -24,7 +24,7 @@ from nbdproxy.nbd.constants import (
     TlsMode,
     TransmissionFlag,
 )
-from nbdproxy.nbd.events import Closed, Event, Opened, Send, StartTls
+from nbdproxy.nbd.events import Closed, Opened, Send, ServerEvent, StartTls
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.tables import OPTION_RULES, Body, Needs, OptionRule, Terms
 
@@ -56,7 +56,7 @@ class Haggling:
         self._now = _Negotiated()
         # What the last option asked of INFO, if it did: GO has to tell the same then.
         self._informed: tuple[bytes, list[int]] | None = None
-        self._answers: dict[int, Callable[[Any], list[Event]]] = {
+        self._answers: dict[int, Callable[[Any], list[ServerEvent]]] = {
             Option.EXPORT_NAME: self._export_name,
             Option.ABORT: self._abort,
             Option.LIST: self._list,
@@ -69,7 +69,7 @@ class Haggling:
             Option.EXTENDED_HEADERS: self._extended_headers,
         }
 
-    def answer(self, option: int, body: bytes) -> list[Event]:
+    def answer(self, option: int, body: bytes) -> list[ServerEvent]:
         """Return what an option leads to; raises ProtocolError where no reply is possible."""
         rule = OPTION_RULES.get(option)
         if option == Option.SET_META_CONTEXT:
@@ -85,7 +85,7 @@ class Haggling:
         self._informed = parsed if option == Option.INFO else None
         return events
 
-    def _refuse(self, option: int, rule: OptionRule | None) -> list[Event]:
+    def _refuse(self, option: int, rule: OptionRule | None) -> list[ServerEvent]:
         """Return the error for an option that may not be asked now, whatever its data."""
         name_only = option == Option.EXPORT_NAME
         if not (self.fixed or name_only):
@@ -131,18 +131,18 @@ class Haggling:
         self.terms = terms
         return Opened(terms.export.name)
 
-    def _export_name(self, name: bytes) -> list[Event]:
+    def _export_name(self, name: bytes) -> list[ServerEvent]:
         terms = self._terms_for(name)
         if terms is None:
             raise ProtocolError("EXPORT_NAME asked for an export that does not exist")
         hello = codec.export_name_reply(terms.export.size, terms.flags, zeroes=self.zeroes)
         return [Send(hello), self._open(terms)]
 
-    def _abort(self, _: bytes) -> list[Event]:
+    def _abort(self, _: bytes) -> list[ServerEvent]:
         self.closed = True
         return [_ack(Option.ABORT), Closed()]
 
-    def _list(self, _: bytes) -> list[Event]:
+    def _list(self, _: bytes) -> list[ServerEvent]:
         listed = [
             codec.counted_name(codec.encode_name(export.name))
             + codec.encode_name(export.description)
@@ -150,23 +150,23 @@ class Haggling:
         ]
         return _replies(Option.LIST, OptionReply.SERVER, listed)
 
-    def _starttls(self, _: bytes) -> list[Event]:
+    def _starttls(self, _: bytes) -> list[ServerEvent]:
         if self._tls is TlsMode.OFF:
             return [_error(Option.STARTTLS, _ERR.ERR_POLICY, "this server is set up without TLS")]
         self._encrypted = True
         self._now = _Negotiated()
         return [_ack(Option.STARTTLS), StartTls()]
 
-    def _info(self, asked: tuple[bytes, list[int]]) -> list[Event]:
+    def _info(self, asked: tuple[bytes, list[int]]) -> list[ServerEvent]:
         return self._describe(Option.INFO, *asked)[1]
 
-    def _go(self, asked: tuple[bytes, list[int]]) -> list[Event]:
+    def _go(self, asked: tuple[bytes, list[int]]) -> list[ServerEvent]:
         terms, replies = self._describe(Option.GO, *asked)
         return [*replies, self._open(terms)] if terms else replies
 
     def _describe(
         self, option: Option, name: bytes, infos: list[int]
-    ) -> tuple[Terms | None, list[Event]]:
+    ) -> tuple[Terms | None, list[ServerEvent]]:
         terms = self._terms_for(name)
         if terms is None:
             return None, [_unknown(option)]
@@ -183,20 +183,20 @@ class Haggling:
         told.append(codec.info_block_size(export))
         return terms, _replies(option, OptionReply.INFO, told)
 
-    def _structured_reply(self, _: bytes) -> list[Event]:
+    def _structured_reply(self, _: bytes) -> list[ServerEvent]:
         self._now.style = ReplyStyle.STRUCTURED
         return [_ack(Option.STRUCTURED_REPLY)]
 
-    def _extended_headers(self, _: bytes) -> list[Event]:
+    def _extended_headers(self, _: bytes) -> list[ServerEvent]:
         self._now.style = ReplyStyle.EXTENDED
         return [_ack(Option.EXTENDED_HEADERS)]
 
-    def _list_meta_context(self, asked: tuple[bytes, list[bytes]]) -> list[Event]:
+    def _list_meta_context(self, asked: tuple[bytes, list[bytes]]) -> list[ServerEvent]:
         _, queries = asked
         wanted = not queries or bool({ALLOCATION.encode(), _NAMESPACE.encode()} & set(queries))
         return self._contexts(Option.LIST_META_CONTEXT, asked, 0 if wanted else None)
 
-    def _set_meta_context(self, asked: tuple[bytes, list[bytes]]) -> list[Event]:
+    def _set_meta_context(self, asked: tuple[bytes, list[bytes]]) -> list[ServerEvent]:
         name, queries = asked
         chosen = ALLOCATION.encode() in queries
         replies = self._contexts(Option.SET_META_CONTEXT, asked, ALLOCATION_ID if chosen else None)
@@ -206,7 +206,7 @@ class Haggling:
 
     def _contexts(
         self, option: Option, asked: tuple[bytes, list[bytes]], number: int | None
-    ) -> list[Event]:
+    ) -> list[ServerEvent]:
         """Return the replies that name our one context, by `number` if it was asked for."""
         name, queries = asked
         if self._resolve(name) is None:
@@ -234,7 +234,7 @@ def _ack(option: int) -> Send:
     return Send(codec.option_reply(option, OptionReply.ACK))
 
 
-def _replies(option: int, kind: OptionReply, told: list[bytes]) -> list[Event]:
+def _replies(option: int, kind: OptionReply, told: list[bytes]) -> list[ServerEvent]:
     """Return one reply for each of `told`, and the ACK behind them."""
     return [*(Send(codec.option_reply(option, kind, data)) for data in told), _ack(option)]
 

@@ -34,7 +34,7 @@ from nbdproxy.nbd.constants import (
     TlsMode,
     TransmissionFlag,
 )
-from nbdproxy.nbd.events import Closed, Event, Refused, StartTls
+from nbdproxy.nbd.events import Closed, Refused, ServerEvent, StartTls
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.haggling import Haggling
 from nbdproxy.nbd.tables import BAD_FILTER, UNEXPECTED_PAYLOAD, Refusal, Terms
@@ -80,14 +80,14 @@ class ServerConnection:
         self._options = 0
         self._most = max(MAX_OPTIONS, MAX_OPTIONS_PER_EXPORT * len(exports))
 
-    def receive(self, data: memoryview, *, owed: int = 1 << 62) -> tuple[int, list[Event]]:
+    def receive(self, data: memoryview, *, owed: int = 1 << 62) -> tuple[int, list[ServerEvent]]:
         """Return how many bytes of `data` were used, and what they meant, in order.
 
         Payloads of the events are views into `data`. When the stream cannot be followed any
         further, `breach` is set and the connection is closed; the events before that still count.
         No request is taken any more once the replies to those before it hold `owed` bytes of data.
         """
-        events: list[Event] = []
+        events: list[ServerEvent] = []
         try:
             return self._receive(data, events, owed), events
         except ProtocolError as breach:
@@ -100,7 +100,7 @@ class ServerConnection:
         assert self.phase is Phase.TLS
         self.phase = Phase.OPTIONS
 
-    def _receive(self, data: memoryview, events: list[Event], owed: int) -> int:
+    def _receive(self, data: memoryview, events: list[ServerEvent], owed: int) -> int:
         used = 0
         while True:
             match self.phase:
@@ -137,7 +137,7 @@ class ServerConnection:
         self.needed = codec.OPTION.size
         return codec.CLIENT_FLAGS.size
 
-    def _option(self, data: memoryview, events: list[Event]) -> int:
+    def _option(self, data: memoryview, events: list[ServerEvent]) -> int:
         self.needed = codec.OPTION.size
         if len(data) < codec.OPTION.size:
             return 0
@@ -165,7 +165,7 @@ class ServerConnection:
             self.phase = Phase.TLS
         return used
 
-    def _compact(self, data: memoryview, events: list[Event], owed: int) -> int:
+    def _compact(self, data: memoryview, events: list[ServerEvent], owed: int) -> int:
         """Read as many whole requests as there are; the hot loop of the server."""
         assert self.terms is not None
         refusal, unpack, header = self.terms.refusal, codec.REQUEST.unpack_from, codec.REQUEST.size
@@ -198,7 +198,7 @@ class ServerConnection:
             at = body
         return at
 
-    def _extended(self, data: memoryview, events: list[Event], owed: int) -> int:
+    def _extended(self, data: memoryview, events: list[ServerEvent], owed: int) -> int:
         """The same with extended headers, where any request may have a payload."""
         unpack, header = codec.EXTENDED_REQUEST.unpack_from, codec.EXTENDED_REQUEST.size
         at, end = 0, len(data)
@@ -246,7 +246,7 @@ class ServerConnection:
             return request, UNEXPECTED_PAYLOAD
         return request, self.terms.refusal(*request[:2], *request[3:5])
 
-    def _disconnect(self, events: list[Event], end: int) -> int:
+    def _disconnect(self, events: list[ServerEvent], end: int) -> int:
         self.phase = Phase.CLOSED
         events.append(Closed())
         return end

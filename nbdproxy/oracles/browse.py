@@ -1,8 +1,8 @@
 """A filesystem of a state as folders and files to be gone through, whoever reads it.
 
-`Shown` is one mount of it, by the guest's paths; no link is followed but on the way to a path that
-is asked for. Where something cannot be read, CorruptError says that the guest's kernel could not
-read it either, UnsupportedError that it cannot be told here.
+`ShownMount` is one mount of it, by the guest's paths; no link is followed but on the way to a path
+that is asked for. Where something cannot be read, CorruptError says that the guest's kernel could
+not read it either, UnsupportedError that it cannot be told here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nbdproxy.oracles.filesystems import open_filesystem
 from nbdproxy.oracles.mounts import Mount
 
 
-class Kind(StrEnum):
+class FileType(StrEnum):
     """What a name stands for."""
 
     FILE = "file"
@@ -45,7 +45,7 @@ class Found(NamedTuple):
     path      the guest's, in bytes
     mode      type and permissions, as in stat(2)
     mtime_ns  when it was changed last, in nanoseconds since 1970
-    node      how `Shown` knows it
+    node      how `ShownMount` knows it
     key       the same for all names of one thing
     """
 
@@ -57,10 +57,14 @@ class Found(NamedTuple):
     key: tuple[int, ...]
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> FileType:
         """What it is."""
-        kinds = {stat.S_IFREG: Kind.FILE, stat.S_IFDIR: Kind.FOLDER, stat.S_IFLNK: Kind.LINK}
-        return kinds.get(stat.S_IFMT(self.mode), Kind.OTHER)
+        kinds = {
+            stat.S_IFREG: FileType.FILE,
+            stat.S_IFDIR: FileType.FOLDER,
+            stat.S_IFLNK: FileType.LINK,
+        }
+        return kinds.get(stat.S_IFMT(self.mode), FileType.OTHER)
 
     @property
     def what(self) -> str:
@@ -68,7 +72,7 @@ class Found(NamedTuple):
         return _NAMES.get(stat.S_IFMT(self.mode), "of an unknown type")
 
 
-class Shown(Protocol):
+class ShownMount(Protocol):
     """One mount of a state."""
 
     def find(self, path: bytes) -> Found | None:
@@ -99,7 +103,7 @@ class NotMountedError(FilesystemError):
 
 
 class ShownExt:
-    """Satisfies `Shown` for what is read here, the ext family."""
+    """Satisfies `ShownMount` for what is read here, the ext family."""
 
     def __init__(self, device: ReadableDevice, mount: Mount) -> None:
         """Raise FilesystemError if there is nothing that can be read."""

@@ -68,7 +68,7 @@ class PartlyListedError(FilesystemError):
         self.paths = paths
 
 
-class Outcome(NamedTuple):
+class FileCheck(NamedTuple):
     """What became of one file; `doubt` says why, where that cannot be told."""
 
     condition: Condition
@@ -83,7 +83,7 @@ class Outcome(NamedTuple):
         return Verdict.FAIL if is_known else Verdict.UNKNOWN
 
 
-_OUTCOMES = {condition: Outcome(condition) for condition in Condition}
+_OUTCOMES = {condition: FileCheck(condition) for condition in Condition}
 MISSING = _OUTCOMES[Condition.MISSING]
 """Millions of files have the same."""
 
@@ -185,14 +185,14 @@ def paths(device: ReadableDevice, *, mount: Mount = ONLY) -> list[str]:
     return found
 
 
-def outcome(entry: Entry, judge: Callable[[], Condition]) -> Outcome:
+def outcome(entry: Entry, judge: Callable[[], Condition]) -> FileCheck:
     """Return what `judge` says about a file, or what its failure to read the file means."""
     try:
         return _OUTCOMES[judge()]
     except CorruptError:
         return _OUTCOMES[Condition.UNREADABLE]
     except UnsupportedError as error:
-        return Outcome(Condition.CANNOT_BE_TOLD, f"{entry.path}: {error}")
+        return FileCheck(Condition.CANNOT_BE_TOLD, f"{entry.path}: {error}")
 
 
 def condition_of(

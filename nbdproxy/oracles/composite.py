@@ -21,15 +21,17 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entries, Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
-from nbdproxy.oracles.oracle import Digests, Follower, Oracle
-from nbdproxy.oracles.watched import Range, Reads
+from nbdproxy.oracles.oracle import EarlierDigests, Follower, Oracle
+from nbdproxy.oracles.watched import ReadRange, Reads
 from nbdproxy.sizes import plural
 
 
 class TreeFollower:
     """Judges the files of a manifest in one state after the other, wherever in a tree they are."""
 
-    def __init__(self, oracle: Oracle, manifest: Manifest, earlier: Digests, tree: Tree) -> None:
+    def __init__(
+        self, oracle: Oracle, manifest: Manifest, earlier: EarlierDigests, tree: Tree
+    ) -> None:
         parts, self._unknown = split(manifest, tree)
         self._manifest = manifest
         self._parts: list[tuple[Mount, Manifest, Follower]] = [
@@ -42,7 +44,7 @@ class TreeFollower:
     @property
     def reads(self) -> Reads | None:
         """What of the disk the last findings depend on; None if that cannot be told."""
-        found: list[Range] = []
+        found: list[ReadRange] = []
         for (_, _, follower), said in zip(self._parts, self._last, strict=True):
             # That a disk is blank is not seen in what the oracle read.
             reads = follower.reads if said.conditions else None

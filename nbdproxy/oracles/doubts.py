@@ -21,11 +21,11 @@ from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
-from nbdproxy.oracles.plans import IN_MEMORY, Plan
+from nbdproxy.oracles.plans import IN_MEMORY, MountPlan
 from nbdproxy.oracles.stores import Disks, Unread
 
 
-def with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
+def with_doubts(disks: Disks, plan: MountPlan, manifest: Manifest) -> list[Tree]:
     """Return the trees of a plan, with the files of which it does not say where they are.
 
     Content is read where there is a doubt only: all of it at most once in each state that `disks`
@@ -45,7 +45,7 @@ def with_doubts(disks: Disks, plan: Plan, manifest: Manifest) -> list[Tree]:
     return replace(plan, doubtful=doubtful).trees(disks)
 
 
-def loose(disks: Disks, plan: Plan) -> list[Unread]:
+def loose(disks: Disks, plan: MountPlan) -> list[Unread]:
     """Return what cannot be read and is mounted nobody knows where."""
     used = {(disk, mount.partition) for disk, mount in plan.spots.values()}
     apart = [one for place, one in disks.partial.items() if place not in used]
@@ -65,7 +65,7 @@ def _is_in_memory(path: str) -> bool:
     return f"{path}/".startswith(IN_MEMORY)
 
 
-def _unshown(disks: Disks, plan: Plan, entries: Iterable[Entry]) -> set[str]:
+def _unshown(disks: Disks, plan: MountPlan, entries: Iterable[Entry]) -> set[str]:
     """Return files that are not whole, in directories in which no file is whole.
 
     One file of each directory is read, and all of those in which that one is not whole.
@@ -91,7 +91,7 @@ def _shown(whole: dict[str, Entry]) -> set[str]:
 
 
 def _elsewhere(
-    disks: Disks, plan: Plan, manifest: Manifest, here: Collection[str]
+    disks: Disks, plan: MountPlan, manifest: Manifest, here: Collection[str]
 ) -> dict[str, str]:
     """Return files that a filesystem has which is mounted nowhere, and where it may be mounted.
 
@@ -109,7 +109,7 @@ def _elsewhere(
     lost = asked - _whole(disks, plan, _of(manifest, asked)).keys()
     found: dict[str, str] = {}
     for guess, files in possible:
-        alone = Plan({guess.point: guess.store.mount(guess.point, guess.root)})
+        alone = MountPlan({guess.point: guess.store.mount(guess.point, guess.root)})
         there = _whole(disks, alone, _of(manifest, files & lost))
         if _shown(there):
             why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
@@ -117,7 +117,7 @@ def _elsewhere(
     return found
 
 
-def _whole(disks: Disks, plan: Plan, entries: Iterable[Entry]) -> dict[str, Entry]:
+def _whole(disks: Disks, plan: MountPlan, entries: Iterable[Entry]) -> dict[str, Entry]:
     """Return the files that are whole in a plan, in one of the states of the disks at least."""
     asked = {entry.path: entry for entry in entries}
     found: dict[str, Entry] = {}

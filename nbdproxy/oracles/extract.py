@@ -20,7 +20,7 @@ from nbdproxy.disks.copying import write_blocks
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles.blank import what_is_blank
-from nbdproxy.oracles.browse import Found, Kind, NotMountedError, Shown
+from nbdproxy.oracles.browse import FileType, Found, NotMountedError, ShownMount
 from nbdproxy.oracles.check import absolute, shown
 from nbdproxy.oracles.ext4.faults import CorruptError
 from nbdproxy.oracles.mounts import Tree, is_below
@@ -51,14 +51,14 @@ class Extracted:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     refused: str | None = None
 
-    def count(self, kind: Kind) -> int:
+    def count(self, kind: FileType) -> int:
         """Return how many of a kind were written."""
         return sum(one.kind is kind for one in self.written)
 
     @property
     def size(self) -> int:
         """The bytes of all files together, holes included."""
-        return sum(one.size for one in self.written if one.kind is Kind.FILE)
+        return sum(one.size for one in self.written if one.kind is FileType.FILE)
 
     def note(self, path: bytes | str, error: Exception) -> None:
         """Take note of what could not be read."""
@@ -136,7 +136,7 @@ class _Writer:
         self._made: list[Found] = []
         self._met: set[tuple[int, ...]] = set()
 
-    def take(self, view: Shown, path: str, *, only_look: bool) -> None:
+    def take(self, view: ShownMount, path: str, *, only_look: bool) -> None:
         """Write what stands at a path, and all below it, or only say if it is not there."""
         try:
             top = view.find(absolute(path))
@@ -157,7 +157,7 @@ class _Writer:
         todo = [top]
         while todo:
             one = todo.pop()
-            if self._write(view, one) and one.kind is Kind.FOLDER:
+            if self._write(view, one) and one.kind is FileType.FOLDER:
                 todo += reversed(list(self._below(view, one)))
 
     def finish(self) -> None:
@@ -168,7 +168,7 @@ class _Writer:
                 os.fchmod(fd, one.mode & 0o777 | 0o700)
                 os.utime(fd, ns=(one.mtime_ns, one.mtime_ns))
 
-    def _below(self, view: Shown, folder: Found) -> Iterator[Found]:
+    def _below(self, view: ShownMount, folder: Found) -> Iterator[Found]:
         if folder.key in self._met or len(_names(folder.path)) > DEPTH_MAX:
             self._found.doubtful.append((shown(folder.path), "it is a folder within itself"))
             return
@@ -184,17 +184,17 @@ class _Writer:
             else:
                 self._found.note(*one)
 
-    def _write(self, view: Shown, one: Found) -> bool:
+    def _write(self, view: ShownMount, one: Found) -> bool:
         """Write one name; tell whether it is there."""
-        if one.kind is Kind.OTHER:
+        if one.kind is FileType.OTHER:
             self._found.skipped.append((shown(one.path), f"it is {one.what}"))
             return False
         *way, name = _names(one.path) or [b"."]
         try:
             with self._opened(way) as fd:
-                if one.kind is Kind.FILE:
+                if one.kind is FileType.FILE:
                     self._write_file(view, one, name, fd)
-                elif one.kind is Kind.LINK:
+                elif one.kind is FileType.LINK:
                     os.symlink(view.target(one), name, dir_fd=fd)
                     os.utime(
                         name, ns=(one.mtime_ns, one.mtime_ns), dir_fd=fd, follow_symlinks=False
@@ -215,7 +215,7 @@ class _Writer:
         self._tell(self._found)
         return True
 
-    def _write_file(self, view: Shown, one: Found, name: bytes, folder: int) -> None:
+    def _write_file(self, view: ShownMount, one: Found, name: bytes, folder: int) -> None:
         fd = os.open(name, _NEW, 0o600, dir_fd=folder)
         try:
             os.ftruncate(fd, one.size)

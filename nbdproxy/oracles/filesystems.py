@@ -117,7 +117,7 @@ def _is_fat(boot: bytes) -> bool:
     )
 
 
-class Node(Protocol):
+class FileNode(Protocol):
     """What a path leads to."""
 
     @property
@@ -141,7 +141,7 @@ class Node(Protocol):
         ...
 
 
-N = TypeVar("N", bound=Node)
+N = TypeVar("N", bound=FileNode)
 
 
 class Mounted(Protocol[N]):

@@ -20,7 +20,7 @@ from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles import moves, rivals
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree, above, is_below
-from nbdproxy.oracles.plans import Plan
+from nbdproxy.oracles.plans import MountPlan
 from nbdproxy.oracles.rivals import Place
 from nbdproxy.oracles.stores import Disks, Store
 
@@ -48,7 +48,7 @@ class Guess:
         return self.store.roots.index(self.root)
 
 
-def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
+def by_files(disks: Disks, given: MountPlan, manifest: Manifest) -> MountPlan:
     """Return a plan with what the files show of the filesystems that it does not have yet.
 
     Without any, if none of them has a file for certain. Raises FilesystemError if two filesystems
@@ -73,7 +73,7 @@ def by_files(disks: Disks, given: Plan, manifest: Manifest) -> Plan:
     return plan
 
 
-def _first(disks: Disks, plan: Plan, manifest: Manifest) -> Guess | None:
+def _first(disks: Disks, plan: MountPlan, manifest: Manifest) -> Guess | None:
     """Return what has most of the files: as they are named, or if none is, below a mount point.
 
     Where a system is, and has none of them, it is what all others are mounted in.
@@ -125,7 +125,7 @@ def _may_show(disks: Disks, guess: Guess) -> bool:
     return moves.may_show_at(has, guess.point, files)
 
 
-def _may_join(disks: Disks, plan: Plan, guess: Guess) -> bool:
+def _may_join(disks: Disks, plan: MountPlan, guess: Guess) -> bool:
     """Tell whether a filesystem may be mounted in a tree that is known without it.
 
     Not where what it is mounted on has the directories of its files: they may have been there.
@@ -142,12 +142,12 @@ def _may_join(disks: Disks, plan: Plan, guess: Guess) -> bool:
 
 def _alone(disks: Disks, guess: Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
     """Return the trees with nothing but a guess, and the files that belong there."""
-    plan = Plan({guess.point: guess.store.mount(guess.point, guess.root)})
+    plan = MountPlan({guess.point: guess.store.mount(guess.point, guess.root)})
     below = [entry for entry in manifest.entries if is_below(entry.path, guess.point)]
     return plan.trees(disks), Manifest(tuple(below))
 
 
-def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> Guess | None:
+def _next(disks: Disks, plan: MountPlan, entries: dict[str, Entry]) -> Guess | None:
     """Return the filesystem that has most of the files which are on none yet."""
     known = plan.known(disks)
     rest = [path for path in entries if path not in known]
@@ -173,7 +173,7 @@ def _next(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> Guess | None:
     return None
 
 
-def _doubt(disks: Disks, plan: Plan, entries: dict[str, Entry]) -> None:
+def _doubt(disks: Disks, plan: MountPlan, entries: dict[str, Entry]) -> None:
     """Note files that a filesystem which is not in the plan has as well, if it is mounted above."""
     known = plan.known(disks)
     there = [path for path in entries if path in known]
@@ -198,7 +198,7 @@ def shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[Guess]
             yield Guess(store, point, root, frozenset(files))
 
 
-def unused(disks: Disks, plan: Plan) -> Iterator[Store]:
+def unused(disks: Disks, plan: MountPlan) -> Iterator[Store]:
     """Yield the filesystems that are mounted nowhere, and subvolumes that are not."""
     for store in disks.parts:
         used = {
@@ -212,7 +212,7 @@ def unused(disks: Disks, plan: Plan) -> Iterator[Store]:
             yield replace(store, roots=tuple(root for root in store.roots if root not in used))
 
 
-def covered(plan: Plan, point: str, paths: Collection[str]) -> set[str]:
+def covered(plan: MountPlan, point: str, paths: Collection[str]) -> set[str]:
     """Return the files that a plan has below a point, and not below another mount there."""
     inner = [other for other in plan.spots if other != point and is_below(other, point)]
     return {

@@ -23,8 +23,8 @@ from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import (
     MISSING,
+    FileCheck,
     Findings,
-    Outcome,
     Verdict,
     absolute,
     check,
@@ -34,11 +34,11 @@ from nbdproxy.oracles.check import (
 )
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.inode import Inode
-from nbdproxy.oracles.ext4.traced import Failure, Kind, TracedFilesystem
+from nbdproxy.oracles.ext4.traced import AnswerKind, KeptError, TracedFilesystem
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Mount
 from nbdproxy.oracles.remount import Remount, SeveralError
-from nbdproxy.oracles.watched import EVERYTHING, Range, Reads, WatchedDevice
+from nbdproxy.oracles.watched import EVERYTHING, ReadRange, Reads, WatchedDevice
 
 PENDING_MAX = 4096  # changes kept for the mount's next update; a few states' worth
 Earlier = Mapping[str, Collection[str]]
@@ -60,7 +60,7 @@ class IncrementalCheck:
         self._files: _Files | None = None
         self._has_mounted = False
         # What changed since the mount was last brought up to date.
-        self._pending: list[Range] = []
+        self._pending: list[ReadRange] = []
         self._findings: Findings | None = None
         self._reads: Reads | None = EVERYTHING
 
@@ -147,7 +147,7 @@ class IncrementalCheck:
         self._findings, self._reads = None, EVERYTHING
 
 
-def _fewer(ranges: list[Range]) -> list[Range]:
+def _fewer(ranges: list[ReadRange]) -> list[ReadRange]:
     """Return ranges that hold all of these, and are not many: more than these if need be."""
     merged = Reads(ranges).ranges()
     return merged if 2 * len(merged) <= PENDING_MAX else [(merged[0][0], merged[-1][1])]
@@ -167,7 +167,7 @@ class _Files:
         self._entries = manifest.entries
         self._earlier = earlier
         self._paths = list(manifest.paths())
-        self._nodes: list[Inode | Failure | None] = [None] * len(self._paths)
+        self._nodes: list[Inode | KeptError | None] = [None] * len(self._paths)
         self._folders: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
         for file, path in enumerate(self._paths):
             self._folders[posixpath.dirname(path)].append(file)
@@ -229,11 +229,11 @@ class _Files:
         del self._lost[number]
         return self._folders[folder]
 
-    def _follow(self, file: int) -> Inode | Failure | None:
+    def _follow(self, file: int) -> Inode | KeptError | None:
         entry = self._entries[file]
         return self._filesystem.follow(file, absolute(entry.path), follow_last=entry.target is None)
 
-    def _judge(self, file: int) -> Outcome:
+    def _judge(self, file: int) -> FileCheck:
         entry = self._entries[file]
         earlier = self._earlier.get(entry.path, ())
         self._view.take()
@@ -241,16 +241,16 @@ class _Files:
             entry, partial(_condition, self._filesystem, self._nodes[file], entry, earlier)
         )
         read = self._filesystem.blocks_of(self._view.take())
-        self._filesystem.index.put((Kind.CONTENT, file), read)
+        self._filesystem.index.put((AnswerKind.CONTENT, file), read)
         return found
 
 
 def _condition(
     filesystem: TracedFilesystem,
-    node: Inode | Failure | None,
+    node: Inode | KeptError | None,
     entry: Entry,
     earlier: Collection[str],
 ) -> Condition:
-    if isinstance(node, Failure):
+    if isinstance(node, KeptError):
         raise node.error()
     return condition_of(filesystem, node, entry, earlier)

@@ -24,7 +24,7 @@ from nbdproxy.oracles.doubts import loose, with_doubts
 from nbdproxy.oracles.manifest import Entries, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.plans import Plan, Told, by_fstab, completed, told
+from nbdproxy.oracles.plans import GivenMount, MountPlan, by_fstab, completed, told
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.resolutions import Resolution, resolutions
 from nbdproxy.oracles.rivals import Place
@@ -42,7 +42,7 @@ class Where:
 
     root: str | None = None
     partition: int | None = None
-    mounts: tuple[Told, ...] = ()
+    mounts: tuple[GivenMount, ...] = ()
 
 
 ANYWHERE = Where()
@@ -179,7 +179,7 @@ def _left_out(
     """
     disks = Disks(oracle, [device])
     top = next((s for s in disks.parts if partition in {_number(device, s.part), s.part}), None)
-    plans = [p for p in by_fstab(disks, Plan(), frozenset()) if top and p.top == (0, top.part)]
+    plans = [p for p in by_fstab(disks, MountPlan(), frozenset()) if top and p.top == (0, top.part)]
     if top is None or len(plans) != 1:
         return {}
     (tree,) = plans[0].trees(disks)
@@ -207,7 +207,7 @@ def _number(device: ReadableDevice, key: PartitionName) -> int | None:
 
 
 def _resolved(
-    plan: Plan, disks: Disks, manifest: Manifest, where: Where, *, as_named: bool = False
+    plan: MountPlan, disks: Disks, manifest: Manifest, where: Where, *, as_named: bool = False
 ) -> Manifest:
     """Return a manifest with the paths that its files have under a plan.
 
@@ -227,7 +227,9 @@ def _resolved(
     return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, sure)
 
 
-def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[Plan, Manifest]:
+def _best(
+    disks: Disks, given: MountPlan, manifest: Manifest, where: Where
+) -> tuple[MountPlan, Manifest]:
     """Return the plan under which most of the files are there, and the manifest with its paths."""
     names = frozenset(manifest.paths())
     is_absolute = all(path.startswith("/") for path in names)
@@ -242,9 +244,9 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
         raise _matches_nothing(disks)
     if not disks.parts:
         if where.root is not None and len(disks.hidden) == len(disks.closed) <= 1:
-            return Plan({"/": (0, Mount())}), manifest  # as soon as there is any, it is that
+            return MountPlan({"/": (0, Mount())}), manifest  # as soon as there is any, it is that
         raise _nothing_readable(disks)
-    singles = [Plan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
+    singles = [MountPlan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
     if len(singles) == 1 and not disks.hidden and not given.spots:
         return _on_the_only_one(disks, singles[0], manifest, where)
     if is_absolute:
@@ -262,8 +264,8 @@ def _best(disks: Disks, given: Plan, manifest: Manifest, where: Where) -> tuple[
 
 
 def _on_the_only_one(
-    disks: Disks, single: Plan, manifest: Manifest, where: Where
-) -> tuple[Plan, Manifest]:
+    disks: Disks, single: MountPlan, manifest: Manifest, where: Where
+) -> tuple[MountPlan, Manifest]:
     """Return the plan of the only filesystem that there is, and the manifest with its paths.
 
     Where no change of all paths fits, it may be a data disk with some of a whole guest's files.
@@ -274,7 +276,7 @@ def _on_the_only_one(
         raise
     except ManifestError:
         if all(entry.path.startswith("/") for entry in manifest.entries):
-            plan = guesses.by_files(disks, Plan(), manifest)
+            plan = guesses.by_files(disks, MountPlan(), manifest)
             if plan.spots:
                 return plan, manifest
         raise
@@ -282,14 +284,14 @@ def _on_the_only_one(
 
 def _most(
     disks: Disks,
-    plans: Sequence[Plan],
+    plans: Sequence[MountPlan],
     manifest: Manifest,
     where: Where,
     *,
     as_named: bool = False,
-) -> tuple[Plan, Manifest] | None:
+) -> tuple[MountPlan, Manifest] | None:
     """Return the plan with most of the files; None if none has any, but for a --root."""
-    places: list[tuple[Plan, Place]] = []
+    places: list[tuple[MountPlan, Place]] = []
     for plan in plans:
         known = plan.known(disks)
         try:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.browse import Shown
+from nbdproxy.oracles.browse import ShownMount
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.globs import Matcher, no_file
@@ -24,7 +24,7 @@ from nbdproxy.oracles.watched import Reads
 CONTENT_MAX = 64 << 20
 """So many bytes of a file a guest hands out at once."""
 
-Digests = Mapping[str, Collection[str]]
+EarlierDigests = Mapping[str, Collection[str]]
 """Of each path the SHA-256 digests that the file had earlier."""
 
 
@@ -48,7 +48,7 @@ class Oracle(Protocol):
     *cannot-be-told*; an absolute link that leads into the mount is followed from its point.
     """
 
-    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> Follower:
+    def follow(self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount) -> Follower:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         ...
 
@@ -86,7 +86,7 @@ class Oracle(Protocol):
         """
         ...
 
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[Shown]:
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[ShownMount]:
         """Open a mount to go through its files.
 
         Raises NotMountedError if a kernel would not mount it, other FilesystemErrors if that cannot

@@ -26,7 +26,7 @@ IN_MEMORY = ("/dev/", "/proc/", "/run/", "/sys/")
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class GivenMount:
     """What the user says is mounted somewhere; for `what` see `Disks.meant`."""
 
     what: str
@@ -41,7 +41,7 @@ Spot = tuple[int, Mount]
 
 
 @dataclass(slots=True)
-class Plan:
+class MountPlan:
     """What is mounted where.
 
     spots       by its point, a mount and the number of its disk
@@ -160,9 +160,9 @@ class Plan:
         )
 
 
-def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
+def told(disks: Disks, mounts: Iterable[GivenMount]) -> MountPlan:
     """Return the plan that the user told; FilesystemError for what is not on the disks."""
-    plan = Plan()
+    plan = MountPlan()
     for one in mounts:
         found, hidden = disks.meant(one.what)
         if len(hidden) == 1:
@@ -179,7 +179,7 @@ def told(disks: Disks, mounts: Iterable[Told]) -> Plan:
     return plan
 
 
-def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
+def by_fstab(disks: Disks, given: MountPlan, wanted: AbstractSet[str]) -> list[MountPlan]:
     """Return a plan for each system on the disks that has an fstab, no two the same.
 
     An fstab that says of another filesystem or subvolume that it is the top is a copy, in a
@@ -187,8 +187,8 @@ def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
     before counts more. `wanted` are paths that show whether a filesystem that fstab names and does
     not mount by itself was mounted.
     """
-    own: list[Plan] = []
-    copies: list[Plan] = []
+    own: list[MountPlan] = []
+    copies: list[MountPlan] = []
     for store in disks.parts:
         for root in store.roots:
             plan = _by_its_fstab(disks, store, root, given, wanted)
@@ -200,7 +200,7 @@ def by_fstab(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> list[Plan]:
     return own or copies
 
 
-def completed(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> Plan:
+def completed(disks: Disks, given: MountPlan, wanted: AbstractSet[str]) -> MountPlan:
     """Return a plan that has a top, with what the fstab there says of the rest, if there is one."""
     disk, top = given.spots["/"]
     store = next((s for s in disks.parts if (s.disk, s.part) == (disk, top.partition)), None)
@@ -209,8 +209,8 @@ def completed(disks: Disks, given: Plan, wanted: AbstractSet[str]) -> Plan:
 
 
 def _by_its_fstab(
-    disks: Disks, store: Store, root: str, given: Plan, wanted: AbstractSet[str]
-) -> Plan | None:
+    disks: Disks, store: Store, root: str, given: MountPlan, wanted: AbstractSet[str]
+) -> MountPlan | None:
     """Return the plan of a system by its own fstab; None if it has none."""
     if fstab.PATH not in disks.below(store, root):
         return None
@@ -239,11 +239,11 @@ class _Reading:
         self._disk = own[0] if own is not None and own[1] == store.part else None
         self._store, self._root = store, root
 
-    def plan(self, given: Plan, wanted: AbstractSet[str]) -> Plan:
+    def plan(self, given: MountPlan, wanted: AbstractSet[str]) -> MountPlan:
         """Return what it says, but for what was told."""
         names = frozenset(map(plain, self._names())) | given.names
         no_disk = {o.elsewhere() for o in self._lines if not o.is_device and not o.is_bind}
-        plan = Plan(from_fstab=True, names=names, diskless=frozenset(no_disk))
+        plan = MountPlan(from_fstab=True, names=names, diskless=frozenset(no_disk))
         for line in self._lines:
             if not line.is_bind and not line.is_optional:
                 self._enter(plan, line, self._device(line))
@@ -280,7 +280,7 @@ class _Reading:
         return place_of(self._store.disk, part)
 
     @staticmethod
-    def _enter(plan: Plan, line: Line, found: Spot | str) -> None:
+    def _enter(plan: MountPlan, line: Line, found: Spot | str) -> None:
         if isinstance(found, str):
             plan.away[line.point] = found
         else:
@@ -337,7 +337,7 @@ class _Reading:
             return "on none of these disks"
         return "not on this disk; if it was recorded too, name that recording as well"
 
-    def _decide(self, plan: Plan, line: Line, wanted: AbstractSet[str]) -> None:
+    def _decide(self, plan: MountPlan, line: Line, wanted: AbstractSet[str]) -> None:
         """Enter what is mounted on demand, if the files show that it was."""
         found = self._device(line)
         below = {path for path in wanted if is_below(path, line.point)}
@@ -350,7 +350,7 @@ class _Reading:
             unclear = f"{line.point} is mounted on demand only; if it was, say so with --mount"
             plan.away[line.point] = found if isinstance(found, str) else unclear
 
-    def _bind_all(self, plan: Plan) -> None:
+    def _bind_all(self, plan: MountPlan) -> None:
         """Enter bind mounts: what one shows is mounted before it, as systemd.mount(5) has it."""
         left = [line for line in self._lines if line.is_bind]
         while left:
@@ -363,7 +363,7 @@ class _Reading:
             left.remove(line)
             self._bind(plan, replace(line, spec=plan.real(self._disks, line.spec)))
 
-    def _bind(self, plan: Plan, line: Line) -> None:
+    def _bind(self, plan: MountPlan, line: Line) -> None:
         """Enter a directory of the tree that shows in another place as well."""
         for point in above(line.spec):
             if point in plan.away:

@@ -66,7 +66,7 @@ class Structure(StrEnum):
     REFCOUNTS = "qcow2 refcounts"
 
 
-class Run(NamedTuple):
+class MappedRun(NamedTuple):
     """A piece of the guest's disk: where it is in the file, or that it reads as zeroes.
 
     `entry` is where in the file the L2 entry of its first cluster is, or would be; None if there is
@@ -160,10 +160,10 @@ class Qcow2Device:
             for extent in self._base.data_extents(run.host, there) if there else ():
                 yield Extent(run.start + extent.offset - run.host, extent.length)
 
-    def runs(self, start: int, end: int) -> Iterator[Run]:
+    def runs(self, start: int, end: int) -> Iterator[MappedRun]:
         """Yield all of [start, end): where it is in the file, neighbours joined."""
         assert 0 <= start <= end <= self.size
-        pending: Run | None = None
+        pending: MappedRun | None = None
         while start < end:
             run = self._run(start, end)
             if pending is not None and _follows(pending, run):
@@ -205,7 +205,7 @@ class Qcow2Device:
     def close(self) -> None:
         """Do nothing: the file below belongs to whoever opened it."""
 
-    def _run(self, start: int, end: int) -> Run:
+    def _run(self, start: int, end: int) -> MappedRun:
         """Return where one cluster is from `start` on, or that an L2 table is missing."""
         number = start >> self._bits
         index, slot = divmod(number, self.cluster // 8)
@@ -213,7 +213,7 @@ class Qcow2Device:
         if not table:
             span = self.cluster // 8 * self.cluster
             last = self._last_empty(self._l1, index, -(-end // span))
-            return Run(start, min(end, (last + 1) * span), None, None)
+            return MappedRun(start, min(end, (last + 1) * span), None, None)
         entries = self._table(table)
         entry = entries[slot]
         if not entry & _OFFSET and not entry & (_COMPRESSED | _ZERO):
@@ -225,12 +225,12 @@ class Qcow2Device:
             split = 62 - (self._bits - 8)
             at = entry & (1 << split) - 1
             length = ((entry >> split & (1 << self._bits - 8) - 1) + 1) * 512 - at % 512
-            return Run(start, end, at, place, length)
+            return MappedRun(start, end, at, place, length)
         if (entry & _OFFSET) % self.cluster or (entry & _ZERO and not self._has_zero):
             raise Qcow2Error("an entry of the qcow2 file's L2 table is impossible")
         if not entry & _OFFSET or entry & _ZERO:
-            return Run(start, end, None, place)
-        return Run(start, end, (entry & _OFFSET) + start % self.cluster, place)
+            return MappedRun(start, end, None, place)
+        return MappedRun(start, end, (entry & _OFFSET) + start % self.cluster, place)
 
     @staticmethod
     def _last_empty(table: Sequence[int], at: int, end: int) -> int:
@@ -271,7 +271,7 @@ class Qcow2Device:
         if self._plain > 2 * clusters + _SLACK or self._beyond > 2 * clusters + _CLUSTERS_LOST_MAX:
             raise Qcow2Error("the qcow2 file's L2 tables lead to the same clusters again and again")
 
-    def _unpacked(self, run: Run) -> bytes:
+    def _unpacked(self, run: MappedRun) -> bytes:
         """Return what a piece of a compressed cluster holds."""
         assert run.host is not None
         place, at = (run.host, run.packed), run.start % self.cluster
@@ -299,7 +299,7 @@ class Qcow2Device:
         return max(0, min(length, self._base.size - at))
 
 
-def _follows(one: Run, other: Run) -> bool:
+def _follows(one: MappedRun, other: MappedRun) -> bool:
     """Tell whether a piece goes on where another ends, in the file too."""
     if one.packed or other.packed:
         return False

@@ -19,7 +19,7 @@ from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.incremental import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.oracle import CONTENT_MAX, Digests
+from nbdproxy.oracles.oracle import CONTENT_MAX, EarlierDigests
 from nbdproxy.oracles.partitions import Slice
 
 _NOT_RUN = "it is run for the ext family only; ask with --oracle kernel"
@@ -28,7 +28,9 @@ _NOT_RUN = "it is run for the ext family only; ask with --oracle kernel"
 class QuickOracle:
     """Satisfies `Oracle`; keeps nothing between calls."""
 
-    def follow(self, manifest: Manifest, *, earlier: Digests, mount: Mount) -> IncrementalCheck:
+    def follow(
+        self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
+    ) -> IncrementalCheck:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         return IncrementalCheck(manifest, earlier=earlier, mount=mount)
 

@@ -23,7 +23,7 @@ from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 from nbdproxy.oracles.mounts import PartitionName
 from nbdproxy.oracles.partitions import SliceDevice
-from nbdproxy.oracles.watched import NOTHING, Range, Reads, WatchedDevice, runs
+from nbdproxy.oracles.watched import NOTHING, ReadRange, Reads, WatchedDevice, runs
 
 WHERE, LOG, TOP = 1, 2, 3
 """The stages, by the order in which they are reached."""
@@ -44,7 +44,7 @@ class Remount:
         self._is_done = False
         self._reached = WHERE
         self._where = NOTHING
-        self._place: Range | None = None
+        self._place: ReadRange | None = None
         nothing = MemoryDisk(0)
         self._low = WatchedDevice(nothing, keeps=True)
         self._log = NOTHING

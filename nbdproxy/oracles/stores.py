@@ -18,7 +18,7 @@ from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, KernelOnlyError,
 from nbdproxy.oracles.manifest import Entry
 from nbdproxy.oracles.mounts import Mount
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.survey import Part, survey
+from nbdproxy.oracles.survey import FoundFilesystem, survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Disks:
                 words = f"{self.named(disk, where)} {what} at another time of the recording"
                 self.hidden.append(Unread(words, specs_of(disk, where, specs), disk))
 
-    def _enter(self, disk: int, part: Part) -> None:
+    def _enter(self, disk: int, part: FoundFilesystem) -> None:
         key = part.slice.key
         device, mount = self.devices[disk], Mount(partition=key, root="/")
         name = self.named(disk, part.slice.name)
@@ -171,7 +171,7 @@ class Disks:
         """Tell whether a mount has a directory, or a link; true if that cannot be told."""
         key = disk, mount, path
         if key not in self._folders:
-            kinds = {browse.Kind.FOLDER, browse.Kind.LINK}
+            kinds = {browse.FileType.FOLDER, browse.FileType.LINK}
             try:
                 with self.oracle.browse(self.devices[disk], mount=mount) as shown:
                     found = shown.find(absolute(path))

@@ -51,7 +51,7 @@ _UDEV_SAFE = frozenset("#+-.:=@_")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FoundFilesystem:
     """A filesystem that can be read, and every way to name it in fstab that is known here.
 
     `specs` are as in the first field of fstab, quotes and escapes undone: UUID=, LABEL=, PARTUUID=,
@@ -80,7 +80,7 @@ class Hidden:
 class Survey:
     """What holds files on a disk, in the order of its slices, and what may hold some."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[FoundFilesystem, ...]
     hidden: tuple[Hidden, ...]
 
 
@@ -88,7 +88,7 @@ class _Found:
     """A survey in the making."""
 
     def __init__(self, device: ReadableDevice) -> None:
-        self.parts: list[Part] = []
+        self.parts: list[FoundFilesystem] = []
         self.hidden: list[Hidden] = []
         self.left = _ROUNDS * device.size
         """Bytes that are read to see whether they are zeroes."""
@@ -194,7 +194,7 @@ def _look(found: _Found, part: Slice, doubt: str | None) -> None:
     if what is not None:
         found.hide(part.name, what, specs)
     elif kinds:
-        found.parts.append(Part(part, kinds[0], frozenset(specs)))
+        found.parts.append(FoundFilesystem(part, kinds[0], frozenset(specs)))
 
 
 def _obstacle(part: Slice, seen: list[Signature], kinds: list[FilesystemKind]) -> str | None:

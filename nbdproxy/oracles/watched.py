@@ -15,7 +15,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 
 KEPT_MAX = 8192
-Range = tuple[int, int]
+ReadRange = tuple[int, int]
 """Start and end of a run of bytes."""
 
 
@@ -24,7 +24,7 @@ class Reads:
 
     __slots__ = ("_ends", "_starts")
 
-    def __init__(self, ranges: Iterable[Range]) -> None:
+    def __init__(self, ranges: Iterable[ReadRange]) -> None:
         """Take ranges in any order; they may overlap or be empty."""
         self._starts: list[int] = []
         self._ends: list[int] = []
@@ -68,7 +68,7 @@ class Reads:
             return self
         return Reads((max(0, a + by), min(size, b + by)) for a, b in self.ranges())
 
-    def ranges(self) -> list[Range]:
+    def ranges(self) -> list[ReadRange]:
         """Return the set as disjoint ranges, ascending."""
         return list(zip(self._starts, self._ends, strict=True))
 
@@ -77,7 +77,7 @@ NOTHING = Reads(())
 EVERYTHING = Reads([(0, 1 << 63)])
 
 
-def runs(numbers: Iterable[int]) -> list[Range]:
+def runs(numbers: Iterable[int]) -> list[ReadRange]:
     """Return whole numbers, each given once, as half-open runs, ascending."""
     found = np.sort(np.fromiter(numbers, np.int64))
     if not len(found):
@@ -97,8 +97,8 @@ class WatchedDevice:
 
     def __init__(self, base: ReadableDevice, *, keeps: bool = False) -> None:
         self.base = base
-        self.ranges: list[Range] = []
-        self._kept: dict[Range, bytes] | None = {} if keeps else None
+        self.ranges: list[ReadRange] = []
+        self._kept: dict[ReadRange, bytes] | None = {} if keeps else None
 
     @property
     def size(self) -> int:
@@ -109,7 +109,7 @@ class WatchedDevice:
         """Note a range as read."""
         self.ranges.append((offset, offset + length))
 
-    def take(self) -> list[Range]:
+    def take(self) -> list[ReadRange]:
         """Return what was noted since the last call."""
         found, self.ranges = self.ranges, []
         return found

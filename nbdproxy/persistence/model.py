@@ -5,8 +5,8 @@ All functions answer for one cut (or, `durable_from`, for all of them) with one 
 `RequestTable`; rows of flushes are always False.
 
 Guarantees: the answer for a cut never depends on an event at or after it; the levels are nested
-(`NOTHING` in `FLUSHED` in ... in `RECEIVED`); a request durable at t is durable at every later
-cut. Temporaries stay under ten bytes a request. `Fates` answers for a few rows at a time, at any
+(`NOTHING` in `FLUSHED` in ... in `RECEIVED`); a request durable at t is durable at every later cut.
+Temporaries stay under ten bytes a request. `Durability` answers for a few rows at a time, at any
 cut, for sixteen bytes a request that are worked out once.
 
 Not covered: what becomes of a *sector* (rules 6-9), which follows from the chosen requests painted
@@ -151,7 +151,7 @@ def kept(table: RequestTable, t: int, level: Level, options: Options = DEFAULTS)
     return mask
 
 
-class Fates:
+class Durability:
     """When each request became durable and when it was lost: all that `kept` asks, for any cut.
 
     durable_from  the position of the event that made a request durable, NEVER if none did

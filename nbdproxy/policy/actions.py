@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from nbdproxy.policy.keys import Form, Key
+from nbdproxy.policy.keys import Form, PolicyKey
 from nbdproxy.requests import MODIFYING, Command, NbdErrno
 
 
@@ -110,18 +110,26 @@ class Action:
 
 _UNDONE = frozenset({ActionKind.ERROR, ActionKind.FSYNCGATE, ActionKind.HANG})
 
-ACTION_KEYS: dict[str, Key] = {
-    "errno": Key(Form.CHOICE, "the error of the reply; default EIO", choices=Errno),
-    "delay_s": Key(Form.SECONDS, "seconds before it is done and answered", least=0, most=86400),
-    "jitter_s": Key(Form.SECONDS, "up to so many seconds more, as drawn", least=0, most=86400),
-    "moment": Key(Form.CHOICE, "when the connection is dropped; default before", choices=Moment),
-    "at_byte": Key(Form.COUNT, "bytes of the reply that still leave; default 8", least=1),
-    "violation": Key(Form.CHOICE, "what is wrong; default magic", choices=Violation),
-    "keep": Key(Form.CHOICE, "which sectors are written; default random", choices=Keep),
-    "sectors": Key(Form.COUNT, "how many sectors (512 bytes) are written; default drawn", least=0),
-    "shift": Key(Form.OFFSET, "bytes by which it misses; default 4096, a multiple of 512"),
-    "bits": Key(Form.COUNT, "how many bits; default 1", least=1, most=4096),
-    "value": Key(Form.COUNT, "what stuck bits read as, 0 or 1; default 1", least=0, most=1),
+ACTION_KEYS: dict[str, PolicyKey] = {
+    "errno": PolicyKey(Form.CHOICE, "the error of the reply; default EIO", choices=Errno),
+    "delay_s": PolicyKey(
+        Form.SECONDS, "seconds before it is done and answered", least=0, most=86400
+    ),
+    "jitter_s": PolicyKey(
+        Form.SECONDS, "up to so many seconds more, as drawn", least=0, most=86400
+    ),
+    "moment": PolicyKey(
+        Form.CHOICE, "when the connection is dropped; default before", choices=Moment
+    ),
+    "at_byte": PolicyKey(Form.COUNT, "bytes of the reply that still leave; default 8", least=1),
+    "violation": PolicyKey(Form.CHOICE, "what is wrong; default magic", choices=Violation),
+    "keep": PolicyKey(Form.CHOICE, "which sectors are written; default random", choices=Keep),
+    "sectors": PolicyKey(
+        Form.COUNT, "how many sectors (512 bytes) are written; default drawn", least=0
+    ),
+    "shift": PolicyKey(Form.OFFSET, "bytes by which it misses; default 4096, a multiple of 512"),
+    "bits": PolicyKey(Form.COUNT, "how many bits; default 1", least=1, most=4096),
+    "value": PolicyKey(Form.COUNT, "what stuck bits read as, 0 or 1; default 1", least=0, most=1),
 }
 """The keys that a rule's action may have."""
 

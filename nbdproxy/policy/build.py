@@ -15,7 +15,15 @@ from nbdproxy.nbd.tables import COMMAND_RULES
 from nbdproxy.policy.actions import ACTION_KEYS, ACTIONS, Action, ActionKind
 from nbdproxy.policy.conditions import EVENT_FORMS, Conditions
 from nbdproxy.policy.keys import checked
-from nbdproxy.policy.model import Cache, Cut, FlushCovers, Order, Policy, Rule, Survivors
+from nbdproxy.policy.model import (
+    FlushCovers,
+    Policy,
+    PowerCut,
+    Rule,
+    Survivors,
+    VolatileCache,
+    WriteBackOrder,
+)
 from nbdproxy.policy.schema import CACHE_KEYS, CUT_KEYS, FLUSH_KEYS, RULE_KEYS
 from nbdproxy.policy.sense import check_rule, check_shadows
 from nbdproxy.requests import Command, CommandFlag
@@ -33,14 +41,14 @@ def build(file: str, name: str, top: Mapping[str, Any]) -> Policy:
         summary=top["summary"],
         imitates=top["imitates"],
         sources=top.get("sources", ()),
-        cache=Cache(
+        cache=VolatileCache(
             cache.get("holds", False),
             cache.get("window"),
-            cache.get("order", Order.OLDEST),
+            cache.get("order", WriteBackOrder.OLDEST),
             cache.get("age_s"),
         ),
         flush_covers=flush.get("covers", FlushCovers.COMPLETED),
-        cut=Cut(
+        cut=PowerCut(
             cut.get("at", frozenset()), cut.get("after_s"), cut.get("survives", Survivors.FLUSHED)
         ),
     )

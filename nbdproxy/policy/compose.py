@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from nbdproxy.errors import PolicyError, UsageError
 from nbdproxy.policy.loader import PolicyFile, load
-from nbdproxy.policy.model import Cache, Cut, FlushCovers, Policy, Survivors
+from nbdproxy.policy.model import FlushCovers, Policy, PowerCut, Survivors, VolatileCache
 from nbdproxy.policy.parameters import Value, read_value
 
 T = TypeVar("T")
@@ -51,9 +51,11 @@ def compose(policies: Sequence[Policy]) -> Policy:
         summary="; ".join(policy.summary for policy in policies),
         imitates="\n".join(policy.imitates.strip() for policy in policies),
         sources=tuple(source for policy in policies for source in policy.sources),
-        cache=_one(caches, "cache", lambda p: p.cache, Cache(), plain=Cache(holds=True)),
+        cache=_one(
+            caches, "cache", lambda p: p.cache, VolatileCache(), plain=VolatileCache(holds=True)
+        ),
         flush_covers=FlushCovers.COMPLETED if honest else FlushCovers.NOTHING,
-        cut=Cut(
+        cut=PowerCut(
             frozenset(event for policy in policies for event in policy.cut.at),
             min(times, default=None),
             _one(surviving, "cut.survives", lambda p: p.cut.survives, Survivors.FLUSHED),

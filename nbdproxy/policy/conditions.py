@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from nbdproxy.policy.keys import Form, Key
+from nbdproxy.policy.keys import Form, PolicyKey
 from nbdproxy.requests import Command, CommandFlag
 
 
@@ -100,47 +100,49 @@ class Conditions:
         return all(turn is None for turn in turns) and not self.until_written
 
 
-CONDITION_KEYS: dict[str, Key] = {
-    "command": Key(
+CONDITION_KEYS: dict[str, PolicyKey] = {
+    "command": PolicyKey(
         Form.CHOICES, "what is asked; default: all that the action can strike", choices=CommandWord
     ),
-    "flags": Key(Form.CHOICES, "flags that must all be set", choices=FlagWord),
-    "without_flags": Key(Form.CHOICES, "flags none of which may be set", choices=FlagWord),
-    "range": Key(Form.RANGES, 'it touches these bytes: "0-1M", the end not included'),
-    "region": Key(
+    "flags": PolicyKey(Form.CHOICES, "flags that must all be set", choices=FlagWord),
+    "without_flags": PolicyKey(Form.CHOICES, "flags none of which may be set", choices=FlagWord),
+    "range": PolicyKey(Form.RANGES, 'it touches these bytes: "0-1M", the end not included'),
+    "region": PolicyKey(
         Form.TEXT,
         'it touches a part of the disk: "partition:1", "ext4:journal", "ext4:metadata", or with a '
         'partition "ext4:journal:1"; looked up in the image when the serving begins',
     ),
-    "file": Key(
+    "file": PolicyKey(
         Form.TEXT,
         "it touches the blocks that a file has in the image's ext4 when the serving begins: "
         '"/etc/passwd", or in a partition "1:/etc/passwd"',
     ),
-    "block_share": Key(
+    "block_share": PolicyKey(
         Form.SHARE, "it touches one of this share of the 4096-byte blocks, as drawn"
     ),
-    "until_written": Key(Form.TRUTH, "a place that was written is healed; needs a place"),
-    "connection": Key(Form.COUNT, "the client's number, counted from 1", least=1),
-    "payload": Key(Form.CHOICE, "a write is all zero, or has data", choices=PayloadKind),
-    "contains": Key(Form.TEXT, 'a write contains these bytes: a text, or "hex:c03b3998"'),
-    "since": Key(
+    "until_written": PolicyKey(Form.TRUTH, "a place that was written is healed; needs a place"),
+    "connection": PolicyKey(Form.COUNT, "the client's number, counted from 1", least=1),
+    "payload": PolicyKey(Form.CHOICE, "a write is all zero, or has data", choices=PayloadKind),
+    "contains": PolicyKey(Form.TEXT, 'a write contains these bytes: a text, or "hex:c03b3998"'),
+    "since": PolicyKey(
         Form.TEXT,
         'from an event on: "first-flush", "first-write", "mark:NAME" (nbdproxy ctl mark), '
         '"qmp:EVENT" (of QEMU\'s monitor)',
     ),
-    "until": Key(Form.TEXT, "before such an event"),
-    "after_s": Key(Form.SECONDS, "later than this after the serving began (by the clock)", least=0),
-    "before_s": Key(Form.SECONDS, "earlier than this (by the clock)", least=0),
-    "nth": Key(Form.COUNT, "only the n-th", least=1),
-    "every": Key(Form.COUNT, "every n-th", least=2),
-    "after_count": Key(Form.COUNT, "behind the first n", least=1),
-    "before_count": Key(Form.COUNT, "before the n-th", least=2),
-    "after_bytes": Key(Form.SIZE, "when more than this came, it included", least=0),
-    "before_bytes": Key(Form.SIZE, "when less than this came, it included", least=1),
-    "probability": Key(Form.SHARE, "as often as this, as drawn with the seed"),
-    "times": Key(Form.COUNT, "so many times at most", least=1),
-    "once": Key(Form.TRUTH, "once at most"),
+    "until": PolicyKey(Form.TEXT, "before such an event"),
+    "after_s": PolicyKey(
+        Form.SECONDS, "later than this after the serving began (by the clock)", least=0
+    ),
+    "before_s": PolicyKey(Form.SECONDS, "earlier than this (by the clock)", least=0),
+    "nth": PolicyKey(Form.COUNT, "only the n-th", least=1),
+    "every": PolicyKey(Form.COUNT, "every n-th", least=2),
+    "after_count": PolicyKey(Form.COUNT, "behind the first n", least=1),
+    "before_count": PolicyKey(Form.COUNT, "before the n-th", least=2),
+    "after_bytes": PolicyKey(Form.SIZE, "when more than this came, it included", least=0),
+    "before_bytes": PolicyKey(Form.SIZE, "when less than this came, it included", least=1),
+    "probability": PolicyKey(Form.SHARE, "as often as this, as drawn with the seed"),
+    "times": PolicyKey(Form.COUNT, "so many times at most", least=1),
+    "once": PolicyKey(Form.TRUTH, "once at most"),
 }
 """The keys that a rule's conditions may have."""
 

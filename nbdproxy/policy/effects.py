@@ -17,13 +17,13 @@ SECTOR = 512
 
 _BITS = 8 * SECTOR
 
-Shown = tuple[int, bytes]
+ShownBytes = tuple[int, bytes]
 """An offset on the disk, and what reads get from there on."""
 
 
 def shown_after_write(
     action: Action, lot: Lot, offset: int, data: bytes, old: bytes
-) -> list[Shown]:
+) -> list[ShownBytes]:
     """Return what reads show after a write that was struck.
 
     `old` is what they showed there before, as long as `data`. Places may lie outside the disk.

@@ -24,7 +24,7 @@ from nbdproxy.requests import MODIFYING, Command, CommandFlag, Request
 BLOCK = 4096
 """The grain of `block_share`."""
 
-Places = Callable[[Rule], Sequence[Extent] | None]
+PlacesOf = Callable[[Rule], Sequence[Extent] | None]
 """Tells where a rule strikes; None for everywhere. Raises PolicyError if there is no such place."""
 
 _FUA = int(CommandFlag.FUA)
@@ -52,7 +52,7 @@ class Decision(NamedTuple):
 class Engine:
     """The rules of a policy at work. `places` is asked once for each rule."""
 
-    def __init__(self, policy: Policy, seed: int, places: Places) -> None:
+    def __init__(self, policy: Policy, seed: int, places: PlacesOf) -> None:
         self.seed = seed
         self.struck: dict[str, int] = {rule.name: 0 for rule in policy.rules}
         """How often each rule struck."""

@@ -33,7 +33,7 @@ class Form(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class PolicyKey:
     """One key: the form of its value, what it means, and its bounds or choices."""
 
     form: Form
@@ -49,7 +49,7 @@ class Key:
         return [choice.value for choice in self.choices or ()]
 
 
-def parse(key: Key, value: object) -> object:
+def parse(key: PolicyKey, value: object) -> object:
     """Return a value of a TOML file as the program uses it; ValueError says what it must be."""
     parsed = _PARSERS[key.form](value, key)
     if isinstance(parsed, int | float) and not isinstance(parsed, bool):
@@ -61,7 +61,7 @@ def parse(key: Key, value: object) -> object:
 
 
 def checked(
-    file: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, Key]
+    file: str, prefix: str, values: Mapping[str, Any], known: Mapping[str, PolicyKey]
 ) -> dict[str, Any]:
     """Return a table's values, parsed; raises PolicyError naming file and key path."""
     parsed = {}
@@ -80,31 +80,31 @@ def checked(
     return parsed
 
 
-def _any(value: object, key: Key) -> object:
+def _any(value: object, key: PolicyKey) -> object:
     if not isinstance(value, str | int | float | bool):
         raise ValueError(_must(key))
     return value
 
 
-def _text(value: object, key: Key) -> str:
+def _text(value: object, key: PolicyKey) -> str:
     if not isinstance(value, str):
         raise ValueError(_must(key))
     return value
 
 
-def _texts(value: object, key: Key) -> tuple[str, ...]:
+def _texts(value: object, key: PolicyKey) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError(_must(key))
     return tuple(_text(one, key) for one in value)
 
 
-def _truth(value: object, key: Key) -> bool:
+def _truth(value: object, key: PolicyKey) -> bool:
     if not isinstance(value, bool):
         raise ValueError(_must(key))
     return value
 
 
-def _count(value: object, key: Key) -> int:
+def _count(value: object, key: PolicyKey) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(_must(key))
     return value
@@ -116,14 +116,14 @@ def _bytes(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _size(value: object, key: Key) -> int:
+def _size(value: object, key: PolicyKey) -> int:
     size = _bytes(value)
     if size is None or (size < 0 and key.form is Form.SIZE):
         raise ValueError(_must(key))
     return size
 
 
-def _seconds(value: object, key: Key) -> float:
+def _seconds(value: object, key: PolicyKey) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(_must(key))
     try:
@@ -135,14 +135,14 @@ def _seconds(value: object, key: Key) -> float:
     return seconds
 
 
-def _share(value: object, key: Key) -> float:
+def _share(value: object, key: PolicyKey) -> float:
     share = _seconds(value, key)
     if not 0 < share <= 1:
         raise ValueError(_must(key))
     return share
 
 
-def _choice(value: object, key: Key) -> Enum:
+def _choice(value: object, key: PolicyKey) -> Enum:
     assert key.choices is not None
     for choice in key.choices:
         if choice.value == value:
@@ -150,21 +150,21 @@ def _choice(value: object, key: Key) -> Enum:
     raise ValueError(f"{value!r} is not one of {', '.join(key.words)}")
 
 
-def _choices(value: object, key: Key) -> frozenset[Enum]:
+def _choices(value: object, key: PolicyKey) -> frozenset[Enum]:
     listed = value if isinstance(value, list) else [value]
     if not listed:
         raise ValueError("must not be an empty list; drop the key")
     return frozenset(_choice(one, key) for one in listed)
 
 
-def _ranges(value: object, key: Key) -> tuple[tuple[int, int], ...]:
+def _ranges(value: object, key: PolicyKey) -> tuple[tuple[int, int], ...]:
     listed = value if isinstance(value, list) else [value]
     if not listed:
         raise ValueError("must not be an empty list; drop the key")
     return tuple(_range(one, key) for one in listed)
 
 
-def _range(value: object, key: Key) -> tuple[int, int]:
+def _range(value: object, key: PolicyKey) -> tuple[int, int]:
     low, dash, high = value.partition("-") if isinstance(value, str) else ("", "", "")
     start, end = parse_size(low), parse_size(high)
     if start is None or end is None or not dash:
@@ -174,19 +174,19 @@ def _range(value: object, key: Key) -> tuple[int, int]:
     return start, end
 
 
-def _table(value: object, key: Key) -> dict[str, object]:
+def _table(value: object, key: PolicyKey) -> dict[str, object]:
     if not isinstance(value, dict):
         raise ValueError(_must(key))
     return value
 
 
-def _tables(value: object, key: Key) -> list[dict[str, object]]:
+def _tables(value: object, key: PolicyKey) -> list[dict[str, object]]:
     if not isinstance(value, list):
         raise ValueError(_must(key))
     return [_table(one, key) for one in value]
 
 
-def _must(key: Key) -> str:
+def _must(key: PolicyKey) -> str:
     return f"must be {key.form.value}: {key.help}"
 
 

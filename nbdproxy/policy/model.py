@@ -67,7 +67,7 @@ class Survivors(Enum):
     """Those of data, without the metadata."""
 
 
-class Order(Enum):
+class WriteBackOrder(Enum):
     """Which of the held writes a cache that is over its window writes back first."""
 
     OLDEST = "oldest"
@@ -76,7 +76,7 @@ class Order(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class VolatileCache:
     """A volatile write cache.
 
     holds   unflushed writes are held back from the image
@@ -87,7 +87,7 @@ class Cache:
 
     holds: bool = False
     window: int | None = None
-    order: Order = Order.OLDEST
+    order: WriteBackOrder = WriteBackOrder.OLDEST
     age_s: float | None = None
 
     @property
@@ -97,7 +97,7 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class PowerCut:
     """When the power goes and what that leaves; `after_s` is seconds since the serving began."""
 
     at: frozenset[CutEvent] = frozenset()
@@ -136,9 +136,9 @@ class Policy:
     summary: str = ""
     imitates: str = ""
     sources: tuple[str, ...] = ()
-    cache: Cache = Cache()
+    cache: VolatileCache = VolatileCache()
     flush_covers: FlushCovers = FlushCovers.COMPLETED
-    cut: Cut = Cut()
+    cut: PowerCut = PowerCut()
     layers: tuple[tuple[Rule, ...], ...] = ()
     settings: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ from nbdproxy.policy.effects import SECTOR
 from nbdproxy.policy.model import Survivors
 
 
-class Piece(NamedTuple):
+class SurvivingPiece(NamedTuple):
     """The bytes [start, end) of the disk, of the write at index `write`, that are on the image."""
 
     write: int
@@ -28,11 +28,11 @@ def surviving(
     writes: Sequence[Extent],
     seed: int,
     metadata: ExtentSet,
-) -> list[Piece]:
+) -> list[SurvivingPiece]:
     """Return what survives, in the order received. `metadata` matters for two kinds only."""
-    whole = [Piece(i, write.offset, write.end) for i, write in enumerate(writes)]
+    whole = [SurvivingPiece(i, write.offset, write.end) for i, write in enumerate(writes)]
     lot = Lot(seed, "survivors", 0)
-    found: list[Piece] = []
+    found: list[SurvivingPiece] = []
     match survivors:
         case Survivors.FLUSHED:
             pass
@@ -51,7 +51,7 @@ def surviving(
             wanted = survivors is Survivors.METADATA
             parts = metadata.overlapping if wanted else metadata.missing
             found = [
-                Piece(one.write, part.offset, part.end)
+                SurvivingPiece(one.write, part.offset, part.end)
                 for one in whole
                 for part in parts(one.start, one.end)
                 if part.length
@@ -59,8 +59,8 @@ def surviving(
     return found
 
 
-def _torn(piece: Piece, lot: Lot) -> list[Piece]:
-    found: list[Piece] = []
+def _torn(piece: SurvivingPiece, lot: Lot) -> list[SurvivingPiece]:
+    found: list[SurvivingPiece] = []
     for sector in range(piece.start // SECTOR, -(-piece.end // SECTOR)):
         if lot.draw(piece.write, sector) >= 0.5:
             continue
@@ -68,5 +68,5 @@ def _torn(piece: Piece, lot: Lot) -> list[Piece]:
         if found and found[-1].end == start:
             found[-1] = found[-1]._replace(end=end)
         else:
-            found.append(Piece(piece.write, start, end))
+            found.append(SurvivingPiece(piece.write, start, end))
     return found

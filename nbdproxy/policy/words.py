@@ -6,7 +6,15 @@ from collections.abc import Iterator
 
 from nbdproxy.policy.actions import ACTIONS, Action, ActionKind, Moment
 from nbdproxy.policy.conditions import Conditions
-from nbdproxy.policy.model import Cache, CutEvent, FlushCovers, Order, Policy, Rule, Survivors
+from nbdproxy.policy.model import (
+    CutEvent,
+    FlushCovers,
+    Policy,
+    Rule,
+    Survivors,
+    VolatileCache,
+    WriteBackOrder,
+)
 from nbdproxy.requests import Command, CommandFlag
 from nbdproxy.sizes import exact_size
 
@@ -52,13 +60,13 @@ def sentences(policy: Policy) -> Iterator[str]:
         yield "Every request is done on the image at once."
 
 
-def _cache(cache: Cache) -> Iterator[str]:
+def _cache(cache: VolatileCache) -> Iterator[str]:
     if not cache.holds:
         return
     text = "Writes are held in a volatile cache"
     if cache.window is not None:
         order = f"the {cache.order.value} first"
-        if cache.order is Order.RANDOM:
+        if cache.order is WriteBackOrder.RANDOM:
             order = "in an order that is drawn"
         text += f"; what is over {exact_size(cache.window)} is written back, {order}"
     if cache.age_s is not None:

@@ -16,7 +16,7 @@ orderly end there is no tail. A reader lays the tail over the stream's file:
 A slot:
 
     offset size  field
-         0    1  kind          see `Kind`
+         0    1  kind          see `SlotKind`
          1    1  command       of a request (NBD number), else 0
          2    2  flags         of a request (NBD command flags); of a COMPLETED, the NBD error
          4    4  connection    counted from 1; 0 where the event belongs to none
@@ -104,7 +104,7 @@ TAIL_MAX = 256 * 1024 * 1024
 """Bytes of a tail, which a reader holds in memory; ours have 16 MiB."""
 
 
-class Kind(IntEnum):
+class SlotKind(IntEnum):
     """What a slot is."""
 
     META = 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from nbdproxy.recording.format import Kind
+from nbdproxy.recording.format import SlotKind
 
 
 class NoteKind(Enum):
@@ -40,23 +40,23 @@ class NoteKind(Enum):
     """A policy is in force from here on; `text` is JSON: policies, settings, seed."""
 
     @property
-    def slot_kind(self) -> Kind:
+    def slot_kind(self) -> SlotKind:
         """The kind of slot such a note is written as."""
         return _SLOT_KIND[self]
 
 
 _SLOT_KIND = {
-    NoteKind.CONNECT: Kind.CONNECT,
-    NoteKind.DISC: Kind.DISC,
-    NoteKind.EOF: Kind.EOF,
-    NoteKind.REFUSED: Kind.TURNED_AWAY,
-    NoteKind.MARK: Kind.MARK,
-    NoteKind.QMP: Kind.QMP,
-    NoteKind.CUT: Kind.CUT,
-    NoteKind.LOSS: Kind.LOSS,
-    NoteKind.END: Kind.END,
-    NoteKind.FAULT: Kind.FAULT,
-    NoteKind.POLICY: Kind.POLICY,
+    NoteKind.CONNECT: SlotKind.CONNECT,
+    NoteKind.DISC: SlotKind.DISC,
+    NoteKind.EOF: SlotKind.EOF,
+    NoteKind.REFUSED: SlotKind.TURNED_AWAY,
+    NoteKind.MARK: SlotKind.MARK,
+    NoteKind.QMP: SlotKind.QMP,
+    NoteKind.CUT: SlotKind.CUT,
+    NoteKind.LOSS: SlotKind.LOSS,
+    NoteKind.END: SlotKind.END,
+    NoteKind.FAULT: SlotKind.FAULT,
+    NoteKind.POLICY: SlotKind.POLICY,
 }
 NOTE_OF_SLOT = {slot: note for note, slot in _SLOT_KIND.items()}
 

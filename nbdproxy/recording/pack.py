@@ -35,9 +35,9 @@ from nbdproxy.recording.packed import (
     TRAILER_MAGIC,
     VERDICTS,
     WINDOW_LOG,
-    Index,
-    Member,
-    Progress,
+    PackIndex,
+    PackMember,
+    PackProgress,
     header,
     padding,
 )
@@ -62,7 +62,7 @@ class Readable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class PackedBase:
     """The disk as it was at the start, and which parts of it are not in the recording.
 
     `extents` ascend and are disjoint, in bytes.
@@ -76,7 +76,7 @@ class Base:
 class Packed:
     """What was packed: the index, and the file's size in bytes."""
 
-    index: Index
+    index: PackIndex
     size: int
 
 
@@ -84,10 +84,10 @@ def pack(
     recording: Recording,
     target: Path,
     *,
-    base: Base | None = None,
+    base: PackedBase | None = None,
     extras: Mapping[str, Path] | None = None,
     confirm: Callable[[], object] = lambda: None,
-    progress: Progress = lambda _what, _done, _total: None,
+    progress: PackProgress = lambda _what, _done, _total: None,
 ) -> Packed:
     """Write a recording to the new file `target`, which exists under that name when it is whole.
 
@@ -102,7 +102,7 @@ def pack(
         raise RecordingError(f"{target} exists; name a new file, or remove it first")
     sources = _sources(recording.path, base, extras or {})
     members = _survey(sources, progress)
-    index = Index(
+    index = PackIndex(
         name=recording.path.resolve().name,
         program=f"nbdproxy {__version__}",
         size=recording.size,
@@ -138,7 +138,7 @@ def _check_still(recording: Recording) -> None:
             )
 
 
-def _sources(run: Path, base: Base | None, extras: Mapping[str, Path]) -> dict[str, _Parts]:
+def _sources(run: Path, base: PackedBase | None, extras: Mapping[str, Path]) -> dict[str, _Parts]:
     """Return where each member is read from, in their order."""
     files = {name: run / name for name in STREAMS if name in NEEDED or (run / name).exists()}
     for name in (FILES, VERDICTS):
@@ -168,7 +168,7 @@ def _reader_of(path: Path, *, ours: bool) -> _Parts:
     return read
 
 
-def _chunks(base: Base) -> Iterator[bytes]:
+def _chunks(base: PackedBase) -> Iterator[bytes]:
     """Yield the chunks of the member `base`."""
     for extent in base.extents:
         at = extent.offset
@@ -207,7 +207,7 @@ def _not_zero(data: bytes, offset: int) -> Iterator[tuple[int, int]]:
         yield run, end
 
 
-def _survey(sources: Mapping[str, _Parts], progress: Progress) -> tuple[Member, ...]:
+def _survey(sources: Mapping[str, _Parts], progress: PackProgress) -> tuple[PackMember, ...]:
     """Return sizes and digests of all members."""
     done, members = 0, []
     for name, parts in sources.items():
@@ -217,7 +217,7 @@ def _survey(sources: Mapping[str, _Parts], progress: Progress) -> tuple[Member, 
             digest.update(part)
             done += len(part)
             progress("reading", done, 0)
-        members.append(Member(name, size, digest.hexdigest()))
+        members.append(PackMember(name, size, digest.hexdigest()))
     return tuple(members)
 
 
@@ -238,7 +238,9 @@ class _Sealed:
         self._write(TRAILER.pack(TRAILER_MAGIC, DIGEST_SIZE, self._digest.digest()))
 
 
-def _write(file: _Sealed, index: Index, sources: Mapping[str, _Parts], progress: Progress) -> None:
+def _write(
+    file: _Sealed, index: PackIndex, sources: Mapping[str, _Parts], progress: PackProgress
+) -> None:
     parameters = ZstdCompressionParameters.from_level(
         _LEVEL,
         # A guest writes many a block again, hardly changed: the journal, an inode table.
@@ -267,7 +269,7 @@ def _member(name: str, content: bytes) -> Iterable[bytes]:
     return header(name, len(content)), content, padding(len(content))
 
 
-def _again(member: Member, parts: Iterator[bytes]) -> Iterator[bytes]:
+def _again(member: PackMember, parts: Iterator[bytes]) -> Iterator[bytes]:
     """Yield a member's parts; raises RecordingError if they are not what they were."""
     size, digest = 0, xxh3_128()
     for part in parts:

@@ -95,12 +95,12 @@ INDEX = index_path(_HERE).name
 MEMBERS = (*STREAMS, BASE, FILES, VERDICTS)
 """All names that a member may have, in their order."""
 
-Progress = Callable[[str, int, int], None]
+PackProgress = Callable[[str, int, int], None]
 """Told what is being done, and how many bytes of how many are done; of 0 if that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class PackMember:
     """A member of the archive: its name, its bytes, and the xxh3-128 of them in hex."""
 
     name: str
@@ -109,14 +109,14 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Index:
+class PackIndex:
     """What a packed recording says of itself; see the module."""
 
     name: str
     program: str
     size: int
     events: int
-    members: tuple[Member, ...]
+    members: tuple[PackMember, ...]
 
     def dump(self) -> bytes:
         """Return the JSON text of `pack.json`."""
@@ -124,7 +124,7 @@ class Index:
         return text.encode("ascii")
 
     @classmethod
-    def parse(cls, text: bytes, where: Path) -> Index:
+    def parse(cls, text: bytes, where: Path) -> PackIndex:
         """Read `pack.json`; raises RecordingError, which names `where`, if it is not one."""
         try:
             fields = json.loads(text)
@@ -142,10 +142,10 @@ class Index:
         )
 
 
-def _checked(fields: dict[str, Any]) -> Index:
+def _checked(fields: dict[str, Any]) -> PackIndex:
     """Return the index that the fields are; raises ValueError, KeyError or TypeError if none."""
-    members = tuple(Member(**member) for member in fields.pop("members"))
-    index = Index(members=members, **fields)
+    members = tuple(PackMember(**member) for member in fields.pop("members"))
+    index = PackIndex(members=members, **fields)
     names = [member.name for member in members]
     texts = [index.name, index.program, *names, *(member.xxh3_128 for member in members)]
     numbers = [index.size, index.events, *(member.size for member in members)]
@@ -161,7 +161,7 @@ def _checked(fields: dict[str, Any]) -> Index:
     return index
 
 
-def load_index(folder: Path) -> Index:
+def load_index(folder: Path) -> PackIndex:
     """Read the index of an unpacked recording; raises RecordingError if it is not there."""
     path = index_path(folder)
     try:
@@ -172,7 +172,7 @@ def load_index(folder: Path) -> Index:
             f"{path} cannot be read ({error.strerror}), and without it {base_path(folder)} cannot "
             "be trusted; unpack the recording again, or name its image with --base IMAGE"
         ) from None
-    return Index.parse(text, path)
+    return PackIndex.parse(text, path)
 
 
 def header(name: str, size: int) -> bytes:

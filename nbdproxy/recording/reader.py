@@ -32,7 +32,7 @@ from nbdproxy.recording.format import (
     SLOT_SIZE,
     SLOTS,
     TAIL_MAX,
-    Kind,
+    SlotKind,
     data_path,
     events_path,
 )
@@ -54,7 +54,7 @@ TEXTS_MAX = 1024 * 1024 * 1024
 _CHUNK = 16384
 _PART = 1024 * 1024
 _NOTES = [int(kind) for kind in NOTE_OF_SLOT]
-_TEXTS = frozenset({Kind.META, *NOTE_OF_SLOT})
+_TEXTS = frozenset({SlotKind.META, *NOTE_OF_SLOT})
 _CHECKSUMS = struct.Struct("<56sQ")
 
 
@@ -62,7 +62,7 @@ class Event(NamedTuple):
     """One slot, as `format` describes it; `seq` is its number."""
 
     seq: int
-    kind: Kind
+    kind: SlotKind
     command: int
     flags: int
     connection: int
@@ -179,7 +179,7 @@ class Recording:
         for index, (body, checksum) in enumerate(_CHECKSUMS.iter_unpack(slots)):
             if digest(body, number + index) != checksum:
                 return index
-            if body[0] != Kind.COMPLETED:
+            if body[0] != SlotKind.COMPLETED:
                 length, position = _payload(body)
                 if position != NONE and position + length > limit:
                     return index
@@ -192,7 +192,7 @@ class Recording:
         if position == NONE:
             return True
         self._texts += length
-        if length > (META_MAX if body[0] == Kind.META else TEXT_MAX) or self._texts > TEXTS_MAX:
+        if length > (META_MAX if body[0] == SlotKind.META else TEXT_MAX) or self._texts > TEXTS_MAX:
             return False
         (expected,) = CHECKSUM.unpack_from(body, 48)
         return bool(self._digest(position, length) == expected)
@@ -241,14 +241,14 @@ class Recording:
 
     def _read_meta(self, chunk: NDArray[np.void]) -> Meta:
         first = chunk[0]
-        if first["kind"] != Kind.META or first["position"] == NONE:
+        if first["kind"] != SlotKind.META or first["position"] == NONE:
             raise RecordingError(f"{self.path} does not begin as a recording does; check the path")
         return Meta.parse(self._text(int(first["position"]), int(first["length"])))
 
     def _load_rest(self, chunk: NDArray[np.void]) -> None:
         kinds = chunk["kind"]
-        self.refused += int(np.count_nonzero(kinds == Kind.REFUSED))
-        before = np.flatnonzero(kinds == Kind.BEFORE)
+        self.refused += int(np.count_nonzero(kinds == SlotKind.REFUSED))
+        before = np.flatnonzero(kinds == SlotKind.BEFORE)
         if len(before):
             slots = chunk[before]
             # NONE has all bits set: as a signed number it is -1.
@@ -258,7 +258,7 @@ class Recording:
             slot = chunk[index]
             position = -1 if slot["position"] == NONE else int(slot["position"])
             text = self._text(position, int(slot["length"])) if position >= 0 else ""
-            note = NOTE_OF_SLOT[Kind(slot["kind"])]
+            note = NOTE_OF_SLOT[SlotKind(slot["kind"])]
             seq, connection = self.events + int(index), int(slot["connection"])
             self.notes.append(Note(seq, int(slot["time"]), note, connection, text))
 
@@ -337,7 +337,7 @@ class Recording:
             self._events.read_into(first * SLOT_SIZE, buffer[: count * SLOT_SIZE])
             for index in range(count):
                 fields = SLOT.unpack_from(buffer, index * SLOT_SIZE)
-                yield Event(first + index, Kind(fields[0]), *fields[1:])
+                yield Event(first + index, SlotKind(fields[0]), *fields[1:])
 
     def time_of(self, seq: int) -> int:
         """Return when an event happened, in nanoseconds since the recording began."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdproxy.recording.format import NONE, Kind
+from nbdproxy.recording.format import NONE, SlotKind
 from nbdproxy.recording.index import NEVER, RequestTable
 
 _COLUMNS = {
@@ -36,7 +36,7 @@ class TableBuilder:
     def add(self, slots: NDArray[np.void], first: int) -> None:
         """Take in a chunk of slots; `first` is the seq of the chunk's first."""
         kinds = slots["kind"]
-        received = np.flatnonzero(kinds == Kind.RECEIVED)
+        received = np.flatnonzero(kinds == SlotKind.RECEIVED)
         chosen = slots[received]
         rows = slice(self._rows, self._rows + len(received))
         self._rows = rows.stop
@@ -51,7 +51,7 @@ class TableBuilder:
         )
         columns["completed"][rows] = NEVER
         columns["error"][rows] = 0
-        done = np.flatnonzero(kinds == Kind.COMPLETED)
+        done = np.flatnonzero(kinds == SlotKind.COMPLETED)
         if len(done):
             self._complete(slots[done], done + first)
 

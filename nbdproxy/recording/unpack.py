@@ -36,9 +36,9 @@ from nbdproxy.recording.packed import (
     TRAILER,
     TRAILER_MAGIC,
     WINDOW_LOG,
-    Index,
-    Member,
-    Progress,
+    PackIndex,
+    PackMember,
+    PackProgress,
     padding,
 )
 from nbdproxy.recording.reader import Recording
@@ -51,7 +51,7 @@ _FRAME_MAGIC = bytes.fromhex("28b52ffd")
 class Unpacked:
     """What was unpacked, the folder it is in, and what its recorder or packer had lost, if so."""
 
-    index: Index
+    index: PackIndex
     folder: Path
     missing: str | None
 
@@ -60,7 +60,7 @@ def unpack(
     source: Path,
     target: Path | None = None,
     *,
-    progress: Progress = lambda _what, _done, _total: None,
+    progress: PackProgress = lambda _what, _done, _total: None,
 ) -> Unpacked:
     """Unpack the file `source` into the new folder `target`.
 
@@ -79,7 +79,7 @@ def unpack(
             file.seek(0)
             archive = _Archive(source, file, length)
             text = archive.index()
-            index = Index.parse(text, source)
+            index = PackIndex.parse(text, source)
             target = target or _folder_of(index, source)
             if os.path.lexists(target):
                 raise RecordingError(f"{target} exists; name a new folder with -o DIR")
@@ -91,7 +91,7 @@ def unpack(
     return Unpacked(index, target, missing)
 
 
-def _check_seal(source: Path, file: BinaryIO, progress: Progress) -> int:
+def _check_seal(source: Path, file: BinaryIO, progress: PackProgress) -> int:
     """Return the length of the frame, all of whose bytes are as they were written."""
     length = file.seek(0, os.SEEK_END) - TRAILER.size
     file.seek(0)
@@ -121,7 +121,7 @@ def _cut_off(source: Path) -> RecordingError:
     )
 
 
-def _folder_of(index: Index, source: Path) -> Path:
+def _folder_of(index: PackIndex, source: Path) -> Path:
     """Return the folder that an index names, if that is a plain name."""
     name = index.name
     if not name.isprintable() or "/" in name or name in {"", ".", ".."}:
@@ -178,7 +178,7 @@ class _Archive:
         self.pad(size)
         return text
 
-    def enter(self, member: Member) -> None:
+    def enter(self, member: PackMember) -> None:
         """Read a member's header; it must be the one that the index calls for."""
         size = self._header(member.name)
         if size != member.size:
@@ -228,7 +228,7 @@ class _Bounded:
 
 
 def _unpack(
-    archive: _Archive, index: Index, text: bytes, target: Path, progress: Progress
+    archive: _Archive, index: PackIndex, text: bytes, target: Path, progress: PackProgress
 ) -> str | None:
     """Write the members into a new folder; whatever happens, nothing else is left.
 
@@ -273,7 +273,7 @@ class _Content:
     """A member's bytes, read from front to end; `done` of `total` bytes came before."""
 
     def __init__(
-        self, archive: _Archive, member: Member, progress: Progress, done: int, total: int
+        self, archive: _Archive, member: PackMember, progress: PackProgress, done: int, total: int
     ) -> None:
         self._archive = archive
         self._member = member
@@ -332,7 +332,7 @@ def _write(file: BinaryIO, offset: int, data: bytes) -> None:
         rest, offset = rest[count:], offset + count
 
 
-def _check_facts(archive: _Archive, index: Index, folder: Path) -> str | None:
+def _check_facts(archive: _Archive, index: PackIndex, folder: Path) -> str | None:
     """Refuse a recording that is not the one that the index is of, or that no recorder wrote.
 
     Returns what is missing of it.

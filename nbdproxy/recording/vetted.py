@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbdproxy.errors import RecordingError
-from nbdproxy.recording.format import NONE, Kind
+from nbdproxy.recording.format import NONE, SlotKind
 from nbdproxy.requests import Command
 
 Slots = NDArray[np.void]
@@ -29,7 +29,7 @@ _COMMANDS = (Command.WRITE, Command.TRIM, Command.FLUSH, Command.WRITE_ZEROES)
 """What is recorded; the rest changes nothing."""
 _HIGH = 62
 """Numbers have no bits from here on: then the sum of two is a signed number, too."""
-_PAYLOAD = (Kind.COMPLETED, Kind.REFUSED)
+_PAYLOAD = (SlotKind.COMPLETED, SlotKind.REFUSED)
 """They have none. Of requests, only writes have one."""
 
 
@@ -39,7 +39,7 @@ def _known(numbers: tuple[int, ...]) -> NDArray[np.bool_]:
     return known
 
 
-_IS_KIND = _known(tuple(map(int, Kind)))
+_IS_KIND = _known(tuple(map(int, SlotKind)))
 _IS_COMMAND = _known(tuple(map(int, _COMMANDS)))
 _IS_BARE = _known(tuple(map(int, _PAYLOAD)))
 
@@ -68,8 +68,8 @@ class Vetting:
 
     def _known(self, slots: Slots, number: int) -> bool:
         kinds = slots["kind"]
-        asked = kinds == Kind.RECEIVED
-        first = np.flatnonzero(kinds == Kind.META).tolist()
+        asked = kinds == SlotKind.RECEIVED
+        first = np.flatnonzero(kinds == SlotKind.META).tolist()
         return (
             bool(_IS_KIND[kinds].all())
             and first == ([0] if number == 0 else [])
@@ -79,7 +79,7 @@ class Vetting:
 
     def _answers(self, slots: Slots, number: int) -> bool:
         """An answer is to what came before, and no more is answered than came."""
-        rows = np.flatnonzero(slots["kind"] == Kind.COMPLETED)
+        rows = np.flatnonzero(slots["kind"] == SlotKind.COMPLETED)
         seqs = (rows + number).astype(np.uint64)
         offset, length = slots["offset"][rows], slots["length"][rows]
         if not ((offset <= seqs).all() and (length <= seqs - offset).all()):
@@ -89,9 +89,9 @@ class Vetting:
 
     def _places(self, slots: Slots, size: int) -> bool:
         kinds, offset, length = slots["kind"], slots["offset"], slots["length"]
-        asked = kinds == Kind.RECEIVED
+        asked = kinds == SlotKind.RECEIVED
         flush = asked & (slots["command"] == Command.FLUSH)
-        of_disk = (asked & ~flush) | (kinds == Kind.BEFORE)
+        of_disk = (asked & ~flush) | (kinds == SlotKind.BEFORE)
         room = np.uint64(size)
         within = (offset <= room) & (length <= room - np.minimum(offset, room))
         return bool(within[of_disk].all()) and not ((offset | length)[flush] >> _HIGH).any()
@@ -99,8 +99,8 @@ class Vetting:
     def _payloads(self, slots: Slots) -> bool:
         """All payloads together are in the data stream, so one is not read a million times."""
         kinds, there = slots["kind"], slots["position"] != NONE
-        writes = (kinds == Kind.RECEIVED) & (slots["command"] == Command.WRITE)
-        bare = _IS_BARE[kinds] | ((kinds == Kind.RECEIVED) & ~writes)
+        writes = (kinds == SlotKind.RECEIVED) & (slots["command"] == Command.WRITE)
+        bare = _IS_BARE[kinds] | ((kinds == SlotKind.RECEIVED) & ~writes)
         # Each is in the stream already; as a float a sum does not run over.
         self._payload += float(slots["length"][there].sum(dtype=np.float64))
         return (

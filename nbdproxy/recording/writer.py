@@ -26,7 +26,7 @@ from nbdproxy.recording.format import (
     NONE,
     SLOT,
     SLOT_SIZE,
-    Kind,
+    SlotKind,
     data_path,
     events_path,
 )
@@ -66,7 +66,7 @@ class RecordingWriter:
         # Before-images come from the thread that lands a flush, all else from the event loop.
         self._lock = threading.RLock()
         self._start = time.monotonic_ns()
-        self._text(Kind.META, 0, self.meta.dump())
+        self._text(SlotKind.META, 0, self.meta.dump())
 
     def _stream(self, path: Path, segment: int) -> StreamWriter:
         return StreamWriter(
@@ -100,7 +100,7 @@ class RecordingWriter:
         first = self.seq
         now = time.monotonic_ns() - self._start
         slots = []
-        append, kind = self._data.append, int(Kind.RECEIVED)
+        append, kind = self._data.append, int(SlotKind.RECEIVED)
         for seq, (command, flags, cookie, offset, length, payload) in enumerate(requests, first):
             if payload:
                 position, digest = append(payload), xxh3_64_intdigest(payload)
@@ -124,13 +124,15 @@ class RecordingWriter:
 
     def completed(self, connection: int, first: int, count: int, error: int) -> None:
         """Record that requests of consecutive seq are answered, all with the same error."""
-        self._slot(Kind.COMPLETED, connection=connection, flags=error, offset=first, length=count)
+        self._slot(
+            SlotKind.COMPLETED, connection=connection, flags=error, offset=first, length=count
+        )
 
     def refused(self, connection: int, request: Request, error: int) -> None:
         """Record a request that never reached the disk, and its answer."""
         with self._lock:
             seq = self._slot(
-                Kind.REFUSED,
+                SlotKind.REFUSED,
                 command=min(request.command, 0xFF),
                 flags=request.flags,
                 connection=connection,
@@ -143,12 +145,12 @@ class RecordingWriter:
     def before(self, offset: int, content: bytes | bytearray) -> None:
         """Save what the disk holds at `offset`, before it is changed for the first time."""
         if content.count(0) == len(content):
-            self._slot(Kind.BEFORE, offset=offset, length=len(content))
+            self._slot(SlotKind.BEFORE, offset=offset, length=len(content))
             return
         with self._lock:
             self._check()
             self._slot(
-                Kind.BEFORE,
+                SlotKind.BEFORE,
                 offset=offset,
                 length=len(content),
                 position=self._data.append(memoryview(content)),
@@ -203,7 +205,7 @@ class RecordingWriter:
         self._data.check()
         self._events.check()
 
-    def _text(self, kind: Kind, connection: int, text: str) -> int:
+    def _text(self, kind: SlotKind, connection: int, text: str) -> int:
         payload = text.encode(errors="surrogateescape")
         with self._lock:
             return self._slot(
@@ -216,7 +218,7 @@ class RecordingWriter:
 
     def _slot(
         self,
-        kind: Kind,
+        kind: SlotKind,
         *,
         command: int = 0,
         flags: int = 0,

@@ -30,7 +30,7 @@ LOOKED_UP = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class AuditReport:
     """One audit: of which store, against which recording, and what `owners` were hit.
 
     `owners` has the words for who lives in a fault, and how many faults it has.
@@ -93,7 +93,7 @@ def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
     return found
 
 
-def lines(report: Report) -> Iterator[str]:
+def lines(report: AuditReport) -> Iterator[str]:
     """Yield the report for people."""
     audit = report.audit
     touched = size_text(audit.compared)
@@ -131,14 +131,14 @@ _MEANING = {
 }
 
 
-def _told(report: Report, finding: Finding) -> Iterator[str]:
+def _told(report: AuditReport, finding: Finding) -> Iterator[str]:
     extent = finding.extent
     yield f"  bytes {extent.offset:,} to {extent.end - 1:,}: {finding.fate.value}"
     yield f"    should hold: {_promise(report, finding)}"
     yield f"    holds:       {_held(report, finding)}"
 
 
-def _promise(report: Report, finding: Finding) -> str:
+def _promise(report: AuditReport, finding: Finding) -> str:
     """Say what must be there, and why."""
     text = _request(report, finding.durable)
     if finding.durable == NONE:
@@ -149,13 +149,13 @@ def _promise(report: Report, finding: Finding) -> str:
     return f"{text}, durable by {by}"
 
 
-def _held(report: Report, finding: Finding) -> str:
+def _held(report: AuditReport, finding: Finding) -> str:
     """Say what a place holds."""
     trimmed = finding.fate is Fate.TRIMMED
     return "whatever a TRIM left" if trimmed else _request(report, finding.holds)
 
 
-def _request(report: Report, row: int) -> str:
+def _request(report: AuditReport, row: int) -> str:
     """Say what a row is, or what else a place holds."""
     if row in _HELD:
         return _HELD[row]
@@ -173,7 +173,7 @@ _HELD = {
 }
 
 
-def _verdict(report: Report) -> Iterator[str]:
+def _verdict(report: AuditReport) -> Iterator[str]:
     """Say who is convicted and who is cleared."""
     sizes = report.audit.sizes
     if report.is_empty:
@@ -216,7 +216,7 @@ def _verdict(report: Report) -> Iterator[str]:
         yield from _cleared(report)
 
 
-def _cleared(report: Report) -> Iterator[str]:
+def _cleared(report: AuditReport) -> Iterator[str]:
     """Say why nobody below is to blame."""
     if report.recording.is_damaged:
         yield (
@@ -237,7 +237,7 @@ def _cleared(report: Report) -> Iterator[str]:
         yield ("Who should have flushed stands above nbdproxy: the guest, or QEMU's cache mode.")
 
 
-def _why_allowed(report: Report) -> Counter[Safety]:
+def _why_allowed(report: AuditReport) -> Counter[Safety]:
     """Return why what was sent last might be lost, for the places where it was."""
     end = report.timeline.source.events
     sent = report.timeline.at(end)
@@ -252,7 +252,7 @@ def _why_allowed(report: Report) -> Counter[Safety]:
     return +found
 
 
-def _own_faults(report: Report) -> Iterator[str]:
+def _own_faults(report: AuditReport) -> Iterator[str]:
     """Say that the nbdproxy that recorded had a policy of its own, and what that did."""
     yield (
         f"A promise was broken, and the nbdproxy that recorded this had a policy that may have "
@@ -268,7 +268,7 @@ def _own_faults(report: Report) -> Iterator[str]:
         yield f"Faults that it made: {told}."
 
 
-def to_json(report: Report) -> dict[str, object]:
+def to_json(report: AuditReport) -> dict[str, object]:
     """Return the report as `nbdproxy audit --json` prints it."""
     audit = report.audit
     return {
@@ -288,7 +288,7 @@ def to_json(report: Report) -> dict[str, object]:
     }
 
 
-def _place(report: Report, finding: Finding) -> dict[str, object]:
+def _place(report: AuditReport, finding: Finding) -> dict[str, object]:
     table = report.timeline.table
     known = finding.holds not in _HELD and finding.fate is not Fate.TRIMMED
     return {

@@ -18,7 +18,7 @@ PATHS_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Filesystem:
+class CheckedFilesystem:
     """One filesystem; `owners` are those of the replayed bytes."""
 
     name: str
@@ -31,7 +31,7 @@ class Checked:
     """What was found; `findings` is None without files. `doubt` is of the manifest itself."""
 
     name: str
-    filesystems: tuple[Filesystem, ...]
+    filesystems: tuple[CheckedFilesystem, ...]
     findings: Findings | None
     doubt: str | None = None
 
@@ -69,7 +69,7 @@ def lines(told: Checked, *, list_files: bool) -> Iterator[str]:
                 yield f"           {condition.value:<14} {printable(path)}"
 
 
-def _filesystem(one: Filesystem) -> Iterator[str]:
+def _filesystem(one: CheckedFilesystem) -> Iterator[str]:
     """Yield what is to be said of one filesystem."""
     found = one.examination
     yield f"  mounts   {_mounts(found)}"
@@ -113,7 +113,7 @@ def to_json(told: Checked, *, list_files: bool) -> dict[str, object]:
     return result
 
 
-def _filesystem_json(one: Filesystem) -> dict[str, object]:
+def _filesystem_json(one: CheckedFilesystem) -> dict[str, object]:
     found = one.examination
     fsck: Mapping[str, object]
     if isinstance(found.fsck, str):
@@ -143,7 +143,7 @@ def _mounts(found: Examination) -> str:
     return f"no: {found.reason}" if found.mounts is False else f"cannot be told: {found.reason}"
 
 
-def _journal(told: Filesystem) -> str:
+def _journal(told: CheckedFilesystem) -> str:
     """Say what the replay changes, by kind."""
     if not told.examination.mounts:
         return "not replayed"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nbdproxy.crash.explore.explore import Tally
 from nbdproxy.crash.explore.judging import JudgePlan
-from nbdproxy.crash.explore.planning import Plan, states_text
+from nbdproxy.crash.explore.planning import ExplorationPlan, states_text
 from nbdproxy.crash.explore.stages import BEYOND, Stage
 from nbdproxy.crash.explore.verdicts import CHECKED, SAME_CONTENT, SAME_READS, About, Row, Verdicts
 from nbdproxy.oracles.check import Verdict
@@ -18,11 +18,11 @@ SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ExplorationReport:
     """One exploration: what was asked for, what was planned, and what came of it."""
 
     about: About
-    plan: Plan
+    plan: ExplorationPlan
     tally: Tally
     verdicts: Verdicts
     again: str
@@ -54,7 +54,7 @@ def exit_code(tally: Tally) -> int:
     return 2 if tally.verdicts[Verdict.UNKNOWN] else 0
 
 
-def lines(report: Report, run: str) -> Iterator[str]:
+def lines(report: ExplorationReport, run: str) -> Iterator[str]:
     """Yield the report for people."""
     plan, tally = report.plan, report.tally
     yield from _what_was_explored(report)
@@ -100,7 +100,7 @@ def _never_sent(fullest: Mapping[int, Verdict]) -> Iterator[str]:
         yield "           blame, or what is asked for had not been written yet."
 
 
-def _doubts(report: Report) -> Iterator[str]:
+def _doubts(report: ExplorationReport) -> Iterator[str]:
     """Say what makes the verdicts worth little."""
     verdicts = report.tally.verdicts
     if not report.verdicts.looked():
@@ -111,7 +111,7 @@ def _doubts(report: Report) -> Iterator[str]:
         yield "           cut."
 
 
-def _what_was_explored(report: Report) -> Iterator[str]:
+def _what_was_explored(report: ExplorationReport) -> Iterator[str]:
     about, plan, tally = report.about, report.plan, report.tally
     cuts = len(plan.cuts)
     where = f"cut {about['at']}" if cuts == plan.cuts_possible == 1 else _cuts_text(cuts)
@@ -151,13 +151,13 @@ def _at_cuts(some: int, all_cuts: int) -> str:
     return f"at {some:,} of {all_cuts:,} cuts"
 
 
-def _total(plan: Plan) -> str:
+def _total(plan: ExplorationPlan) -> str:
     if all(cut.states is not None for cut in plan.cuts):
         return f"{sum(cut.states or 0 for cut in plan.cuts):,}"
     return f"about {states_text(max(cut.states_log10 for cut in plan.cuts))}"
 
 
-def _left_out(plan: Plan) -> Iterator[str]:
+def _left_out(plan: ExplorationPlan) -> Iterator[str]:
     for stage, count in plan.left_out.items():
         yield f"{stage.value} without end" if count is None else f"{count:,} {stage.value}"
 
@@ -170,7 +170,7 @@ def _why(row: Row) -> str:
     return f"  {', '.join(parts)}" if parts else ""
 
 
-def to_json(report: Report) -> dict[str, object]:
+def to_json(report: ExplorationReport) -> dict[str, object]:
     """Return the report as `nbdproxy explore --json` prints it."""
     plan, tally = report.plan, report.tally
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from nbdproxy.crash.blame.ranges import Losses, Piece, Range
+from nbdproxy.crash.blame.ranges import FileRange, Losses, MissingPiece
 from nbdproxy.printable import printable
 
 SHOWN = 5
@@ -41,7 +41,7 @@ def to_json(losses: Losses) -> dict[str, object]:
 
 def _data(losses: Losses) -> Iterator[str]:
     """Yield a line for each run of bytes that fared alike."""
-    merged: list[Range] = []
+    merged: list[FileRange] = []
     for one in losses.ranges:
         last = merged[-1] if merged else None
         if last is not None and _key(last) == _key(one):
@@ -59,15 +59,15 @@ def _data(losses: Losses) -> Iterator[str]:
                 yield f"{bytes_}: packed into metadata or compressed, of which is lacking:"
 
 
-def _key(one: Range) -> tuple[int | None, bool, bool]:
+def _key(one: FileRange) -> tuple[int | None, bool, bool]:
     return None if one.data is None else one.data.seq, one.is_whole, one.is_apart
 
 
-def _who(piece: Piece) -> str:
+def _who(piece: MissingPiece) -> str:
     return f"request {piece.seq} at {piece.received_ns / 1e9:.3f} s; {piece.blame.sentence()}"
 
 
-def _piece(piece: Piece) -> dict[str, object]:
+def _piece(piece: MissingPiece) -> dict[str, object]:
     return {
         "request": piece.seq,
         "received_s": piece.received_ns / 1e9,

@@ -43,14 +43,14 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class MinimumReport:
     """A minimum, and all that can be said of what is missing in it."""
 
     minimum: Minimum
     missing: tuple[Missing, ...]
 
 
-def tell(timeline: Timeline, minimum: Minimum, tree: Tree | None = None) -> Told:
+def tell(timeline: Timeline, minimum: Minimum, tree: Tree | None = None) -> MinimumReport:
     """Find out about each missing piece; the owners are those of the disk that lacks nothing.
 
     `tree` says where in the guest they show, if that is known; else its fstab is looked for.
@@ -58,11 +58,11 @@ def tell(timeline: Timeline, minimum: Minimum, tree: Tree | None = None) -> Told
     state = minimum.state
     full = replace(state, choice=Choice.ALL, parts=(), seed=0, number=0, pins=())
     if not minimum.lost:
-        return Told(minimum, ())
+        return MinimumReport(minimum, ())
     disk = timeline.open(full)
     owners = OwnerMap(disk, tree or tree_by_fstab(disk))
     missing = (_missing(timeline, minimum, lost, owners) for lost in minimum.lost)
-    return Told(minimum, tuple(missing))
+    return MinimumReport(minimum, tuple(missing))
 
 
 def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap) -> Missing:
@@ -92,7 +92,7 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
     )
 
 
-def lines(told: Told, run: str, base: str) -> Iterator[str]:
+def lines(told: MinimumReport, run: str, base: str) -> Iterator[str]:
     """Yield it for people; `base` is the option that names the image to `open`, if it needs one."""
     minimum = told.minimum
     judged = minimum.judged.judgement
@@ -131,7 +131,7 @@ def _lines(missing: Missing) -> Iterator[str]:
         yield f"    why:     {missing.blame.sentence()}"
 
 
-def to_json(told: Told, run: str) -> dict[str, object]:
+def to_json(told: MinimumReport, run: str) -> dict[str, object]:
     """Return it as `nbdproxy minimize --json` prints it."""
     minimum = told.minimum
     return {

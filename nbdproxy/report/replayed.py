@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from nbdproxy.crash.blame.replay import FileOutcome, Outcome
+from nbdproxy.crash.blame.replay import FileOutcome, StateOutcome
 from nbdproxy.crash.blame.together import Together
 from nbdproxy.crash.states.cuts import Cut
 from nbdproxy.crash.states.source import Source
@@ -94,7 +94,7 @@ def _file_json(one: FileOutcome) -> dict[str, str | None]:
     return {"condition": one.condition.value, "cause": one.cause and one.cause.value}
 
 
-def _outcome_json(outcome: Outcome, *, files: bool) -> dict[str, object]:
+def _outcome_json(outcome: StateOutcome, *, files: bool) -> dict[str, object]:
     found: dict[str, object] = {
         "state": str(outcome.state),
         "verdict": outcome.verdict.value,

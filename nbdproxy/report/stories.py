@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbdproxy.crash.blame.causes import Cause
-from nbdproxy.crash.blame.file_history import LEVELS, Carrier, Course, Story
+from nbdproxy.crash.blame.file_history import LEVELS, Carrier, Course, FileHistory
 from nbdproxy.crash.blame.ranges import Losses
 from nbdproxy.crash.blame.replay import Cell, Replay
 from nbdproxy.crash.states.cuts import Cut
@@ -51,19 +51,19 @@ _ADVICE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class FileReport:
     """One file's story, what it hangs on, and the table of the cut for it alone.
 
     `losses` says what of it the states lack in which it is not whole, by their ids.
     """
 
-    story: Story
+    story: FileHistory
     carriers: tuple[Carrier, ...]
     replay: Replay
     losses: Mapping[str, Losses]
 
 
-def lines(told: Told, source: Source) -> Iterator[str]:
+def lines(told: FileReport, source: Source) -> Iterator[str]:
     """Yield a story for people, about one screen."""
     story = told.story
     size = f", {story.entry.size:,} bytes" if story.entry.size is not None else ""
@@ -80,7 +80,7 @@ def lines(told: Told, source: Source) -> Iterator[str]:
     yield from _verdict(told, source)
 
 
-def _place(told: Told) -> str:
+def _place(told: FileReport) -> str:
     """Say which filesystem the file is on, if there are several."""
     tree = told.replay.tree
     mount = tree.of(told.story.entry.path)
@@ -134,7 +134,7 @@ def _kinds(carrier: Carrier) -> list[str]:
     return list(dict.fromkeys(str(owner.kind) for owner in carrier.owners))
 
 
-def protected_since(story: Story, mode: CacheMode) -> int | None:
+def protected_since(story: FileHistory, mode: CacheMode) -> int | None:
     """Return from which position on host power loss leaves the file whole under a mode."""
     level = guarantee(mode, Failure.HOST_POWER_LOSS).must
     if level in story.courses:
@@ -144,7 +144,7 @@ def protected_since(story: Story, mode: CacheMode) -> int | None:
     return 0 if untouched and story.courses[Level.RECEIVED].since == 0 else None
 
 
-def _is_doubtful(story: Story, mode: CacheMode) -> bool:
+def _is_doubtful(story: FileHistory, mode: CacheMode) -> bool:
     """Tell whether it is unknown if host power loss leaves the file whole in the end."""
     level = guarantee(mode, Failure.HOST_POWER_LOSS).must
     if level in story.courses:
@@ -153,7 +153,7 @@ def _is_doubtful(story: Story, mode: CacheMode) -> bool:
     return all(c.changes[-1].condition is Condition.CANNOT_BE_TOLD for c in courses)
 
 
-def _protection(story: Story, source: Source, replay: Replay) -> Iterator[str]:
+def _protection(story: FileHistory, source: Source, replay: Replay) -> Iterator[str]:
     """Say from when on each mode protects it, and how long it was at risk until then."""
     sent = story.courses[Level.RECEIVED].since
     alike: dict[tuple[int | None, bool], list[str]] = {}
@@ -173,7 +173,7 @@ def _protection(story: Story, source: Source, replay: Replay) -> Iterator[str]:
         head = ""
 
 
-def _verdict(told: Told, source: Source) -> Iterator[str]:
+def _verdict(told: FileReport, source: Source) -> Iterator[str]:
     """Say what the cut leaves of it under each mode, who lost it, and what helps."""
     path = told.story.entry.path
     advice: dict[Cause, Cut] = {}
@@ -198,7 +198,7 @@ def _verdict(told: Told, source: Source) -> Iterator[str]:
         yield f"  {cause.value}: {_advice(cause, cut, told.story, source)}"
 
 
-def _advice(cause: Cause, cut: Cut, story: Story, source: Source) -> str:
+def _advice(cause: Cause, cut: Cut, story: FileHistory, source: Source) -> str:
     """Say what is behind a cause, and what helps."""
     sent = story.courses[Level.RECEIVED].first
     if cause is Cause.NEVER_SENT and sent is not None and sent > cut.position:
@@ -223,7 +223,7 @@ def _fate(cell: Cell, path: str) -> str:
     return text
 
 
-def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
+def overview(stories: Sequence[FileHistory]) -> list[tuple[int, dict[Level, int]]]:
     """Return how many files each level keeps whole, from each position on at which that changes."""
     moments = sorted({c.position for s in stories for k in LEVELS for c in s.courses[k].changes})
     deltas: dict[int, dict[Level, int]] = {position: {} for position in moments}
@@ -243,7 +243,7 @@ def overview(stories: Sequence[Story]) -> list[tuple[int, dict[Level, int]]]:
     return told
 
 
-def overview_lines(stories: Sequence[Story], source: Source, taken: Taken) -> Iterator[str]:
+def overview_lines(stories: Sequence[FileHistory], source: Source, taken: Taken) -> Iterator[str]:
     """Yield when everything is safe, for people; `taken` says of which modes that can be told."""
     rows = overview(stories)
     yield f"of {plural(len(stories), 'file')}, so many are whole in what was"
@@ -276,7 +276,7 @@ def overview_lines(stories: Sequence[Story], source: Source, taken: Taken) -> It
         yield f"Note: {taken.remark}."
 
 
-def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]:
+def overview_json(stories: Sequence[FileHistory], source: Source) -> dict[str, object]:
     """Return when everything is safe, as `nbdproxy explain --files --json` prints it."""
     return {
         "files": len(stories),
@@ -287,7 +287,7 @@ def overview_json(stories: Sequence[Story], source: Source) -> dict[str, object]
     }
 
 
-def to_json(told: Told, source: Source) -> dict[str, object]:
+def to_json(told: FileReport, source: Source) -> dict[str, object]:
     """Return a story as `nbdproxy explain --json` prints it."""
     story = told.story
     mount = told.replay.tree.of(story.entry.path)

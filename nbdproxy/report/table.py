@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.table import Table
 from rich.text import Text
 
-from nbdproxy.crash.blame.replay import Cell, Outcome, Replay
+from nbdproxy.crash.blame.replay import Cell, Replay, StateOutcome
 from nbdproxy.crash.blame.together import Together
 from nbdproxy.crash.states.source import Source
 from nbdproxy.oracles.check import Verdict
@@ -150,7 +150,7 @@ def _reasons(result: Replay) -> list[str]:
     ]
 
 
-def counts(outcome: Outcome, total: int) -> list[str]:
+def counts(outcome: StateOutcome, total: int) -> list[str]:
     """Return one line for each condition of a state, whole files first."""
     found = outcome.conditions
     if not found:

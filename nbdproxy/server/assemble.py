@@ -44,7 +44,7 @@ _END_S = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExportPlan:
     """What one export is to be. `image` is a path or an NBD URI, as the user named it."""
 
     image: str
@@ -70,7 +70,7 @@ class Plan:
 
 
 @asynccontextmanager
-async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
+async def opened(plan: ExportPlan, power: Power) -> AsyncIterator[Export]:
     """Have an export for as long as the block runs; it ends in order, and so does its recording.
 
     Raises ImageError, UsageError or RecordingError with nothing left open.
@@ -97,7 +97,7 @@ async def opened(plan: Plan, power: Power) -> AsyncIterator[Export]:
             watch.cancel_scope.cancel()
 
 
-async def _connect(plan: Plan, stack: AsyncExitStack) -> Upstream | None:
+async def _connect(plan: ExportPlan, stack: AsyncExitStack) -> Upstream | None:
     if plan.kind == "raw":
         return None
     if plan.kind == "nbd":
@@ -114,7 +114,7 @@ async def _connect(plan: Plan, stack: AsyncExitStack) -> Upstream | None:
     return await stack.enter_async_context(connected(where, plan.image))
 
 
-def _lose(plan: Plan, export: Export, reason: str) -> None:
+def _lose(plan: ExportPlan, export: Export, reason: str) -> None:
     if plan.kind != "nbd":
         what = f"the qemu-storage-daemon that reads {plan.image} for nbdproxy is lost"
         todo = f"check the file with: qemu-img check {plan.image}"
@@ -130,7 +130,7 @@ async def _give_up(export: Export, upstream: Upstream) -> None:
     upstream.lose(f"it did not answer within {_END_S} s")
 
 
-def _assemble(plan: Plan, power: Power, upstream: Upstream | None, held: _Held) -> Export:
+def _assemble(plan: ExportPlan, power: Power, upstream: Upstream | None, held: _Held) -> Export:
     disk = _open_disk(plan, upstream)
     read_only = plan.read_only
     try:
@@ -181,7 +181,7 @@ def _assemble(plan: Plan, power: Power, upstream: Upstream | None, held: _Held) 
     )
 
 
-def _open_disk(plan: Plan, upstream: Upstream | None) -> BlockDevice:
+def _open_disk(plan: ExportPlan, upstream: Upstream | None) -> BlockDevice:
     if upstream is not None:
         return UpstreamDisk(upstream)
     image = Path(plan.image)
@@ -190,11 +190,11 @@ def _open_disk(plan: Plan, upstream: Upstream | None) -> BlockDevice:
     return FileDisk(image, read_only=plan.keeps_below)
 
 
-def _short_name(plan: Plan) -> str:
+def _short_name(plan: ExportPlan) -> str:
     return plan.image if plan.kind == "nbd" else Path(plan.image).name
 
 
-def _finish(plan: Plan, export: Export, held: _Held) -> None:
+def _finish(plan: ExportPlan, export: Export, held: _Held) -> None:
     """End in order: make durable what is kept, close the disk, then the recording.
 
     The recording ends in order whatever the disk does. Raises RecordingError if it could not be
@@ -222,7 +222,7 @@ def _finish(plan: Plan, export: Export, held: _Held) -> None:
         raise ImageError(f"{failed[0]}; see to the disk that it is on")
 
 
-def _keep(plan: Plan, export: Export) -> None:
+def _keep(plan: ExportPlan, export: Export) -> None:
     """Make durable what a client wrote, if that is to stay; raises OSError."""
     writable = not export.info.flags & TransmissionFlag.READ_ONLY
     if not writable or export.failure is not None:
@@ -236,7 +236,7 @@ def _keep(plan: Plan, export: Export) -> None:
 class _Held:
     """The image's file, whatever its path comes to name; nothing for the disk of a server."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ExportPlan) -> None:
         self._path = Path(plan.image)
         self._fd = -1
         if plan.kind != "nbd":
@@ -279,7 +279,7 @@ class _Held:
 
 
 def _record(
-    plan: Plan, disk: BlockDevice, upstream: Upstream | None, held: _Held
+    plan: ExportPlan, disk: BlockDevice, upstream: Upstream | None, held: _Held
 ) -> RecordingWriter:
     assert plan.record is not None
     below = None if plan.overlay else upstream

@@ -19,14 +19,14 @@ import trio
 
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.nbd.constants import TlsMode
-from nbdproxy.peers import Believed
+from nbdproxy.peers import TrustedPeers
 from nbdproxy.server.below.qmp import QmpListener
 from nbdproxy.server.children import Children
 from nbdproxy.server.export.export import Export
-from nbdproxy.server.front.control import Control
+from nbdproxy.server.front.control import ControlSocket
 from nbdproxy.server.front.endpoints import Endpoint
-from nbdproxy.server.front.export_provider import FixedShelf
-from nbdproxy.server.front.listener import Door
+from nbdproxy.server.front.export_provider import FixedExports
+from nbdproxy.server.front.listener import Listener
 from nbdproxy.server.power import Power
 from nbdproxy.server.tls import ServerTls
 from nbdproxy.signals import told_to_end
@@ -44,7 +44,7 @@ OpenExport = Callable[[Power], AbstractAsyncContextManager[Export]]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ServingOutcome:
     """How the serving ended: in which words, and with what exit code of the --run command."""
 
     reason: str
@@ -65,7 +65,7 @@ class Setting:
     tls: ServerTls = ServerTls()  # noqa: RUF009 - frozen
     command: str | None = None
     qmp: Path | None = None
-    believed: Believed = Believed()  # noqa: RUF009 - frozen
+    believed: TrustedPeers = TrustedPeers()  # noqa: RUF009 - frozen
     control: Endpoint | None = None
 
     def uri(self, export: Export) -> str:
@@ -78,7 +78,7 @@ def serve(
     setting: Setting,
     *,
     on_ready: Callable[[Sequence[Export]], None] = lambda _: None,
-) -> Outcome:
+) -> ServingOutcome:
     """Serve until a signal, the end of the command, a cut, or a failure of an export.
 
     Raises the export's failure in the last case, ImageError and the like if an export cannot be
@@ -103,8 +103,8 @@ async def _serve(
     openers: Sequence[OpenExport],
     setting: Setting,
     on_ready: Callable[[Sequence[Export]], None],
-) -> Outcome:
-    power, ending = Power(), Ending()
+) -> ServingOutcome:
+    power, ending = Power(), ServingEnd()
     exports: list[Export] = []
     async with trio.open_nursery() as signals:
         await signals.start(ending.watch_signals)
@@ -121,14 +121,14 @@ async def _serve(
     for export in exports:
         if export.failure is not None:
             raise export.failure
-    return outcome or Outcome(ending.reason, ending.exit_code)
+    return outcome or ServingOutcome(ending.reason, ending.exit_code)
 
 
 def _nothing() -> None:
     """Do nothing."""
 
 
-class Ending:
+class ServingEnd:
     """Why and when the serving ends; the first reason counts.
 
     `opening` is cancelled by a signal that comes before all exports are open; `at_once` is called
@@ -182,21 +182,21 @@ class Service:
         exports: Sequence[Export],
         setting: Setting,
         power: Power,
-        ending: Ending,
+        ending: ServingEnd,
         on_ready: Callable[[Sequence[Export]], None],
     ) -> None:
         self._exports = exports
         self._setting = setting
         self._power = power
         self._on_ready = on_ready
-        self._door = Door(FixedShelf(exports), setting.endpoint, setting.tls, power)
+        self._door = Listener(FixedExports(exports), setting.endpoint, setting.tls, power)
         self._ending = ending
         self._exit_code = 0
         self._qmp = None
         if setting.qmp is not None:
             self._qmp = QmpListener(setting.qmp, self._on_qmp, setting.believed)
 
-    async def main(self) -> Outcome:
+    async def main(self) -> ServingOutcome:
         """Serve, and end."""
         async with trio.open_nursery() as everything, trio.open_nursery() as service:
             service.start_soon(self._watch_power)
@@ -207,7 +207,7 @@ class Service:
                     export.watch_before_flush(self._qmp.poll)
                 service.start_soon(self._qmp.run)
             if self._setting.control is not None:
-                control = Control(self._setting.control, self._exports, self._power)
+                control = ControlSocket(self._setting.control, self._exports, self._power)
                 service.start_soon(control.run)
             everything.start_soon(self._door.run)
             if self._setting.command is not None:
@@ -218,7 +218,7 @@ class Service:
             service.cancel_scope.cancel()
         if self._power.off:  # a client that left at the end may have been what cut it
             await self._cut()
-        return Outcome(self._power.reason or self._ending.reason, self._exit_code)
+        return ServingOutcome(self._power.reason or self._ending.reason, self._exit_code)
 
     async def _stop(self) -> None:
         """Let no one in any more; let the sessions end in order, or cut them off."""

@@ -12,17 +12,17 @@ import trio
 
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.front.endpoints import Endpoint, listen_unix
-from nbdproxy.server.front.export_provider import Shelf
-from nbdproxy.server.front.listener import Door
+from nbdproxy.server.front.export_provider import ExportProvider
+from nbdproxy.server.front.listener import Listener
 from nbdproxy.server.power import Power
 from nbdproxy.server.tls import ServerTls
 
 _GRACE_S = 1.0
 
 
-async def host(shelf: Shelf, endpoint: Endpoint, ended: trio.Event) -> None:
+async def host(shelf: ExportProvider, endpoint: Endpoint, ended: trio.Event) -> None:
     """Let clients in until `ended` is set; then they have a second to have their answers."""
-    door = Door(shelf, endpoint, ServerTls(), Power())
+    door = Listener(shelf, endpoint, ServerTls(), Power())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(door.run)
         await ended.wait()
@@ -33,7 +33,7 @@ async def host(shelf: Shelf, endpoint: Endpoint, ended: trio.Event) -> None:
 class ThreadedServer:
     """A shelf on a socket of its own; a context manager."""
 
-    def __init__(self, shelf: Shelf) -> None:
+    def __init__(self, shelf: ExportProvider) -> None:
         self._shelf = shelf
         self._folder = tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
         self.socket = Path(self._folder.name) / "socket"

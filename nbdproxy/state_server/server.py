@@ -25,7 +25,7 @@ from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.offer import offer
 from nbdproxy.server.front.endpoints import Endpoint
-from nbdproxy.server.service import Ending
+from nbdproxy.server.service import ServingEnd
 from nbdproxy.state_server.background import ThreadedServer, host
 
 _GRACE_S = 1.0
@@ -76,7 +76,7 @@ class _Infos(Mapping[str, ExportInfo]):
         return len(cut_names(self._timeline))
 
 
-class StateShelf:
+class StateExports:
     """All states of a timeline, as a `Shelf`."""
 
     def __init__(self, timeline: Timeline) -> None:
@@ -116,11 +116,11 @@ class StateShelf:
         return found
 
 
-def serve_states(shelf: StateShelf, endpoint: Endpoint) -> str:
+def serve_states(shelf: StateExports, endpoint: Endpoint) -> str:
     """Serve until a signal; return why it ended. The caller closes the endpoint."""
 
     async def main() -> str:
-        ending, ended = Ending(), trio.Event()
+        ending, ended = ServingEnd(), trio.Event()
         ending.opened = True
         async with trio.open_nursery() as nursery:
             await nursery.start(ending.watch_signals)
@@ -137,5 +137,5 @@ class StateServer(ThreadedServer):
     """The states of a timeline on a socket of their own, served by a thread; a context manager."""
 
     def __init__(self, timeline: Timeline) -> None:
-        self.shelf = StateShelf(timeline)
+        self.shelf = StateExports(timeline)
         super().__init__(self.shelf)

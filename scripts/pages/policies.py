@@ -14,9 +14,9 @@ from enum import Enum
 from nbdproxy.policy import examples
 from nbdproxy.policy.actions import ACTION_KEYS, ACTIONS
 from nbdproxy.policy.conditions import CONDITION_KEYS
-from nbdproxy.policy.keys import Form, Key
+from nbdproxy.policy.keys import Form, PolicyKey
 from nbdproxy.policy.loader import load, names
-from nbdproxy.policy.model import CutEvent, FlushCovers, Order, Survivors
+from nbdproxy.policy.model import CutEvent, FlushCovers, Survivors, WriteBackOrder
 from nbdproxy.policy.schema import (
     CACHE_KEYS,
     CUT_KEYS,
@@ -104,7 +104,7 @@ def language() -> str:
         'Each is a table: `window = { default = "1M", help = "bytes that may wait" }`. '
         'Where a value in the file is the text `"$window"`, the parameter\'s value stands '
         "instead, of its own type.\n\n" + _keys(PARAMETER_KEYS),
-        "## `[cache]`\n\n" + _keys(CACHE_KEYS) + "\n" + _choices("order", Order),
+        "## `[cache]`\n\n" + _keys(CACHE_KEYS) + "\n" + _choices("order", WriteBackOrder),
         "## `[flush]`\n\n" + _keys(FLUSH_KEYS) + "\n" + _choices("covers", FlushCovers),
         "## `[cut]`\n\n"
         + _keys(CUT_KEYS)
@@ -153,7 +153,7 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _keys(table: Mapping[str, Key]) -> str:
+def _keys(table: Mapping[str, PolicyKey]) -> str:
     lines = ["| key | value | meaning |", "| --- | --- | --- |"]
     for name, key in table.items():
         form = key.form.value

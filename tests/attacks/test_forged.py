@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     return path
 
 
-def seq_of(run: Path, kind: layout.Kind) -> int:
+def seq_of(run: Path, kind: layout.SlotKind) -> int:
     with Recording(run) as recording:
         return next(event.seq for event in recording.log() if event.kind is kind)
 
@@ -47,7 +47,7 @@ def told(run: Path, *more: str) -> str:
 
 @pytest.mark.parametrize("command", ["info", "log", "pack", "check", "manifest", "audit"])
 def test_every_way_in_refuses_it_with_one_sentence(run: Path, command: str) -> None:
-    forge(run, [(seq_of(run, layout.Kind.COMPLETED), "length", 2**40)])
+    forge(run, [(seq_of(run, layout.SlotKind.COMPLETED), "length", 2**40)])
     more = (run / "data",) if command == "audit" else ()
     done = nbdproxy(command, run, *more, code=2)
     assert "that no recorder writes; do not use it" in done.stderr
@@ -57,7 +57,7 @@ def test_every_way_in_refuses_it_with_one_sentence(run: Path, command: str) -> N
 
 @pytest.mark.parametrize("to", ["dm-log-writes", "nbd-trlog"])
 def test_converting_refuses_it_and_leaves_nothing(run: Path, to: str) -> None:
-    forge(run, [(seq_of(run, layout.Kind.COMPLETED), "length", 2**40)])
+    forge(run, [(seq_of(run, layout.SlotKind.COMPLETED), "length", 2**40)])
     said = nbdproxy("convert", run, run.with_name("log"), "--to", to, code=2).stderr
     assert "no recorder writes" in said
     assert list(run.parent.iterdir()) == [run]
@@ -75,7 +75,7 @@ def test_a_trim_of_a_disk_that_is_larger_than_any_log(tmp_path: Path, to: str) -
 
 
 def test_an_errno_that_nobody_knows_is_a_number(run: Path) -> None:
-    forge(run, [(seq_of(run, layout.Kind.COMPLETED), "flags", 4711)])
+    forge(run, [(seq_of(run, layout.SlotKind.COMPLETED), "flags", 4711)])
     assert " 4711 at " in told(run)
 
 
@@ -89,7 +89,7 @@ def test_an_errno_that_nobody_knows_is_a_number(run: Path) -> None:
     ],
 )
 def test_a_note_may_say_anything(run: Path, text: bytes) -> None:
-    retell(run, seq_of(run, layout.Kind.FAULT), text)
+    retell(run, seq_of(run, layout.SlotKind.FAULT), text)
     assert " fault " in told(run)
     assert "\nfault  " in nbdproxy("info", run).stdout
     assert nbdproxy("info", run, "--json").stdout
@@ -122,7 +122,7 @@ def test_a_meta_that_names_what_cannot_be(run: Path, old: bytes, new: bytes) -> 
 
 @pytest.mark.parametrize("new", [b"[" * 60000, b'{"reason": 1, "image": null}', b"{}"])
 def test_an_end_that_is_none(run: Path, new: bytes) -> None:
-    retell(run, seq_of(run, layout.Kind.END), new)
+    retell(run, seq_of(run, layout.SlotKind.END), new)
     assert "END event cannot be understood" in nbdproxy("info", run, code=2).stderr
 
 
@@ -146,7 +146,7 @@ def test_a_tail_that_is_larger_than_any_memory(run: Path) -> None:
 
 
 def test_a_text_that_is_longer_than_any_is_where_reading_ends(run: Path) -> None:
-    seq = seq_of(run, layout.Kind.MARK)
+    seq = seq_of(run, layout.SlotKind.MARK)
     data = (run / "data").read_bytes()
     forge(run, [(seq, "position", len(data)), (seq, "length", 2**21)], data + bytes(2**21))
     with Recording(run) as recording:
@@ -155,7 +155,7 @@ def test_a_text_that_is_longer_than_any_is_where_reading_ends(run: Path) -> None
 
 
 def test_a_request_beyond_the_disk(run: Path) -> None:
-    at = seq_of(run, layout.Kind.RECEIVED)
+    at = seq_of(run, layout.SlotKind.RECEIVED)
     forge(run, [(at, "offset", META.size - 1)])
     with pytest.raises(RecordingError, match="no recorder writes"):
         Recording(run)

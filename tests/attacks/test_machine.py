@@ -14,7 +14,7 @@ import pytest
 from nbdproxy.errors import RecordingError, UsageError
 from nbdproxy.machine import make_room_for_exports, said_of
 from nbdproxy.recording.meta import Meta
-from nbdproxy.recording.packed import Index
+from nbdproxy.recording.packed import PackIndex
 from tests.support.serving import COMMAND
 
 MIB = 1 << 20
@@ -134,7 +134,7 @@ def test_a_path_that_is_not_utf8(image: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "1e3", '"x"', "[1]", "null"])
 def test_a_version_that_is_no_number_of_ours(number: str) -> None:
     with pytest.raises(RecordingError):
-        Index.parse(f'{{"version":{number}}}'.encode(), Path("file"))
+        PackIndex.parse(f'{{"version":{number}}}'.encode(), Path("file"))
     with pytest.raises(RecordingError):
         Meta.parse(f'{{"version":{number}}}')
 

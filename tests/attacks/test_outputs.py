@@ -20,7 +20,7 @@ from nbdproxy.crash.explore.verdicts import Verdicts
 from nbdproxy.disks.scratch import scratch_folder, temporary_folder
 from nbdproxy.errors import LabError, NbdproxyError, TemporaryFolderError, UnsafeFolderError
 from nbdproxy.lab.guest import dm_log
-from nbdproxy.lab.guest.cache import Cache
+from nbdproxy.lab.guest.cache import LabCache
 from nbdproxy.lab.guest.disk import format_disk
 from nbdproxy.recording.foreign.formats import LogFormat
 from nbdproxy.recording.writer import RecordingWriter
@@ -124,7 +124,7 @@ def test_the_lab_builds_nothing_in_a_cache_of_somebody_else(tmp_path: Path) -> N
     theirs = tmp_path / "cache"
     theirs.mkdir()
     lay_open(theirs)
-    with pytest.raises(LabError, match=r"is not safe.*XDG_CACHE_HOME"), Cache(theirs).locked():
+    with pytest.raises(LabError, match=r"is not safe.*XDG_CACHE_HOME"), LabCache(theirs).locked():
         pass
     assert not list(theirs.iterdir())
 

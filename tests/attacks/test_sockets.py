@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.errors import UnsafeFolderError, UsageError
-from nbdproxy.peers import Believed, user_number
+from nbdproxy.peers import TrustedPeers, user_number
 from nbdproxy.server.front.endpoints import listen_unix
 from tests.support.proxies import Proxy
 from tests.support.serving import nbdproxy, until
@@ -142,7 +142,7 @@ def test_ctl_does_not_take_a_strangers_word(theirs: Path) -> None:
 
 def test_an_abstract_socket_is_whose_who_binds_it(tmp_path: Path) -> None:
     """It has no folder, and so only who listens tells."""
-    believed = Believed()
+    believed = TrustedPeers()
     name = f"\0nbdproxy-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind(name)
@@ -160,14 +160,14 @@ def test_who_listens_is_asked_of_the_kernel(
         server.bind(str(path))
         server.listen()
         client.connect(str(path))
-        Believed().check_path(path)
-        Believed().check_listener(client, path)
+        TrustedPeers().check_path(path)
+        TrustedPeers().check_listener(client, path)
         monkeypatch.setattr("nbdproxy.peers.is_trusted", lambda user: user == NOBODY)
         with pytest.raises(UnsafeFolderError, match="anybody may have put it there"):
-            Believed().check_path(path)
+            TrustedPeers().check_path(path)
         with pytest.raises(UnsafeFolderError, match="anybody may have put it there"):
-            Believed().check_listener(client, path)
-        named = Believed(user_number(str(os.geteuid())))
+            TrustedPeers().check_listener(client, path)
+        named = TrustedPeers(user_number(str(os.geteuid())))
         named.check_path(path)
         named.check_listener(client, path)
 

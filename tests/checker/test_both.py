@@ -10,7 +10,7 @@ from nbdproxy.checker.both import BothOracles, Pair
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.check import Findings, Outcome, Verdict
+from nbdproxy.oracles.check import FileCheck, Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.fsck import concluded
@@ -95,7 +95,7 @@ def test_what_is_made_of_two_words_on_one_file(
     quick: Condition, kernel: Condition, made: Condition, verdict: Verdict
 ) -> None:
     said = [
-        Says(Findings(Outcome(one).verdict, {"/a": one, "/b": WHOLE})) for one in (quick, kernel)
+        Says(Findings(FileCheck(one).verdict, {"/a": one, "/b": WHOLE})) for one in (quick, kernel)
     ]
     both = BothOracles()
     found = Pair(both, *said).check(MemoryDisk(SIZE), None)

@@ -14,7 +14,7 @@ import pytest
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.crash.blame.file_history import carriers, stories
 from nbdproxy.crash.blame.ranges import Losses, losses
-from nbdproxy.crash.states.naming import Choice, Part, StateId
+from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.oracles.check import Verdict
@@ -58,7 +58,7 @@ def entry(name: str, content: bytes) -> Entry:
 def restored(state: StateId, found: Losses, *, but: int | None = None) -> StateId:
     """The state with what was lost put back."""
     seqs = {one.data.seq for one in found.ranges if one.data} | {one.seq for one in found.way}
-    parts = tuple(Part(seq) for seq in sorted(seqs - {but}))
+    parts = tuple(RequestPart(seq) for seq in sorted(seqs - {but}))
     return StateId(state.position, state.level, Choice.ONLY, state.options, parts)
 
 

@@ -15,7 +15,7 @@ from nbdproxy.oracles.composite import TreeFollower, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, survey_tree
 from nbdproxy.oracles.mounts import Mount, Tree
-from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.plans import GivenMount
 from nbdproxy.oracles.quick import QUICK
 from tests.support.serving import tool
 from tests.support.states import cut_off, files
@@ -63,7 +63,7 @@ def test_files_of_each_subvolume_are_found_and_missed(
 
 
 def test_subvolumes_are_told_too(kernel: KernelOracle, disk: OverlayDisk) -> None:
-    mounts = (Told("0", "/", "/@"), Told(f"UUID={UUID}", "/home", "/@home"))
+    mounts = (GivenMount("0", "/", "/@"), GivenMount(f"UUID={UUID}", "/home", "/@home"))
     tree, found = locate(kernel, disk, files(**THERE), Where(mounts=mounts))
     assert TreeFollower(kernel, found, {}, tree).check(disk, None).verdict is Verdict.PASS
 

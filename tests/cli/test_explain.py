@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 
 import pytest
 
-from nbdproxy.crash.blame.file_history import LEVELS, Change, Course, Story
+from nbdproxy.crash.blame.file_history import LEVELS, ConditionChange, Course, FileHistory
 from nbdproxy.crash.blame.replay import Replay
 from nbdproxy.crash.states.cuts import Cut
 from nbdproxy.crash.states.source import Source
@@ -17,7 +17,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.modes import CacheMode
-from nbdproxy.report.stories import Told, lines
+from nbdproxy.report.stories import FileReport, lines
 from tests.support.ext4 import BLOCK, FLUSHED, SIZE, UNFLUSHED, content, stages
 from tests.support.nbd_client import FUA
 from tests.support.serving import Server, nbdproxy
@@ -158,10 +158,10 @@ def test_a_file_that_was_sent_after_the_cut_is_not_called_never_sent(recorded: M
 
 
 def test_of_a_file_that_cannot_be_told_no_never_is_said() -> None:
-    course = Course((Change(0, Condition.CANNOT_BE_TOLD),))
-    story = Story(Entry("/a", "0" * 64, 1), dict.fromkeys(LEVELS, course))
+    course = Course((ConditionChange(0, Condition.CANNOT_BE_TOLD),))
+    story = FileHistory(Entry("/a", "0" * 64, 1), dict.fromkeys(LEVELS, course))
     table = Replay(Manifest((story.entry,)), Tree(), Cut("end", 0), frozenset(CacheMode), (), ())
-    told = Told(story, (), table, {})
+    told = FileReport(story, (), table, {})
     said = list(lines(told, cast(Source, None)))
     assert not [line for line in said if "never" in line]
     assert len([line for line in said if line.endswith("cannot be told")]) == 4

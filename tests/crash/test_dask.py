@@ -22,8 +22,8 @@ from distributed import Client, LocalCluster
 from nbdproxy import __version__
 from nbdproxy.crash.explore.dask import worker as dask_worker
 from nbdproxy.crash.explore.dask.runner import DaskRunner
-from nbdproxy.crash.explore.dask.worker import Answer, Order, identity_of
-from nbdproxy.crash.explore.evaluator import Job, Unit
+from nbdproxy.crash.explore.dask.worker import WorkerReady, WorkOrder, identity_of
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, Unit
 from nbdproxy.crash.explore.workers import LocalRunner
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import NbdproxyError, UsageError
@@ -181,15 +181,15 @@ def test_what_is_damaged_in_a_workers_cache_is_handed_again(
     assert ext4_one.explore(make) == expected[ext4_one.run]
 
 
-def order(job: Job, of: Case) -> Order:
+def order(job: EvaluatorSetup, of: Case) -> WorkOrder:
     """An order for one recording with the identity of another."""
     with RecordedSource(of.run) as source:
-        return Order("key", __version__, job, identity_of(source, None), shared=True)
+        return WorkOrder("key", __version__, job, identity_of(source, None), shared=True)
 
 
 def test_another_recording_at_the_same_path_is_not_taken(random_one: Case, ext4_one: Case) -> None:
     answer = dask_worker.enlist(order(random_one.job, ext4_one))
-    assert answer == Answer(False)
+    assert answer == WorkerReady(False)
     assert dask_worker.enlist(order(random_one.job, random_one)).is_ready
     dask_worker.dismiss("key")
 

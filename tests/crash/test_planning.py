@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.planning import (
     CutPlan,
     Every,
-    Plan,
-    Wish,
+    ExplorationPlan,
+    ExploreOptions,
     cuts_of,
     make_plan,
     stages_of,
@@ -32,7 +32,7 @@ Log = list[Received | Completed]
 VISITS_MAX = 300
 
 wishes = st.builds(
-    Wish,
+    ExploreOptions,
     st.one_of(st.integers(0, 120), st.none()),
     st.integers(0, 9),
     torn=st.booleans(),
@@ -40,7 +40,7 @@ wishes = st.builds(
 )
 
 
-def check_dealt(plan: Plan) -> None:
+def check_dealt(plan: ExplorationPlan) -> None:
     """Whatever the cuts are: nothing beyond sizes, stage by stage, evenly, and all of it."""
     stages = list(dict.fromkeys(stage for cut in plan.cuts for stage in cut.sizes))
     budget = plan.wish.budget
@@ -75,11 +75,11 @@ def check_dealt(plan: Plan) -> None:
 @given(logs(), options, contents, wishes, st.data())
 @settings(max_examples=40, deadline=None)
 def test_a_budget_is_dealt_and_visited_as_promised(
-    log: Log, chosen: Options, content: list[int], wish: Wish, data: st.DataObject
+    log: Log, chosen: Options, content: list[int], wish: ExploreOptions, data: st.DataObject
 ) -> None:
     level, every = data.draw(st.sampled_from(Level)), data.draw(st.sampled_from(Every))
     timeline = make_timeline(log, content)
-    fields = Fields(timeline, level, chosen)
+    fields = CrashSpaceBuilder(timeline, level, chosen)
     cuts = [
         cut
         for cut in cuts_of(timeline.source, timeline.fates(chosen), level, every)
@@ -105,7 +105,7 @@ def test_a_budget_is_dealt_and_visited_as_promised(
     assert positions == sorted(positions)
     names = [str(visit.state) for visit in visits]
     assert len(set(names)) == len(names), "a state is visited twice"
-    again = Fields(make_timeline(log, content), level, chosen)
+    again = CrashSpaceBuilder(make_timeline(log, content), level, chosen)
     repeated = [(str(v.state), v.stage, v.change.hash) for v in visits_of(again, plan)]
     assert repeated == [(str(v.state), v.stage, v.change.hash) for v in visits]
 
@@ -130,15 +130,15 @@ def three_writes() -> Log:
     return [event for at, write in enumerate(writes) for event in (write, Completed(2 * at))]
 
 
-def make_three() -> Fields:
-    return Fields(
+def make_three() -> CrashSpaceBuilder:
+    return CrashSpaceBuilder(
         make_timeline(three_writes(), [*range(1, 7), *[0] * 26]), Level.FLUSHED, Options()
     )
 
 
 def test_what_does_not_fit_is_dealt_evenly_among_the_cuts() -> None:
     """Ends first, at all cuts; then requests, as many at each; nothing of what comes later."""
-    plan = make_plan(make_three(), [2, 4, 6], Wish(13), cuts_possible=7)
+    plan = make_plan(make_three(), [2, 4, 6], ExploreOptions(13), cuts_possible=7)
     assert [cut.sizes[Stage.REQUESTS] for cut in plan.cuts] == [2, 4, 6]
     assert [cut.quotas for cut in plan.cuts] == [
         {Stage.ENDS: 2, Stage.REQUESTS: 2},
@@ -147,16 +147,16 @@ def test_what_does_not_fit_is_dealt_evenly_among_the_cuts() -> None:
     ]
 
 
-def make_many() -> Fields:
+def make_many() -> CrashSpaceBuilder:
     """Sixty writes to each of four sectors, all different."""
     log: Log = [Received(Command.WRITE, at, 1) for at in range(4) for _ in range(60)]
     timeline = make_timeline(log, list(range(1, 250)) + [0] * 4)
-    return Fields(timeline, Level.NOTHING, Options())
+    return CrashSpaceBuilder(timeline, Level.NOTHING, Options())
 
 
 def test_samples_fill_any_budget() -> None:
     pairs = 240 * 239
-    plan = make_plan(make_many(), [240], Wish(2 + 480 + pairs + 100), cuts_possible=1)
+    plan = make_plan(make_many(), [240], ExploreOptions(2 + 480 + pairs + 100), cuts_possible=1)
     assert plan.visits == 2 + 480 + pairs + 100
     assert plan.left_out == {Stage.SAMPLES: None}
     assert not any(BEYOND & cut.quotas.keys() for cut in plan.cuts)
@@ -164,7 +164,7 @@ def test_samples_fill_any_budget() -> None:
 
 def test_few_states_are_all_visited_and_each_once() -> None:
     fields = make_three()
-    plan = make_plan(fields, [2, 4, 6], Wish(500), cuts_possible=7)
+    plan = make_plan(fields, [2, 4, 6], ExploreOptions(500), cuts_possible=7)
     assert not plan.left_out
     visits = list(visits_of(fields, plan))
     assert Counter(visit.state.position for visit in visits) == {2: 4, 4: 8, 6: 16}
@@ -175,21 +175,21 @@ def test_exhaustive_visits_each_disk_once_up_to_its_limit() -> None:
     fields = make_three()
     disks = [4, 8, 16]  # two sectors, three, four: each old or new
     cuts = [2, 4, 6]
-    plan = make_plan(fields, cuts, Wish(28, exhaustive=True), cuts_possible=7)
+    plan = make_plan(fields, cuts, ExploreOptions(28, exhaustive=True), cuts_possible=7)
     assert [cut.states for cut in plan.cuts] == disks
     assert [cut.quotas for cut in plan.cuts] == [{Stage.EXHAUSTIVE: n} for n in disks]
     visits = list(visits_of(fields, plan))
     assert len({visit.change.hash for visit in visits}) == 16
     assert not plan.left_out
     with pytest.raises(UsageError, match=r"--exhaustive would visit 28 states .*limit of 27"):
-        make_plan(fields, cuts, Wish(27, exhaustive=True), cuts_possible=7)
-    no_limit = make_plan(fields, cuts, Wish(None, exhaustive=True), cuts_possible=7)
+        make_plan(fields, cuts, ExploreOptions(27, exhaustive=True), cuts_possible=7)
+    no_limit = make_plan(fields, cuts, ExploreOptions(None, exhaustive=True), cuts_possible=7)
     assert no_limit.visits == 28
 
 
 def test_exhaustive_refuses_what_no_machine_can_visit() -> None:
     with pytest.raises(UsageError, match=r"13,845,841 states .*limit of 1,000,000"):
-        make_plan(make_many(), [240], Wish(None, exhaustive=True), cuts_possible=1)
+        make_plan(make_many(), [240], ExploreOptions(None, exhaustive=True), cuts_possible=1)
 
 
 def test_numbers_of_states_as_people_read_them() -> None:
@@ -198,12 +198,12 @@ def test_numbers_of_states_as_people_read_them() -> None:
 
 
 def test_a_plan_without_cuts_visits_nothing() -> None:
-    plan = make_plan(make_three(), [], Wish(10), cuts_possible=0)
+    plan = make_plan(make_three(), [], ExploreOptions(10), cuts_possible=0)
     assert (plan.visits, plan.cuts, plan.left_out) == (0, (), {})
 
 
 def test_a_cut_that_leaves_nothing_to_chance_has_one_state() -> None:
-    plan = make_plan(make_three(), [0], Wish(10), cuts_possible=1)
+    plan = make_plan(make_three(), [0], ExploreOptions(10), cuts_possible=1)
     [cut] = plan.cuts
     assert isinstance(cut, CutPlan)
     assert (cut.states, cut.sectors, plan.visits) == (1, 0, 1)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.states.naming import Choice, Part, Pin, StateId, parse_state_id
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId, parse_state_id
 from nbdproxy.crash.states.timeline import CrashDisk, open_state
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import UsageError
@@ -36,7 +36,12 @@ EXOTIC = Options(Coverage.REPLIED, 4096, multi_conn=False, fsyncgate=True, losse
             "s5.flushing.must+replied+fsyncgate+single+sector4096+lost7+lost90",
         ),
         (
-            StateId(5, Level.FLUSHED, Choice.BUT, parts=(Part(2), Part(3, 0, 3), Part(3, 5, 5))),
+            StateId(
+                5,
+                Level.FLUSHED,
+                Choice.BUT,
+                parts=(RequestPart(2), RequestPart(3, 0, 3), RequestPart(3, 5, 5)),
+            ),
             "s5.flushed.but2,3:0-3,3:5",
         ),
         (StateId(5, Level.FLUSHED, Choice.DRAW, seed=7, number=12), "s5.flushed.draw7-12"),
@@ -46,7 +51,7 @@ EXOTIC = Options(Coverage.REPLIED, 4096, multi_conn=False, fsyncgate=True, losse
                 Level.FLUSHED,
                 Choice.ONLY,
                 Options(sector=4096),
-                (Part(2),),
+                (RequestPart(2),),
                 pins=(Pin(0, 0, -1), Pin(3, 4, 2), Pin(8, 9, 2, -1)),
             ),
             "s5.flushed.only2~0=base~3-4=2~8-9=2_base+sector4096",
@@ -191,7 +196,9 @@ def test_painting_equals_a_bytearray(
         start, length, at = int(table.offset[row]), int(table.length[row]), int(table.position[row])
         expected[start : start + length] = payload[at : at + length] if at >= 0 else bytes(length)
     source = MemorySource(table, SIZE, len(made) * 2, lambda: MemoryDisk(b"\xff" * SIZE), payload)
-    parts = tuple(Part(int(table.seq[row])) for row in np.flatnonzero(choice & (table.length > 0)))
+    parts = tuple(
+        RequestPart(int(table.seq[row])) for row in np.flatnonzero(choice & (table.length > 0))
+    )
     chosen = Choice.ONLY if parts else Choice.MUST
     disk = open_state(source, StateId(source.events, Level.NOTHING, chosen, parts=parts))
     assert disk.pread(0, SIZE) == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nbdproxy.crash.blame.replay import Cell, Outcome, Replay
+from nbdproxy.crash.blame.replay import Cell, Replay, StateOutcome
 from nbdproxy.crash.blame.together import Together, _merged
 from nbdproxy.crash.states.cuts import Cut
 from nbdproxy.crash.states.naming import Choice, StateId
@@ -25,7 +25,7 @@ def one(
     """The table of one recording, with one cell."""
     cut = Cut("before-exit", 9, note, matters)
     state = StateId(9, Level.FLUSHED, Choice.MUST)
-    end = Outcome(state, Verdict.UNKNOWN, more.pop("reason", None), {})
+    end = StateOutcome(state, Verdict.UNKNOWN, more.pop("reason", None), {})
     cell = Cell(CacheMode.NONE, Failure.HOST_POWER_LOSS, cut, Verdict.UNKNOWN, end, end)
     left_out = tuple(mode for mode in CacheMode if mode not in under) if "why" in more else ()
     return Replay(FILES, Tree(), cut, under, left_out, (cell,), **more)  # type: ignore[arg-type]

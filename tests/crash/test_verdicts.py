@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
-from nbdproxy.crash.explore.evaluator import Bench, Job, Judged, Unit
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, Judged, StateEvaluator, Unit
 from nbdproxy.crash.explore.explore import Exploration, Tally
 from nbdproxy.crash.explore.judging import Judge, Judgement
-from nbdproxy.crash.explore.planning import Wish, make_plan
+from nbdproxy.crash.explore.planning import ExploreOptions, make_plan
 from nbdproxy.crash.explore.verdicts import CHECKED, SAME_CONTENT, SAME_READS, Row, Verdicts
 from nbdproxy.crash.states.naming import StateId, parse_state_id
 from nbdproxy.crash.states.timeline import Timeline
@@ -224,7 +224,7 @@ class _Slow:
 class Shuffled:
     """A runner that holds some units back and gives them out of order."""
 
-    def __init__(self, bench: Bench, held: int) -> None:
+    def __init__(self, bench: StateEvaluator, held: int) -> None:
         self._bench, self._held = bench, held
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
@@ -268,10 +268,12 @@ def explore(
     log = made_up_log()
     timeline = make_timeline(log, [*range(len(log)), *[0] * 8])
     plan = SlowPlan(seconds)
-    fields = Fields(timeline, Level.FLUSHED, Options())
-    visits = make_plan(fields, cuts, Wish(states), cuts_possible=len(log) + 1)
+    fields = CrashSpaceBuilder(timeline, Level.FLUSHED, Options())
+    visits = make_plan(fields, cuts, ExploreOptions(states), cuts_possible=len(log) + 1)
     verdicts = Verdicts(path, ABOUT, resume=resume)
-    bench = Bench(timeline.source, Job(Path("made-up"), None, Level.FLUSHED, Options(), plan))
+    bench = StateEvaluator(
+        timeline.source, EvaluatorSetup(Path("made-up"), None, Level.FLUSHED, Options(), plan)
+    )
     tally = Exploration(fields, visits, plan, verdicts).run(Shuffled(bench, held))
     rows = list(verdicts.rows())
     verdicts.close()

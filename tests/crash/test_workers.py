@@ -10,14 +10,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from nbdproxy.crash.explore import workers
-from nbdproxy.crash.explore.evaluator import Job
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.state_server.commands import CommandPlan
 from tests.support.recorded_runs import make
 from tests.support.serving import until
 
 
-def echo(job: Job, requests: Connection, answers: Connection) -> None:
+def echo(job: EvaluatorSetup, requests: Connection, answers: Connection) -> None:
     """Begin as a worker does, and send back each message."""
     workers._IDLE_S = 2.0  # a busy machine may be late with the rest
     workers._begin(job)
@@ -40,7 +40,7 @@ def signals_taken(pid: int) -> bool:
 
 def test_a_message_that_has_begun_is_read_to_its_end(tmp_path: Path) -> None:
     run = make(tmp_path).run
-    job = Job(run, None, Level.FLUSHED, Options(), CommandPlan("true", 5))
+    job = EvaluatorSetup(run, None, Level.FLUSHED, Options(), CommandPlan("true", 5))
     context = multiprocessing.get_context("spawn")
     requests, to_worker = context.Pipe(duplex=False)
     from_worker, answers = context.Pipe(duplex=False)

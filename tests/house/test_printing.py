@@ -18,7 +18,7 @@ WRITERS = {
     "cli/lab.py": "a manifest of the lab's own files",
     "cli/app.py": "the version",
     "crash/explore/dask/crew.py": "what workers say, made visible",
-    "lab/workloads/sqlite_image.py": "what SQLite says, made visible",
+    "lab/sqlite_image.py": "what SQLite says, made visible",
     "server/__init__.py": "the log, made visible",
 }
 """Files that write to standard output or error, and what; all else asks `cli.console`."""

@@ -14,7 +14,7 @@ import pytest
 
 from nbdproxy.errors import LabError
 from nbdproxy.lab.guest import accel, build, cpio, disk, initramfs, kernel, tools, userland
-from nbdproxy.lab.guest.cache import Cache, default_cache, key_of
+from nbdproxy.lab.guest.cache import LabCache, default_cache, key_of
 from nbdproxy.lab.workloads import workloads
 
 MIB = 1 << 20
@@ -48,7 +48,7 @@ def test_cpio_reads_what_we_write(tmp_path: Path) -> None:
 
 def test_a_part_is_built_once_and_again_when_its_key_changes(tmp_path: Path) -> None:
     told: list[str] = []
-    cache = Cache(tmp_path, told.append)
+    cache = LabCache(tmp_path, told.append)
 
     def make(into: Path) -> None:
         (into / "content").write_text("whole")
@@ -68,7 +68,7 @@ def test_a_part_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise LabError("no network")
 
     with pytest.raises(LabError, match="no network"):
-        Cache(tmp_path).part("thing", key_of("a"), fail, "making")
+        LabCache(tmp_path).part("thing", key_of("a"), fail, "making")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -195,7 +195,7 @@ def test_disks_that_cannot_be_made(tmp_path: Path, size: int, fs: str, table: st
     ],
 )
 def test_endings(text: str, how: workloads.End, wait_s: float) -> None:
-    assert workloads.parse_ending(text) == workloads.Ending(how, wait_s)
+    assert workloads.parse_ending(text) == workloads.RunEnd(how, wait_s)
 
 
 @pytest.mark.parametrize("text", ["", "wait", "wait:", "wait:soon", "wait:-1", "wait:nan", "off"])
@@ -209,7 +209,7 @@ def test_endings_that_are_none(text: str) -> None:
 def test_scripts_are_good_shell(name: str, how: workloads.End, tmp_path: Path) -> None:
     workload = workloads.workload_named(name)
     assert workload.project is None or workload.project in build.PROJECTS
-    script = workloads.render(workload, workloads.Ending(how, 1), "/dev/vdb", "/dev/vda")
+    script = workloads.render(workload, workloads.RunEnd(how, 1), "/dev/vdb", "/dev/vda")
     busybox = tools.require(["busybox"])["busybox"]
     tools.run_tool([busybox, "sh", "-n"], stdin=script)
 

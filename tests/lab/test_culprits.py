@@ -19,7 +19,7 @@ import pytest
 from nbdproxy.lab import run as guest
 from nbdproxy.lab.guest.build import build_lab
 from nbdproxy.lab.guest.disk import format_disk
-from nbdproxy.lab.workloads.workloads import End, Ending, Workload, workload_named
+from nbdproxy.lab.workloads.workloads import End, RunEnd, Workload, workload_named
 from nbdproxy.oracles.manifest import Entry, Manifest, dump
 from tests.support.forked import ForkedServer
 from tests.support.serving import nbdproxy
@@ -83,7 +83,7 @@ def test_qcow2s_table_died_with_qemu(tmp_path: Path) -> None:
             build_lab(),
             workload,
             f"nbd+unix:///?socket={server.socket}",
-            ending=Ending(End.HANG),
+            ending=RunEnd(End.HANG),
             cache_mode="none",
             image_format="qcow2",
             extra=("-action", "reboot=reset"),
@@ -116,7 +116,7 @@ def test_a_store_that_lies_below_a_guest_is_convicted(tmp_path: Path) -> None:
         uri = f"nbd+unix:///?socket={below.socket}"
         with ForkedServer(upper, uri, "--record", run) as server:
             above = f"nbd+unix:///?socket={server.socket}"
-            guest.run(lab, workload_named("tar-small"), above, ending=Ending(End.SYNC))
+            guest.run(lab, workload_named("tar-small"), above, ending=RunEnd(End.SYNC))
             server.signal(signal.SIGTERM)
             assert server.wait() == 0, server.log
         below.signal(signal.SIGKILL)  # its power goes, and with it what it had promised

@@ -16,7 +16,7 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.lab import run as guest
 from nbdproxy.lab.guest.build import build_lab
-from nbdproxy.lab.workloads.workloads import End, Ending, Workload
+from nbdproxy.lab.workloads.workloads import End, RunEnd, Workload
 from nbdproxy.oracles import lvm
 from nbdproxy.oracles.check import Verdict, check
 from nbdproxy.oracles.composite import TreeFollower
@@ -74,7 +74,7 @@ def in_guest(script: str, image: Path, second: Path | None = None) -> None:
     if second is not None:
         drive = f"if=none,id=second,format=raw,file={second}"
         extra = ("-drive", drive, "-device", "virtio-blk-pci,drive=second,addr=6")
-    guest.run(build_lab(), workload, image, ending=Ending(End.SYNC), cpus=1, extra=extra)
+    guest.run(build_lab(), workload, image, ending=RunEnd(End.SYNC), cpus=1, extra=extra)
 
 
 def volumes(disk: ReadableDevice) -> list[Volume]:

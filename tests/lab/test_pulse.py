@@ -10,7 +10,7 @@ import pytest
 from nbdproxy.errors import LabError
 from nbdproxy.lab.guest import accel
 from nbdproxy.lab.run import _Watch
-from nbdproxy.lab.workloads.workloads import Ending, shell
+from nbdproxy.lab.workloads.workloads import RunEnd, shell
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ def test_one_that_has_ended_is_in_no_trouble() -> None:
 
 
 def _follow(script: str) -> None:
-    watch = _Watch(shell("true"), Ending(), None, lambda _line: None)
+    watch = _Watch(shell("true"), RunEnd(), None, lambda _line: None)
     watch.follow(["sh", "-c", script])
 
 

@@ -15,11 +15,11 @@ from nbdproxy.lab import run as guest
 from nbdproxy.lab.guest import disk
 from nbdproxy.lab.guest.build import Lab, build_lab
 from nbdproxy.lab.workloads import databases, fsyncs, kernel_log, workloads
-from nbdproxy.lab.workloads.workloads import End, Ending
+from nbdproxy.lab.workloads.workloads import End, RunEnd
 
 GUEST = pytest.mark.lab
 MIB = 1 << 20
-CUT = Ending(End.CUT)
+CUT = RunEnd(End.CUT)
 ROWS = range(1, databases.ROWS + 1)
 
 

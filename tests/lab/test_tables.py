@@ -15,7 +15,7 @@ import pytest
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.lab import run as guest
 from nbdproxy.lab.guest.build import build_lab
-from nbdproxy.lab.workloads.workloads import End, Ending, Workload
+from nbdproxy.lab.workloads.workloads import End, RunEnd, Workload
 from nbdproxy.oracles.table import read_table
 
 pytestmark = pytest.mark.lab
@@ -138,7 +138,7 @@ def seen(disks: dict[str, Path]) -> dict[str, set[tuple[int, int, int]]]:
     workload = Workload("tables", "tables", script, mount_options="-", needs_mount=False)
     target = next(iter(disks.values()))
     done = guest.run(
-        build_lab(), workload, target, ending=Ending(End.SYNC), time_limit_s=90,
+        build_lab(), workload, target, ending=RunEnd(End.SYNC), time_limit_s=90,
         extra=(*extra, "-snapshot"),
     )  # fmt: skip
     names = list(disks)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdproxy.crash.blame.audit import FAULTS, Audit, Auditor, Fate
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.stages import Stages
 from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.crash.states.timeline import Timeline
@@ -122,7 +122,7 @@ def test_no_legal_disk_breaks_a_promise_where_requests_end_inside_sectors(
     log: Log, chosen: Options, content: list[int], data: st.DataObject
 ) -> None:
     timeline = make_ragged(log, content, SECTOR // 4)
-    field = Fields(timeline, Level.FLUSHED, chosen).at(len(log))
+    field = CrashSpaceBuilder(timeline, Level.FLUSHED, chosen).at(len(log))
     visit = data.draw(st.sampled_from(list(visits_of(Stages(field, seed=7)))))
     disk = timeline.open(visit.state)
     audit = Auditor(timeline, MemoryDisk(disk.pread(0, disk.size)), chosen).run()

@@ -19,13 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.planning import Every, cuts_of
 from nbdproxy.crash.explore.stages import BEYOND, Stage, Stages, Visit
 from nbdproxy.crash.states.naming import parse_state_id
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.persistence.model import Coverage, Fates, Level, Options
+from nbdproxy.persistence.model import Coverage, Durability, Level, Options
 from nbdproxy.requests import Command
 from tests.support import persistence_reference as reference
 from tests.support.logs import SECTORS, logs, options
@@ -52,7 +52,7 @@ def test_few_cuts_have_the_states_of_all(log: list[Received | Completed], chosen
     chosen = replace(chosen, losses=tuple(at for at in chosen.losses if at <= len(log)))
     table = reference.table_of(log)
     source = MemorySource(table, SECTORS * 512, len(log), lambda: MemoryDisk(SECTORS * 512))
-    fates = Fates(table, chosen)
+    fates = Durability(table, chosen)
     for level in Level:
         at = [disks_at(log, t, chosen, level) for t in range(len(log) + 1)]
         everywhere = set[tuple[int, ...]]().union(*at)
@@ -78,7 +78,7 @@ def test_as_few_cuts_as_changes_of_the_guarantee() -> None:
     log: Log = [write, Completed(0), write, Completed(2), flush, Completed(4), write, Completed(6)]
     table = reference.table_of(log)
     source = MemorySource(table, 4096, len(log), lambda: MemoryDisk(4096))
-    fates = Fates(table)
+    fates = Durability(table)
     assert cuts_of(source, fates, Level.FLUSHED, Every.FLUSH) == [5, 8]
     assert cuts_of(source, fates, Level.FLUSHED, Every.WRITE) == [1, 3, 5, 7, 8]
     assert cuts_of(source, fates, Level.NOTHING, Every.FLUSH) == [8]
@@ -92,7 +92,7 @@ def test_a_flush_in_flight_may_cover_more_with_each_reply() -> None:
     chosen, level = Options(Coverage.REPLIED), Level.FLUSHED_OR_FLUSHING
     table = reference.table_of(log)
     source = MemorySource(table, SECTORS * 512, len(log), lambda: MemoryDisk(SECTORS * 512))
-    cuts = cuts_of(source, Fates(table, chosen), level, Every.FLUSH)
+    cuts = cuts_of(source, Durability(table, chosen), level, Every.FLUSH)
     found = set[tuple[int, ...]]().union(*(disks_at(log, t, chosen, level) for t in cuts))
     everywhere = (disks_at(log, t, chosen, level) for t in range(len(log) + 1))
     assert found == set[tuple[int, ...]]().union(*everywhere)
@@ -214,7 +214,7 @@ def test_inside_sectors_only_what_the_rules_allow(
     chosen = replace(chosen, sector=sector)
     base = tuple(content[-1 - at] for at in range(UNITS))
     for level in Level:
-        fields = Fields(timeline, level, chosen)
+        fields = CrashSpaceBuilder(timeline, level, chosen)
         disks: dict[int, tuple[int, ...]] = {}
         for t in range(len(log) + 1):
             must = reference.kept(log, t, level, chosen)
@@ -246,7 +246,7 @@ def test_inside_sectors_all_that_the_rules_allow_is_listed(
     timeline = make_timeline(log, content, unit)
     base = tuple(content[-1 - at] for at in range(UNITS))
     for level in (Level.FLUSHED, Level.NOTHING):
-        fields = Fields(timeline, level, chosen)
+        fields = CrashSpaceBuilder(timeline, level, chosen)
         for t in range(len(log) + 1):
             must = reference.kept(log, t, level, chosen)
             sectors = []
@@ -270,7 +270,7 @@ def test_two_requests_in_one_sector_are_four_disks() -> None:
     """Neither is named by the other's absence: each may be there or not."""
     log: Log = [Received(Command.WRITE, 4, 1), Completed(0), Received(Command.WRITE, 6, 1)]
     timeline = make_timeline(log, list(range(1, 31)), 512 // QUARTERS)
-    field = Fields(timeline, Level.FLUSHED, Options()).at(3)
+    field = CrashSpaceBuilder(timeline, Level.FLUSHED, Options()).at(3)
     assert field.is_complete
     assert field.states == 4
     stages = Stages(field)
@@ -291,7 +291,7 @@ def test_a_change_tells_every_sector_that_differs(
 ) -> None:
     unit = 512 // QUARTERS
     timeline = make_timeline(log, content, unit)
-    fields = Fields(timeline, Level.FLUSHED, chosen)
+    fields = CrashSpaceBuilder(timeline, Level.FLUSHED, chosen)
     for t in range(len(log) + 1):
         stages = Stages(fields.at(t), torn=True, stale=True, few=0)
         ends = [visit.state for visit in stages.visits(Stage.ENDS)]
@@ -318,7 +318,7 @@ def test_a_request_beside_a_durable_one_in_its_sector_is_left_to_chance(
     durable = Received(first.command, 6, 1, fua=True)
     log: Log = [first, Completed(0), durable, Completed(2)]
     timeline = make_timeline(log, list(range(1, 31)), sector // QUARTERS)
-    field = Fields(timeline, Level.FLUSHED, Options(sector=sector)).at(4)
+    field = CrashSpaceBuilder(timeline, Level.FLUSHED, Options(sector=sector)).at(4)
     ids = ("s4.flushed.must", "s4.flushed.all")
     suffix = "+sector4096" if sector > 512 else ""
     states = [parse_state_id(text + suffix) for text in ids]

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.explore.crash_space import Field
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space import CrashSpace
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.stages import BEYOND, SMALL_MAX, Stage, Stages, Visit
 from nbdproxy.crash.states.naming import parse_state_id
 from nbdproxy.crash.states.timeline import Timeline
@@ -42,7 +42,7 @@ def make_timeline(log: list[Received | Completed], content: list[int]) -> Timeli
 
 
 def allowed_disks(
-    log: list[Received | Completed], field: Field, content: list[int]
+    log: list[Received | Completed], field: CrashSpace, content: list[int]
 ) -> list[frozenset[int]]:
     """The contents that each sector may have, by the slow reference."""
     state = field.state
@@ -76,7 +76,7 @@ def test_all_stages_visit_what_the_rules_allow(
 ) -> None:
     timeline = make_timeline(log, content)
     for level in Level:
-        fields = Fields(timeline, level, chosen)
+        fields = CrashSpaceBuilder(timeline, level, chosen)
         hashes: dict[int, tuple[int, ...]] = {}
         for t in range(len(log) + 1):
             field = fields.at(t)
@@ -101,7 +101,7 @@ def test_exhaustive_equals_brute_force(
 ) -> None:
     timeline = make_timeline(log, content)
     for level in Level:
-        fields = Fields(timeline, level, chosen)
+        fields = CrashSpaceBuilder(timeline, level, chosen)
         for t in range(len(log) + 1):
             field = fields.at(t)
             allowed = allowed_disks(log, field, content)
@@ -123,7 +123,7 @@ def test_a_change_is_what_differs_from_an_end(
     log: list[Received | Completed], chosen: Options, content: list[int], few: int
 ) -> None:
     timeline = make_timeline(log, content)
-    fields = Fields(timeline, Level.FLUSHED, chosen)
+    fields = CrashSpaceBuilder(timeline, Level.FLUSHED, chosen)
     for t in range(len(log) + 1):
         field = fields.at(t)
         stages = Stages(field, torn=True, stale=True, few=few)
@@ -150,6 +150,6 @@ def test_beyond_the_model_only_on_request() -> None:
         Completed(1),
     ]
     timeline = make_timeline(log, [1, 2, *[3] * 30])
-    field = Fields(timeline, Level.FLUSHED, Options()).at(3)
+    field = CrashSpaceBuilder(timeline, Level.FLUSHED, Options()).at(3)
     assert not BEYOND & Stages(field).sizes().keys()
     assert Stages(field, torn=True, stale=True).sizes().keys() >= BEYOND

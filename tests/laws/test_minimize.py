@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
-from nbdproxy.crash.explore.evaluator import Bench, Job
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, StateEvaluator
 from nbdproxy.crash.explore.judging import Judge, Judgement
 from nbdproxy.crash.explore.minimize import Lost, Minimum, minimize
 from nbdproxy.crash.explore.stages import Stages
@@ -88,8 +88,10 @@ def full_of(state: StateId) -> StateId:
     return StateId(state.position, state.level, Choice.ALL, state.options)
 
 
-def bench_of(timeline: Timeline, state: StateId, plan: MadeUpPlan) -> Bench:
-    return Bench(timeline.source, Job(Path("made-up"), None, state.level, state.options, plan))
+def bench_of(timeline: Timeline, state: StateId, plan: MadeUpPlan) -> StateEvaluator:
+    return StateEvaluator(
+        timeline.source, EvaluatorSetup(Path("made-up"), None, state.level, state.options, plan)
+    )
 
 
 def with_sectors(disk: bytes, other: bytes, sectors: Iterable[int]) -> bytes:
@@ -165,7 +167,7 @@ def cases(draw: st.DrawFn, judges: Judges) -> Case:
     log = draw(logs(longest=18))
     timeline = make_timeline(log, draw(contents))
     level, chosen = draw(st.sampled_from(Level)), draw(options)
-    field = Fields(timeline, level, chosen).at(draw(st.integers(0, len(log))))
+    field = CrashSpaceBuilder(timeline, level, chosen).at(draw(st.integers(0, len(log))))
     visits = list(visits_of(Stages(field, torn=True, stale=True, few=0)))
     state = draw(st.sampled_from(visits[1:] or visits)).state
     full, given_ = (whole(timeline, one) for one in (full_of(state), state))
@@ -236,7 +238,7 @@ def test_it_fails_also_where_requests_end_inside_sectors(
     log: Log, content: list[int], seed: int, data: st.DataObject
 ) -> None:
     timeline = make_ragged(log, content, 128)
-    field = Fields(timeline, Level.FLUSHED, Options()).at(len(log))
+    field = CrashSpaceBuilder(timeline, Level.FLUSHED, Options()).at(len(log))
     state = data.draw(st.sampled_from(list(visits_of(Stages(field, torn=True, few=0))))).state
 
     def fails(disk: bytes) -> bool:

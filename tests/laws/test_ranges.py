@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.crash.blame.ranges import Losses, losses
-from nbdproxy.crash.states.naming import Choice, Part, StateId
+from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.oracles.check import Verdict, check
@@ -125,7 +125,7 @@ def below_qcow2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
 def restored(state: StateId, found: Losses) -> StateId:
     """The state with what was lost put back."""
     seqs = {one.data.seq for one in found.ranges if one.data} | {one.seq for one in found.way}
-    parts = tuple(Part(seq) for seq in sorted(seqs))
+    parts = tuple(RequestPart(seq) for seq in sorted(seqs))
     return StateId(state.position, state.level, Choice.ONLY, state.options, parts)
 
 

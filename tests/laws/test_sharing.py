@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
-from nbdproxy.crash.explore.evaluator import Bench, Job, Unit
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, StateEvaluator, Unit
 from nbdproxy.crash.explore.judging import Judge, Judgement
 from nbdproxy.crash.explore.stages import Stages
 from nbdproxy.crash.states.naming import StateId, parse_state_id
@@ -95,12 +95,12 @@ class _Adaptive:
         self._last = None
 
 
-def job_of(plan: AdaptivePlan, level: Level, chosen: Options, *, share: bool) -> Job:
-    return Job(Path("made-up"), None, level, chosen, plan, share)
+def job_of(plan: AdaptivePlan, level: Level, chosen: Options, *, share: bool) -> EvaluatorSetup:
+    return EvaluatorSetup(Path("made-up"), None, level, chosen, plan, share)
 
 
 def units_of(timeline: Timeline, level: Level, chosen: Options, cuts: Sequence[int]) -> list[Unit]:
-    fields = Fields(timeline, level, chosen)
+    fields = CrashSpaceBuilder(timeline, level, chosen)
     units = []
     for t in cuts:
         visits = visits_of(Stages(fields.at(t), seed=t, torn=True, stale=True, few=0))
@@ -108,12 +108,12 @@ def units_of(timeline: Timeline, level: Level, chosen: Options, cuts: Sequence[i
     return units
 
 
-def compare(timeline: Timeline, units: Sequence[Unit], job: Job) -> None:
+def compare(timeline: Timeline, units: Sequence[Unit], job: EvaluatorSetup) -> None:
     plan = job.judge
     assert isinstance(plan, AdaptivePlan)
     plan.calls.clear()
     plan.opened.clear()
-    bench = Bench(timeline.source, job)
+    bench = StateEvaluator(timeline.source, job)
     said: dict[str, Judgement] = {}
     for unit in units:
         found = bench.judge(unit)
@@ -181,7 +181,7 @@ def test_what_the_judge_never_looks_at_costs_no_checks() -> None:
     [unit] = units_of(timeline, Level.FLUSHED, Options(), [8])
     # One read of a byte of the last sector: the base, either request, or any of them half torn.
     plan = AdaptivePlan(3 * SECTOR + 5, 1, 1)
-    bench = Bench(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
+    bench = StateEvaluator(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
     judged = bench.judge(unit)
     assert len(judged) > 40
     disks = [timeline.open(parse_state_id(text)) for text in unit.states]
@@ -194,7 +194,7 @@ def test_a_judgement_without_what_was_read_is_never_shared() -> None:
     timeline = lone_writes()
     [unit] = units_of(timeline, Level.FLUSHED, Options(), [8])
     plan = AdaptivePlan(3 * SECTOR + 5, 1, 1, silent=1)
-    bench = Bench(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
+    bench = StateEvaluator(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
     assert all(one.shared is None for one in bench.judge(unit))
     assert plan.calls == list(unit.states)
 
@@ -202,7 +202,9 @@ def test_a_judgement_without_what_was_read_is_never_shared() -> None:
 def test_equal_hashes_are_equal_disks() -> None:
     timeline = lone_writes()
     [unit] = units_of(timeline, Level.FLUSHED, Options(), [8])
-    bench = Bench(timeline.source, job_of(AdaptivePlan(1), Level.FLUSHED, Options(), share=True))
+    bench = StateEvaluator(
+        timeline.source, job_of(AdaptivePlan(1), Level.FLUSHED, Options(), share=True)
+    )
     disks: dict[int, bytes] = {}
     for text in unit.states:
         state = parse_state_id(text)

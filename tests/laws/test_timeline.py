@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.states.naming import BASE, Choice, Part, Pin, StateId, parse_state_id
+from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId, parse_state_id
 from nbdproxy.crash.states.presence import ABSENT, WHOLE, Presence
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
@@ -190,13 +190,13 @@ def states(draw: st.DrawFn, made: Made) -> StateId:
     there = [seq for seq in made.spans if seq < position]
     kinds = [Choice.MUST, Choice.ALL, *([Choice.BUT, Choice.ONLY] * 2 if there else [])]
     choice = draw(st.sampled_from(kinds))
-    parts: list[Part] = []
+    parts: list[RequestPart] = []
     if choice in {Choice.BUT, Choice.ONLY}:
         for seq in sorted(draw(st.sets(st.sampled_from(there), min_size=1, max_size=4))):
             last = len(made.sectors(seq, chosen.sector)) - 1
             first = draw(st.integers(0, last))
-            some = Part(seq, first, draw(st.integers(first, last)))
-            parts += draw(st.sampled_from([[Part(seq)], [some], [Part(seq), some]]))
+            some = RequestPart(seq, first, draw(st.integers(first, last)))
+            parts += draw(st.sampled_from([[RequestPart(seq)], [some], [RequestPart(seq), some]]))
     pins: list[Pin] = []
     sectors = -(-len(made.base) // chosen.sector)
     values = st.sampled_from([BASE, *there])
@@ -296,11 +296,11 @@ def test_many_requests_in_one_read(seed: int) -> None:
     rng = np.random.default_rng(seed)
     seqs = list(made.spans)
     for choice in (Choice.MUST, Choice.ALL, Choice.BUT, Choice.ONLY):
-        parts: list[Part] = []
+        parts: list[RequestPart] = []
         for seq in sorted(rng.choice(seqs, 120, replace=False).tolist()):
             last = len(made.sectors(seq, 512)) - 1
             first = int(rng.integers(last + 1))
-            parts.append(Part(seq, first, last) if rng.integers(3) else Part(seq))
+            parts.append(RequestPart(seq, first, last) if rng.integers(3) else RequestPart(seq))
         named = tuple(parts) if choice in {Choice.BUT, Choice.ONLY} else ()
         state = StateId(len(made.log), Level.FLUSHED, choice, parts=named)
         disk = timeline.open(parse_state_id(str(state)))
@@ -323,9 +323,11 @@ def test_a_hot_block_with_thousands_of_rewrites() -> None:
     last = seqs[-5:]
     for state in (
         StateId(len(log), Level.FLUSHED, Choice.ALL),
-        StateId(len(log), Level.FLUSHED, Choice.BUT, parts=tuple(map(Part, seqs[1000:]))),
-        StateId(len(log), Level.FLUSHED, Choice.ONLY, parts=tuple(map(Part, seqs[1:4]))),
-        StateId(len(log), Level.FLUSHED, Choice.BUT, parts=tuple(Part(s, 0, 0) for s in last)),
+        StateId(len(log), Level.FLUSHED, Choice.BUT, parts=tuple(map(RequestPart, seqs[1000:]))),
+        StateId(len(log), Level.FLUSHED, Choice.ONLY, parts=tuple(map(RequestPart, seqs[1:4]))),
+        StateId(
+            len(log), Level.FLUSHED, Choice.BUT, parts=tuple(RequestPart(s, 0, 0) for s in last)
+        ),
         StateId(7001, Level.COMPLETED, Choice.MUST),
     ):
         disk = timeline.open(parse_state_id(str(state)))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
-from nbdproxy.crash.explore.evaluator import Bench, Job, Unit
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, StateEvaluator, Unit
 from nbdproxy.crash.explore.stages import Stage, Stages
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.timeline import Timeline
@@ -225,7 +225,7 @@ def test_a_check_that_scribbles_sees_each_state_as_it_is(tmp_path: Path) -> None
     case = random_case(tmp_path, seed := random.randrange(10**6), check)
     note_seed(seed)
     with RecordedSource(case.run) as source, closing(Timeline(source)) as timeline:
-        fields = Fields(timeline, Level.FLUSHED, Options())
+        fields = CrashSpaceBuilder(timeline, Level.FLUSHED, Options())
         cuts = [source.events // 2, source.events - 9, source.events]
         units = []
         for cut in cuts:
@@ -234,7 +234,9 @@ def test_a_check_that_scribbles_sees_each_state_as_it_is(tmp_path: Path) -> None
             states = [str(visit.state) for visit in visits]
             units.append(Unit(cut, tuple(states)))
     with RecordedSource(case.run) as source:
-        bench = Bench(source, Job(case.run, None, Level.FLUSHED, Options(), case.judge, False))
+        bench = StateEvaluator(
+            source, EvaluatorSetup(case.run, None, Level.FLUSHED, Options(), case.judge, False)
+        )
         with closing(bench):
             found = [one for unit in units for one in bench.judge(unit)]
     assert len(found) > 12

@@ -16,13 +16,13 @@ from nbdproxy.nbd.client import ClientConnection, ClientPhase
 from nbdproxy.nbd.events import (
     ClientEvent,
     DataReceived,
-    Event,
     Finished,
     HoleReceived,
     Opened,
     Ready,
     Refused,
     Send,
+    ServerEvent,
     StartTls,
     StatusReceived,
 )
@@ -167,7 +167,7 @@ def apply(command: int, disk: bytearray, offset: int, payload: bytes, length: in
         disk[offset : offset + length] = bytes(length)
 
 
-def sent_by(events: Sequence[ClientEvent] | Sequence[Event]) -> bytes:
+def sent_by(events: Sequence[ClientEvent] | Sequence[ServerEvent]) -> bytes:
     """What the events of either core say is to be sent."""
     return b"".join(event.data for event in events if isinstance(event, Send))
 

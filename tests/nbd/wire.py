@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from nbdproxy.nbd.constants import TlsMode
-from nbdproxy.nbd.events import Closed, Event, Opened, Refused, Send, StartTls
+from nbdproxy.nbd.events import Closed, Opened, Refused, Send, ServerEvent, StartTls
 from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
 from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.requests import Request
@@ -114,7 +114,7 @@ def request(
     return struct.pack(form, magic, flags, command, cookie, offset, length) + payload
 
 
-def plain(event: Event) -> Plain:
+def plain(event: ServerEvent) -> Plain:
     """An event that stays what it is when the receive buffer goes."""
     match event:
         case Request():

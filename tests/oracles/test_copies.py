@@ -13,7 +13,7 @@ from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate
 from nbdproxy.oracles.mounts import Mount
-from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.plans import GivenMount
 from nbdproxy.oracles.quick import QUICK
 from tests.support.systems import (
     BOOT,
@@ -51,7 +51,7 @@ def test_a_copy_of_a_root_that_is_hidden_is_not_the_root(made: Make, name: str) 
     _, found = judged(device, GUEST)
     assert found.conditions["/etc/passwd"] is Condition.CANNOT_BE_TOLD
     assert found.conditions["/boot/vmlinuz"] is Condition.WHOLE
-    told = Where(mounts=(Told("2", "/"), Told("1", "/boot")))
+    told = Where(mounts=(GivenMount("2", "/"), GivenMount("1", "/boot")))
     assert judged(device, GUEST, told)[1].verdict is Verdict.PASS
 
 

@@ -12,7 +12,7 @@ from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, locate_all, survey_tree
-from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.plans import GivenMount
 from nbdproxy.oracles.quick import QUICK
 from tests.support.systems import (
     BOOT,
@@ -162,19 +162,19 @@ def test_a_single_filesystem_is_told_by_its_fstab_too(made: Make) -> None:
 def test_the_user_says_what_is_mounted_where(made: Make) -> None:
     device = made(BOOT, root(None), Part({"/u/letter": "dear"}, "home"))
     wanted = {**GUEST, "/home/u/letter": "dear", "/boot/new": "n", "/srv/x": "x"}
-    mounts = (Told("1", "/boot"), Told("LABEL=root", "/"), Told("3", "/home"))
+    mounts = (GivenMount("1", "/boot"), GivenMount("LABEL=root", "/"), GivenMount("3", "/home"))
     tree, found = judged(device, wanted, Where(mounts=mounts))
     assert placed(tree) == {"/": 2, "/boot": 1, "/home": 3}
     assert found.conditions["/boot/new"] is Condition.MISSING
-    deeper = Where(mounts=(Told("2", "/"), Told("3", "/home/me", "/u")))
+    deeper = Where(mounts=(GivenMount("2", "/"), GivenMount("3", "/home/me", "/u")))
     _, found = judged(device, {**ROOT, "/home/me/letter": "dear"}, deeper)
     assert found.verdict is Verdict.PASS
-    some = Where(mounts=(Told("3", "/home"),))  # the rest is looked for
+    some = Where(mounts=(GivenMount("3", "/home"),))  # the rest is looked for
     assert placed(judged(device, wanted, some)[0]) == {"/": 2, "/boot": 1, "/home": 3}
     fstab = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /efi ext4\n"))
-    over = Where(mounts=(Told("1", "/boot"),))
+    over = Where(mounts=(GivenMount("1", "/boot"),))
     assert placed(judged(fstab, GUEST, over)[0])["/boot"] == 1
-    for wrong in (Told("7", "/"), Told("LABEL=nothing", "/")):
+    for wrong in (GivenMount("7", "/"), GivenMount("LABEL=nothing", "/")):
         with pytest.raises(FilesystemError, match="no filesystem is called so; there are: part"):
             judged(device, wanted, Where(mounts=(wrong,)))
 
@@ -223,7 +223,7 @@ def test_what_is_mounted_at_a_link_is_where_the_link_leads(made: Make) -> None:
         "/srv/app/boot/vmlinuz": "kernel",
     }
     assert judged(device, wanted)[1].verdict is Verdict.PASS
-    told = Where(mounts=(Told("2", "/"), Told("3", "/app")))
+    told = Where(mounts=(GivenMount("2", "/"), GivenMount("3", "/app")))
     assert judged(device, {**ROOT, "/srv/app/www/index": "page"}, told)[1].verdict is Verdict.PASS
     assert judged(device, {**wanted, "/loop/x": ""})[1].conditions["/loop/x"] is (
         Condition.CANNOT_BE_TOLD
@@ -257,9 +257,9 @@ def test_of_several_systems_the_one_with_the_files_counts(made: Make) -> None:
     assert placed(judged(device, GUEST)[0]) == {"/": 2, "/boot": 1}
     with pytest.raises(FilesystemError, match="--mount"):
         judged(device, {"/etc/passwd": "users"})
-    assert placed(judged(device, {"/etc/passwd": "users"}, Where(mounts=(Told("3", "/"),)))[0]) == {
-        "/": 3
-    }
+    assert placed(
+        judged(device, {"/etc/passwd": "users"}, Where(mounts=(GivenMount("3", "/"),)))[0]
+    ) == {"/": 3}
 
 
 NEW = {f"/app/{number}": f"new {number}" for number in range(6)}
@@ -403,14 +403,14 @@ def test_what_is_mounted_may_be_named_though_it_cannot_be_read(made: Make) -> No
     device = made(root(None), Part(raw=LUKS))
     wanted = {**ROOT, "/data/db": "rows", "/opt/gone": "gone"}
     for what in ("2", f"PARTUUID={ident(102)}"):
-        for more in ((), (Told("1", "/"),)):
-            where = Where(mounts=(Told(what, "/data"), *more))
+        for more in ((), (GivenMount("1", "/"),)):
+            where = Where(mounts=(GivenMount(what, "/data"), *more))
             tree, found = judged(device, wanted, where)
             assert found.conditions["/data/db"] is Condition.CANNOT_BE_TOLD
             assert found.conditions["/opt/gone"] is Condition.MISSING
             assert tree.away == {"/data": "/data is not read here: partition 2 is LUKS1"}
     with pytest.raises(FilesystemError, match=r"/ is not read here: partition 2 is LUKS1"):
-        judged(device, wanted, Where(mounts=(Told("2", "/"),)))
+        judged(device, wanted, Where(mounts=(GivenMount("2", "/"),)))
 
 
 def test_a_broken_folder_hides_nothing_else(made: Make) -> None:
@@ -432,12 +432,12 @@ def test_a_disk_of_several_is_named_with_what_is_on_it(made: Make) -> None:
     wanted = manifest({**GUEST, "/home/u/a": "a", "/srv/d": "d", "/old/u/a": "a", "/v/x": "x"})
     for users, old in (("users.img", "home"), ("runs/users.img", "old/home")):
         told = (
-            Told("system/2", "/"),
-            Told("system/LABEL=boot", "/boot"),
-            Told(f"{users}/1", "/home"),
-            Told(f"{users}/LABEL=data", "/srv"),
-            Told(old, "/old"),
-            Told("vault", "/v"),
+            GivenMount("system/2", "/"),
+            GivenMount("system/LABEL=boot", "/boot"),
+            GivenMount(f"{users}/1", "/home"),
+            GivenMount(f"{users}/LABEL=data", "/srv"),
+            GivenMount(old, "/old"),
+            GivenMount("vault", "/v"),
         )
         trees, _ = locate_all(QUICK, devices, wanted, Where(mounts=told), names=names)
         assert [placed(tree) for tree in trees] == [
@@ -454,16 +454,16 @@ def test_a_disk_of_several_is_named_with_what_is_on_it(made: Make) -> None:
         ("other/1", "no filesystem is called so"),
     ):
         with pytest.raises(FilesystemError, match=why) as error:
-            where = Where(mounts=(Told(what, "/home"),))
+            where = Where(mounts=(GivenMount(what, "/home"),))
             locate_all(QUICK, devices, wanted, where, names=names)
         assert "partition 2 of users.img" in str(error.value)
         assert "the disks are system, users.img, home, vault" in str(error.value)
     same = ["a/disk", "b/disk", "c/disk", "d/disk"]
-    where = Where(mounts=(Told("a/disk/2", "/"), Told("c/disk", "/home")))
+    where = Where(mounts=(GivenMount("a/disk/2", "/"), GivenMount("c/disk", "/home")))
     trees, _ = locate_all(QUICK, devices, wanted, where, names=same)
     assert placed(trees[2]) == {"/home": 1}
     with pytest.raises(FilesystemError, match="the disks are a/disk, b/disk"):
-        locate_all(QUICK, devices, wanted, Where(mounts=(Told("disk/1", "/"),)), names=same)
+        locate_all(QUICK, devices, wanted, Where(mounts=(GivenMount("disk/1", "/"),)), names=same)
 
 
 def test_the_fstab_of_a_root_that_is_told_is_read(made: Make) -> None:
@@ -472,16 +472,19 @@ def test_the_fstab_of_a_root_that_is_told_is_read(made: Make) -> None:
     other = Part({**ROOT, "/etc/fstab": "LABEL=boot /efi ext4\n"}, "other")
     device = made(BOOT, root(lines), other, Part({"/k": "k"}, "more"))
     tree, found = judged(
-        device, {**GUEST, "/data/x": "x", "/new": "n"}, Where(mounts=(Told("2", "/"),))
+        device, {**GUEST, "/data/x": "x", "/new": "n"}, Where(mounts=(GivenMount("2", "/"),))
     )
     assert placed(tree) == {"/": 2, "/boot": 1}
     assert found.conditions["/data/x"] is Condition.CANNOT_BE_TOLD
     assert found.conditions["/new"] is Condition.MISSING
     assert "UUID=77, which is not on this disk" in tree.away["/data"]
-    assert placed(survey_tree(QUICK, device, Where(mounts=(Told("2", "/"),)))) == placed(tree)
-    over = Where(mounts=(Told("2", "/"), Told("4", "/boot")))
+    assert placed(survey_tree(QUICK, device, Where(mounts=(GivenMount("2", "/"),)))) == placed(tree)
+    over = Where(mounts=(GivenMount("2", "/"), GivenMount("4", "/boot")))
     assert placed(judged(device, {**ROOT, "/boot/k": "k"}, over)[0]) == {"/": 2, "/boot": 4}
-    assert placed(judged(device, ROOT, Where(mounts=(Told("3", "/"),)))[0]) == {"/": 3, "/efi": 1}
+    assert placed(judged(device, ROOT, Where(mounts=(GivenMount("3", "/"),)))[0]) == {
+        "/": 3,
+        "/efi": 1,
+    }
 
 
 def test_a_data_disk_alone_has_some_of_a_whole_guests_files(made: Make) -> None:

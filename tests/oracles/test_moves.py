@@ -12,7 +12,7 @@ from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where
 from nbdproxy.oracles.moves import may_show_at
-from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.plans import GivenMount
 from tests.support.systems import BOOT, GUEST, ROOT, Part, judged, placed, root
 
 Make = Callable[..., MemoryDisk]
@@ -55,7 +55,7 @@ def test_a_root_seen_from_outside_has_to_be_named(made: Make, fstab: str | None)
     seen = moved("/mnt/guest", GUEST)
     with pytest.raises(ManifestError, match="--mount"):
         judged(device, seen)
-    mounts = Where(mounts=(Told("2", "/mnt/guest"), Told("1", "/mnt/guest/boot")))
+    mounts = Where(mounts=(GivenMount("2", "/mnt/guest"), GivenMount("1", "/mnt/guest/boot")))
     assert judged(device, seen, mounts)[1].verdict is Verdict.PASS
 
 
@@ -87,7 +87,7 @@ def test_a_directory_that_leads_to_the_files_shows_that_they_were_there(
     below = Part(moved("/backup"), "data", folders=("/app",))
     with pytest.raises(ManifestError, match="--root"):
         judged(made(*others, below), {path[1:]: text for path, text in APP.items()})
-    mount = Where(mounts=(Told(str(len(others) + 1), "/mnt"),))
+    mount = Where(mounts=(GivenMount(str(len(others) + 1), "/mnt"),))
     _, found = judged(made(*others, data), moved("/mnt/backup"), mount)
     assert set(found.conditions.values()) == {Condition.MISSING}
 
@@ -106,7 +106,7 @@ def test_another_filesystem_with_a_copy_is_not_mounted_where_files_were_lost(
     assert found.reason is not None and "--mount" in found.reason
     with pytest.raises(ManifestError, match="--mount"):
         judged(made(top, Part(APP, "data")), moved("/backup"))
-    home = Where(mounts=(Told("3", "/home"),))
+    home = Where(mounts=(GivenMount("3", "/home"),))
     tree, found = judged(made(top, Part(APP, "data"), Part({"/u": "u"})), wanted, home)
     assert placed(tree) == {"/": 1, "/home": 3}
     assert {found.conditions[path] for path in moved("/backup")} == {Condition.CANNOT_BE_TOLD}

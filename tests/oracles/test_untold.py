@@ -11,7 +11,7 @@ from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, locate_all
-from nbdproxy.oracles.plans import Told
+from nbdproxy.oracles.plans import GivenMount
 from nbdproxy.oracles.quick import QUICK
 from tests.support.systems import LUKS, ROOT, Part, judged, manifest, placed, root
 
@@ -44,7 +44,7 @@ def test_what_is_whole_on_a_filesystem_that_no_fstab_names_is_not_lost(
     assert placed(tree) == {"/": 1}
     assert found.reason is not None
     assert "perhaps on partition 2, mounted at /home; say so with --mount" in found.reason
-    told = Where(mounts=(Told("2", "/home"),))
+    told = Where(mounts=(GivenMount("2", "/home"),))
     assert of_home(judged(made(root(fstab, OLD), HOME), {**ROOT, **NEW}, told)[1]) == {WHOLE}
 
 

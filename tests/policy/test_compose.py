@@ -9,7 +9,7 @@ import pytest
 
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.policy.compose import load_all
-from nbdproxy.policy.model import Cache, CutEvent, FlushCovers, Survivors
+from nbdproxy.policy.model import CutEvent, FlushCovers, Survivors, VolatileCache
 from nbdproxy.policy.parameters import read_value
 
 
@@ -24,14 +24,14 @@ def test_several() -> None:
         "slow-disk/seeks",
         "bad-sectors/unreadable",
     ]
-    assert policy.cache == Cache(holds=True)
+    assert policy.cache == VolatileCache(holds=True)
     assert policy.flush_covers is FlushCovers.NOTHING
     assert policy.cut.at == {CutEvent.EXIT, CutEvent.DISCONNECT, CutEvent.SHUTDOWN}
 
 
 def test_the_one_that_says_more_of_the_cache_counts() -> None:
     policy = load_all(["drop-unflushed", "gluster-write-behind"])
-    assert policy.cache == Cache(holds=True, window=1 << 20)
+    assert policy.cache == VolatileCache(holds=True, window=1 << 20)
     assert load_all(["reordering-cache", "drop-unflushed"]).cut.survives is Survivors.RANDOM
 
 

@@ -14,7 +14,14 @@ import nbdproxy
 from nbdproxy.errors import PolicyError
 from nbdproxy.policy.examples import Step, parse_step
 from nbdproxy.policy.loader import load, names, read
-from nbdproxy.policy.model import Cache, Cut, CutEvent, FlushCovers, Order, Survivors
+from nbdproxy.policy.model import (
+    CutEvent,
+    FlushCovers,
+    PowerCut,
+    Survivors,
+    VolatileCache,
+    WriteBackOrder,
+)
 from nbdproxy.policy.words import sentences
 from nbdproxy.requests import Command
 from scripts.pages.policies import gallery, language
@@ -66,15 +73,15 @@ def test_everything_but_rules(tmp_path: Path) -> None:
     )
     policy = read(written(tmp_path, text)).policy
     assert (policy.name, policy.sources) == ("mine", ("a", "b"))
-    assert policy.cache == Cache(True, 65536, Order.RANDOM, 0.5)
+    assert policy.cache == VolatileCache(True, 65536, WriteBackOrder.RANDOM, 0.5)
     assert policy.flush_covers is FlushCovers.NOTHING
-    assert policy.cut == Cut(frozenset({CutEvent.EXIT, CutEvent.RESET}), 3.0, Survivors.TORN)
+    assert policy.cut == PowerCut(frozenset({CutEvent.EXIT, CutEvent.RESET}), 3.0, Survivors.TORN)
     assert not policy.rules
 
 
 def test_what_a_file_does_not_say_is_a_plain_disk(tmp_path: Path) -> None:
     policy = read(written(tmp_path, HEAD)).policy
-    assert (policy.cache, policy.cut) == (Cache(), Cut())
+    assert (policy.cache, policy.cut) == (VolatileCache(), PowerCut())
     assert not policy.can_cut
 
 

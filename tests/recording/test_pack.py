@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nbdproxy.errors import ImageError, RecordingError
 from nbdproxy.extents import Extent
 from nbdproxy.recording.meta import Meta
-from nbdproxy.recording.pack import Base, Packed, pack
+from nbdproxy.recording.pack import Packed, PackedBase, pack
 from nbdproxy.recording.reader import Recording
 from nbdproxy.recording.unpack import unpack
 from nbdproxy.recording.writer import RecordingWriter
@@ -44,11 +44,11 @@ class Disk:
 
 
 CONTENT = bytes(n * 7 % 251 + 1 for n in range(4096)) + bytes(4096) + b"\x09" * 512
-BASE = Base(Disk(CONTENT), (Extent(512, 3584), Extent(8192, 512)))
+BASE = PackedBase(Disk(CONTENT), (Extent(512, 3584), Extent(8192, 512)))
 
 
 def pack_run(
-    run: Path, target: Path, base: Base | None = BASE, extras: dict[str, Path] | None = None
+    run: Path, target: Path, base: PackedBase | None = BASE, extras: dict[str, Path] | None = None
 ) -> Packed:
     """Pack a folder."""
     with closing(Recording(run)) as recording:
@@ -115,7 +115,7 @@ def test_packing_again_gives_the_same_bytes(run: Path, packed: bytes, tmp_path: 
     pack_run(copied, tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == packed
     unpack(tmp_path / "again", tmp_path / "run1")
-    own = Base(Disk((tmp_path / "run1" / "base").read_bytes()), BASE.extents)
+    own = PackedBase(Disk((tmp_path / "run1" / "base").read_bytes()), BASE.extents)
     pack_run(tmp_path / "run1", tmp_path / "third", base=own)
     assert (tmp_path / "third").read_bytes() == packed
 
@@ -188,7 +188,7 @@ def test_a_disk_of_a_tebibyte_takes_no_room(tmp_path: Path) -> None:
     writer = RecordingWriter(tmp_path / "run", Meta(**fields))
     writer.close(ENDING)
     disk = Huge()
-    done = pack_run(tmp_path / "run", tmp_path / "file", Base(disk, parts))
+    done = pack_run(tmp_path / "run", tmp_path / "file", PackedBase(disk, parts))
     assert done.size < 20_000
     assert disk.read == 2 * sum(one.length for one in parts)
     unpack(tmp_path / "file", tmp_path / "out")
@@ -296,7 +296,7 @@ def test_an_image_that_changes_is_not_packed(run: Path, tmp_path: Path) -> None:
             return super().pread(offset, length) if self.reads < 3 else b"\x01" * length
 
     with pytest.raises(RecordingError, match="base was changed while it was packed"):
-        pack_run(run, tmp_path / "file", Base(Changing(CONTENT), BASE.extents))
+        pack_run(run, tmp_path / "file", PackedBase(Changing(CONTENT), BASE.extents))
     assert not names(tmp_path)
 
 
@@ -306,7 +306,7 @@ def test_an_image_that_cannot_be_read_is_named(run: Path, tmp_path: Path) -> Non
             raise OSError(5, "Input/output error")
 
     with pytest.raises(ImageError, match=r"at byte 512 \(Input/output error\); name a copy"):
-        pack_run(run, tmp_path / "file", Base(Broken(b""), BASE.extents))
+        pack_run(run, tmp_path / "file", PackedBase(Broken(b""), BASE.extents))
     assert not names(tmp_path)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.errors import RecordingError
-from nbdproxy.recording.format import NONE, Kind
+from nbdproxy.recording.format import NONE, SlotKind
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.notes import NoteKind
@@ -99,9 +99,14 @@ def test_before_images_are_kept_and_zeroes_take_no_room(recording: Recording) ->
 def test_refused_requests_are_in_the_log_and_not_in_the_table(recording: Recording) -> None:
     assert recording.refused == 1
     refused, answer = list(recording.log(6, 8))
-    assert (refused.kind, refused.command) == (Kind.REFUSED, Command.READ)
+    assert (refused.kind, refused.command) == (SlotKind.REFUSED, Command.READ)
     assert (refused.offset, refused.length, refused.position) == (2**64 - 512, 512, NONE)
-    assert (answer.kind, answer.offset, answer.length, answer.flags) == (Kind.COMPLETED, 6, 1, 22)
+    assert (answer.kind, answer.offset, answer.length, answer.flags) == (
+        SlotKind.COMPLETED,
+        6,
+        1,
+        22,
+    )
 
 
 def test_an_unknown_command_is_not_recorded_as_another_one(tmp_path: Path) -> None:

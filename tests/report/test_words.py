@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nbdproxy.crash.blame.causes import Cause
-from nbdproxy.crash.blame.replay import Cell, FileOutcome, Outcome, Replay
+from nbdproxy.crash.blame.replay import Cell, FileOutcome, Replay, StateOutcome
 from nbdproxy.crash.blame.together import Together
 from nbdproxy.crash.states.cuts import Cut
 from nbdproxy.crash.states.naming import Choice, StateId
@@ -27,13 +27,14 @@ MISSING = FileOutcome(Condition.MISSING, Cause.NEVER_SENT)
 GONE = FileOutcome(Condition.MISSING, Cause.CHANGED_BY_GUEST)
 
 
-def outcome(*files: FileOutcome) -> Outcome:
+def outcome(*files: FileOutcome) -> StateOutcome:
     state = StateId(9, Level.FLUSHED, Choice.MUST)
-    return Outcome(state, Verdict.FAIL, None, {f"/f{i}": one for i, one in enumerate(files)})
+    return StateOutcome(state, Verdict.FAIL, None, {f"/f{i}": one for i, one in enumerate(files)})
 
 
 def table(
-    cells: dict[CacheMode, tuple[Outcome, Outcome]], failure: Failure = Failure.HOST_POWER_LOSS
+    cells: dict[CacheMode, tuple[StateOutcome, StateOutcome]],
+    failure: Failure = Failure.HOST_POWER_LOSS,
 ) -> Replay:
     cut = Cut("end", 9)
     made = [Cell(m, failure, cut, Verdict.FAIL, worst, best) for m, (worst, best) in cells.items()]

@@ -17,7 +17,7 @@ from nbdproxy.policy.loader import load
 from nbdproxy.requests import Command, Request
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.jobs import Claims
-from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.server.front.session import Session
 from tests.nbd.wire import FLAGS, go, request
 from tests.support.nbd_client import READ, WRITE, ZERO
@@ -75,7 +75,7 @@ def test_a_client_that_reads_nothing_keeps_no_place_from_others() -> None:
         async def connect(nursery: trio.Nursery) -> trio.SocketStream:
             ours, theirs = socket.socketpair()
             ours.setblocking(False)
-            session = Session(ours, 1, "test", FixedShelf([export]), power=export.power)
+            session = Session(ours, 1, "test", FixedExports([export]), power=export.power)
             nursery.start_soon(session.run)
             client = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
             await client.send_all(FLAGS + go())

@@ -23,7 +23,7 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.nbd.constants import TlsMode
 from nbdproxy.policy import loader
 from nbdproxy.server.export.export import Export
-from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.server.front.session import Session
 from nbdproxy.server.power import Power
 from nbdproxy.server.tls import server_tls
@@ -274,7 +274,7 @@ def test_a_client_has_ten_seconds_to_open_an_export_and_then_all_day(
     async def main() -> float:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        session = Session(ours, 1, "test", FixedShelf([export]), power=Power(), tls=tls)
+        session = Session(ours, 1, "test", FixedExports([export]), power=Power(), tls=tls)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(play, theirs)
             with trio.move_on_after(3600):

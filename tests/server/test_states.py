@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.stages import Stages
 from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.states.timeline import Timeline
@@ -18,7 +18,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.recording.notes import Note, NoteKind
 from nbdproxy.requests import Command
-from nbdproxy.state_server.server import StateServer, StateShelf, cut_names, state_named
+from nbdproxy.state_server.server import StateExports, StateServer, cut_names, state_named
 from tests.support.memory_source import MemorySource
 from tests.support.nbd_client import NbdClient
 from tests.support.persistence_reference import Completed, Received, table_of
@@ -195,7 +195,7 @@ def test_the_empty_name_is_the_end(server: StateServer) -> None:
 
 def test_hundreds_of_states_one_after_the_other_and_at_once(server: StateServer) -> None:
     timeline = server.shelf.timeline
-    fields = Fields(timeline, Level.NOTHING, Options())
+    fields = CrashSpaceBuilder(timeline, Level.NOTHING, Options())
     states = [
         visit.state
         for position in (1, 5, 9)
@@ -234,7 +234,7 @@ def test_the_server_ends_while_clients_are_there() -> None:
 
 
 def test_the_shelf_gives_each_taker_an_export_of_its_own() -> None:
-    shelf = StateShelf(make_timeline())
+    shelf = StateExports(make_timeline())
     one, other = shelf.take("end"), shelf.take("end")
     assert one is not other
     assert list(shelf.noted) == []

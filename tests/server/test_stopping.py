@@ -17,7 +17,7 @@ import trio
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.policy.loader import load
 from nbdproxy.server.export.export import Export
-from nbdproxy.server.front.export_provider import FixedShelf
+from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.server.front.session import Session
 from tests.nbd.wire import FLAGS, go, request
 from tests.support.nbd_client import READ, WRITE
@@ -35,7 +35,7 @@ def test_requests_that_came_too_late_are_told_so() -> None:
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         export = Export("", disk, load("passthrough").policy)
-        session = Session(ours, 1, "test", FixedShelf([export]), power=export.power)
+        session = Session(ours, 1, "test", FixedExports([export]), power=export.power)
         client = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(session.run)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
-from nbdproxy.crash.explore.evaluator import Job
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup
 from nbdproxy.crash.explore.explore import Exploration, Tally
 from nbdproxy.crash.explore.judging import JudgePlan, ManifestPlan
-from nbdproxy.crash.explore.planning import Every, Wish, cuts_of, make_plan
+from nbdproxy.crash.explore.planning import Every, ExploreOptions, cuts_of, make_plan
 from nbdproxy.crash.explore.verdicts import Verdicts
 from nbdproxy.crash.explore.workers import Runner
 from nbdproxy.crash.states.recorded import RecordedSource
@@ -62,13 +62,13 @@ class Case:
     cuts: int = 5
 
     @property
-    def job(self) -> Job:
+    def job(self) -> EvaluatorSetup:
         """What a runner needs."""
-        return Job(self.run, None, Level.FLUSHED, Options(), self.judge)
+        return EvaluatorSetup(self.run, None, Level.FLUSHED, Options(), self.judge)
 
     def explore(
         self,
-        make: Callable[[Job], Runner],
+        make: Callable[[EvaluatorSetup], Runner],
         *,
         database: Path | None = None,
         resume: bool = False,
@@ -76,10 +76,10 @@ class Case:
     ) -> list[Told]:
         """Explore with a runner, and return what `database` has in the end."""
         with RecordedSource(self.run) as source, closing(Timeline(source)) as timeline:
-            fields = Fields(timeline, Level.FLUSHED, Options())
+            fields = CrashSpaceBuilder(timeline, Level.FLUSHED, Options())
             cuts = cuts_of(source, timeline.fates(Options()), Level.FLUSHED, Every.FLUSH)
             chosen = cuts[-self.cuts :]
-            wish = Wish(self.states, self.seed)
+            wish = ExploreOptions(self.states, self.seed)
             plan = make_plan(fields, chosen, wish, cuts_possible=len(cuts))
             with closing(Verdicts(database, {"case": repr(self.run)}, resume=resume)) as verdicts:
                 exploration = Exploration(fields, plan, self.judge, verdicts)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nbdproxy.lab import run as guest
 from nbdproxy.lab.guest.build import build_lab
-from nbdproxy.lab.workloads.workloads import End, Ending, Workload
+from nbdproxy.lab.workloads.workloads import End, RunEnd, Workload
 from nbdproxy.oracles.manifest import Entry, Manifest, digest, link_entry
 from tests.support.serving import tool
 
@@ -288,7 +288,7 @@ def _fill_btrfs(folder: Path, layouts: Sequence[Layout], disks: Sequence[Path]) 
         script += _subvolumes(layout, f"/dev/vd{chr(ord('c') + at)}{_btrfs_number(layout)}")
     script += ["tar xf /dev/vdb -C /m || exit 1", *_opensuse_snapshots(), "umount /m/*"]
     workload = Workload("fill", "fill", "\n".join(script), mount_options="-", needs_mount=False)
-    ending = Ending(End.SYNC)
+    ending = RunEnd(End.SYNC)
     guest.run(build_lab(), workload, packed, ending=ending, time_limit_s=180, extra=extra)
 
 

@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nbdproxy.lab.guest import kernel
-from nbdproxy.lab.guest.cache import Cache, default_cache, key_of
+from nbdproxy.lab.guest.cache import LabCache, default_cache, key_of
 
 ROOM = Path("/media")
 """Where the guest has an empty tmpfs to write to; nothing of the host's is needed there."""
@@ -63,7 +63,7 @@ def linux() -> Path:
     def fetch(into: Path) -> None:
         (into / "package").write_text(kernel.unpack(PACKAGE, into / "root"))
 
-    parts = Cache(default_cache().resolve())
+    parts = LabCache(default_cache().resolve())
     release = platform.freedesktop_os_release().get("VERSION_ID", "")
     with parts.locked():
         found = parts.part("uml", key_of(PACKAGE, release), fetch, f"lab: fetching {PACKAGE}")

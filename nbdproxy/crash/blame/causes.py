@@ -47,7 +47,7 @@ _LAYERS = {
 }
 
 
-class Kept(NamedTuple):
+class WholeFiles(NamedTuple):
     """The files that are whole in a state that keeps more, and those of which it is not known."""
 
     whole: frozenset[str]
@@ -58,8 +58,8 @@ def find_causes(
     broken: frozenset[str],
     level: Level,
     promised: Level,
-    kept_in: Callable[[Level], Kept],
-    earlier: Callable[[frozenset[str]], Kept],
+    kept_in: Callable[[Level], WholeFiles],
+    earlier: Callable[[frozenset[str]], WholeFiles],
 ) -> Iterator[tuple[str, Cause]]:
     """Yield each file of `broken` with its cause.
 
@@ -82,7 +82,7 @@ def find_causes(
             yield path, Cause.FLUSHED_THEN_LOST if is_promised else _LAYERS[layer]
         for path in sorted(doubtful):
             yield path, Cause.CANNOT_BE_TOLD
-    before = earlier(frozenset(left)) if left else Kept(frozenset(), frozenset())
+    before = earlier(frozenset(left)) if left else WholeFiles(frozenset(), frozenset())
     for path in sorted(left):
         if path in before.whole:
             yield path, Cause.CHANGED_BY_GUEST

@@ -43,7 +43,7 @@ _NOWHERE = {Condition.MISSING, Condition.UNREADABLE, Condition.CANNOT_BE_TOLD}
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class ConditionChange:
     """From `position` on, until the next change, a file is in this condition."""
 
     position: int
@@ -54,7 +54,7 @@ class Change:
 class Course:
     """What one level kept of a file over time; changes ascend, the first is at 0."""
 
-    changes: tuple[Change, ...]
+    changes: tuple[ConditionChange, ...]
 
     @property
     def created(self) -> int | None:
@@ -79,7 +79,7 @@ class Course:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class FileHistory:
     """What became of one file, level by level."""
 
     entry: Entry
@@ -108,7 +108,7 @@ def stories(
     options: Options = DEFAULTS,
     progress: Callable[[StateId, int, int], None] = lambda _state, _done, _total: None,
     oracle: Oracle = QUICK,
-) -> tuple[Story, ...]:
+) -> tuple[FileHistory, ...]:
     """Return the story of each file of a manifest with absolute paths.
 
     `progress` gets the state looked at next, and how many of a level's instants were. Where a
@@ -116,7 +116,7 @@ def stories(
     the end of all that was sent.
     """
     earlier = earlier_digests(timeline, manifest, tree, oracle)
-    found: dict[str, dict[Level, list[Change]]] = {
+    found: dict[str, dict[Level, list[ConditionChange]]] = {
         entry.path: {level: [] for level in LEVELS} for entry in manifest.entries
     }
     for level in LEVELS:
@@ -136,11 +136,11 @@ def stories(
                 condition = conditions.get(path, Condition.CANNOT_BE_TOLD)
                 changes = levels[level]
                 if not changes or changes[-1].condition is not condition:
-                    changes.append(Change(position, condition))
+                    changes.append(ConditionChange(position, condition))
         if level is Level.RECEIVED and last is not None and not last.conditions:
             raise FilesystemError(f"what was sent cannot be read in the end: {last.reason}")
     return tuple(
-        Story(entry, {level: Course(tuple(found[entry.path][level])) for level in LEVELS})
+        FileHistory(entry, {level: Course(tuple(found[entry.path][level])) for level in LEVELS})
         for entry in manifest.entries
     )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from nbdproxy.crash.blame.block_owners import names_of
 from nbdproxy.crash.blame.flushes import Blame, blame
-from nbdproxy.crash.states.naming import Choice, Part, StateId
+from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.crash.states.paint import NOTHING
 from nbdproxy.crash.states.timeline import CrashDisk, Timeline
 from nbdproxy.extents import Extent, ExtentSet
@@ -29,7 +29,7 @@ from nbdproxy.persistence.model import Level
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class MissingPiece:
     """A part of a request that the state lacks; `what` says what it was, `extent` where.
 
     Instants are nanoseconds since the recording began.
@@ -43,7 +43,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
+class FileRange:
     """Bytes [start, end) of the file: lost with their data, or `None` if that is there.
 
     `is_whole` tells whether the state shows them as they should be; if not, and their data is
@@ -53,7 +53,7 @@ class Range:
 
     start: int
     end: int
-    data: Piece | None
+    data: MissingPiece | None
     is_whole: bool = False
     is_apart: bool = True
 
@@ -68,8 +68,8 @@ class Losses:
     """
 
     reference: StateId
-    ranges: tuple[Range, ...]
-    way: tuple[Piece, ...]
+    ranges: tuple[FileRange, ...]
+    way: tuple[MissingPiece, ...]
 
 
 def losses(
@@ -90,8 +90,8 @@ def losses(
     if should is None:
         return None
     names = names_of(there, entry, tree, oracle)
-    data: list[tuple[int, Piece]] = []
-    way: dict[tuple[int, str], Piece] = {}
+    data: list[tuple[int, MissingPiece]] = []
+    way: dict[tuple[int, str], MissingPiece] = {}
     apart = ExtentSet()
     size = timeline.source.size
     for extent in reads:
@@ -138,17 +138,19 @@ def _is_whole(
     timeline: Timeline,
     follower: Follower,
     state: StateId,
-    data: Sequence[tuple[int, Piece]],
-    way: Sequence[Piece],
+    data: Sequence[tuple[int, MissingPiece]],
+    way: Sequence[MissingPiece],
 ) -> bool:
     """Tell whether a state with some requests put back has the file whole."""
     seqs = {piece.seq for _, piece in data} | {piece.seq for piece in way}
-    parts = tuple(Part(seq) for seq in sorted(seqs))
+    parts = tuple(RequestPart(seq) for seq in sorted(seqs))
     more = StateId(state.position, state.level, Choice.ONLY, state.options, parts)
     return follower.check(timeline.open(more), None).verdict is Verdict.PASS
 
 
-def _needed(pieces: list[Piece], suffice: Callable[[Sequence[Piece]], bool]) -> list[Piece]:
+def _needed(
+    pieces: list[MissingPiece], suffice: Callable[[Sequence[MissingPiece]], bool]
+) -> list[MissingPiece]:
     """Return those that suffice, and none of which can be left out; all, if all do not suffice."""
     if not suffice(pieces):
         return pieces
@@ -181,13 +183,15 @@ def _lacking(
                 yield first, last, row
 
 
-def _piece(timeline: Timeline, row: int, extent: Extent, what: str, state: StateId) -> Piece:
+def _piece(timeline: Timeline, row: int, extent: Extent, what: str, state: StateId) -> MissingPiece:
     seq = int(timeline.table.seq[row])
     why = blame(timeline, row, state.position, state.options)
-    return Piece(extent, what, seq, timeline.source.time_of(seq), why)
+    return MissingPiece(extent, what, seq, timeline.source.time_of(seq), why)
 
 
-def _ranges(length: int, data: list[tuple[int, Piece]], apart: ExtentSet | None) -> Iterator[Range]:
+def _ranges(
+    length: int, data: list[tuple[int, MissingPiece]], apart: ExtentSet | None
+) -> Iterator[FileRange]:
     """Yield the whole file: what was lost, and what lies between; `apart` None is everything."""
     at = 0
     for offset, piece in [*sorted(data, key=lambda one: one[0]), (length, None)]:
@@ -197,16 +201,16 @@ def _ranges(length: int, data: list[tuple[int, Piece]], apart: ExtentSet | None)
         if at < start:
             yield from _between(at, min(start, length), apart)
         if piece is not None and start < end:
-            yield Range(start, end, piece)
+            yield FileRange(start, end, piece)
         at = max(at, end)
 
 
-def _between(start: int, end: int, apart: ExtentSet | None) -> Iterator[Range]:
+def _between(start: int, end: int, apart: ExtentSet | None) -> Iterator[FileRange]:
     """Yield ranges that lost no data of their own."""
     for gap in list(apart.missing(start, end)) if apart is not None else ():
         if start < gap.offset:
-            yield Range(start, gap.offset, None)
-        yield Range(gap.offset, gap.end, None, is_apart=False)
+            yield FileRange(start, gap.offset, None)
+        yield FileRange(gap.offset, gap.end, None, is_apart=False)
         start = gap.end
     if start < end:
-        yield Range(start, end, None)
+        yield FileRange(start, end, None)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from nbdproxy.crash.blame.causes import Cause, Kept, find_causes
+from nbdproxy.crash.blame.causes import Cause, WholeFiles, find_causes
 from nbdproxy.crash.blame.unmapped import Unmapped
 from nbdproxy.crash.states.cuts import Cut, resolve
 from nbdproxy.crash.states.naming import Choice, StateId
@@ -39,7 +39,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import ANYWHERE, Where, locate
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
-from nbdproxy.oracles.oracle import Digests, Follower, Oracle
+from nbdproxy.oracles.oracle import EarlierDigests, Follower, Oracle
 from nbdproxy.oracles.qcow2 import is_qcow2
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
@@ -67,7 +67,7 @@ class FileOutcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StateOutcome:
     """What a crash state holds; `files` is empty if that cannot be told, for `reason`."""
 
     state: StateId
@@ -99,8 +99,8 @@ class Cell:
     failure: Failure
     cut: Cut
     verdict: Verdict
-    worst: Outcome
-    best: Outcome
+    worst: StateOutcome
+    best: StateOutcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +200,11 @@ class _Judge:
     progress: Callable[[StateId], None]
     behind: dict[tuple[int, Mount], Unmapped] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)
-    outcomes: dict[tuple[bytes, int, Level, Level], Outcome] = field(default_factory=dict)
-    earlier: dict[tuple[int, Options, frozenset[str]], Kept] = field(default_factory=dict)
+    outcomes: dict[tuple[bytes, int, Level, Level], StateOutcome] = field(default_factory=dict)
+    earlier: dict[tuple[int, Options, frozenset[str]], WholeFiles] = field(default_factory=dict)
     _last: Mask | None = None
 
-    def outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
+    def outcome(self, state: StateId, level: Level, promise: Level) -> StateOutcome:
         """Judge a state; `level` is what it keeps for certain, and so cannot be the cause.
 
         `promise` is what the mode says is durable.
@@ -214,7 +214,7 @@ class _Judge:
             self.outcomes[key] = self._outcome(state, level, promise)
         return replace(self.outcomes[key], state=state)
 
-    def _outcome(self, state: StateId, level: Level, promise: Level) -> Outcome:
+    def _outcome(self, state: StateId, level: Level, promise: Level) -> StateOutcome:
         findings = self._findings(state)
         fine = {Condition.WHOLE, Condition.CANNOT_BE_TOLD}
         broken = frozenset(p for p, found in findings.conditions.items() if found not in fine)
@@ -230,7 +230,7 @@ class _Judge:
         causes |= self._unmapped(state, causes)
         one = functools.cache(FileOutcome)  # thousands of files, and few outcomes
         files = {path: one(found, causes.get(path)) for path, found in findings.conditions.items()}
-        return Outcome(state, findings.verdict, findings.reason, files)
+        return StateOutcome(state, findings.verdict, findings.reason, files)
 
     def _unmapped(self, state: StateId, causes: Mapping[str, Cause]) -> dict[str, Cause]:
         """Return the files that perhaps QEMU, and not the guest, had not sent all of."""
@@ -249,7 +249,7 @@ class _Judge:
             found[entry.path] = self.behind[key].cause(entry)
         return found
 
-    def _kept(self, state: StateId, layer: Level) -> Kept:
+    def _kept(self, state: StateId, layer: Level) -> WholeFiles:
         fuller = StateId(state.position, layer, Choice.MUST, self.options)
         findings = self._findings(fuller)
         whole, doubtful = (
@@ -258,9 +258,9 @@ class _Judge:
         )
         if not findings.conditions:
             doubtful = frozenset(self.manifest.paths())
-        return Kept(whole, doubtful)
+        return WholeFiles(whole, doubtful)
 
-    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> Kept:
+    def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> WholeFiles:
         """Return those of `paths` that were whole, all sent, after some flush before the cut.
 
         And those that may have been, as after a flush nothing could be told of them.
@@ -270,7 +270,7 @@ class _Judge:
             self.earlier[asked] = self._looked_back(state, paths)
         return self.earlier[asked]
 
-    def _looked_back(self, state: StateId, paths: frozenset[str]) -> Kept:
+    def _looked_back(self, state: StateId, paths: frozenset[str]) -> WholeFiles:
         left, whole, doubtful = set(paths), set[str](), set[str]()
         for position in self.timeline.after_flushes(state.position):
             earlier = StateId(position, Level.RECEIVED, Choice.MUST, self.options)
@@ -284,7 +284,7 @@ class _Judge:
             left -= whole
             if not left:
                 break
-        return Kept(frozenset(whole), frozenset(doubtful - whole))
+        return WholeFiles(frozenset(whole), frozenset(doubtful - whole))
 
     def _choice(self, state: StateId) -> Mask:
         """Return which requests a state has."""
@@ -358,7 +358,7 @@ def place(
 
 def earlier_digests(
     timeline: Timeline, manifest: Manifest, tree: Tree, oracle: Oracle = QUICK
-) -> Digests:
+) -> EarlierDigests:
     """Return the SHA-256 digests that the manifest's paths had before the recording, if any."""
     found: dict[str, tuple[str, ...]] = {}
     for mount, part in split(manifest, tree)[0].items():

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from nbdproxy.crash.blame.replay import Cell, FileOutcome, Outcome, Replay
+from nbdproxy.crash.blame.replay import Cell, FileOutcome, Replay, StateOutcome
 from nbdproxy.crash.blame.replay import replay as replay_one
 from nbdproxy.crash.states.cuts import Cut, resolve
 from nbdproxy.crash.states.naming import StateId
@@ -237,8 +237,8 @@ def _cut(cuts: Sequence[Cut], names: Sequence[str]) -> Cut:
 
 
 def _outcome(
-    some: Sequence[Outcome], each: Sequence[Replay], manifest: Manifest, names: Sequence[str]
-) -> Outcome:
+    some: Sequence[StateOutcome], each: Sequence[Replay], manifest: Manifest, names: Sequence[str]
+) -> StateOutcome:
     """Return what the disks together hold: of one that cannot be judged, no file can be told.
 
     Without files, as for one disk, if that is so of all of them.
@@ -247,7 +247,7 @@ def _outcome(
     if any(one.files for one in some):
         for one, replay in zip(some, each, strict=True):
             files |= one.files or dict.fromkeys(replay.manifest.paths(), _UNKNOWN)
-    return Outcome(
+    return StateOutcome(
         some[0].state,
         merge({one.verdict for one in some}),
         _told([one.reason or "" for one in some], names) or None,

@@ -17,13 +17,13 @@ from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.dice import mix
 from nbdproxy.disks.device import ReadableDevice
 
-Digests = NDArray[np.uint64]
+SectorDigests = NDArray[np.uint64]
 
 _PLACES, _SECTORS = 0x9C7A11, 0x5EC702
 _READ = 1 << 20
 
 
-def mixed(sectors: Numbers, digests: Digests) -> Digests:
+def mixed(sectors: Numbers, digests: SectorDigests) -> SectorDigests:
     """Return what sectors with these contents add to a state's hash."""
     return mix(digests ^ mix(sectors.astype(np.uint64), _PLACES), _SECTORS)
 
@@ -42,7 +42,7 @@ class Contents:
         self._row_at = np.full(len(timeline.table), -1, np.int64)
         self._cell_at = np.full(len(cells), -1, np.int64)
 
-    def of(self, rows: Rows, cells: Numbers, sectors: Numbers) -> Digests:
+    def of(self, rows: Rows, cells: Numbers, sectors: Numbers) -> SectorDigests:
         """Return the digest that each row (or NONE) left in a sector of a cell."""
         found = np.full(len(rows), self.zero, np.uint64)
         table = self._timeline.table
@@ -101,7 +101,7 @@ class Contents:
         return at
 
 
-def sector_digests(disk: ReadableDevice, sectors: Numbers, size: int) -> Digests:
+def sector_digests(disk: ReadableDevice, sectors: Numbers, size: int) -> SectorDigests:
     """Return the digests of some sectors of a disk, by reading them; `sectors` ascend."""
     found = np.empty(len(sectors), np.uint64)
     at = 0

@@ -1,11 +1,11 @@
-"""`Field`: the sectors that chance decides on at one cut, and what each of them may hold.
+"""`CrashSpace`: the sectors that chance decides on at one cut, and what each of them may hold.
 
 Values with the same content are one, and sectors with one content only are left out: the product
 of the values that are left is the set of all disks that the model allows at this cut (see `fields`
 for how they are found, and for what is not covered).
 
-`Field.change` tells how any state of the cut differs from the nearer of its two ends, MUST and ALL,
-in time that grows with what the state names, not with the disk.
+`CrashSpace.change` tells how any state of the cut differs from the nearer of its two ends, MUST and
+ALL, in time that grows with what the state names, not with the disk.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbdproxy.crash.explore.contents import Digests, mixed, sector_digests
+from nbdproxy.crash.explore.contents import SectorDigests, mixed, sector_digests
 from nbdproxy.crash.states.cells import NONE, Numbers, Rows, expand
-from nbdproxy.crash.states.naming import BASE, Choice, Part, Pin, StateId
+from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.presence import TORN, WHOLE, Presence, sectors_of
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.recording.index import Mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Change:
+class StateChange:
     """How a state differs from one of the two ends of its cut.
 
     reference  MUST or ALL
@@ -39,7 +39,7 @@ class Change:
 
     reference: Choice
     sectors: Numbers
-    moved: Digests
+    moved: SectorDigests
     hash: int
 
 
@@ -59,7 +59,7 @@ class Values:
     sectors: Numbers
     start: Numbers
     rows: Rows
-    digests: Digests
+    digests: SectorDigests
     must: Numbers
     ragged: Mask
 
@@ -82,7 +82,7 @@ _FEW_LOG10 = 7
 """Mixtures are looked for where so few states can be listed one by one."""
 
 
-class Field:
+class CrashSpace:
     """What chance decides on at one cut.
 
     state    MUST at that cut
@@ -122,7 +122,7 @@ class Field:
         self._all = self._contents(everything, everywhere, self.all)
         moved = mixed(self.sectors, self._all) - mixed(self.sectors, self._must)
         differs = self._all != self._must
-        self.ends = Change(
+        self.ends = StateChange(
             Choice.MUST, self.sectors[differs], moved[differs], _add(must_hash, moved)
         )
         """How ALL differs from MUST."""
@@ -179,12 +179,12 @@ class Field:
         low, high = np.searchsorted(self.sectors, (first, last)).tolist()
         return low, high
 
-    def change(self, state: StateId) -> Change:
+    def change(self, state: StateId) -> StateChange:
         """Return how a state of this cut differs from the nearer of MUST and ALL."""
         if state.choice is Choice.MUST and not state.pins:
-            return Change(Choice.MUST, self.sectors[:0], self._must[:0], self.must_hash)
+            return StateChange(Choice.MUST, self.sectors[:0], self._must[:0], self.must_hash)
         if state.choice is Choice.ALL and not state.pins:
-            return Change(Choice.ALL, self.sectors[:0], self._must[:0], self.ends.hash)
+            return StateChange(Choice.ALL, self.sectors[:0], self._must[:0], self.ends.hash)
         rows = [int(np.searchsorted(self.timeline.table.seq, part.seq)) for part in state.parts]
         if state.pins or not self._chance.issuperset(rows):
             return self._read_change(state, rows)
@@ -195,7 +195,7 @@ class Field:
         where = spans[0] if len(spans) == 1 else np.unique(np.concatenate(spans))
         return self._changed(state, where, self._shown_named(state, where, rows))
 
-    def pinned(self, entries: Numbers) -> tuple[StateId, Change]:
+    def pinned(self, entries: Numbers) -> tuple[StateId, StateChange]:
         """Return the state in which these entries show, one for each sector of the field.
 
         Behind the entries of the values come the mixtures, numbered on.
@@ -220,23 +220,23 @@ class Field:
         stand_in = np.where(single[where], entries[where], self.values.must[where])
         return state, self._changed(state, where, stand_in)
 
-    def _parts(self, where: Numbers, entries: Numbers) -> tuple[Part, ...]:
+    def _parts(self, where: Numbers, entries: Numbers) -> tuple[RequestPart, ...]:
         rows = self.values.rows[entries]
         at = (self.sectors[where] - self._first_sector[rows]).tolist()
         seqs = self.timeline.table.seq[rows].tolist()
-        return tuple(sorted(Part(seq, k, k) for seq, k in zip(seqs, at, strict=True)))
+        return tuple(sorted(RequestPart(seq, k, k) for seq, k in zip(seqs, at, strict=True)))
 
-    def _changed(self, state: StateId, where: Numbers, shown: Numbers) -> Change:
+    def _changed(self, state: StateId, where: Numbers, shown: Numbers) -> StateChange:
         near, contents, start = self._nearer(state)
         new = self._contents(state, where, shown)
         return _change(near, self.sectors[where], (contents[where], new), start)
 
-    def _nearer(self, state: StateId) -> tuple[Choice, Digests, int]:
+    def _nearer(self, state: StateId) -> tuple[Choice, SectorDigests, int]:
         if state.choice in {Choice.ALL, Choice.BUT}:
             return Choice.ALL, self._all, self.ends.hash
         return Choice.MUST, self._must, self.must_hash
 
-    def _read_change(self, state: StateId, rows: list[int]) -> Change:
+    def _read_change(self, state: StateId, rows: list[int]) -> StateChange:
         """The same by reading the sectors that a state names, wherever they are."""
         size, table = state.options.sector, self.timeline.table
         spans = [sectors_of(table, row, size) for row in rows]
@@ -251,7 +251,7 @@ class Field:
         new = sector_digests(self.timeline.open(state), sectors, size)
         return _change(near, sectors, (old, new), start)
 
-    def _contents(self, state: StateId, where: Numbers, shown: Numbers) -> Digests:
+    def _contents(self, state: StateId, where: Numbers, shown: Numbers) -> SectorDigests:
         """Return what is in some sectors; where requests end inside one, it has to be read."""
         found = self.values.digests[shown]
         ragged = np.flatnonzero(self.values.ragged[where])
@@ -323,20 +323,20 @@ def _newest(entries: Numbers, there: Mask, counts: Numbers) -> Numbers:
 
 
 def _change(
-    near: Choice, sectors: Numbers, contents: tuple[Digests, Digests], start: int
-) -> Change:
+    near: Choice, sectors: Numbers, contents: tuple[SectorDigests, SectorDigests], start: int
+) -> StateChange:
     old, new = contents
     differs = old != new
     sectors = sectors[differs]
     moved = mixed(sectors, new[differs]) - mixed(sectors, old[differs])
-    return Change(near, sectors, moved, _add(start, moved))
+    return StateChange(near, sectors, moved, _add(start, moved))
 
 
-def _add(start: int, moved: Digests) -> int:
+def _add(start: int, moved: SectorDigests) -> int:
     return (start + int(moved.sum(dtype=np.uint64))) % 2**64
 
 
-def first_of_content(start: Numbers, digests: Digests) -> Mask:
+def first_of_content(start: Numbers, digests: SectorDigests) -> Mask:
     """Mark the entries whose content no earlier entry of their sector has."""
     sector = np.repeat(np.arange(len(start) - 1), np.diff(start))
     order = np.lexsort((digests, sector))

@@ -1,4 +1,4 @@
-"""`Fields`: finds, at one cut after the other, what chance decides on.
+"""`CrashSpaceBuilder`: finds, at one cut after the other, what chance decides on.
 
 Rule 6 in whole arrays: a sector may hold what the latest request that must be there left in it, or
 what any request left that may be there and does not happen before one that must; where nothing must
@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nbdproxy.crash.explore.contents import Contents, mixed, sector_digests
-from nbdproxy.crash.explore.crash_space import Field, Values, first_of_content
+from nbdproxy.crash.explore.crash_space import CrashSpace, Values, first_of_content
 from nbdproxy.crash.explore.mixtures import Mixtures
 from nbdproxy.crash.states.cells import NONE, Cells, Numbers, Rows, concurrent_pairs, expand
-from nbdproxy.crash.states.naming import BASE, Choice, Part, Pin, StateId
+from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Level, Options
@@ -33,7 +33,7 @@ ENTRIES_MAX = 1 << 25
 """Values of sectors that one cut may have: beyond that the memory for them would be gigabytes."""
 
 
-class Fields:
+class CrashSpaceBuilder:
     """Makes the fields of a recording, cut after cut; cheapest if the cuts ascend."""
 
     def __init__(self, timeline: Timeline, level: Level, options: Options) -> None:
@@ -57,7 +57,7 @@ class Fields:
         self._hash = 0
         self._ragged: dict[int, np.uint64] = {}
 
-    def at(self, position: int) -> Field:
+    def at(self, position: int) -> CrashSpace:
         """Return the field at a cut."""
         state = StateId(position, self.level, Choice.MUST, self.options)
         self._keep(state)
@@ -68,7 +68,7 @@ class Fields:
         ).astype(np.int32)
         values = self._values(state, may)
         durable = np.unique(self._owners[self._owners != NONE])
-        return Field(
+        return CrashSpace(
             state,
             self.timeline,
             values,
@@ -163,7 +163,9 @@ class Fields:
         if row == NONE or self._kept[row]:
             value = BASE if row == NONE else int(self.timeline.table.seq[row])
             return replace(state, pins=(Pin(sector, sector, value),))
-        return replace(state, choice=Choice.ONLY, parts=(Part(int(self.timeline.table.seq[row])),))
+        return replace(
+            state, choice=Choice.ONLY, parts=(RequestPart(int(self.timeline.table.seq[row])),)
+        )
 
     def _candidates(self, may: Rows) -> tuple[Numbers, Rows]:
         """Return each value of each cell that chance may decide on: cells, and rows or NONE."""

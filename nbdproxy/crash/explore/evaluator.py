@@ -1,8 +1,8 @@
-"""`Bench`: where states are judged: a recording, its timeline and a judge, in any process.
+"""`StateEvaluator`: where states are judged: a recording, its timeline and a judge, in any process.
 
-A `Job` says what to judge with, a `Unit` which states of one cut. Both can be sent to another
-process, and the same unit gives the same verdicts there; only which states had to be checked, and
-which took another's verdict, depends on what else that process had to do.
+An `EvaluatorSetup` says what to judge with, a `Unit` which states of one cut. Both can be sent to
+another process, and the same unit gives the same verdicts there; only which states had to be
+checked, and which took another's verdict, depends on what else that process had to do.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nbdproxy.crash.explore.crash_space import Change, Field
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.judging import Judge, Judgement, JudgePlan
 from nbdproxy.crash.explore.sharing import Sharing
 from nbdproxy.crash.states.cells import runs
@@ -29,7 +29,7 @@ from nbdproxy.persistence.model import Level, Options
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EvaluatorSetup:
     """What to judge states of, and with; `base` is where the image is now, if it was moved."""
 
     run: Path
@@ -57,26 +57,26 @@ class Judged(NamedTuple):
     seconds: float
 
 
-class Bench:
+class StateEvaluator:
     """Judges states; `source` is the caller's."""
 
-    def __init__(self, source: Source, job: Job) -> None:
+    def __init__(self, source: Source, job: EvaluatorSetup) -> None:
         self.timeline = Timeline(source)
-        self._fields = Fields(self.timeline, job.level, job.options)
+        self._fields = CrashSpaceBuilder(self.timeline, job.level, job.options)
         self._plan = job.judge
         # One for the states near each end of a cut: between two of these less changes.
         self._judges: dict[Choice, Judge] = {}
         self._share = job.share
-        self._field: Field | None = None
+        self._field: CrashSpace | None = None
         self._sharing: Sharing | None = None
-        self._last: dict[Judge, tuple[int, Change]] = {}
+        self._last: dict[Judge, tuple[int, StateChange]] = {}
 
     def judge(self, unit: Unit) -> list[Judged]:
         """Judge the states of a unit."""
         field = self._field_at(unit.position)
         return [self._one(field, parse_state_id(text)) for text in unit.states]
 
-    def _field_at(self, position: int) -> Field:
+    def _field_at(self, position: int) -> CrashSpace:
         if self._field is None or self._field.state.position != position:
             self._field = self._fields.at(position)
             self._sharing = Sharing(self._field)
@@ -86,7 +86,7 @@ class Bench:
         """Return the hash of a state's content; equal ones are equal disks."""
         return self._field_at(state.position).change(state).hash
 
-    def _one(self, field: Field, state: StateId) -> Judged:
+    def _one(self, field: CrashSpace, state: StateId) -> Judged:
         assert self._sharing is not None
         began = time.perf_counter()
         change = field.change(state)
@@ -104,7 +104,9 @@ class Bench:
             self._sharing.add(change, (str(state), judgement), reads)
         return Judged(str(state), judgement, None, time.perf_counter() - began)
 
-    def _changed(self, judge: Judge, field: Field, change: Change) -> Iterable[Extent] | None:
+    def _changed(
+        self, judge: Judge, field: CrashSpace, change: StateChange
+    ) -> Iterable[Extent] | None:
         """Return where a state may differ from the one that the same judge saw before it."""
         if judge not in self._last:
             return None
@@ -139,6 +141,6 @@ class Bench:
         self.timeline.close()
 
 
-def open_bench(job: Job) -> Bench:
+def open_bench(job: EvaluatorSetup) -> StateEvaluator:
     """Open a job's recording and its bench; they are there until the process ends."""
-    return Bench(RecordedSource(job.run, image=job.base), job)
+    return StateEvaluator(RecordedSource(job.run, image=job.base), job)

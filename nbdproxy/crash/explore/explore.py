@@ -15,10 +15,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.evaluator import Judged, Unit
 from nbdproxy.crash.explore.judging import Judgement, JudgePlan
-from nbdproxy.crash.explore.planning import Plan, visits_of
+from nbdproxy.crash.explore.planning import ExplorationPlan, visits_of
 from nbdproxy.crash.explore.stages import Visit
 from nbdproxy.crash.explore.verdicts import CHECKED, SAME_CONTENT, SAME_READS, Row, Verdicts
 from nbdproxy.crash.explore.workers import Runner
@@ -31,7 +31,7 @@ UNIT_STATES = 16
 READY_MAX = 256
 """Rows that need no check and are written together."""
 
-Key = tuple[int, str]
+VisitKey = tuple[int, str]
 """A state's content, and what else its verdict depends on."""
 
 
@@ -55,13 +55,15 @@ class Tally:
 class Exploration:
     """One run through a plan."""
 
-    def __init__(self, fields: Fields, plan: Plan, judge: JudgePlan, verdicts: Verdicts) -> None:
+    def __init__(
+        self, fields: CrashSpaceBuilder, plan: ExplorationPlan, judge: JudgePlan, verdicts: Verdicts
+    ) -> None:
         self._fields = fields
         self._plan = plan
         self._judge = judge
         self._verdicts = verdicts
         self.tally = Tally()
-        self._first: dict[Key, str] = {}
+        self._first: dict[VisitKey, str] = {}
         self._known: dict[str, Judgement] = {}
         self._stages: dict[str, tuple[int, Visit]] = {}
         self._same: dict[str, list[tuple[int, Visit]]] = defaultdict(list)

@@ -17,7 +17,7 @@ from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.composite import TreeFollower
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Tree
-from nbdproxy.oracles.oracle import Digests, Oracle
+from nbdproxy.oracles.oracle import EarlierDigests, Oracle
 from nbdproxy.oracles.quick import QuickOracle
 from nbdproxy.oracles.watched import Reads
 
@@ -85,7 +85,7 @@ class ManifestPlan:
 
     manifest: Manifest
     tree: Tree
-    earlier: Digests
+    earlier: EarlierDigests
     oracle: Callable[[], Oracle] = QuickOracle
 
     def open(self, timeline: Timeline) -> Judge:

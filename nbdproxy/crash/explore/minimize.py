@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nbdproxy.crash.explore.evaluator import Bench, Judged, Unit
+from nbdproxy.crash.explore.evaluator import Judged, StateEvaluator, Unit
 from nbdproxy.crash.states.cells import Numbers, runs
-from nbdproxy.crash.states.naming import BASE, Choice, Part, Pin, StateId
+from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.paint import NOTHING
 from nbdproxy.crash.states.presence import sectors_of
 from nbdproxy.crash.states.timeline import Segment, Timeline
@@ -68,7 +68,7 @@ class _Piece:
 
 
 def minimize(
-    bench: Bench, state: StateId, *, progress: Callable[[int, int], None] = lambda *_: None
+    bench: StateEvaluator, state: StateId, *, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Minimum:
     """Return the least that has to be missing; UsageError if the state does not fail.
 
@@ -89,7 +89,9 @@ def minimize(
 
 
 class _Search:
-    def __init__(self, bench: Bench, state: StateId, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, bench: StateEvaluator, state: StateId, progress: Callable[[int, int], None]
+    ) -> None:
         self._bench = bench
         self._state = state
         self._progress = progress
@@ -299,6 +301,8 @@ def _without(timeline: Timeline, state: StateId, pieces: Sequence[_Piece]) -> St
         first, end = sectors_of(table, lost.row, size)
         seq = int(table.seq[lost.row])
         whole = lost.first == first and lost.last == end - 1
-        parts.append(Part(seq) if whole else Part(seq, lost.first - first, lost.last - first))
+        parts.append(
+            RequestPart(seq) if whole else RequestPart(seq, lost.first - first, lost.last - first)
+        )
     parts.sort(key=lambda part: (part.seq, part.last))
     return replace(state, choice=Choice.BUT, parts=tuple(parts), pins=()) if parts else None

@@ -27,7 +27,7 @@ from xxhash import xxh3_128_hexdigest
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import RecordingError
 from nbdproxy.private import open_folder
-from nbdproxy.recording.format import NONE, SLOT_SIZE, SLOTS, Kind, data_path, events_path
+from nbdproxy.recording.format import NONE, SLOT_SIZE, SLOTS, SlotKind, data_path, events_path
 from nbdproxy.recording.stream import StreamReader
 
 PIECE_MAX = 8 * 1024 * 1024
@@ -41,7 +41,7 @@ _Read = Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FilePiece:
     """Where a piece belongs in its file, in bytes, and its name."""
 
     offset: int
@@ -55,7 +55,7 @@ class Sheet:
 
     name: str
     size: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FilePiece, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class PieceSource:
 
     def __init__(self, source: RecordedSource) -> None:
         self._path = source.path
-        self._where: dict[str, tuple[_Read, Piece]] = {}
+        self._where: dict[str, tuple[_Read, FilePiece]] = {}
         self._stack = ExitStack()
         try:
             self.parcel = Parcel(tuple(self._survey(source)))
@@ -125,7 +125,7 @@ class PieceSource:
             data = read(offset, length)
             if data.count(0) == length:
                 continue
-            piece = Piece(offset, length, xxh3_128_hexdigest(data))
+            piece = FilePiece(offset, length, xxh3_128_hexdigest(data))
             self._where.setdefault(piece.digest, (read, piece))
             pieces.append(piece)
         return Sheet(name, size, tuple(pieces))
@@ -163,7 +163,7 @@ def _grid(start: int, end: int) -> Iterator[tuple[int, int]]:
 
 def _payload_end(slots: bytes) -> int:
     found = np.frombuffer(slots, SLOTS)
-    found = found[(found["kind"] != Kind.COMPLETED) & (found["position"] != NONE)]
+    found = found[(found["kind"] != SlotKind.COMPLETED) & (found["position"] != NONE)]
     return int((found["position"] + found["length"]).max(initial=0))
 
 

@@ -13,12 +13,12 @@ from enum import StrEnum
 
 import numpy as np
 
-from nbdproxy.crash.explore.crash_space import Field
-from nbdproxy.crash.explore.crash_space_builder import Fields
+from nbdproxy.crash.explore.crash_space import CrashSpace
+from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.stages import BEYOND, Stage, Stages, Visit
 from nbdproxy.crash.states.source import Source
 from nbdproxy.errors import UsageError
-from nbdproxy.persistence.model import Coverage, Fates, Level
+from nbdproxy.persistence.model import Coverage, Durability, Level
 from nbdproxy.recording.index import NEVER
 from nbdproxy.requests import Command
 
@@ -39,7 +39,7 @@ class Every(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ExploreOptions:
     """What to visit: `budget` is the number of states, None for no end but that of the stages."""
 
     budget: int | None = 1000
@@ -65,10 +65,10 @@ class CutPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ExplorationPlan:
     """All cuts, ascending; `cuts_possible` is how many instants there would have been."""
 
-    wish: Wish
+    wish: ExploreOptions
     cuts: tuple[CutPlan, ...]
     cuts_possible: int
 
@@ -91,7 +91,7 @@ class Plan:
         return {stage: count for stage, count in found.items() if count != 0}
 
 
-def cuts_of(source: Source, fates: Fates, level: Level, every: Every) -> list[int]:
+def cuts_of(source: Source, fates: Durability, level: Level, every: Every) -> list[int]:
     """Return the positions at which to look, ascending."""
     table = source.table
     changing = (table.command != Command.FLUSH) & (table.length > 0)
@@ -114,13 +114,13 @@ def cuts_of(source: Source, fates: Fates, level: Level, every: Every) -> list[in
 
 
 def make_plan(
-    fields: Fields,
+    fields: CrashSpaceBuilder,
     cuts: Sequence[int],
-    wish: Wish,
+    wish: ExploreOptions,
     *,
     cuts_possible: int,
     progress: Callable[[int], None] = lambda _: None,
-) -> Plan:
+) -> ExplorationPlan:
     """Look at all cuts, and deal out the budget. Raises UsageError if `exhaustive` is too much."""
     found, unlisted = [], []
     for number, position in enumerate(cuts):
@@ -139,17 +139,17 @@ def make_plan(
                 f"--exhaustive cannot list all states at cut {unlisted[0]}: too many requests end "
                 "inside the same sectors; leave --exhaustive out"
             )
-    return Plan(wish, tuple(_deal(found, wish.budget)), cuts_possible)
+    return ExplorationPlan(wish, tuple(_deal(found, wish.budget)), cuts_possible)
 
 
-def stages_of(field: Field, wish: Wish) -> Stages:
+def stages_of(field: CrashSpace, wish: ExploreOptions) -> Stages:
     """Return a field's stages as they were wished for."""
     return Stages(
         field, seed=wish.seed, torn=wish.torn, stale=wish.stale, exhaustive=wish.exhaustive
     )
 
 
-def visits_of(fields: Fields, plan: Plan) -> Iterator[Visit]:
+def visits_of(fields: CrashSpaceBuilder, plan: ExplorationPlan) -> Iterator[Visit]:
     """Yield all states to visit, cut after cut; where there are few, each different one once."""
     for cut in plan.cuts:
         stages = stages_of(fields.at(cut.position), plan.wish)
@@ -173,7 +173,7 @@ def states_text(log10: float, states: int | None = None) -> str:
     return f"{states:,}" if states is not None else f"10^{log10:.0f}"
 
 
-def _refuse_too_many(cuts: list[CutPlan], wish: Wish) -> None:
+def _refuse_too_many(cuts: list[CutPlan], wish: ExploreOptions) -> None:
     total = sum(cut.states or 0 for cut in cuts)
     limit = EXHAUSTIVE_MAX if wish.budget is None else wish.budget
     if total > limit:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbdproxy.crash.explore.crash_space import Change, Field
+from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
 from nbdproxy.crash.explore.judging import Judgement, ReadSet
 from nbdproxy.crash.states.cells import Numbers
 from nbdproxy.crash.states.naming import Choice
@@ -19,26 +19,26 @@ from nbdproxy.recording.index import Mask
 SETS_MAX = 16
 """So many different read sets are remembered, the latest; each costs a look-up for each state."""
 
-Known = tuple[str, Judgement]
+KnownJudgement = tuple[str, Judgement]
 """The id of the state that was checked, and what was said of it."""
 
 
 class _ReadSet:
     """The sectors that a judge read, and the verdicts that hang on them alone."""
 
-    def __init__(self, reads: ReadSet, field: Field) -> None:
+    def __init__(self, reads: ReadSet, field: CrashSpace) -> None:
         sector = field.state.options.sector
         bounds = np.array([(r.offset // sector, -(-r.end // sector)) for r in reads], np.int64)
         self.starts, self.ends = bounds.reshape(-1, 2).T
-        self.verdicts: dict[int, Known] = {}
+        self.verdicts: dict[int, KnownJudgement] = {}
         self._between_ends = self._part(field.ends)
 
-    def key(self, change: Change) -> int:
+    def key(self, change: StateChange) -> int:
         """Return what this set's sectors add to the hash of MUST."""
         start = self._between_ends if change.reference is Choice.ALL else 0
         return (start + self._part(change)) % 2**64
 
-    def _part(self, change: Change) -> int:
+    def _part(self, change: StateChange) -> int:
         return int(change.moved[self._holds(change.sectors)].sum(dtype=np.uint64))
 
     def _holds(self, sectors: Numbers) -> Mask:
@@ -57,11 +57,11 @@ class _ReadSet:
 class Sharing:
     """The verdicts of one cut."""
 
-    def __init__(self, field: Field) -> None:
+    def __init__(self, field: CrashSpace) -> None:
         self._field = field
         self._sets: list[_ReadSet] = []
 
-    def find(self, change: Change) -> Known | None:
+    def find(self, change: StateChange) -> KnownJudgement | None:
         """Return a verdict that holds for a state, if there is one."""
         for reads in reversed(self._sets):
             known = reads.verdicts.get(reads.key(change))
@@ -69,7 +69,7 @@ class Sharing:
                 return known
         return None
 
-    def add(self, change: Change, known: Known, reads: ReadSet) -> None:
+    def add(self, change: StateChange, known: KnownJudgement, reads: ReadSet) -> None:
         """Remember a verdict and what it was made from."""
         new = _ReadSet(reads, self._field)
         for index, old in enumerate(self._sets):

@@ -23,9 +23,9 @@ from enum import StrEnum
 
 import numpy as np
 
-from nbdproxy.crash.explore.crash_space import Change, Field
+from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
 from nbdproxy.crash.states.cells import NONE, Numbers
-from nbdproxy.crash.states.naming import BASE, Choice, Part, Pin, StateId
+from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
 from nbdproxy.dice import key_of, mix
 
 
@@ -57,7 +57,7 @@ class Visit:
 
     state: StateId
     stage: Stage
-    change: Change
+    change: StateChange
 
 
 class Stages:
@@ -65,7 +65,7 @@ class Stages:
 
     def __init__(
         self,
-        field: Field,
+        field: CrashSpace,
         *,
         seed: int = 0,
         torn: bool = False,
@@ -144,7 +144,7 @@ class Stages:
 
     def _requests(self) -> Iterator[StateId]:
         for seq in self._named:
-            yield from self._without_and_alone(Part(seq))
+            yield from self._without_and_alone(RequestPart(seq))
 
     def _orders(self) -> Iterator[StateId]:
         for pins in self._hidden():
@@ -153,12 +153,12 @@ class Stages:
     def _sectors(self) -> Iterator[StateId]:
         for row, sector in self._pieces(alone=False).tolist():
             at = sector - self._field.first_sector(row)
-            yield from self._without_and_alone(Part(int(self._seqs[row]), at, at))
+            yield from self._without_and_alone(RequestPart(int(self._seqs[row]), at, at))
 
     def _pairs(self) -> Iterator[StateId]:
         for step in range(1, len(self._named)):
             for one, other in zip(self._named, self._named[step:], strict=False):
-                yield from self._without_and_alone(Part(one), Part(other))
+                yield from self._without_and_alone(RequestPart(one), RequestPart(other))
 
     def _samples(self) -> Iterator[StateId]:
         for number in itertools.count() if len(self._field.sectors) else ():
@@ -166,13 +166,13 @@ class Stages:
 
     def _stale(self) -> Iterator[StateId]:
         for row in self._field.durable[::-1].tolist():
-            yield self._but(Part(int(self._seqs[row])))
+            yield self._but(RequestPart(int(self._seqs[row])))
 
-    def _without_and_alone(self, *parts: Part) -> Iterator[StateId]:
+    def _without_and_alone(self, *parts: RequestPart) -> Iterator[StateId]:
         yield self._but(*parts)
         yield replace(self._field.state, choice=Choice.ONLY, parts=parts)
 
-    def _but(self, *parts: Part) -> StateId:
+    def _but(self, *parts: RequestPart) -> StateId:
         return replace(self._field.state, choice=Choice.BUT, parts=parts)
 
     def _may_in_field(self) -> list[int]:
@@ -220,7 +220,7 @@ class Stages:
             yield replace(self._everything, pins=(Pin(sector, sector, new, old),))
             yield replace(self._everything, pins=(Pin(sector, sector, old, new),))
 
-    def _every(self) -> Iterator[tuple[StateId, Change]]:
+    def _every(self) -> Iterator[tuple[StateId, StateChange]]:
         """Yield the product of all sectors' values, what must be there first."""
         field = self._field
         values = field.values

@@ -21,7 +21,13 @@ from multiprocessing.util import Finalize
 from typing import Protocol
 
 from nbdproxy import signals
-from nbdproxy.crash.explore.evaluator import Bench, Job, Judged, Unit, open_bench
+from nbdproxy.crash.explore.evaluator import (
+    EvaluatorSetup,
+    Judged,
+    StateEvaluator,
+    Unit,
+    open_bench,
+)
 from nbdproxy.crash.explore.judging import Judgement
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
@@ -57,7 +63,7 @@ class Runner(Protocol):
 class LocalRunner:
     """Judges in this process, one unit after the other."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EvaluatorSetup) -> None:
         self._bench = open_bench(job)
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
@@ -90,7 +96,7 @@ class Retry:
 class PoolRunner:
     """Judges in `workers` processes of this machine."""
 
-    def __init__(self, job: Job, workers: int) -> None:
+    def __init__(self, job: EvaluatorSetup, workers: int) -> None:
         self._job = job
         self._workers = workers
         self._pool = self._open()
@@ -160,12 +166,12 @@ class PoolRunner:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-_bench: Bench | None = None
+_bench: StateEvaluator | None = None
 _judging = False
 _ended = False
 
 
-def _begin(job: Job) -> None:
+def _begin(job: EvaluatorSetup) -> None:
     global _bench  # noqa: PLW0603 - a worker process has one job
     # Ctrl-C is for the parent, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -238,7 +244,7 @@ def _judge(unit: Unit) -> list[Judged]:
             _end_after(_IDLE_S)
 
 
-def make_runner(job: Job, workers: int | None) -> Runner:
+def make_runner(job: EvaluatorSetup, workers: int | None) -> Runner:
     """Return a runner of this machine; None is a worker for each CPU that we may use."""
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     return LocalRunner(job) if count <= 1 else PoolRunner(job, count)

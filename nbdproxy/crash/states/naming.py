@@ -48,7 +48,7 @@ class Choice(Enum):
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Part:
+class RequestPart:
     """A request by its seq, or its sectors from `first` to `last`, counted from 0 in the request.
 
     Of a whole request `first` is None, and `last` -1.
@@ -103,7 +103,7 @@ class StateId:
     level: Level
     choice: Choice
     options: Options = DEFAULTS
-    parts: tuple[Part, ...] = ()
+    parts: tuple[RequestPart, ...] = ()
     seed: int = 0
     number: int = 0
     pins: tuple[Pin, ...] = ()
@@ -179,11 +179,11 @@ def _options(match: re.Match[str]) -> Options:
     )
 
 
-def _parts(text: str) -> tuple[Part, ...]:
+def _parts(text: str) -> tuple[RequestPart, ...]:
     parts = []
     for word in filter(None, text.split(",")):
         seq, _, sectors = word.partition(":")
-        parts.append(Part(int(seq), *_bounds(sectors)) if sectors else Part(int(seq)))
+        parts.append(RequestPart(int(seq), *_bounds(sectors)) if sectors else RequestPart(int(seq)))
     if parts != sorted(set(parts), key=lambda part: (part.seq, part.last)):
         raise ValueError(text)
     return tuple(parts)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdproxy.crash.states.naming import Choice, Part, StateId
+from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.dice import key_of, mix
 from nbdproxy.errors import UsageError
-from nbdproxy.persistence.model import Fates
+from nbdproxy.persistence.model import Durability
 from nbdproxy.recording.index import Mask, RequestTable
 
 ABSENT, WHOLE, TORN = 0, 1, 2
@@ -35,7 +35,7 @@ def sectors_of(table: RequestTable, row: int, sector: int) -> tuple[int, int]:
 class Presence:
     """Answers for one state; `fates` are of its options."""
 
-    def __init__(self, fates: Fates, state: StateId) -> None:
+    def __init__(self, fates: Durability, state: StateId) -> None:
         """Raise UsageError if the state's parts name requests that the recording lacks."""
         self._fates = fates
         self._table = fates.table
@@ -111,9 +111,9 @@ class Presence:
         return there
 
 
-def rows_of_parts(table: RequestTable, state: StateId) -> dict[int, list[Part]]:
+def rows_of_parts(table: RequestTable, state: StateId) -> dict[int, list[RequestPart]]:
     """Return the requests that a state names, by row; UsageError for what is not there."""
-    found: dict[int, list[Part]] = {}
+    found: dict[int, list[RequestPart]] = {}
     for part in state.parts:
         row = row_of(table, state, part.seq)
         first, last = sectors_of(table, row, state.options.sector)

@@ -25,7 +25,7 @@ from nbdproxy.crash.states.touches import TouchIndex
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent, ExtentSet
-from nbdproxy.persistence.model import Fates, Level, Options
+from nbdproxy.persistence.model import Durability, Level, Options
 from nbdproxy.requests import Command
 
 _FEW = 64
@@ -46,7 +46,7 @@ class Timeline:
     def __init__(self, source: Source, *, base: ReadableDevice | None = None) -> None:
         self.source = source
         self.table = source.table
-        self._fates: dict[Options, Fates] = {}
+        self._fates: dict[Options, Durability] = {}
         self._base = base
         self._lock = threading.Lock()
 
@@ -55,11 +55,11 @@ class Timeline:
         """Which requests touch what."""
         return TouchIndex(self.table)
 
-    def fates(self, options: Options) -> Fates:
+    def fates(self, options: Options) -> Durability:
         """Return when each request became durable, in a reading of the model."""
         with self._lock:
             if options not in self._fates:
-                self._fates[options] = Fates(self.table, options)
+                self._fates[options] = Durability(self.table, options)
             return self._fates[options]
 
     def base(self) -> ReadableDevice:

@@ -19,7 +19,14 @@ from pathlib import Path
 
 from nbdproxy.errors import LabError
 from nbdproxy.lab.guest import cpio, initramfs, kernel, tools, userland
-from nbdproxy.lab.guest.cache import Cache, Progress, default_cache, identity_of, key_of, silent
+from nbdproxy.lab.guest.cache import (
+    LabCache,
+    LabProgress,
+    default_cache,
+    identity_of,
+    key_of,
+    silent,
+)
 
 PROJECTS = {path.name: path for path in sorted((Path(__file__).parents[1] / "projects").iterdir())}
 """The npm projects that come with the package: `small` and `medium`."""
@@ -62,7 +69,7 @@ def build_lab(
     cache: Path | None = None,
     *,
     projects: Mapping[str, Path] = PROJECTS,
-    progress: Progress = silent,
+    progress: LabProgress = silent,
 ) -> Lab:
     """Return the lab, building what the cache does not have; `LabError` says what is missing.
 
@@ -73,7 +80,7 @@ def build_lab(
             f"the lab's guests are amd64, this host is {platform.machine()}; use another"
         )
     where = tools.require(_NEEDED)
-    parts = Cache((cache or default_cache()).resolve(), progress)
+    parts = LabCache((cache or default_cache()).resolve(), progress)
     with parts.locked():
         kit = _build_kit(parts, where["busybox"])
         npm_key = key_of(userland.NPM_VERSION)
@@ -87,7 +94,7 @@ def build_lab(
     return Lab(parts.root, kit, disk / "tools.img", manifests, frozenset(extra))
 
 
-def _build_kit(parts: Cache, busybox: Path) -> Kit:
+def _build_kit(parts: LabCache, busybox: Path) -> Kit:
     groups = repr(kernel.GROUPS)
     debian = parts.part(
         "kernel",
@@ -104,7 +111,7 @@ def _build_kit(parts: Cache, busybox: Path) -> Kit:
     return Kit(debian / "vmlinuz", built / "initrd")
 
 
-def _build_project(parts: Cache, name: str, source: Path, npm: Path) -> Path:
+def _build_project(parts: LabCache, name: str, source: Path, npm: Path) -> Path:
     if not name.replace("-", "").isalnum():
         raise LabError(f"a project's name is letters, digits and dashes, not {name!r}; rename it")
     try:
@@ -122,7 +129,7 @@ def _build_project(parts: Cache, name: str, source: Path, npm: Path) -> Path:
 
 
 def _build_disk(
-    parts: Cache, node: Path, npm: Path, projects: Mapping[str, Path], programs: Sequence[Path]
+    parts: LabCache, node: Path, npm: Path, projects: Mapping[str, Path], programs: Sequence[Path]
 ) -> Path:
     key = key_of(
         identity_of(node),

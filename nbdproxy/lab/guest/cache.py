@@ -21,7 +21,7 @@ from pathlib import Path
 from nbdproxy.errors import LabError, UnsafeFolderError
 from nbdproxy.private import open_folder
 
-Progress = Callable[[str], None]
+LabProgress = Callable[[str], None]
 """Is told what is being done, one line at a time."""
 
 
@@ -52,11 +52,11 @@ def identity_of(path: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class LabCache:
     """A cache directory, and who is told what is built in it."""
 
     root: Path
-    progress: Progress = silent
+    progress: LabProgress = silent
 
     @contextmanager
     def locked(self) -> Iterator[None]:

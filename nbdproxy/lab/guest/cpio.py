@@ -20,7 +20,7 @@ _BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ArchiveMember:
     """One member: `mode` has the file type's bits, `device` is (major, minor) of a node."""
 
     name: str
@@ -29,36 +29,36 @@ class Entry:
     device: tuple[int, int] = (0, 0)
 
 
-def directory(name: str, mode: int = 0o755) -> Entry:
+def directory(name: str, mode: int = 0o755) -> ArchiveMember:
     """Describe a directory."""
-    return Entry(name, stat.S_IFDIR | mode)
+    return ArchiveMember(name, stat.S_IFDIR | mode)
 
 
-def regular(name: str, data: bytes, mode: int = 0o644) -> Entry:
+def regular(name: str, data: bytes, mode: int = 0o644) -> ArchiveMember:
     """Describe a regular file."""
-    return Entry(name, stat.S_IFREG | mode, data)
+    return ArchiveMember(name, stat.S_IFREG | mode, data)
 
 
-def symlink(name: str, target: str) -> Entry:
+def symlink(name: str, target: str) -> ArchiveMember:
     """Describe a symbolic link."""
-    return Entry(name, stat.S_IFLNK | 0o777, target.encode())
+    return ArchiveMember(name, stat.S_IFLNK | 0o777, target.encode())
 
 
-def char_device(name: str, major: int, minor: int) -> Entry:
+def char_device(name: str, major: int, minor: int) -> ArchiveMember:
     """Describe a character device."""
-    return Entry(name, stat.S_IFCHR | 0o600, device=(major, minor))
+    return ArchiveMember(name, stat.S_IFCHR | 0o600, device=(major, minor))
 
 
-def archive(entries: Iterable[Entry]) -> bytes:
+def archive(entries: Iterable[ArchiveMember]) -> bytes:
     """Return the archive; parents have to come before what they hold."""
     out = bytearray()
-    for number, entry in enumerate(chain(entries, [Entry(_TRAILER, 0)]), start=1):
+    for number, entry in enumerate(chain(entries, [ArchiveMember(_TRAILER, 0)]), start=1):
         _append(out, number, entry)
     out += bytes(-len(out) % _BLOCK)
     return bytes(out)
 
 
-def _append(out: bytearray, number: int, entry: Entry) -> None:
+def _append(out: bytearray, number: int, entry: ArchiveMember) -> None:
     name = entry.name.lstrip("/").encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
     header = (

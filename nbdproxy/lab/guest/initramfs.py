@@ -66,7 +66,7 @@ def build(kernel_part: Path, busybox: Path) -> bytes:
 
 
 @contextmanager
-def extended(initrd: Path, entries: Sequence[cpio.Entry]) -> Iterator[Path]:
+def extended(initrd: Path, entries: Sequence[cpio.ArchiveMember]) -> Iterator[Path]:
     """Yield the initramfs with an archive of a run's own behind it: the kernel unpacks both."""
     with tempfile.NamedTemporaryFile(prefix="nbdproxy-lab-", dir=temporary_folder()) as joined:
         joined.write(initrd.read_bytes())

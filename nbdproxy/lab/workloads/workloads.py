@@ -38,21 +38,21 @@ class End(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class RunEnd:
     """How a run ends, after idling `wait_s` seconds (the kernel writes back on its own)."""
 
     how: End = End.CUT
     wait_s: float = 0
 
 
-def parse_ending(text: str) -> Ending:
+def parse_ending(text: str) -> RunEnd:
     """Read `cut`, `sync`, `umount`, `hang`, or `wait:SECONDS` with `,HOW` behind it or not."""
     how, wait_s = text, 0.0
     try:
         if text.startswith("wait:"):
             seconds, _, how = text.removeprefix("wait:").partition(",")
             how, wait_s = how or End.CUT.value, float(seconds)
-        ending = Ending(End(how), wait_s)
+        ending = RunEnd(End(how), wait_s)
     except ValueError:
         raise LabError(
             f"no such ending: {text!r}; use cut, sync, umount, hang, wait:SECONDS "
@@ -78,7 +78,7 @@ class Workload:
     fs: str = "ext4"
     mount_options: str = "defaults"
     disk_mib: int = 256
-    ending: Ending = Ending()
+    ending: RunEnd = RunEnd()
     needs_mount: bool = True
 
 
@@ -156,7 +156,7 @@ def rename(*, auto_da_alloc: bool = False) -> Workload:
         renames.script(),
         mount_options=f"{option},commit=1",
         disk_mib=64,
-        ending=Ending(End.CUT, wait_s=3),
+        ending=RunEnd(End.CUT, wait_s=3),
     )
 
 
@@ -171,7 +171,7 @@ def with_zeroes(workload: Workload) -> Workload:
         name=f"{workload.name}-zeroes",
         summary=f"{workload.summary}, on an ext4 that commits files before their data",
         mount_options="nodelalloc,data=writeback,commit=1",
-        ending=Ending(End.CUT, wait_s=3),
+        ending=RunEnd(End.CUT, wait_s=3),
     )
 
 
@@ -190,7 +190,7 @@ def _shipped() -> dict[str, Workload]:
             "four processes that change files at once, all of which are then checked",
             stress.script(),
             disk_mib=128,
-            ending=Ending(End.UMOUNT),
+            ending=RunEnd(End.UMOUNT),
         ),
         *(sqlite(synchronous=level) for level in ("full", "extra", "normal", "off")),
         *(sqlite(synchronous=level, journal="wal") for level in ("full", "normal")),
@@ -215,7 +215,7 @@ def workload_named(name: str) -> Workload:
 
 def render(
     workload: Workload,
-    ending: Ending,
+    ending: RunEnd,
     target: str,
     tools_disk: str,
     *,

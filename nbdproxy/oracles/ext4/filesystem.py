@@ -18,7 +18,7 @@ from nbdproxy.oracles.ext4.directory import Directory
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.lookup import Folder, Parsed
-from nbdproxy.oracles.ext4.mapping import BlockTree, ReadBlock, Run
+from nbdproxy.oracles.ext4.mapping import BlockRun, BlockTree, ReadBlock
 from nbdproxy.oracles.mounts import ONLY, Mount
 
 ROOT = 2
@@ -88,7 +88,7 @@ class Filesystem:
         """Return what tells where a file's blocks are, reading its own blocks as told."""
         return BlockTree(self.superblock, self._fixed, node, read_block)
 
-    def runs(self, node: Inode) -> list[Run]:
+    def runs(self, node: Inode) -> list[BlockRun]:
         """Return where the written blocks of a file are; empty for content in the inode."""
         if node.flags & InodeFlag.INLINE_DATA:
             return []

@@ -49,7 +49,7 @@ class Tag(NamedTuple):
     checksum: int
 
 
-class Control(NamedTuple):
+class ControlBlock(NamedTuple):
     """A block of the log that is no data; the next one, or its data, is at `position`."""
 
     position: int
@@ -226,13 +226,13 @@ def _check_superblock(raw: bytes, compat: int, incompat: int) -> None:
             raise refusal("the checksum of its journal's superblock is wrong")
 
 
-def _scan(log: Log) -> list[Control]:
+def _scan(log: Log) -> list[ControlBlock]:
     """Return the control blocks of all transactions that count, and behind them, of none."""
     position, sequence = log.start, log.sequence
     time_last = 0
     doubtful = False  # a block's checksum was wrong: stale if its commit is older, else broken
     running = ONES  # checksum of the first kind, over a transaction
-    found: list[Control] = []
+    found: list[ControlBlock] = []
     committed = passed = 0
     while passed <= log.last - log.first:
         block = log.read(position)
@@ -241,7 +241,7 @@ def _scan(log: Log) -> list[Control]:
             return found[:committed]
         position = log.step(position)
         tags = list(_tags(log, block)) if kind == DESCRIPTOR else []
-        found.append(Control(position, sequence, kind, block, tags))
+        found.append(ControlBlock(position, sequence, kind, block, tags))
         passed += 1 + len(tags)
         if kind == DESCRIPTOR:
             doubtful |= not _tail_is_right(log, block)
@@ -270,7 +270,7 @@ def _scan(log: Log) -> list[Control]:
     raise refusal("its journal leads round in a circle")
 
 
-def _revoked(log: Log, controls: list[Control]) -> dict[int, int]:
+def _revoked(log: Log, controls: list[ControlBlock]) -> dict[int, int]:
     """Return each revoked block's last revoking sequence."""
     revoked: dict[int, int] = {}
     blocks = log.filesystem.superblock.blocks
@@ -291,7 +291,7 @@ def _revoked(log: Log, controls: list[Control]) -> dict[int, int]:
 
 
 def _replay(
-    log: Log, controls: list[Control], revoked: dict[int, int], sums: Sums
+    log: Log, controls: list[ControlBlock], revoked: dict[int, int], sums: Sums
 ) -> dict[int, bytes]:
     blocks: dict[int, bytes] = {}
     for control in controls:

@@ -45,7 +45,7 @@ class _BadIndexError(Exception):
     """The index makes no sense: all blocks are to be searched."""
 
 
-class Node(NamedTuple):
+class IndexNode(NamedTuple):
     """A block of an index; `words` are its entries, hashes and blocks by turns."""
 
     raw: bytes
@@ -64,11 +64,11 @@ class Node(NamedTuple):
 
 @dataclass(slots=True)
 class _Frame:
-    node: Node
+    node: IndexNode
     at: int
 
 
-class Kept(NamedTuple):
+class CachedBlock(NamedTuple):
     """What was made of a block; `verified` is whether its checksum is right, if it has one."""
 
     raw: bytes
@@ -77,7 +77,7 @@ class Kept(NamedTuple):
     verified: bool
 
 
-Parsed = dict[int, Kept]
+Parsed = dict[int, CachedBlock]
 """By block of the disk; for the same content only."""
 
 
@@ -114,7 +114,7 @@ class Folder:
         self._parsed = parsed
         self._is_folded = bool(node.flags & InodeFlag.CASEFOLD and sb.incompat & Incompat.CASEFOLD)
         self._places: dict[int, int | None] = {}
-        self._nodes: dict[int, Node] = {}
+        self._nodes: dict[int, IndexNode] = {}
         self._linear: Linear | CorruptError | UnsupportedError | None = None
 
     def find(self, name: bytes) -> int | None:
@@ -238,7 +238,7 @@ class Folder:
         number = leaf.numbers.get(name)
         return BROKEN if number is None and not leaf.is_sound else number
 
-    def _keep(self, physical: int, raw: bytes) -> Kept:
+    def _keep(self, physical: int, raw: bytes) -> CachedBlock:
         known = self._parsed.get(physical)
         if (
             known is None
@@ -249,7 +249,7 @@ class Folder:
             verified = not self._sb.has_checksums or directory.checksum_is_right(self._node, raw)
             if len(self._parsed) * len(raw) >= KEPT_MAX:
                 self._parsed.clear()
-            known = self._parsed[physical] = Kept(raw, self._node.seed, leaf, verified)
+            known = self._parsed[physical] = CachedBlock(raw, self._node.seed, leaf, verified)
         return known
 
     # Through the index.
@@ -319,12 +319,12 @@ class Folder:
             frames[below] = _Frame(node, 0)
         return True
 
-    def _entries(self, block: int, raw: bytes, start: int, limit: int | None) -> Node:
+    def _entries(self, block: int, raw: bytes, start: int, limit: int | None) -> IndexNode:
         known = self._nodes.get(block)
         if known is None or known.raw is not raw:
             limit_said, used = struct.unpack_from("<HH", raw, start)
             words = struct.unpack_from(f"<{(len(raw) - start) // 8 * 2}I", raw, start)
-            known = self._nodes[block] = Node(raw, limit_said, used, words)
+            known = self._nodes[block] = IndexNode(raw, limit_said, used, words)
         if limit is not None and known.limit != limit:
             raise _BadIndexError
         return known
@@ -383,7 +383,7 @@ class Folder:
         return bool(value == struct.unpack_from("<I", raw, tail + 4)[0])
 
 
-def _before(node: Node, wanted: int) -> int:
+def _before(node: IndexNode, wanted: int) -> int:
     """Return the last entry whose hash is not above `wanted`, by the kernel's binary search."""
     low, high = 1, node.used - 1
     while low <= high:

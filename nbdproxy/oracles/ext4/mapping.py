@@ -30,7 +30,7 @@ WALKED_ALWAYS, WALKED_SHARE = 64, 16
 ReadBlock = Callable[[int], bytes]
 
 
-class Run(NamedTuple):
+class BlockRun(NamedTuple):
     """`blocks` written blocks of a file, from its block `logical`, at the disk's `physical`."""
 
     logical: int
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     blocks: int
 
 
-class Extent(NamedTuple):
+class LeafExtent(NamedTuple):
     """An entry of an extent tree's leaf."""
 
     logical: int
@@ -81,7 +81,7 @@ class BlockTree:
                 if pointer:
                     self._require_valid(pointer, 1)
 
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[BlockRun]:
         """Return the written blocks of a file in ascending order, neighbours joined.
 
         Raises UnsupportedError if the kernel might read them or not, and for a tree that leads to
@@ -89,7 +89,7 @@ class BlockTree:
         """
         self._is_doubtful = False
         self._walked.clear()
-        result: list[Run] = []
+        result: list[BlockRun] = []
         end = count = 0
         for run in self._extents() if self._inode.flags & InodeFlag.EXTENTS else self._indirect():
             if run.logical < end:
@@ -107,7 +107,7 @@ class BlockTree:
                 if run[:2] == (last.logical + last.blocks, last.physical + last.blocks):
                     result[-1] = last._replace(blocks=last.blocks + run.blocks)
                     continue
-            result.append(Run(*run[:3]))
+            result.append(BlockRun(*run[:3]))
         self._raise_doubt()
         return result
 
@@ -121,7 +121,7 @@ class BlockTree:
         node, parent = self._inode.block_map, None
         depth = self._depth()
         while True:
-            last: Extent | Child | None = None
+            last: LeafExtent | Child | None = None
             for entry in self._entries(node, depth, parent):
                 if entry.logical > logical and (last is not None or not depth):
                     break
@@ -139,7 +139,7 @@ class BlockTree:
     def _corrupt(self, what: str) -> CorruptError:
         return CorruptError(f"inode {self._inode.number} is broken: {what}")
 
-    def _extents(self) -> Iterator[Extent]:
+    def _extents(self) -> Iterator[LeafExtent]:
         yield from self._leaves(self._inode.block_map, self._depth(), None)
 
     def _depth(self) -> int:
@@ -148,15 +148,15 @@ class BlockTree:
             raise self._corrupt("its extent tree is too deep")
         return int(depth)
 
-    def _leaves(self, node: bytes, depth: int, parent: int | None) -> Iterator[Extent]:
+    def _leaves(self, node: bytes, depth: int, parent: int | None) -> Iterator[LeafExtent]:
         for index, entry in enumerate(self._entries(node, depth, parent)):
-            if isinstance(entry, Extent):
+            if isinstance(entry, LeafExtent):
                 yield entry
             elif self._blocks and (not index or entry.logical < self._blocks):
                 self._walk_once(entry.physical)
                 yield from self._leaves(self._child(entry.physical), depth - 1, entry.logical)
 
-    def _entries(self, node: bytes, depth: int, parent: int | None) -> list[Extent | Child]:
+    def _entries(self, node: bytes, depth: int, parent: int | None) -> list[LeafExtent | Child]:
         """Return what a node holds, all of it checked; `parent` is where it is said to begin."""
         magic, count, room, found_depth = struct.unpack_from("<HHHH", node)
         if (
@@ -167,10 +167,10 @@ class BlockTree:
             or (depth and not count)
         ):
             raise self._corrupt("its extent tree has a bad node")
-        found: list[Extent | Child] = []
+        found: list[LeafExtent | Child] = []
         end = 0
         for at in range(EXTENT_ENTRY, EXTENT_ENTRY * (count + 1), EXTENT_ENTRY):
-            entry: Extent | Child
+            entry: LeafExtent | Child
             if depth:
                 logical, low, high = struct.unpack_from("<IIH", node, at)
                 entry, blocks = Child(logical, high << 32 | low), 1
@@ -178,7 +178,7 @@ class BlockTree:
                 logical, blocks, high, low = struct.unpack_from("<IHHI", node, at)
                 is_written = blocks <= WRITTEN_MAX
                 blocks -= 0 if is_written else WRITTEN_MAX
-                entry = Extent(logical, high << 32 | low, blocks, is_written)
+                entry = LeafExtent(logical, high << 32 | low, blocks, is_written)
             if not blocks or logical + blocks > 1 << 32:
                 raise self._corrupt("it has an impossible extent")
             if logical < end:
@@ -200,20 +200,20 @@ class BlockTree:
                 raise self._corrupt("an extent block's checksum is wrong")
         return block
 
-    def _indirect(self) -> Iterator[Extent]:
+    def _indirect(self) -> Iterator[LeafExtent]:
         """Yield the blocks of a file that has twelve direct and three indirect pointers."""
         pointers = struct.unpack("<15I", self._inode.block_map)
         for logical, physical in enumerate(pointers[:DIRECT]):
             if physical and logical < self._blocks:
                 self._require_valid(physical, 1)
-                yield Extent(logical, physical, 1, is_written=True)
+                yield LeafExtent(logical, physical, 1, is_written=True)
         logical = DIRECT
         for level, physical in enumerate(pointers[DIRECT:], start=1):
             if physical and logical < self._blocks:
                 yield from self._pointers(physical, level, logical)
             logical += self._fan**level
 
-    def _pointers(self, number: int, level: int, logical: int) -> Iterator[Extent]:
+    def _pointers(self, number: int, level: int, logical: int) -> Iterator[LeafExtent]:
         self._walk_once(number)
         step = self._fan ** (level - 1)
         for index, physical in enumerate(self._pointer_block(number)):
@@ -224,7 +224,7 @@ class BlockTree:
                 continue
             if level == 1:
                 self._require_valid(physical, 1)
-                yield Extent(here, physical, 1, is_written=True)
+                yield LeafExtent(here, physical, 1, is_written=True)
             else:
                 yield from self._pointers(physical, level - 1, here)
 

@@ -53,7 +53,7 @@ class OwnerKind(StrEnum):
     UNKNOWN = "unknown"
 
 
-class Claim(NamedTuple):
+class BlockClaim(NamedTuple):
     """Whose a run of bytes is: an inode's, or none's (0); and how far into its owner it begins."""
 
     kind: OwnerKind
@@ -61,7 +61,7 @@ class Claim(NamedTuple):
     offset: int
 
 
-class Piece(NamedTuple):
+class OwnedBytes(NamedTuple):
     """Bytes [start, end) of a filesystem with one owner; `offset` counts from its beginning."""
 
     start: int
@@ -71,7 +71,7 @@ class Piece(NamedTuple):
     offset: int
 
 
-def _shifted(claim: Claim, by: int) -> Claim:
+def _shifted(claim: BlockClaim, by: int) -> BlockClaim:
     return claim._replace(offset=claim.offset + by)
 
 
@@ -84,25 +84,27 @@ class Atlas:
 
     filesystem: Filesystem
     size: int
-    claims: ExtentMap[Claim]
+    claims: ExtentMap[BlockClaim]
     paths: dict[int, list[str]]
     free: dict[int, bytes]
 
-    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+    def pieces(self, start: int, end: int) -> Iterator[OwnedBytes]:
         """Yield all of [start, end) in order, piece by piece; neighbours may have one owner."""
         inside = max(start, min(end, self.size))
         for low, high, claim in self.claims.segments(start, inside):
             if claim is None:
                 yield from self._unclaimed(low, high)
             elif claim.kind is OwnerKind.INODE_TABLE:
-                yield Piece(low, high, claim.kind, self._inodes(claim, high - low), claim.offset)
+                yield OwnedBytes(
+                    low, high, claim.kind, self._inodes(claim, high - low), claim.offset
+                )
             else:
                 paths = tuple(self.paths.get(claim.inode, ()))
-                yield Piece(low, high, claim.kind, paths, claim.offset)
+                yield OwnedBytes(low, high, claim.kind, paths, claim.offset)
         if inside < end:
-            yield Piece(inside, end, OwnerKind.OUTSIDE, (), 0)
+            yield OwnedBytes(inside, end, OwnerKind.OUTSIDE, (), 0)
 
-    def _inodes(self, claim: Claim, length: int) -> tuple[str, ...]:
+    def _inodes(self, claim: BlockClaim, length: int) -> tuple[str, ...]:
         """Return the paths of the inodes in a piece of a table, which begins at `claim.inode`."""
         size = self.filesystem.superblock.inode_size
         first = claim.inode + claim.offset // size
@@ -111,7 +113,7 @@ class Atlas:
             path for number in range(first, last + 1) for path in self.paths.get(number, ())
         )
 
-    def _unclaimed(self, start: int, end: int) -> Iterator[Piece]:
+    def _unclaimed(self, start: int, end: int) -> Iterator[OwnedBytes]:
         size = self.filesystem.superblock.block_size
         first, last = start // size, -(-end // size)
         is_free = self._is_free(first, last)
@@ -119,7 +121,7 @@ class Atlas:
         for low, high in pairwise([0, *edges, last - first]):
             kind = OwnerKind.FREE if is_free[low] else OwnerKind.UNKNOWN
             bytes_low, bytes_high = (first + low) * size, (first + high) * size
-            yield Piece(max(start, bytes_low), min(end, bytes_high), kind, (), 0)
+            yield OwnedBytes(max(start, bytes_low), min(end, bytes_high), kind, (), 0)
 
     def _is_free(self, first: int, last: int) -> npt.NDArray[np.bool_]:
         """Tell of each block of [first, last) whether it is known to be free."""
@@ -150,7 +152,7 @@ def chart(device: ReadableDevice) -> Atlas:
         filesystem = Filesystem(device)
         return _empty(filesystem, {})
     atlas = _empty(filesystem, _bitmaps(filesystem))
-    owned = ExtentMap[Claim](_shifted)
+    owned = ExtentMap[BlockClaim](_shifted)
     leading: set[int] = set()
     for node in _tree(filesystem, atlas.paths):
         kind = OwnerKind.DIRECTORY if node.is_directory else OwnerKind.FILE_DATA
@@ -174,7 +176,7 @@ def _empty(filesystem: Filesystem, free: dict[int, bytes]) -> Atlas:
             _claim_blocks(filesystem, atlas.claims, node, OwnerKind.JOURNAL, set())
     for block, count, kind, inode in _fixed(filesystem):
         start = block * sb.block_size
-        atlas.claims.set(start, start + count * sb.block_size, Claim(kind, inode, 0))
+        atlas.claims.set(start, start + count * sb.block_size, BlockClaim(kind, inode, 0))
     return atlas
 
 
@@ -247,7 +249,7 @@ def _tree(filesystem: Filesystem, paths: dict[int, list[str]]) -> Iterator[Inode
 
 def _claim_blocks(
     filesystem: Filesystem,
-    claims: ExtentMap[Claim],
+    claims: ExtentMap[BlockClaim],
     node: Inode,
     kind: OwnerKind,
     leading: set[int],
@@ -265,7 +267,7 @@ def _claim_blocks(
         if number in leading:
             raise CorruptError(f"block {number} leads to the blocks of two files")
         leading.add(number)
-        claim = Claim(OwnerKind.EXTENT_BLOCK, node.number, 0)
+        claim = BlockClaim(OwnerKind.EXTENT_BLOCK, node.number, 0)
         claims.set(number * size, (number + 1) * size, claim)
         return filesystem.block(number)
 
@@ -277,4 +279,6 @@ def _claim_blocks(
         return
     for run in found:
         start = run.physical * size
-        claims.set(start, start + run.blocks * size, Claim(kind, node.number, run.logical * size))
+        claims.set(
+            start, start + run.blocks * size, BlockClaim(kind, node.number, run.logical * size)
+        )

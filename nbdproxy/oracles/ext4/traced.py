@@ -18,10 +18,10 @@ from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import Inode
 from nbdproxy.oracles.mounts import ONLY, Mount
-from nbdproxy.oracles.watched import Range, WatchedDevice
+from nbdproxy.oracles.watched import ReadRange, WatchedDevice
 
 
-class Kind(IntEnum):
+class AnswerKind(IntEnum):
     """What can depend on a block."""
 
     INODE = 0
@@ -30,12 +30,12 @@ class Kind(IntEnum):
     CONTENT = 3
 
 
-Key = tuple[Kind, int]
+AnswerKey = tuple[AnswerKind, int]
 """A kind and the number of an inode, or of a file of the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class KeptError:
     """An answer that is an error: kept as its words, as an exception grows when raised again."""
 
     kind: type[CorruptError] | type[UnsupportedError]
@@ -46,14 +46,14 @@ class Failure:
         return self.kind(self.words)
 
 
-class Index:
+class AnswerIndex:
     """Which answers were made from which blocks; `at` leads from a block to them."""
 
     def __init__(self) -> None:
-        self.at: dict[int, set[Key]] = {}
-        self._blocks: dict[Key, set[int]] = {}
+        self.at: dict[int, set[AnswerKey]] = {}
+        self._blocks: dict[AnswerKey, set[int]] = {}
 
-    def put(self, key: Key, blocks: set[int]) -> None:
+    def put(self, key: AnswerKey, blocks: set[int]) -> None:
         """Say that an answer was made from these blocks, and no longer from others."""
         before = self._blocks.get(key, set())
         for block in before - blocks:
@@ -68,7 +68,7 @@ class Index:
         else:
             self._blocks.pop(key, None)
 
-    def add(self, key: Key, blocks: Iterable[int]) -> None:
+    def add(self, key: AnswerKey, blocks: Iterable[int]) -> None:
         """Say that an answer was made from these blocks as well."""
         known = self._blocks.setdefault(key, set())
         for block in blocks:
@@ -76,7 +76,7 @@ class Index:
                 known.add(block)
                 self.at.setdefault(block, set()).add(key)
 
-    def drop(self, key: Key) -> None:
+    def drop(self, key: AnswerKey) -> None:
         """Forget an answer."""
         self.put(key, set())
 
@@ -96,12 +96,12 @@ class Answers:
     `shared` is how many blocks all of them depend on, as far as is noted.
     """
 
-    found: dict[bytes, int | Failure | None] = field(default_factory=dict)
+    found: dict[bytes, int | KeptError | None] = field(default_factory=dict)
     blocks: dict[bytes, set[int]] = field(default_factory=dict)
     names: defaultdict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     shared: int = 0
 
-    def put(self, name: bytes, found: int | Failure | None, blocks: set[int]) -> None:
+    def put(self, name: bytes, found: int | KeptError | None, blocks: set[int]) -> None:
         """Keep an answer."""
         self.drop(name)
         self.found[name], self.blocks[name] = found, blocks
@@ -123,11 +123,11 @@ class TracedFilesystem(Filesystem):
 
     def __init__(self, device: WatchedDevice, mount: Mount = ONLY) -> None:
         super().__init__(device, mount)
-        self.index = Index()
+        self.index = AnswerIndex()
         self._watched = device
         self._way = Way()
         self._ways: dict[int, Way] = {}
-        self._nodes: dict[int, Inode | Failure] = {}
+        self._nodes: dict[int, Inode | KeptError] = {}
         self._answers: dict[int, Answers] = {}
         self._through: defaultdict[int, set[int]] = defaultdict(set)
         self._asked: defaultdict[int, defaultdict[bytes, set[int]]] = defaultdict(
@@ -146,7 +146,7 @@ class TracedFilesystem(Filesystem):
         found = self._nodes.get(number)
         if found is None:
             found = self._read_node(number)
-        if isinstance(found, Failure):
+        if isinstance(found, KeptError):
             raise found.error()
         return found
 
@@ -157,58 +157,60 @@ class TracedFilesystem(Filesystem):
         if name not in answers.found:
             self._ask(node, name, answers)
         found = answers.found[name]
-        if isinstance(found, Failure):
+        if isinstance(found, KeptError):
             raise found.error()
         return found
 
-    def follow(self, file: int, path: bytes, *, follow_last: bool = True) -> Inode | Failure | None:
+    def follow(
+        self, file: int, path: bytes, *, follow_last: bool = True
+    ) -> Inode | KeptError | None:
         """Return what a path leads to, on behalf of a file; replaces the way of its last call."""
         self._way = Way()
         outer = self._watched.take()
-        found: Inode | Failure | None
+        found: Inode | KeptError | None
         try:
             found = self.lookup(path, follow_last=follow_last)
         except (CorruptError, UnsupportedError) as error:
-            found = Failure(type(error), str(error))
-        self.index.put((Kind.PATH, file), self.blocks_of(self._watched.take()))
+            found = KeptError(type(error), str(error))
+        self.index.put((AnswerKind.PATH, file), self.blocks_of(self._watched.take()))
         self._watched.ranges = outer
         self._replace_way(file, self._way)
         return found
 
     def forget(self, file: int) -> None:
         """Forget the way on behalf of a file."""
-        self.index.drop((Kind.PATH, file))
+        self.index.drop((AnswerKind.PATH, file))
         self._replace_way(file, Way())
         del self._ways[file]
 
     def refresh(self, changed: Iterable[int]) -> tuple[set[int], set[int]]:
         """Take note of changed blocks; return the files to follow and those to judge again."""
         self._blocks.clear()
-        kinds: dict[Kind, set[int]] = {kind: set() for kind in Kind}
+        kinds: dict[AnswerKind, set[int]] = {kind: set() for kind in AnswerKind}
         touched: defaultdict[int, set[int]] = defaultdict(set)
         for block in changed:
             for kind, number in self.index.at.get(block, ()):
                 kinds[kind].add(number)
-                if kind is Kind.DIRECTORY:
+                if kind is AnswerKind.DIRECTORY:
                     touched[number].add(block)
-        stale = kinds[Kind.PATH]
-        for number in kinds[Kind.INODE]:
+        stale = kinds[AnswerKind.PATH]
+        for number in kinds[AnswerKind.INODE]:
             before = self._nodes[number]
             now = self._read_node(number)
             if now == before:
                 continue
             if _is_directory(before) and _is_directory(now):
                 if number in self._answers:
-                    kinds[Kind.DIRECTORY].add(number)
+                    kinds[AnswerKind.DIRECTORY].add(number)
                     self._folders.pop(number, None)
                 continue
             stale |= self._through[number]
             self._forget_names(number)
-        for number in kinds[Kind.DIRECTORY]:
+        for number in kinds[AnswerKind.DIRECTORY]:
             stale |= self._renew_names(number, touched[number])
-        return stale, kinds[Kind.CONTENT]
+        return stale, kinds[AnswerKind.CONTENT]
 
-    def blocks_of(self, ranges: Iterable[Range]) -> set[int]:
+    def blocks_of(self, ranges: Iterable[ReadRange]) -> set[int]:
         """Return the blocks that ranges of bytes touch."""
         size = self.superblock.block_size
         found: set[int] = set()
@@ -216,14 +218,14 @@ class TracedFilesystem(Filesystem):
             found.update(range(start // size, -(-end // size)))
         return found
 
-    def _read_node(self, number: int) -> Inode | Failure:
+    def _read_node(self, number: int) -> Inode | KeptError:
         outer = self._watched.take()
-        found: Inode | Failure
+        found: Inode | KeptError
         try:
             found = self._read_inode(number)
         except CorruptError as error:
-            found = Failure(type(error), str(error))
-        self.index.put((Kind.INODE, number), self.blocks_of(self._watched.take()))
+            found = KeptError(type(error), str(error))
+        self.index.put((AnswerKind.INODE, number), self.blocks_of(self._watched.take()))
         self._watched.ranges = outer
         self._nodes[number] = found
         return found
@@ -231,15 +233,15 @@ class TracedFilesystem(Filesystem):
     def _ask(self, node: Inode, name: bytes, answers: Answers) -> None:
         """Look a name up, and note what the answer was read from."""
         outer = self._watched.take()
-        found: int | Failure | None
+        found: int | KeptError | None
         try:
             found = super().child(node, name)
         except (CorruptError, UnsupportedError) as error:
-            found = Failure(type(error), str(error))
+            found = KeptError(type(error), str(error))
         blocks = self.blocks_of(self._watched.take())
         self._watched.ranges = outer
         answers.put(name, found, blocks)
-        key = (Kind.DIRECTORY, node.number)
+        key = (AnswerKind.DIRECTORY, node.number)
         self.index.add(key, blocks)
         folder = self._folders.get(node.number)
         if folder is not None and len(folder.shared) != answers.shared:
@@ -260,7 +262,7 @@ class TracedFilesystem(Filesystem):
             self._folders.pop(number, None)
             names = set(answers.found)
             answers.shared = 0
-            self.index.put((Kind.DIRECTORY, number), set())
+            self.index.put((AnswerKind.DIRECTORY, number), set())
         else:
             names = {name for block in touched for name in answers.names.get(block, ())}
         stale: set[int] = set()
@@ -274,7 +276,7 @@ class TracedFilesystem(Filesystem):
     def _forget_names(self, number: int) -> None:
         self._folders.pop(number, None)
         if self._answers.pop(number, None) is not None:
-            self.index.drop((Kind.DIRECTORY, number))
+            self.index.drop((AnswerKind.DIRECTORY, number))
 
     def _replace_way(self, file: int, way: Way) -> None:
         before = self._ways.get(file, Way())
@@ -298,8 +300,8 @@ class TracedFilesystem(Filesystem):
             if not self._through[number]:
                 del self._through[number]
                 del self._nodes[number]
-                self.index.drop((Kind.INODE, number))
+                self.index.drop((AnswerKind.INODE, number))
 
 
-def _is_directory(found: Inode | Failure) -> bool:
+def _is_directory(found: Inode | KeptError) -> bool:
     return isinstance(found, Inode) and found.is_directory

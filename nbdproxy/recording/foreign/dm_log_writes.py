@@ -63,7 +63,7 @@ _KNOWN = int(LogFlag.FLUSH | LogFlag.FUA | LogFlag.DISCARD | LogFlag.METADATA)
 """The flags that may stand together."""
 
 
-class Entry(NamedTuple):
+class LogEntry(NamedTuple):
     """One entry; `offset` and `length` in bytes of the disk.
 
     `position` is where its data begins in the log, TRIMMED for a DISCARD; `text` is a mark's, None
@@ -123,7 +123,7 @@ class DmLog:
             )
         return sector, counted
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[LogEntry]:
         """Yield the entries in the log's order; afterwards `missing` and `beyond` are right."""
         self.missing, self.beyond = None, 0
         at, number = self.sector, 0
@@ -143,7 +143,7 @@ class DmLog:
                 yield entry
             at = entry.end
 
-    def _entry(self, at: int) -> Entry | None:
+    def _entry(self, at: int) -> LogEntry | None:
         """Return the entry at a position; None if none can be there."""
         block = self._file.read(at, self.sector)
         if len(block) < self.sector:
@@ -154,7 +154,7 @@ class DmLog:
             text = block[_ENTRY.size : _ENTRY.size + data]
             if sectors or len(text) < data or any(block[_ENTRY.size + data :]):
                 return None
-            return Entry(flags, 0, 0, TRIMMED, text.decode(errors="surrogateescape"), end)
+            return LogEntry(flags, 0, 0, TRIMMED, text.decode(errors="surrogateescape"), end)
         length, offset = sectors * self.sector, sector * self.sector
         known = not flags & ~_KNOWN and bool(flags or sectors)
         if not known or data > length or block[_ENTRY.size :] != self._padding:
@@ -162,7 +162,7 @@ class DmLog:
         stored = 0 if flags & LogFlag.DISCARD else length
         if offset + length > _BYTES_MAX or end + stored > self.size:
             return None
-        return Entry(flags, offset, length, end if stored else TRIMMED, None, end + stored)
+        return LogEntry(flags, offset, length, end if stored else TRIMMED, None, end + stored)
 
     def touches(self) -> Touches:
         """Return what the log leaves where, in its order."""

@@ -24,9 +24,16 @@ import numpy as np
 
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.foreign.dm_log_writes import SECTOR, ZERO_PIECE, DmLogWriter
-from nbdproxy.recording.foreign.formats import STEP, ZEROES, Converted, Progress, pieces, said
+from nbdproxy.recording.foreign.formats import (
+    STEP,
+    ZEROES,
+    ConversionProgress,
+    Converted,
+    pieces,
+    said,
+)
 from nbdproxy.recording.foreign.nbd_trlog import FLAGS, LENGTH_MAX, Asked, TransactionLogWriter
-from nbdproxy.recording.format import Kind
+from nbdproxy.recording.format import SlotKind
 from nbdproxy.recording.index import NEVER, Mask
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Event, Recording, command_name
@@ -43,39 +50,41 @@ _ENTRIES_MAX = 1 << 20
 """Entries that one request may become in a log of dm-log-writes: 8 TiB."""
 
 
-def to_dm_log(recording: Recording, log: DmLogWriter, progress: Progress) -> Converted:
+def to_dm_log(recording: Recording, log: DmLogWriter, progress: ConversionProgress) -> Converted:
     """Write a recording as a dm-log-writes log, and finish the log.
 
     Raises RecordingError if a request does not fit into sectors of 512 bytes.
     """
     job = _DmExport(recording, log)
     for event in _events(recording, progress):
-        if event.kind is Kind.RECEIVED:
+        if event.kind is SlotKind.RECEIVED:
             job.received(event)
-        elif event.kind is Kind.COMPLETED:
+        elif event.kind is SlotKind.COMPLETED:
             for seq in range(event.offset, event.offset + event.length):
                 job.completed(seq)
-        elif event.kind is Kind.MARK:
+        elif event.kind is SlotKind.MARK:
             job.mark(event)
     log.finish()
     return Converted(job.counts, job.left_out, tuple(job.remarks()), recording.missing)
 
 
-def to_trlog(recording: Recording, log: TransactionLogWriter, progress: Progress) -> Converted:
+def to_trlog(
+    recording: Recording, log: TransactionLogWriter, progress: ConversionProgress
+) -> Converted:
     """Write a recording as a transaction log of nbd-server, with data."""
     job = _TrlogExport(recording, log)
     for event in _events(recording, progress):
-        if event.kind is Kind.RECEIVED:
+        if event.kind is SlotKind.RECEIVED:
             job.received(event)
-        elif event.kind is Kind.COMPLETED:
+        elif event.kind is SlotKind.COMPLETED:
             for seq in range(event.offset, event.offset + event.length):
                 job.completed(seq, event.flags)
-        elif event.kind is Kind.DISC:
+        elif event.kind is SlotKind.DISC:
             log.request(Asked(0, Command.DISC, 0, 0, 0, ZEROES), iter(()))
     return Converted(job.counts, job.left_out, tuple(job.remarks()), recording.missing)
 
 
-def _events(recording: Recording, progress: Progress) -> Iterator[Event]:
+def _events(recording: Recording, progress: ConversionProgress) -> Iterator[Event]:
     for event in recording.log():
         if event.seq % STEP == 0:
             progress(event.seq, recording.events)

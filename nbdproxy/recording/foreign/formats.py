@@ -21,7 +21,7 @@ DM_MAGIC = struct.pack("<Q", 0x6A736677736872)
 TRLOG_MAGICS = (struct.pack(">I", 0x25609514), struct.pack(">I", 0x25609513))
 """A transaction log begins with its switch for data, or, without data, with a request."""
 
-Progress = Callable[[int, int], None]
+ConversionProgress = Callable[[int, int], None]
 """Told how much of how much is done, in the unit that the conversion counts in."""
 
 Column = NDArray[np.int64]

@@ -24,12 +24,12 @@ import numpy as np
 
 from nbdproxy import __version__
 from nbdproxy.errors import RecordingError, UsageError
-from nbdproxy.recording.foreign.dm_log_writes import END_MARK, DmLog, Entry, LogFlag
+from nbdproxy.recording.foreign.dm_log_writes import END_MARK, DmLog, LogEntry, LogFlag
 from nbdproxy.recording.foreign.formats import (
     STEP,
     TRIMMED,
+    ConversionProgress,
     Converted,
-    Progress,
     Touches,
     pieces,
     said,
@@ -51,7 +51,7 @@ _NO_IMAGE = "/dev/zero"
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class ImportedBase:
     """What was on the disk before the log began.
 
     `image` is its absolute path, `size` in bytes, `data` what is not a hole, as offset and length.
@@ -63,7 +63,7 @@ class Base:
     fingerprint: Fingerprint
 
 
-def disk_size(touches: Touches, base: Base | None, size: int | None) -> int:
+def disk_size(touches: Touches, base: ImportedBase | None, size: int | None) -> int:
     """Return how large the disk was in bytes: as said, as the base is, or as the log shows.
 
     Raises UsageError if what was said is not so.
@@ -87,7 +87,7 @@ def disk_size(touches: Touches, base: Base | None, size: int | None) -> int:
     return size
 
 
-def meta_of(size: int, base: Base | None) -> Meta:
+def meta_of(size: int, base: ImportedBase | None) -> Meta:
     """Return the META of an imported recording."""
     return Meta(
         size=size,
@@ -117,7 +117,7 @@ def recorded(path: Path, meta: Meta, what: str) -> Iterator[RecordingWriter]:
     writer.close(Ending(f"imported from {what}", None))
 
 
-def from_dm_log(log: DmLog, writer: RecordingWriter, progress: Progress) -> Converted:
+def from_dm_log(log: DmLog, writer: RecordingWriter, progress: ConversionProgress) -> Converted:
     """Record what a dm-log-writes log tells."""
     counts: Counter[str] = Counter()
     buffer = memoryview(bytearray(LONGEST))
@@ -163,7 +163,7 @@ def _mark(writer: RecordingWriter, text: str, counts: Counter[str]) -> None:
     writer.note(NoteKind.MARK, text)
 
 
-def _requests(log: DmLog, entry: Entry, buffer: memoryview) -> Iterator[Request]:
+def _requests(log: DmLog, entry: LogEntry, buffer: memoryview) -> Iterator[Request]:
     """Yield what an entry stands for; payloads are valid until the next one."""
     if entry.flags & LogFlag.FLUSH:
         yield Request(Command.FLUSH, 0, 0, 0, 0, _NOTHING)
@@ -183,7 +183,10 @@ def _requests(log: DmLog, entry: Entry, buffer: memoryview) -> Iterator[Request]
 
 
 def from_trlog(
-    log: TransactionLog, errors: dict[int, int], writer: RecordingWriter, progress: Progress
+    log: TransactionLog,
+    errors: dict[int, int],
+    writer: RecordingWriter,
+    progress: ConversionProgress,
 ) -> Converted:
     """Record what a transaction log tells.
 

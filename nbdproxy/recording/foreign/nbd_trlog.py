@@ -81,7 +81,7 @@ class Answered(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class LogSurvey:
     """What a pass over a log found.
 
     errors     the error of each request that got one, by its number among the log's requests
@@ -176,7 +176,7 @@ class TransactionLog:
             start = 0
         return self._ahead[start : start + count]
 
-    def survey(self) -> Survey:
+    def survey(self) -> LogSurvey:
         """Pass over all of the log but the data."""
         errors: dict[int, int] = {}
         asked: defaultdict[int, deque[int]] = defaultdict(deque)
@@ -203,7 +203,7 @@ class TransactionLog:
                     )
                 trimmed = request.command == Command.TRIM
                 touches.add(*request[3:5], TRIMMED if trimmed else request.position)
-        return Survey(errors, touches, sum(map(len, asked.values())), stray)
+        return LogSurvey(errors, touches, sum(map(len, asked.values())), stray)
 
     def touches(self) -> Touches:
         """Return what the log leaves where; what was answered with an error leaves nothing."""

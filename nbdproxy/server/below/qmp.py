@@ -20,7 +20,7 @@ import trio
 
 from nbdproxy.errors import UnsafeFolderError
 from nbdproxy.lines import LONGEST, parse_object
-from nbdproxy.peers import Believed
+from nbdproxy.peers import TrustedPeers
 
 log = structlog.get_logger()
 
@@ -49,7 +49,7 @@ class QmpListener:
         self,
         path: Path,
         on_event: Callable[[str, str], None],
-        believed: Believed = Believed(),  # noqa: B008 - frozen
+        believed: TrustedPeers = TrustedPeers(),  # noqa: B008 - frozen
     ) -> None:
         self._path = path
         self._on_event = on_event

@@ -33,10 +33,10 @@ from nbdproxy.nbd.events import (
 )
 from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.uri import NbdUri
-from nbdproxy.peers import Believed, user_number
+from nbdproxy.peers import TrustedPeers, user_number
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request, error_name
 from nbdproxy.server.budget import Budget
-from nbdproxy.server.export.jobs import LOST, Failure, ToldError
+from nbdproxy.server.export.jobs import LOST, RequestFailure, ToldError
 from nbdproxy.server.power import Power
 from nbdproxy.server.tls import client_context
 from nbdproxy.server.wire import SocketWire, TlsWire, Wire
@@ -68,10 +68,10 @@ class _Pending:
     buffer: memoryview
     on_done: Callable[[], None]
     extents: list[tuple[int, int]] = field(default_factory=list)
-    failure: Failure | None = None
+    failure: RequestFailure | None = None
     done: trio.Event = field(default_factory=trio.Event)
 
-    def finish(self, failure: Failure | None) -> None:
+    def finish(self, failure: RequestFailure | None) -> None:
         """Wake whoever waits."""
         self.failure = failure
         self.on_done()
@@ -213,7 +213,7 @@ class Upstream:
             case StatusReceived(cookie, extents):
                 self._pending[cookie].extents = extents
             case Finished(cookie, error, text):
-                failure = Failure(error, text or _error_text(error)) if error else None
+                failure = RequestFailure(error, text or _error_text(error)) if error else None
                 self._pending.pop(cookie).finish(failure)
                 if error == NbdErrno.ESHUTDOWN:
                     raise ConnectionError("it is shutting down")
@@ -287,7 +287,7 @@ class Upstream:
             pieces = self._pieces(request.offset, request.length)
             if len(pieces) > 1 and request.flags & CommandFlag.FAST_ZERO:
                 words = "so long a range takes several requests"
-                raise ToldError(Failure(NbdErrno.ENOTSUP, words))
+                raise ToldError(RequestFailure(NbdErrno.ENOTSUP, words))
             for offset, length in pieces:
                 at_work = True
                 await self._ask(
@@ -371,14 +371,14 @@ async def connected(uri: NbdUri, text: str) -> AsyncIterator[Upstream]:
         await upstream.close()
 
 
-def _believed(uri: NbdUri) -> Believed:
+def _believed(uri: NbdUri) -> TrustedPeers:
     """Return whose servers get the guest's data on a Unix socket without a certificate."""
     user = None if uri.peer_user is None else user_number(uri.peer_user)
     advice = (
         "use a socket in a folder of your own, or write peer-user=USER into the URI if that user's "
         "server is meant"
     )
-    return Believed(user, advice)
+    return TrustedPeers(user, advice)
 
 
 async def _connect(uri: NbdUri) -> socket.socket:

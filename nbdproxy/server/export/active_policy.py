@@ -20,11 +20,11 @@ from nbdproxy.policy.model import Handling, Policy, Survivors, handling
 from nbdproxy.policy.survival import surviving
 from nbdproxy.requests import MODIFYING, Command, CommandFlag, Request
 from nbdproxy.server.below.remote import Remote
-from nbdproxy.server.export.destage_queue import Landings
+from nbdproxy.server.export.destage_queue import DestageQueue
 from nbdproxy.server.export.faults import Faults
-from nbdproxy.server.export.jobs import Failure
-from nbdproxy.server.export.places import Places
-from nbdproxy.server.export.slow_path import Waiting
+from nbdproxy.server.export.jobs import RequestFailure
+from nbdproxy.server.export.places import RulePlaces
+from nbdproxy.server.export.slow_path import SlowPath
 from nbdproxy.server.export.write_back import WriteBack
 from nbdproxy.server.power import Power
 
@@ -35,12 +35,12 @@ _LISTED = 1000
 """Surviving pieces that are listed one by one in the recording."""
 
 
-class Regime:
+class ActivePolicy:
     """`policy` on `disk`, which the caller owns. `remote` is set where changes are passed on.
 
     `number` tells it from those that were in force before.
 
-    `complete`, `keep` and `fail` are as for `Waiting`.
+    `complete`, `keep` and `fail` are as for `SlowPath`.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Regime:
         remote: Remote | None,
         power: Power,
         seed: int,
-        places: Places,
-        complete: Callable[[int, int, Failure | None], Failure | None],
-        keep: Callable[[], Awaitable[Failure | None]],
+        places: RulePlaces,
+        complete: Callable[[int, int, RequestFailure | None], RequestFailure | None],
+        keep: Callable[[], Awaitable[RequestFailure | None]],
         fail: Callable[[RecordingError], None],
     ) -> None:
         self.policy = policy
@@ -62,7 +62,7 @@ class Regime:
         self.seed = seed
         self.engine = Engine(policy, seed, places.of) if policy.layers else None
         self.faults = Faults.of(policy, disk.size)
-        self.landings: Landings | None = None
+        self.landings: DestageQueue | None = None
         self.volatile: VolatileDisk | None = None
         self.write_back: WriteBack | None = None
         self._metadata = places.metadata
@@ -71,7 +71,7 @@ class Regime:
         self._seqs: dict[int, int] = {}
         if policy.cache.holds:
             self.volatile = VolatileDisk(disk, history=self._history)
-            self.landings = Landings(
+            self.landings = DestageQueue(
                 self.volatile,
                 power,
                 complete=lambda one, how: complete(one.connection, one.seq, how),
@@ -81,7 +81,7 @@ class Regime:
                 self.write_back = WriteBack(self.volatile, self.landings, policy.cache, seed)
         self.disk: BlockDevice = self.volatile or disk
         self.remote = remote if self.volatile is None else None
-        self.waiting = Waiting(
+        self.waiting = SlowPath(
             *(self.disk, self.remote, self.landings, power),
             regime=number,
             faults=self.faults,

@@ -15,11 +15,11 @@ import trio
 
 from nbdproxy.disks.volatile import VolatileDisk
 from nbdproxy.errors import RecordingError
-from nbdproxy.server.export.jobs import NOT_RECORDED, Failure, Landing, failure_of
+from nbdproxy.server.export.jobs import NOT_RECORDED, Destage, RequestFailure, failure_of
 from nbdproxy.server.power import Power
 
 
-class Landings:
+class DestageQueue:
     """The queue of landings of one cache.
 
     `complete` records an outcome and returns what the client is told, which may be worse;
@@ -31,7 +31,7 @@ class Landings:
         volatile: VolatileDisk,
         power: Power,
         *,
-        complete: Callable[[Landing, Failure | None], Failure | None],
+        complete: Callable[[Destage, RequestFailure | None], RequestFailure | None],
         fail: Callable[[RecordingError], None],
     ) -> None:
         self._volatile = volatile
@@ -42,27 +42,27 @@ class Landings:
         # Of its own: it must not wait for threads that wait for another server.
         self._thread = trio.CapacityLimiter(1)
         # Those that were received and are not down yet, in the order received.
-        self._queue: deque[Landing] = deque()
+        self._queue: deque[Destage] = deque()
 
     def add_flush(
-        self, connection: int, seq: int, layer: int | None, *, drops: Failure | None = None
-    ) -> Landing:
+        self, connection: int, seq: int, layer: int | None, *, drops: RequestFailure | None = None
+    ) -> Destage:
         """Queue a flush that covers all layers up to `layer`, as `freeze` numbered them."""
-        return self._add(Landing(connection, seq, layer=layer, drops=drops))
+        return self._add(Destage(connection, seq, layer=layer, drops=drops))
 
-    def add_fua(self, connection: int, seq: int) -> Landing:
+    def add_fua(self, connection: int, seq: int) -> Destage:
         """Queue the write that was held last."""
-        return self._add(Landing(connection, seq, ticket=self._volatile.issue_ticket()))
+        return self._add(Destage(connection, seq, ticket=self._volatile.issue_ticket()))
 
-    def add_write_back(self, order: int) -> Landing:
+    def add_write_back(self, order: int) -> Destage:
         """Queue the held write of this order number, if it is still held, as the cache's own."""
-        return self._add(Landing(0, -1, ticket=self._volatile.issue_ticket(order)))
+        return self._add(Destage(0, -1, ticket=self._volatile.issue_ticket(order)))
 
-    def _add(self, landing: Landing) -> Landing:
+    def _add(self, landing: Destage) -> Destage:
         self._queue.append(landing)
         return landing
 
-    async def land(self, landing: Landing) -> bool:
+    async def land(self, landing: Destage) -> bool:
         """Land everything up to `landing`; False if the power went before.
 
         Whoever comes first lands what was received earlier, too, even if its client is gone.
@@ -117,7 +117,7 @@ class Landings:
         landing.over = True
         self._queue.popleft()
 
-    async def _copy_down(self, landing: Landing) -> None:
+    async def _copy_down(self, landing: Destage) -> None:
         if landing.drops is not None:
             self._volatile.drop(landing.layer or 0)
         elif landing.ticket is not None:

@@ -43,7 +43,7 @@ class Played:
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class DryRun:
     """What became of a story; `wrong` is empty if all was as it says."""
 
     played: tuple[Played, ...]
@@ -52,7 +52,7 @@ class Rehearsal:
     wrong: tuple[str, ...]
 
 
-def rehearse(policy: Policy, example: Example) -> Rehearsal:
+def rehearse(policy: Policy, example: Example) -> DryRun:
     """Run an example of a policy whose parameters are as the example wants them."""
     clock = trio.testing.MockClock()
     return trio.run(_Stage(policy, example, clock).play, clock=clock)
@@ -76,7 +76,7 @@ class _Stage:
         self._client = 1
         self._shows = ""
 
-    async def play(self) -> Rehearsal:
+    async def play(self) -> DryRun:
         """Play all steps, and see what is left."""
         self._export = Export(
             *("", self._image, self._policy),
@@ -102,7 +102,7 @@ class _Stage:
         ):
             if wanted and "".join(wanted) != found:
                 wrong.append(f"{what} is {' '.join(found)} and not {' '.join(wanted)}")
-        return Rehearsal(tuple(played), image, self._shows, tuple(wrong))
+        return DryRun(tuple(played), image, self._shows, tuple(wrong))
 
     async def _play(self, step: Step, before: dict[str, int], nursery: trio.Nursery) -> Played:
         began = trio.current_time()

@@ -1,8 +1,8 @@
 """One disk as its clients see it: where requests meet policy, recording and disk.
 
-`handle` does a whole batch inline (`fast_path.py`): record *received*, do what the page cache can do
-at once, record *completed*, prepare the replies. What may block comes back as jobs that
-`Waiting` does beside the event loop (`slow_path.py`).
+`handle` does a whole batch inline (`fast_path.py`): record *received*, do what the page cache can
+do at once, record *completed*, prepare the replies. What may block comes back as jobs that
+`SlowPath` does beside the event loop (`slow_path.py`).
 
 Guarantees: a request is in the recording before it touches the disk, and its completion before the
 reply leaves. A flush makes durable what was completed before it was received, in whichever
@@ -30,14 +30,14 @@ from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import MODIFYING, Request
 from nbdproxy.server.below.remote import Remote
 from nbdproxy.server.complaints import disk_complaints
-from nbdproxy.server.export.active_policy import Regime
-from nbdproxy.server.export.fast_path import Batches
+from nbdproxy.server.export.active_policy import ActivePolicy
+from nbdproxy.server.export.fast_path import FastPath
 from nbdproxy.server.export.gate import Gate
 from nbdproxy.server.export.jobs import Counters, Job
 from nbdproxy.server.export.offer import offer
-from nbdproxy.server.export.places import NOWHERE, Places, find_places
+from nbdproxy.server.export.places import NOWHERE, RulePlaces, find_places
 from nbdproxy.server.export.preserve import PreservingDisk
-from nbdproxy.server.export.request_log import Ledger
+from nbdproxy.server.export.request_log import RequestLog
 from nbdproxy.server.power import Power
 
 
@@ -63,11 +63,11 @@ class Export:
         offered: ExportInfo | None = None,
         remote: Remote | None = None,
         seed: int = 0,
-        places: Places = NOWHERE,
+        places: RulePlaces = NOWHERE,
     ) -> None:
         self.info = offer(name, disk.size, description, offered, read_only=read_only, shared=shared)
         self.power = power or Power()
-        self.ledger = Ledger(recorder)
+        self.ledger = RequestLog(recorder)
         self.held_at_cut = 0
         """Bytes that the cut took back."""
         self.ending = trio.Event()
@@ -84,10 +84,10 @@ class Export:
         self._background = trio.CancelScope()
         self._regimes = itertools.count()
         self._regime = self._make_regime(policy, seed, places)
-        self._batches = Batches(self.ledger, self.power, preserver, self._regime)
+        self._batches = FastPath(self.ledger, self.power, preserver, self._regime)
 
-    def _make_regime(self, policy: Policy, seed: int, places: Places) -> Regime:
-        regime = Regime(
+    def _make_regime(self, policy: Policy, seed: int, places: RulePlaces) -> ActivePolicy:
+        regime = ActivePolicy(
             policy,
             self._honest,
             remote=self._below,
@@ -108,7 +108,7 @@ class Export:
         return self._regime.policy
 
     @property
-    def regime(self) -> Regime:
+    def regime(self) -> ActivePolicy:
         """The policy in force, at work."""
         return self._regime
 

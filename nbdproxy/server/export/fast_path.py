@@ -22,21 +22,21 @@ from nbdproxy.policy.engine import Decision
 from nbdproxy.policy.model import Handling
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import MODIFYING, Command, CommandFlag, Request
-from nbdproxy.server.export.active_policy import Regime, fault_note
+from nbdproxy.server.export.active_policy import ActivePolicy, fault_note
 from nbdproxy.server.export.jobs import (
     LOST,
     NOT_RECORDED,
     NOT_SAVED,
     Claims,
     Counters,
-    Failure,
+    Destage,
     Job,
-    Landing,
+    RequestFailure,
     failure_by_rule,
     failure_of,
 )
 from nbdproxy.server.export.preserve import PreservingDisk
-from nbdproxy.server.export.request_log import Ledger
+from nbdproxy.server.export.request_log import RequestLog
 from nbdproxy.server.export.slow_path import apply
 from nbdproxy.server.power import Power
 
@@ -48,7 +48,7 @@ _MODIFYING = frozenset(int(command) for command in MODIFYING)
 _RECORDED = _MODIFYING | {_FLUSH}
 _UNDONE = frozenset({ActionKind.ERROR, ActionKind.HANG, ActionKind.LIE, ActionKind.CUT})
 
-Struck = Sequence[Decision | None]
+Matched = Sequence[Decision | None]
 """What rules decided on each request of a batch."""
 
 
@@ -63,21 +63,25 @@ class _Batch:
     regime: int
     seq: int = 0
     layer: int | None = None
-    answered: list[tuple[Request, int, Failure | None]] = field(default_factory=list)
+    answered: list[tuple[Request, int, RequestFailure | None]] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
 
-    def wait(self, request: Request, seq: int = -1, landing: Landing | None = None) -> None:
+    def wait(self, request: Request, seq: int = -1, landing: Destage | None = None) -> None:
         """Leave a request to a job."""
         self.jobs.append(Job(request, seq, landing, regime=self.regime))
 
 
-class Batches:
+class FastPath:
     """The fast half of an export. `before_flush` is called before a batch with a flush in it is
     received: the last chance for a cut.
     """
 
     def __init__(
-        self, ledger: Ledger, power: Power, preserver: PreservingDisk | None, regime: Regime
+        self,
+        ledger: RequestLog,
+        power: Power,
+        preserver: PreservingDisk | None,
+        regime: ActivePolicy,
     ) -> None:
         self.counters = Counters()
         self.claims = Claims()
@@ -89,7 +93,7 @@ class Batches:
         self._began_s: float | None = None
         self.adopt(regime)
 
-    def adopt(self, regime: Regime) -> None:
+    def adopt(self, regime: ActivePolicy) -> None:
         """Let another policy come into force."""
         self._regime = regime
         # In the hot path, so they are at hand.
@@ -107,7 +111,7 @@ class Batches:
             self.before_flush()
         if self._power.off:
             return []
-        struck: Struck = ()
+        struck: Matched = ()
         if self._engine is not None:
             struck = list(self._strikes(connection, accepted))
             if len(struck) < len(accepted):  # a cut among them: what comes behind never arrived
@@ -132,7 +136,7 @@ class Batches:
         return batch.jobs
 
     def _do(
-        self, accepted: Sequence[Request], struck: Struck, batch: _Batch, replies: Replies
+        self, accepted: Sequence[Request], struck: Matched, batch: _Batch, replies: Replies
     ) -> None:
         """Do each request as a rule says, or as ever."""
         seq = batch.seq
@@ -165,7 +169,7 @@ class Batches:
             if decision is not None and decision.kind is ActionKind.CUT:
                 return
 
-    def _freeze(self, requests: Sequence[Request], struck: Struck) -> int | None:
+    def _freeze(self, requests: Sequence[Request], struck: Matched) -> int | None:
         if self._landings is None or self._ledger.failure is not None:
             return None
         for index, request in enumerate(requests):

@@ -21,7 +21,7 @@ _PIECE = 1 << 20
 """Bytes of old content read at a time: a TRIM may be as long as the disk."""
 
 _READS = frozenset({ActionKind.STALE, ActionKind.FLIP, ActionKind.STICK})
-Read = Callable[[int, int], Awaitable[bytes]]
+ReadAsync = Callable[[int, int], Awaitable[bytes]]
 """Returns `length` bytes from `offset`, as the honest disk has them."""
 
 
@@ -49,7 +49,9 @@ class Faults:
         """How many bytes of the disk read otherwise than they are."""
         return self._overlay.shown_bytes
 
-    async def before(self, request: Request, decision: Decision | None, read: Read) -> bytes | None:
+    async def before(
+        self, request: Request, decision: Decision | None, read: ReadAsync
+    ) -> bytes | None:
         """Prepare for a change; what is returned goes to `after`."""
         action = decision.action if decision is not None else None
         loses = action is not None and action.kind is ActionKind.LOSE
@@ -68,7 +70,7 @@ class Faults:
                 self._overlay.show(at, old)
         return None
 
-    async def _shown(self, offset: int, length: int, read: Read) -> bytes:
+    async def _shown(self, offset: int, length: int, read: ReadAsync) -> bytes:
         found = bytearray(await read(offset, length))
         self._overlay.patch(offset, memoryview(found))
         return bytes(found)

@@ -25,7 +25,7 @@ _NBD_ERRNO = {
 _FAST_ZERO = int(CommandFlag.FAST_ZERO)
 
 
-class Failure(NamedTuple):
+class RequestFailure(NamedTuple):
     """Why a request failed: the NBD error number, and words for people."""
 
     error: int
@@ -35,25 +35,29 @@ class Failure(NamedTuple):
 class ToldError(OSError):
     """An NBD server below told an error; it goes up as it is."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: RequestFailure) -> None:
         super().__init__(failure.error, failure.text)
         self.failure = failure
 
 
-NOT_RECORDED = Failure(NbdErrno.ENOSPC, "nothing may pass unrecorded, and the recording is full")
+NOT_RECORDED = RequestFailure(
+    NbdErrno.ENOSPC, "nothing may pass unrecorded, and the recording is full"
+)
 
-LOST = Failure(NbdErrno.EIO, "the NBD server below is gone")
+LOST = RequestFailure(NbdErrno.EIO, "the NBD server below is gone")
 
-NOT_SAVED = Failure(NbdErrno.EIO, "what is there could not be read, and is not lost unsaved")
+NOT_SAVED = RequestFailure(NbdErrno.EIO, "what is there could not be read, and is not lost unsaved")
 
 
-def failure_by_rule(decision: Decision) -> Failure:
+def failure_by_rule(decision: Decision) -> RequestFailure:
     """Return the error that a rule gives."""
     assert decision.action is not None
-    return Failure(decision.action.errno.number, f"the policy's rule {decision.lot.rule} says so")
+    return RequestFailure(
+        decision.action.errno.number, f"the policy's rule {decision.lot.rule} says so"
+    )
 
 
-def failure_of(error: Exception, request: Request | None = None) -> Failure:
+def failure_of(error: Exception, request: Request | None = None) -> RequestFailure:
     """Return how an error of a disk is told to the client (proto.md, "Error values").
 
     A damaged recording, which is what a crash state's disk reads from, is EIO.
@@ -61,16 +65,16 @@ def failure_of(error: Exception, request: Request | None = None) -> Failure:
     if isinstance(error, ToldError):
         return error.failure
     if isinstance(error, RecordingError):
-        return Failure(NbdErrno.EIO, str(error))
+        return RequestFailure(NbdErrno.EIO, str(error))
     number = error.errno if isinstance(error, OSError) else None
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if number == errno.EOPNOTSUPP and request is not None and request.flags & _FAST_ZERO:
-        return Failure(NbdErrno.ENOTSUP, "zeroes are not faster than writing here")
-    return Failure(_NBD_ERRNO.get(number or 0, NbdErrno.EIO), text)
+        return RequestFailure(NbdErrno.ENOTSUP, "zeroes are not faster than writing here")
+    return RequestFailure(_NBD_ERRNO.get(number or 0, NbdErrno.EIO), text)
 
 
 @dataclass(slots=True, eq=False)
-class Landing:
+class Destage:
     """What a flush (`layer`), or a FUA request or write-back (`ticket`), has to land of the cache.
 
     seq      -1 for a write-back, which nobody waits for and which promises nothing
@@ -82,17 +86,17 @@ class Landing:
     seq: int
     layer: int | None = None
     ticket: Ticket | None = None
-    drops: Failure | None = None
+    drops: RequestFailure | None = None
     over: bool = False
-    failure: Failure | None = None
+    failure: RequestFailure | None = None
 
 
-class Claim:
+class RangeClaim:
     """A change that is at work on its range; a later one over it waits until it is released."""
 
     __slots__ = ("_all", "_done", "_earlier", "end", "offset")
 
-    def __init__(self, offset: int, end: int, claims: dict[Claim, None]) -> None:
+    def __init__(self, offset: int, end: int, claims: dict[RangeClaim, None]) -> None:
         self.offset = offset
         self.end = end
         self._earlier = [c for c in claims if c.offset < end and offset < c.end]
@@ -125,7 +129,7 @@ class Claims:
 
     def __init__(self) -> None:
         # In the order in which they were made; those that are over are not in it.
-        self._claims: dict[Claim, None] = {}
+        self._claims: dict[RangeClaim, None] = {}
 
     def overlap(self, request: Request) -> bool:
         """Tell whether a request has to wait for another."""
@@ -137,9 +141,9 @@ class Claims:
         while self._claims:
             await next(iter(self._claims)).wait_over()
 
-    def claim(self, request: Request) -> Claim:
+    def claim(self, request: Request) -> RangeClaim:
         """Claim a request's range, behind all that claim a part of it now."""
-        return Claim(request.offset, request.end, self._claims)
+        return RangeClaim(request.offset, request.end, self._claims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +161,8 @@ class Job:
 
     request: Request
     seq: int = -1
-    landing: Landing | None = None
-    claim: Claim | None = None
+    landing: Destage | None = None
+    claim: RangeClaim | None = None
     decision: Decision | None = None
     handling: Handling = Handling.PASS
     layer: int | None = None

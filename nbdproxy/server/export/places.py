@@ -24,7 +24,7 @@ _EXT4: dict[str, Callable[[ReadableDevice], list[Extent]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class RulePlaces:
     """The places of each rule, by its name; None is everywhere.
 
     `metadata` is what an adversary among `Survivors` takes for metadata.
@@ -38,15 +38,15 @@ class Places:
         return self.of_rules[rule.name]
 
 
-NOWHERE = Places()
+NOWHERE = RulePlaces()
 """The places of a policy without rules."""
 
 
-def find_places(policy: Policy, disk: ReadableDevice) -> Places:
+def find_places(policy: Policy, disk: ReadableDevice) -> RulePlaces:
     """Look up all places of a policy on a disk; blocks."""
     try:
         found = {rule.name: _of_rule(rule, disk) for rule in policy.rules}
-        return Places(found, _metadata(policy, disk))
+        return RulePlaces(found, _metadata(policy, disk))
     except OSError as error:
         reason = error.strerror or str(error)
         raise ImageError(f"the places of policy {policy.name} cannot be read: {reason}") from None

@@ -17,13 +17,13 @@ from nbdproxy.nbd.events import Refused
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import Request
-from nbdproxy.server.export.jobs import LOST, NOT_RECORDED, Failure
+from nbdproxy.server.export.jobs import LOST, NOT_RECORDED, RequestFailure
 from nbdproxy.server.export.syncer import Syncer
 
 log = structlog.get_logger()
 
 
-class Ledger:
+class RequestLog:
     """The recording of one export, if there is one, and its failure, if there was one."""
 
     def __init__(self, recorder: RecordingWriter | None) -> None:
@@ -44,7 +44,7 @@ class Ledger:
         assert self.recorder is not None
         await trio.to_thread.run_sync(self.recorder.sync, limiter=self._syncing)
 
-    async def keep(self) -> Failure | None:
+    async def keep(self) -> RequestFailure | None:
         """Make durable what was recorded, if that is wanted; return what the client is told."""
         if not self.durable:
             return None
@@ -98,7 +98,9 @@ class Ledger:
             return False
         return True
 
-    def outcome(self, connection: int, seq: int, failure: Failure | None) -> Failure | None:
+    def outcome(
+        self, connection: int, seq: int, failure: RequestFailure | None
+    ) -> RequestFailure | None:
         """Record how a request that had to wait ended; return what the client is told."""
         error = failure.error if failure is not None else 0
         if self.full or not self.completed(connection, seq, 1, error):

@@ -22,14 +22,14 @@ from nbdproxy.policy.model import Handling
 from nbdproxy.requests import Command, CommandFlag, Request
 from nbdproxy.server.below.remote import Remote
 from nbdproxy.server.complaints import disk_complaints
-from nbdproxy.server.export.destage_queue import Landings
+from nbdproxy.server.export.destage_queue import DestageQueue
 from nbdproxy.server.export.faults import Faults
 from nbdproxy.server.export.jobs import (
     NOT_RECORDED,
-    Failure,
+    Destage,
     Job,
-    Landing,
     LinkDroppedError,
+    RequestFailure,
     failure_by_rule,
     failure_of,
 )
@@ -50,7 +50,7 @@ _HOLDS = frozenset({Handling.HOLD, Handling.HOLD_AND_LAND})
 _NOT_CHANGING = frozenset({Command.READ, Command.CACHE, Command.BLOCK_STATUS})
 
 
-class Waiting:
+class SlowPath:
     """The slow half of an export.
 
     `complete(connection, seq, failure)` records an outcome and returns what the client is told;
@@ -63,14 +63,14 @@ class Waiting:
         self,
         disk: BlockDevice,
         remote: Remote | None,
-        landings: Landings | None,
+        landings: DestageQueue | None,
         power: Power,
         *,
         regime: int = 0,
         faults: Faults | None = None,
         held: Callable[[Request, int], None] = lambda _request, _seq: None,
-        complete: Callable[[int, int, Failure | None], Failure | None],
-        keep: Callable[[], Awaitable[Failure | None]],
+        complete: Callable[[int, int, RequestFailure | None], RequestFailure | None],
+        keep: Callable[[], Awaitable[RequestFailure | None]],
         fail: Callable[[RecordingError], None],
     ) -> None:
         self._disk = disk
@@ -126,12 +126,14 @@ class Waiting:
             replies.fail(request, *failure)
         return True
 
-    def _outcome(self, connection: int, job: Job, failure: Failure | None) -> Failure | None:
+    def _outcome(
+        self, connection: int, job: Job, failure: RequestFailure | None
+    ) -> RequestFailure | None:
         if job.seq < 0 or self._power.off:
             return failure
         return self._complete(connection, job.seq, failure)
 
-    async def _change(self, connection: int, job: Job) -> Failure | None:
+    async def _change(self, connection: int, job: Job) -> RequestFailure | None:
         """Do a change, and make durable what it promises; return what the client is told."""
         if job.regime != self._regime:
             return self._made_durable_before(connection, job)
@@ -147,7 +149,7 @@ class Waiting:
             failure = await self._make_durable(job.request)
         return self._outcome(connection, job, failure)
 
-    def _made_durable_before(self, connection: int, job: Job) -> Failure | None:
+    def _made_durable_before(self, connection: int, job: Job) -> RequestFailure | None:
         """Answer what came under another policy: the change of policy made all of it durable."""
         assert job.claim is None
         if job.landing is not None:
@@ -157,7 +159,7 @@ class Waiting:
         failure = failure_by_rule(job.decision) if fails and job.decision is not None else None
         return self._outcome(connection, job, failure)
 
-    def _landing(self, connection: int, job: Job) -> Landing | None:
+    def _landing(self, connection: int, job: Job) -> Destage | None:
         """Return what a late request has to land of the cache, if it has to."""
         if self._landings is None:
             return None
@@ -170,7 +172,7 @@ class Waiting:
             return self._landings.add_fua(connection, job.seq)
         return None
 
-    async def _make_durable(self, request: Request) -> Failure | None:
+    async def _make_durable(self, request: Request) -> RequestFailure | None:
         through = request.flags & CommandFlag.FUA and self._remote is None
         if request.command != Command.FLUSH and not through:
             return None
@@ -180,7 +182,7 @@ class Waiting:
             return failure_of(failed, request)
         return None
 
-    async def _apply(self, job: Job) -> Failure | None:
+    async def _apply(self, job: Job) -> RequestFailure | None:
         """Do a change that claims its place; return what went wrong."""
         assert job.claim is not None
         request, claim = job.request, job.claim

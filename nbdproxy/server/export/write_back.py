@@ -12,16 +12,18 @@ import trio
 
 from nbdproxy.dice import draw_below
 from nbdproxy.disks.volatile import VolatileDisk
-from nbdproxy.policy.model import Cache, Order
+from nbdproxy.policy.model import VolatileCache, WriteBackOrder
 from nbdproxy.server.complaints import disk_complaints
-from nbdproxy.server.export.destage_queue import Landings
-from nbdproxy.server.export.jobs import Landing
+from nbdproxy.server.export.destage_queue import DestageQueue
+from nbdproxy.server.export.jobs import Destage
 
 
 class WriteBack:
     """The write-backs of one cache."""
 
-    def __init__(self, volatile: VolatileDisk, landings: Landings, cache: Cache, seed: int) -> None:
+    def __init__(
+        self, volatile: VolatileDisk, landings: DestageQueue, cache: VolatileCache, seed: int
+    ) -> None:
         self._volatile = volatile
         self._landings = landings
         self._cache = cache
@@ -29,7 +31,7 @@ class WriteBack:
         # Bytes, and when it was held, of each write that nothing covers, by ascending order.
         self._pending: dict[int, tuple[int, float]] = {}
         self._bytes = 0
-        self._queued: deque[Landing] = deque()
+        self._queued: deque[Destage] = deque()
         self._turn = 0
         self._wake = trio.Event()
 
@@ -49,11 +51,11 @@ class WriteBack:
 
     def _pick(self) -> int:
         match self._cache.order:
-            case Order.OLDEST:
+            case WriteBackOrder.OLDEST:
                 return next(iter(self._pending))
-            case Order.NEWEST:
+            case WriteBackOrder.NEWEST:
                 return next(reversed(self._pending))
-            case Order.RANDOM:
+            case WriteBackOrder.RANDOM:
                 self._turn += 1
                 orders = list(self._pending)
                 return orders[draw_below(len(orders), self._seed, "write-back", self._turn)]

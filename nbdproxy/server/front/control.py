@@ -47,10 +47,10 @@ _LOAD_S = 10
 _SEND_S = 5
 """Seconds that a client has to take an answer."""
 
-Answer = dict[str, Any]
+ControlReply = dict[str, Any]
 
 
-class Control:
+class ControlSocket:
     """Takes commands for `exports` at `endpoint`, which the caller closes."""
 
     def __init__(self, endpoint: Endpoint, exports: Sequence[Export], power: Power) -> None:
@@ -60,7 +60,7 @@ class Control:
         # Of those connected: how to drop them. The longest idle is the first.
         self._idle: dict[trio.CancelScope, None] = {}
         self._connected = 0
-        self._commands: dict[str, Callable[[Mapping[str, Any]], Awaitable[Answer]]] = {
+        self._commands: dict[str, Callable[[Mapping[str, Any]], Awaitable[ControlReply]]] = {
             "status": self._status,
             "cut": self._cut,
             "mark": self._mark,
@@ -136,7 +136,7 @@ class Control:
             await stream.send_all(json.dumps(answer).encode() + b"\n")
         return len(line) <= LONGEST and not sending.cancelled_caught
 
-    async def _do(self, line: bytes) -> Answer:
+    async def _do(self, line: bytes) -> ControlReply:
         asked = parse_object(line)
         what = asked.get("do") if asked is not None else None
         if asked is None or not isinstance(what, str) or what not in self._commands:
@@ -158,13 +158,13 @@ class Control:
         if self._power.off:
             raise UsageError(f"the power is off ({self._power.reason}): start nbdproxy again")
 
-    async def _status(self, asked: Mapping[str, Any]) -> Answer:
+    async def _status(self, asked: Mapping[str, Any]) -> ControlReply:
         return {
             "power": "off" if self._power.off else "on",
             "exports": [_describe(export) for export in self._meant(asked)],
         }
 
-    async def _cut(self, asked: Mapping[str, Any]) -> Answer:  # noqa: ARG002 - as all commands
+    async def _cut(self, asked: Mapping[str, Any]) -> ControlReply:  # noqa: ARG002 - as all commands
         self._need_power()
         self._power.cut("nbdproxy ctl cut")
         with trio.CancelScope(shield=True):
@@ -172,7 +172,7 @@ class Control:
                 await export.cut()
         return {"held_bytes": sum(export.held_at_cut for export in self._exports.values())}
 
-    async def _mark(self, asked: Mapping[str, Any]) -> Answer:
+    async def _mark(self, asked: Mapping[str, Any]) -> ControlReply:
         name = asked.get("name")
         if not isinstance(name, str) or not name or len(name) > 200 or not name.isprintable():
             raise UsageError("a mark has a name of 1 to 200 printable letters")
@@ -188,18 +188,18 @@ class Control:
             }
         }
 
-    async def _pause(self, asked: Mapping[str, Any]) -> Answer:
+    async def _pause(self, asked: Mapping[str, Any]) -> ControlReply:
         self._need_power()
         for export in self._meant(asked):
             await export.pause()
         return {}
 
-    async def _resume(self, asked: Mapping[str, Any]) -> Answer:
+    async def _resume(self, asked: Mapping[str, Any]) -> ControlReply:
         for export in self._meant(asked):
             export.resume()
         return {}
 
-    async def _policy(self, asked: Mapping[str, Any]) -> Answer:
+    async def _policy(self, asked: Mapping[str, Any]) -> ControlReply:
         names, settings = asked.get("names"), asked.get("settings", [])
         seed = asked.get("seed")
         if not _are_texts(names) or not names or not _are_texts(settings):
@@ -218,7 +218,7 @@ class Control:
             await export.change_policy(policy, export.regime.seed if seed is None else seed)
         return {"policy": policy.name}
 
-    async def _lift(self, asked: Mapping[str, Any]) -> Answer:
+    async def _lift(self, asked: Mapping[str, Any]) -> ControlReply:
         self._need_power()
         exports = self._meant(asked)
         shown = sum(export.regime.shown_bytes for export in exports)
@@ -237,7 +237,7 @@ def _are_texts(value: object) -> bool:
         return False
 
 
-def _describe(export: Export) -> Answer:
+def _describe(export: Export) -> ControlReply:
     counted, recorder, regime = export.counters, export.recorder, export.regime
     return {
         "name": export.info.name,

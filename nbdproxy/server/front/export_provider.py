@@ -1,4 +1,4 @@
-"""`Shelf`: the exports that clients can ask for: fixed ones, or made when they are asked for."""
+"""`ExportProvider`: the exports clients can ask for: fixed ones, or made when asked for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.server.export.export import Export
 
 
-class Shelf(Protocol):
+class ExportProvider(Protocol):
     """What a door offers."""
 
     @property
@@ -31,7 +31,7 @@ class Shelf(Protocol):
         ...
 
 
-class FixedShelf:
+class FixedExports:
     """Exports that are there as long as they are served, shared by all connections."""
 
     def __init__(self, exports: Iterable[Export]) -> None:

@@ -18,7 +18,7 @@ import trio
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.server.front.control import CLIENTS
 from nbdproxy.server.front.endpoints import Endpoint
-from nbdproxy.server.front.export_provider import Shelf
+from nbdproxy.server.front.export_provider import ExportProvider
 from nbdproxy.server.front.session import Session
 from nbdproxy.server.power import Power
 from nbdproxy.server.tls import ServerTls
@@ -35,10 +35,12 @@ _PAUSE_S = 0.1
 _NOTE_S = 1.0
 
 
-class Door:
+class Listener:
     """The listening end of a service: accepts clients and runs their sessions."""
 
-    def __init__(self, shelf: Shelf, endpoint: Endpoint, tls: ServerTls, power: Power) -> None:
+    def __init__(
+        self, shelf: ExportProvider, endpoint: Endpoint, tls: ServerTls, power: Power
+    ) -> None:
         self._shelf = shelf
         self._endpoint = endpoint
         self._tls = tls

@@ -16,7 +16,7 @@ import trio
 
 from nbdproxy.errors import ProtocolError
 from nbdproxy.nbd.codec import greeting
-from nbdproxy.nbd.events import Event, Opened, Refused, Send, StartTls
+from nbdproxy.nbd.events import Opened, Refused, Send, ServerEvent, StartTls
 from nbdproxy.nbd.replies import Replies
 from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.recording.notes import NoteKind
@@ -26,7 +26,7 @@ from nbdproxy.server.complaints import complaints
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.jobs import Job, LinkDroppedError
 from nbdproxy.server.export.spoiling import spoiled
-from nbdproxy.server.front.export_provider import Shelf
+from nbdproxy.server.front.export_provider import ExportProvider
 from nbdproxy.server.power import Power, PowerLostError
 from nbdproxy.server.tls import ServerTls
 from nbdproxy.server.wire import SocketWire, TlsWire, Wire
@@ -71,7 +71,7 @@ class Session:
         sock: socket.socket,
         number: int,
         client: str,
-        shelf: Shelf,
+        shelf: ExportProvider,
         *,
         power: Power,
         tls: ServerTls | None = None,
@@ -196,7 +196,7 @@ class Session:
             buffer[:rest] = buffer[used:end]
         return buffer, rest
 
-    async def _act(self, events: list[Event], size: int, jobs: trio.Nursery) -> None:
+    async def _act(self, events: list[ServerEvent], size: int, jobs: trio.Nursery) -> None:
         """Do what `size` bytes meant: negotiation first, then the requests in batches."""
         requests: list[Request | Refused] = []
         for event in events:

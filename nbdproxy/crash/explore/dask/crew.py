@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from distributed import CancelledError, Client, Future, KilledWorker
 
 from nbdproxy.crash.explore.dask import worker as dask_worker
-from nbdproxy.crash.explore.dask.worker import Answer, Order, Result, Task
+from nbdproxy.crash.explore.dask.worker import Result, Task, WorkerReady, WorkOrder
 from nbdproxy.crash.explore.evaluator import Unit
 from nbdproxy.crash.explore.pieces import PieceSource
 from nbdproxy.crash.states.recorded import RecordedSource
@@ -40,11 +40,11 @@ _TELL_S = 5.0
 _HANDED_MAX = 3
 """How often a worker is handed pieces; if some are lacking even then, its disk is to blame."""
 
-_Errand = Generator[tuple[Callable[..., object], tuple[object, ...]], Answer, None]
+_Errand = Generator[tuple[Callable[..., object], tuple[object, ...]], WorkerReady, None]
 
 
 @dataclass(slots=True, eq=False)
-class Member:
+class WorkerState:
     """A worker; `flying` is what it was given, oldest first, by the keys of the futures.
 
     `process` tells its process from a later one at the same address. `unfit` is why it is no use.
@@ -57,7 +57,7 @@ class Member:
     has_suspect: bool = False
     flying: dict[str, tuple[Future[Result], Unit]] = field(default_factory=dict)
     errand: _Errand | None = None
-    asked: Future[Answer] | None = None
+    asked: Future[WorkerReady] | None = None
     handed: int = 0
     unfit: str | None = None
 
@@ -78,7 +78,7 @@ class Crew:
     def __init__(
         self,
         client: Client,
-        order: Order,
+        order: WorkOrder,
         source: RecordedSource,
         *,
         patience_s: float,
@@ -90,14 +90,14 @@ class Crew:
         self._patience_s = patience_s
         self._tell = tell
         self._pieces: PieceSource | None = None
-        self._members: dict[str, Member] = {}
-        self._done: SimpleQueue[tuple[Member, Future[Any]]] = SimpleQueue()
+        self._members: dict[str, WorkerState] = {}
+        self._done: SimpleQueue[tuple[WorkerState, Future[Any]]] = SimpleQueue()
         self._looked = 0.0
         self._useful = time.monotonic()
         self._has_told = False
 
     @property
-    def members(self) -> Collection[Member]:
+    def members(self) -> Collection[WorkerState]:
         """All that are there."""
         return self._members.values()
 
@@ -106,7 +106,7 @@ class Crew:
         """Whether anything was given out and did not come back."""
         return any(member.flying for member in self.members)
 
-    def look(self) -> list[Member]:
+    def look(self) -> list[WorkerState]:
         """Return who is gone, enlist who is new, and do so only now and then.
 
         Raises NbdproxyError if there is no use in going on; see `DaskRunner`.
@@ -125,7 +125,7 @@ class Crew:
         for member in gone:
             del self._members[member.address]
         for address, count in threads.items():
-            self._members.setdefault(address, Member(address, count))
+            self._members.setdefault(address, WorkerState(address, count))
         self._enlist()
         self._be_patient(now)
         return gone
@@ -154,17 +154,17 @@ class Crew:
     def _end(self, what: str) -> NbdproxyError:
         return NbdproxyError(f"{what}, and go on with --db FILE --resume if you had named a --db")
 
-    def give(self, member: Member, unit: Unit) -> None:
+    def give(self, member: WorkerState, unit: Unit) -> None:
         """Give a unit to a worker that is ready."""
         future = self._submit(member, dask_worker.judge, Task(self._order.key, unit))
         member.flying[str(future.key)] = future, unit
 
-    def enlist_again(self, member: Member) -> None:
+    def enlist_again(self, member: WorkerState) -> None:
         """Take note that a worker has not the recording open any more."""
         member.is_ready = False
         self._enlist()
 
-    def finished(self) -> Iterator[tuple[Member, str, Result | None]]:
+    def finished(self) -> Iterator[tuple[WorkerState, str, Result | None]]:
         """Wait a little, and yield units' keys with what came back, None if it has to be redone.
 
         Raises what the judge raised.
@@ -179,7 +179,7 @@ class Crew:
                         yield member, key, result
                 member, future = self._done.get_nowait()
 
-    def _fetch(self, member: Member, future: Future[Result]) -> list[Result | None]:
+    def _fetch(self, member: WorkerState, future: Future[Result]) -> list[Result | None]:
         """Return what came back; nothing yet, if its worker seems to have gone with it."""
         try:
             return [future.result(timeout=_FETCH_S)]
@@ -205,7 +205,7 @@ class Crew:
             member.errand = self._errand(member)
             self._ask(member, next(member.errand))
 
-    def _errand(self, member: Member) -> _Errand:
+    def _errand(self, member: WorkerState) -> _Errand:
         """Yield what to ask of a worker, once; it is repeated until the worker is ready."""
         order = self._order
         answer = yield dask_worker.enlist, (order,)
@@ -224,7 +224,7 @@ class Crew:
             for digest in answer.lacking:
                 yield dask_worker.accept, (digest, self._pieces.read(digest))
 
-    def _go_on(self, member: Member, future: Future[Answer]) -> None:
+    def _go_on(self, member: WorkerState, future: Future[WorkerReady]) -> None:
         """Go on with a worker's errand."""
         assert member.errand is not None
         try:
@@ -246,15 +246,17 @@ class Crew:
         member.errand = member.asked = None
         self._enlist()
 
-    def _refuse(self, member: Member, why: str) -> None:
+    def _refuse(self, member: WorkerState, why: str) -> None:
         member.unfit = why
         self._tell(f"the worker {member.address} cannot be used: {why}")
 
-    def _ask(self, member: Member, call: tuple[Callable[..., object], tuple[object, ...]]) -> None:
+    def _ask(
+        self, member: WorkerState, call: tuple[Callable[..., object], tuple[object, ...]]
+    ) -> None:
         member.asked = self._submit(member, call[0], *call[1])
 
     def _submit(
-        self, member: Member, function: Callable[..., object], *arguments: object
+        self, member: WorkerState, function: Callable[..., object], *arguments: object
     ) -> Future[Any]:
         future: Future[Any] = self._client.submit(
             function,

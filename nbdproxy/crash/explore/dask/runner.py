@@ -21,7 +21,7 @@ from dataclasses import replace
 from xxhash import xxh3_128_hexdigest
 
 from nbdproxy import __version__
-from nbdproxy.crash.explore.evaluator import Job, Judged, Unit
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, Judged, Unit
 from nbdproxy.crash.explore.workers import Retry
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import UsageError
@@ -31,7 +31,7 @@ try:
     from distributed.comm.core import connect
 
     from nbdproxy.crash.explore.dask import worker as dask_worker
-    from nbdproxy.crash.explore.dask.crew import Crew, Member, say
+    from nbdproxy.crash.explore.dask.crew import Crew, WorkerState, say
 except ImportError as missing:
     raise UsageError(
         f"--dask needs a package that is not installed ({missing.name}); "
@@ -57,7 +57,7 @@ class DaskRunner:
 
     def __init__(
         self,
-        job: Job,
+        job: EvaluatorSetup,
         address: str,
         *,
         shared: bool = True,
@@ -72,7 +72,7 @@ class DaskRunner:
             job = replace(job, run=job.run.absolute(), base=base)
             identity = dask_worker.identity_of(self._source, base)
             key = xxh3_128_hexdigest(pickle.dumps((job, identity, shared)))
-            order = dask_worker.Order(key, __version__, job, identity, shared)
+            order = dask_worker.WorkOrder(key, __version__, job, identity, shared)
             client = _connect(address)
         except BaseException:
             self._source.close()
@@ -128,7 +128,7 @@ class _Stock:
         unit = next(self._units, None)
         return [] if unit is None else [unit]
 
-    def take_back(self, member: Member) -> Iterator[list[Judged]]:
+    def take_back(self, member: WorkerState) -> Iterator[list[Judged]]:
         """Take what a dead worker had; yield what is said without running it."""
         lost = [unit for _, unit in member.flying.values()]
         member.flying.clear()

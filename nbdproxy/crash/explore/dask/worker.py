@@ -1,7 +1,7 @@
 """What runs on the workers of a Dask cluster: opens a recording there, and judges units.
 
-A worker process keeps a bench for each `Order` that it was given, the latest few; they are used by
-one thread at a time, whatever number of threads the worker has. It opens the recording where the
+A worker process keeps a bench for each `WorkOrder` that it was given, the latest few; they are used
+by one thread at a time, whatever number of threads the worker has. It opens the recording where the
 client sees it, if the one there is the same, and else puts it together from pieces, in a folder
 beside the workers' own that all workers of the machine share.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from distributed import get_worker
 
 from nbdproxy import __version__
-from nbdproxy.crash.explore.evaluator import Bench, Job, Judged, Unit
+from nbdproxy.crash.explore.evaluator import EvaluatorSetup, Judged, StateEvaluator, Unit
 from nbdproxy.crash.explore.pieces import IMAGE, Parcel, PieceStore
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import NbdproxyError, UsageError
@@ -31,7 +31,7 @@ BENCHES_MAX = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class RecordingIdentity:
     """Tells a recording from others at the price of opening it: its size, and two of its events.
 
     The first has the digest of all that the recording says of itself, the last a time in
@@ -47,7 +47,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class WorkOrder:
     """What a worker has to have at hand. `key` names it; the same key is the same order.
 
     With `shared` the recording may be where the client sees it. Without a `parcel` that is the
@@ -56,14 +56,14 @@ class Order:
 
     key: str
     version: str
-    job: Job
-    identity: Identity
+    job: EvaluatorSetup
+    identity: RecordingIdentity
     shared: bool
     parcel: Parcel | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class WorkerReady:
     """Whether a worker is ready; if not, it needs a parcel, or the pieces that it is `lacking`.
 
     `process` is a name that no other process has.
@@ -94,21 +94,21 @@ class Result:
 
 
 _lock = threading.Lock()
-_benches: dict[str, tuple[RecordedSource, Bench]] = {}
+_benches: dict[str, tuple[RecordedSource, StateEvaluator]] = {}
 """The benches of this process, the latest last."""
 
 
-def identity_of(source: RecordedSource, base: Path | None) -> Identity:
+def identity_of(source: RecordedSource, base: Path | None) -> RecordingIdentity:
     """Return a recording's identity; `base` is the image that the user named.
 
     Raises OSError if that is not there.
     """
     first, last = (next(source.log(seq, seq + 1)) for seq in (0, source.events - 1))
     image = Fingerprint.of(base) if base is not None and source.needs_image else None
-    return Identity(source.size, source.events, first, last, image)
+    return RecordingIdentity(source.size, source.events, first, last, image)
 
 
-def enlist(order: Order) -> Answer:
+def enlist(order: WorkOrder) -> WorkerReady:
     """Open the recording if it is here, or say what is lacking.
 
     Raises UsageError if another nbdproxy is installed here, and what opening a bench raises.
@@ -119,29 +119,29 @@ def enlist(order: Order) -> Answer:
         )
     with _lock:
         if order.key in _benches:
-            return Answer(True)
+            return WorkerReady(True)
         source = _shared(order) if order.shared else None
         job = order.job
         if source is None:
             if order.parcel is None:
-                return Answer(False)
+                return WorkerReady(False)
             store = _store()
             lacking = store.lacking(order.parcel)
             run = store.run(order.parcel) if not lacking else None
             if run is None:
-                return Answer(False, lacking or store.lacking(order.parcel))
+                return WorkerReady(False, lacking or store.lacking(order.parcel))
             base = run / IMAGE if order.parcel.has_image else None
             job = replace(job, run=run, base=base)
             source = RecordedSource(run, image=base)
         try:
-            bench = Bench(source, job)
+            bench = StateEvaluator(source, job)
         except BaseException:
             source.close()
             raise
         while len(_benches) >= BENCHES_MAX:
             _close(next(iter(_benches)))
         _benches[order.key] = source, bench
-        return Answer(True)
+        return WorkerReady(True)
 
 
 def accept(digest: str, data: bytes) -> None:
@@ -169,7 +169,7 @@ def _close(key: str) -> None:
     source.close()
 
 
-def _shared(order: Order) -> RecordedSource | None:
+def _shared(order: WorkOrder) -> RecordedSource | None:
     """Return the recording at the client's own path, if it is there and is the same."""
     job = order.job
     with suppress(NbdproxyError, OSError):
