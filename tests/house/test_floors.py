@@ -34,6 +34,7 @@ FLOOR = {
     "crash.explore": 4,
     "crash.explore.dask": 5,
     "crash.blame": 4,
+    "reenactment": 4,
     "server": 5,
     "state_server": 6,
     "lab.guest": 5,
