@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -116,34 +116,28 @@ def _play(
     recording: Recording, plan: Schedule, mode: CacheMode, wires: Wires, progress: Progress
 ) -> NDArray[np.int64]:
     """Do all steps; return the positions below for each cut above."""
-    table = recording.table
-    payloads = Payloads(recording)
     kept = ~_FUA if mode in THROUGH else ~0  # there QEMU makes durable what it has to
     cuts = [0]
     positions = [wires.positions]
-    for number, (cut, row, is_wait) in enumerate(plan.steps()):
-        if number % _STEPS == 0:
-            progress(number, len(plan))
-        if not is_wait:
-            command, length = int(table.command[row]), int(table.length[row])
-            data = _NOTHING
-            if command == _WRITE:
-                data = payloads.of(row, int(table.position[row]), length)
-            flags, offset = int(table.flags[row]) & kept, int(table.offset[row])
-            while length > _LONGEST:
-                wires.request(Request(command, flags, row, offset, _LONGEST, data))
-                wires.wait(row)
-                offset, length = offset + _LONGEST, length - _LONGEST
-            wires.request(Request(command, flags, row, offset, length, data))
-        elif wires.wait(row):
-            cuts.append(cut)
-            positions.append(wires.positions)
+    with closing(Payloads(recording)) as payloads:
+        for number, step in enumerate(plan.steps(recording.table)):
+            cut, row, is_wait, command, flags, offset, length, position = step
+            if number % _STEPS == 0:
+                progress(number, len(plan))
+            if not is_wait:
+                data = payloads.of(row, position, length) if command == _WRITE else _NOTHING
+                while length > _LONGEST:
+                    wires.request(Request(command, flags & kept, row, offset, _LONGEST, data))
+                    wires.wait(row)
+                    offset, length = offset + _LONGEST, length - _LONGEST
+                wires.request(Request(command, flags & kept, row, offset, length, data))
+            elif wires.wait(row):
+                cuts.append(cut)
+                positions.append(wires.positions)
     progress(len(plan), len(plan))
     # The last of those at one cut counts.
-    edges = np.array([*cuts, recording.events + 1], np.int64)
-    return np.repeat(np.array(positions, np.int64), np.maximum(np.diff(edges), 0), axis=0)[
-        : recording.events + 1
-    ]
+    times = np.diff([*cuts, max(recording.events, cuts[-1]) + 1])
+    return np.repeat(np.array(positions, np.int64), times, axis=0)[: recording.events + 1]
 
 
 def _open(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,19 @@ Positions = NDArray[np.int64]
 _NEAR = 64
 """Requests in flight that are compared by whole columns, and beyond that one by one."""
 _CHUNK = 1 << 16
+
+
+class Step(NamedTuple):
+    """A step of a play: see `Schedule` and `RequestTable`."""
+
+    cut: int
+    row: int
+    is_wait: bool
+    command: int
+    flags: int
+    offset: int
+    length: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +67,14 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.row)
 
-    def steps(self) -> Iterator[tuple[int, int, bool]]:
-        """Yield the steps: cut, row, is_wait."""
+    def steps(self, table: RequestTable) -> Iterator[Step]:
+        """Yield the steps, with what the table says of each one's request."""
         for first in range(0, len(self), _CHUNK):
             part = slice(first, first + _CHUNK)
-            columns = self.cut[part], self.row[part], self.is_wait[part]
-            yield from zip(*(column.tolist() for column in columns), strict=True)
+            rows = self.row[part]
+            told = (table.command, table.flags, table.offset, table.length, table.position)
+            columns = [self.cut[part], rows, self.is_wait[part], *(one[rows] for one in told)]
+            yield from map(Step._make, zip(*(one.tolist() for one in columns), strict=True))
 
 
 def schedule(

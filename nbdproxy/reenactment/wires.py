@@ -11,7 +11,8 @@ from nbdproxy.reenactment.file_server import FileServer
 from nbdproxy.reenactment.guest import Guest, RefusedError
 from nbdproxy.requests import Request
 
-_PATIENCE_S = 60
+_PATIENCE_S = 600
+"""Seconds without anything from the driver; it has only our own answers to wait for."""
 
 
 class Wires:
@@ -99,5 +100,5 @@ class Wires:
             self._poll.unregister(fd)
 
     def _lost(self, reason: str) -> ImageError:
-        words = self._driver.last_words
-        return ImageError(f"the qemu-storage-daemon is lost: {words or reason}")
+        what = "cannot open the image" if self._guest.size is None else "is lost"
+        return ImageError(f"qemu-storage-daemon {what}: {self._driver.last_words or reason}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -20,19 +19,16 @@ from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import Recording
 from nbdproxy.reenactment.reenact import Played, reenact
 from nbdproxy.reenactment.result import FileSource, Reenacted
+from tests.reenactment.images import CLUSTER, DATA_FILE, SIZE, guests
 from tests.support.nbd_client import FLUSH, FUA, TRIM, WRITE, ZERO, NbdClient, Op
-from tests.support.proxies import MIB, Proxy
-from tests.support.serving import tool
+from tests.support.proxies import Proxy
 
-SIZE = 8 * MIB
-CLUSTER = 128 * 1024
-"""Trims are of whole clusters: of less a driver keeps the old data, which is legal."""
 _WEIGHTS = {WRITE: 70, ZERO: 10, TRIM: 8, FLUSH: 6}
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a guest did to a qcow2 file: recording, file and data file as they were, and its view."""
+    """What a guest did to a qcow2 file, the file and its data file as they were, and its view."""
 
     folder: Path
     run: Path
@@ -85,32 +81,20 @@ def _content(source: RecordedSource, state: StateId, path: Path) -> Path:
     return path
 
 
-def record(
-    image: Path, work: Callable[[NbdClient], None], *, data_file: Path | None = None
-) -> Recorded:
+def record(image: Path, work: Callable[[NbdClient], None], *options: str | Path) -> Recorded:
     """Record a guest's work on an image, after copies of it and its data file are made."""
     folder = image.parent
     before = Path(shutil.copy(image, folder / "before.qcow2"))
-    data = None if data_file is None else Path(shutil.copy(data_file, folder / "before.data"))
+    data = folder / "before.data" if (folder / DATA_FILE).exists() else None
+    if data is not None:
+        shutil.copy(folder / DATA_FILE, data)
     raw, run = folder / "before.raw", folder / "above"
     raw.write_bytes(guests(image))
-    with Proxy(folder / "proxy", image, "--format", "qcow2", "--record", run) as proxy:
+    with Proxy(folder / "proxy", image, "--format", "qcow2", "--record", run, *options) as proxy:
         with proxy.client() as client:
             work(client)
         assert proxy.stop() == 0
     return Recorded(folder, run, before, data, raw)
-
-
-def guests(image: Path, data_file: Path | None = None) -> bytes:
-    """What a guest sees of a qcow2 file."""
-    node = f"driver=qcow2,file.driver=file,file.filename={image}"
-    if data_file is not None:
-        node += f",data-file.driver=file,data-file.filename={data_file}"
-    out = image.with_suffix(".guest")
-    tool("qemu-img", "convert", "-U", "--image-opts", "-O", "raw", node, out)
-    found = out.read_bytes()
-    out.unlink()
-    return found
 
 
 class Workload:

@@ -2,66 +2,14 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode
-from tests.reenactment.plays import SIZE, Recorded, Workload, flushed_cuts, record
-from tests.support.serving import tool
-
-
-def _content(folder: Path) -> Path:
-    """A raw disk with data that compresses, and holes."""
-    dice = random.Random(3)
-    raw = folder / "content.raw"
-    raw.write_bytes(
-        b"".join(
-            dice.randbytes(8192) + bytes(57344) if dice.random() < 0.6 else bytes(65536)
-            for _ in range(SIZE // 65536)
-        )
-    )
-    return raw
-
-
-def _new(folder: Path, *options: str) -> Path:
-    image = folder / "disk.qcow2"
-    tool("qemu-img", "create", "-q", "-f", "qcow2", *options, image, str(SIZE))
-    return image
-
-
-def _converted(folder: Path, *options: str) -> Path:
-    image = folder / "disk.qcow2"
-    tool("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, _content(folder), image)
-    return image
-
-
-def _on_backing_file(folder: Path) -> Path:
-    """What Proxmox makes of a volume with snapshots; the name of the lower file is relative."""
-    _converted(folder).rename(folder / "base.qcow2")
-    options = ("-F", "qcow2", "-b", "base.qcow2", "-o", "extended_l2=on,cluster_size=128k")
-    return _new(folder, *options)
-
-
-def _with_snapshot(folder: Path) -> Path:
-    image = _converted(folder)
-    tool("qemu-img", "snapshot", "-c", "one", image)
-    return image
-
-
-KINDS: dict[str, Callable[[Path], Path]] = {
-    "new": _new,
-    "full": _converted,
-    "on-backing-file": _on_backing_file,
-    "zlib": lambda folder: _converted(folder, "-c"),
-    "zstd": lambda folder: _converted(folder, "-c", "-o", "compression_type=zstd"),
-    "snapshot": _with_snapshot,
-    "small-clusters": lambda folder: _new(folder, "-o", "cluster_size=4k,lazy_refcounts=on"),
-    "version-2": lambda folder: _converted(folder, "-o", "compat=0.10"),
-}
+from tests.reenactment.images import KINDS
+from tests.reenactment.plays import Recorded, Workload, flushed_cuts, record
 
 
 def _check(recorded: Recorded, mode: CacheMode) -> None:
