@@ -353,7 +353,7 @@ class VolatileDisk:
             if held is None:
                 yield from self._below.data_extents(start, end - start)
             elif held.kind is HeldKind.DATA:
-                yield Extent(start, end - start)
+                yield Extent.between(start, end)
 
     def sync(self) -> None:
         """Land everything that is held; blocks."""

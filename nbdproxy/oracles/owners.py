@@ -115,12 +115,12 @@ class OwnerMap:
             here = next((part for part in self._parts if part.low <= start < part.high), None)
             if here is None:
                 stop = min([end, *(part.low for part in self._parts if part.low > start)])
-                yield Owner(Extent(start, stop - start), OwnerKind.OUTSIDE)
+                yield Owner(Extent.between(start, stop), OwnerKind.OUTSIDE)
                 start = stop
                 continue
             stop = min(end, here.high)
             if here.atlas is None:
-                yield Owner(Extent(start, stop - start), OwnerKind.UNKNOWN)
+                yield Owner(Extent.between(start, stop), OwnerKind.UNKNOWN)
             else:
                 shift = here.low - here.at
                 for piece in here.atlas.pieces(start - shift, stop - shift):
@@ -190,7 +190,7 @@ class _Inside:
         for low, high, claim in self._claims.segments(start, end):
             if claim is None or claim.kind is not None:
                 kind = OwnerKind.UNREFERENCED if claim is None else claim.kind
-                yield Owner(Extent(low, high - low), kind or OwnerKind.UNKNOWN)
+                yield Owner(Extent.between(low, high), kind or OwnerKind.UNKNOWN)
                 continue
             for owner in self._owners.of(Extent(claim.at, high - low)):
                 at = low + owner.extent.offset - claim.at

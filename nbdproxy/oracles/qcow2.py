@@ -154,7 +154,7 @@ class Qcow2Device:
             if run.host is None:
                 continue
             if run.packed:
-                yield Extent(run.start, run.end - run.start)
+                yield Extent.between(run.start, run.end)
                 continue
             there = self._there(run.host, run.end - run.start)
             for extent in self._base.data_extents(run.host, there) if there else ():

@@ -23,11 +23,10 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdproxy.recording.index import NEVER, Mask, RequestTable
+from nbdproxy.recording.index import NEVER, Mask, Positions, RequestTable, Rows
 from nbdproxy.requests import Command, CommandFlag
 
-Positions = NDArray[np.int64]
-Rows = slice | NDArray[np.intp] | NDArray[np.int32]
+RowChoice = slice | NDArray[np.intp] | Rows
 
 _CHUNK = 1 << 16
 """Rows worked on at once: bounds the temporaries, and 512 KiB a column stays in the cache."""
@@ -84,7 +83,7 @@ DEFAULTS = Options()
 def received(table: RequestTable, t: int) -> Mask:
     """Modifying requests received by t, answered or not."""
     mask = table.is_modifying
-    mask[np.searchsorted(table.seq, t) :] = False
+    mask[table.rows_before(t) :] = False
     return mask
 
 
@@ -167,7 +166,7 @@ class Durability:
             self.durable_from[rows], self.lost_from[rows] = since, gone
         self._flushes = np.flatnonzero(table.is_flush)
 
-    def kept(self, rows: Rows, t: int, level: Level) -> Mask:
+    def kept(self, rows: RowChoice, t: int, level: Level) -> Mask:
         """Tell for each of `rows` what `kept` tells."""
         below: Positions | int = 0
         if level is Level.FLUSHED_OR_FLUSHING:
@@ -176,12 +175,12 @@ class Durability:
             self.table, rows, t, level, (self.durable_from[rows], self.lost_from[rows], below)
         )
 
-    def sent(self, rows: Rows, t: int) -> Mask:
+    def sent(self, rows: RowChoice, t: int) -> Mask:
         """Tell for each of `rows` what `sent` tells."""
         return _sent(self.table, rows, t)
 
 
-def _sent(table: RequestTable, rows: Rows, t: int) -> Mask:
+def _sent(table: RequestTable, rows: RowChoice, t: int) -> Mask:
     mask = np.less(table.seq[rows], t)
     mask &= (table.completed[rows] >= t) | (table.error[rows] == 0)
     mask &= table.command[rows] != Command.FLUSH
@@ -190,7 +189,7 @@ def _sent(table: RequestTable, rows: Rows, t: int) -> Mask:
 
 def _kept(
     table: RequestTable,
-    rows: Rows,
+    rows: RowChoice,
     t: int,
     level: Level,
     fates: tuple[Positions, Positions, Positions | int],
@@ -211,7 +210,7 @@ def _kept(
     return mask
 
 
-def _answered(table: RequestTable, rows: Rows, t: int) -> Mask:
+def _answered(table: RequestTable, rows: RowChoice, t: int) -> Mask:
     mask = np.less(table.completed[rows], t)
     mask &= table.error[rows] == 0
     mask &= table.command[rows] != Command.FLUSH
@@ -220,7 +219,7 @@ def _answered(table: RequestTable, rows: Rows, t: int) -> Mask:
 
 def _flushing(
     table: RequestTable,
-    rows: Rows,
+    rows: RowChoice,
     t: int,
     fates: tuple[Positions, Positions, Positions | int],
 ) -> Mask:

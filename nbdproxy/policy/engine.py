@@ -170,7 +170,7 @@ class _Counter:
         """Tell whether a request touches a place of the rule that is not healed."""
         start, end = request.offset, request.end
         if self._places is None:
-            found = [Extent(start, end - start)]
+            found = [Extent.between(start, end)]
         else:
             found = list(self._places.overlapping(start, end))
         if self.rule.when.until_written:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nbdproxy.dice import Lot
-from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.extents import Extent, ExtentSet, join_neighbours
 from nbdproxy.policy.effects import SECTOR
 from nbdproxy.policy.model import Survivors
 
@@ -60,13 +60,12 @@ def surviving(
 
 
 def _torn(piece: SurvivingPiece, lot: Lot) -> list[SurvivingPiece]:
-    found: list[SurvivingPiece] = []
-    for sector in range(piece.start // SECTOR, -(-piece.end // SECTOR)):
-        if lot.draw(piece.write, sector) >= 0.5:
-            continue
-        start, end = max(piece.start, sector * SECTOR), min(piece.end, (sector + 1) * SECTOR)
-        if found and found[-1].end == start:
-            found[-1] = found[-1]._replace(end=end)
-        else:
-            found.append(SurvivingPiece(piece.write, start, end))
-    return found
+    sectors = (
+        Extent.between(max(piece.start, sector * SECTOR), min(piece.end, (sector + 1) * SECTOR))
+        for sector in range(piece.start // SECTOR, -(-piece.end // SECTOR))
+        if lot.draw(piece.write, sector) < 0.5
+    )
+    return [
+        SurvivingPiece(piece.write, part.offset, part.end)
+        for part in join_neighbours(sectors, Extent.joined)
+    ]

@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nbdproxy.crash.blame.audit import BEFORE, FAULTS, UNKNOWN, ZEROES, Audit, Fate, Finding
+from nbdproxy.crash.blame.audit import FAULTS, UNKNOWN, ZEROES, Audit, Fate, Finding
 from nbdproxy.crash.blame.flushes import Safety, blame
-from nbdproxy.crash.states.cells import NONE
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.nbd.uri import is_uri
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.owners import OwnerMap
 from nbdproxy.persistence.model import Options
 from nbdproxy.printable import printable
+from nbdproxy.recording.index import BASE
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
 from nbdproxy.sizes import plural, size_text
@@ -141,7 +141,7 @@ def _told(report: AuditReport, finding: Finding) -> Iterator[str]:
 def _promise(report: AuditReport, finding: Finding) -> str:
     """Say what must be there, and why."""
     text = _request(report, finding.durable)
-    if finding.durable == NONE:
+    if finding.durable == BASE:
         return f"{text}, or what was sent and not flushed"
     end = report.timeline.source.events
     why = blame(report.timeline, finding.durable, end, report.options)
@@ -167,7 +167,7 @@ def _request(report: AuditReport, row: int) -> str:
 
 
 _HELD = {
-    BEFORE: "what was there before the recording",
+    BASE: "what was there before the recording",
     ZEROES: "zeroes that nobody wrote",
     UNKNOWN: "something that was never sent",
 }
@@ -245,7 +245,7 @@ def _why_allowed(report: AuditReport) -> Counter[Safety]:
     for finding in report.audit.findings[:LISTED]:
         if finding.fate is Fate.UNFLUSHED:
             for _, _, row in sent.segments(finding.extent.offset, finding.extent.offset + 1):
-                if row != NONE:
+                if row != BASE:
                     found[blame(report.timeline, row, end, report.options).safety] += 1
     # Two that were under way at once may land in either order, whatever was flushed.
     found[Safety.UNANSWERED] += found.pop(Safety.BROKEN, 0)
@@ -295,7 +295,7 @@ def _place(report: AuditReport, finding: Finding) -> dict[str, object]:
         "offset": finding.extent.offset,
         "length": finding.extent.length,
         "fate": finding.fate.value,
-        "durable": None if finding.durable == NONE else int(table.seq[finding.durable]),
+        "durable": None if finding.durable == BASE else int(table.seq[finding.durable]),
         "should_hold": _promise(report, finding),
         "holds_request": int(table.seq[finding.holds]) if known else None,
         "holds": _held(report, finding),

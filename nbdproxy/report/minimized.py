@@ -8,14 +8,13 @@ from dataclasses import dataclass, replace
 from nbdproxy.crash.blame.flushes import Blame, blame
 from nbdproxy.crash.explore.minimize import Lost, Minimum
 from nbdproxy.crash.states.naming import Choice
-from nbdproxy.crash.states.paint import NOTHING
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.owners import Owner, OwnerMap
 from nbdproxy.printable import printable
-from nbdproxy.recording.index import NEVER
+from nbdproxy.recording.index import BASE, NEVER
 from nbdproxy.recording.reader import command_name
 from nbdproxy.sizes import plural
 
@@ -69,13 +68,13 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
     state, table, source = minimum.state, timeline.table, timeline.source
     size = state.options.sector
     start, end = lost.first * size, min((lost.last + 1) * size, source.size)
-    if lost.row != NOTHING:  # it may begin or end inside its sectors
-        offset = int(table.offset[lost.row])
-        start, end = max(start, offset), min(end, offset + int(table.length[lost.row]))
-    extent = Extent(start, end - start)
+    if lost.row != BASE:  # it may begin or end inside its sectors
+        request = table.extent(lost.row)
+        start, end = max(start, request.offset), min(end, request.end)
+    extent = Extent.between(start, end)
     found = tuple(owners.of(extent))
     sectors = lost.last - lost.first + 1
-    if lost.row == NOTHING:
+    if lost.row == BASE:
         return Missing(extent, sectors, None, "", extent, 0, None, found, None)
     row = lost.row
     seq, done = int(table.seq[row]), int(table.completed[row])
@@ -84,7 +83,7 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
         sectors,
         seq,
         command_name(int(table.command[row])),
-        Extent(int(table.offset[row]), int(table.length[row])),
+        table.extent(row),
         source.time_of(seq),
         None if done == NEVER else source.time_of(done),
         found,

@@ -15,6 +15,7 @@ FLOOR = {
     "errors": -1,
     "extents": 0,
     "requests": 0,
+    "delta_debugging": 0,
     "dice": 0,
     "sizes": 0,
     "signals": 0,

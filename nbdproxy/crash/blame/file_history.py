@@ -20,7 +20,6 @@ from nbdproxy.crash.blame.block_owners import names_of
 from nbdproxy.crash.blame.flushes import Blame, blame
 from nbdproxy.crash.blame.replay import earlier_digests
 from nbdproxy.crash.states.naming import Choice, StateId
-from nbdproxy.crash.states.paint import NOTHING
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
@@ -32,8 +31,7 @@ from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.owners import Owner
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
-from nbdproxy.recording.index import NEVER
-from nbdproxy.requests import Command
+from nbdproxy.recording.index import BASE, NEVER
 
 LEVELS = (Level.RECEIVED, Level.COMPLETED, Level.FLUSHED)
 """What is told of each file: when it was sent, answered, and flushed."""
@@ -150,7 +148,7 @@ def _steps(
 ) -> Iterator[tuple[int, list[Extent] | None]]:
     """Yield the positions at which a level keeps more, and where; first 0, with all of the disk."""
     table = timeline.table
-    changing = (table.length > 0) & (table.command != Command.FLUSH)
+    changing = table.is_changing
     rows = np.flatnonzero(changing & (table.error == 0))
     kept_from = {
         Level.RECEIVED: table.seq,
@@ -168,8 +166,7 @@ def _steps(
     yield 0, None
     moments, begins = np.unique(kept_from, return_index=True)
     for moment, some in zip(moments.tolist(), np.split(rows, begins[1:]), strict=False):
-        pairs = zip(table.offset[some].tolist(), table.length[some].tolist(), strict=True)
-        yield moment + 1, [Extent(offset, length) for offset, length in pairs]
+        yield moment + 1, table.extents(some)
 
 
 def carriers(
@@ -198,8 +195,8 @@ def carriers(
     for extent in follower.reads or ():
         stop = min(extent.end, timeline.source.size)
         for start, high, row in disk.segments(extent.offset, stop):
-            if row != NOTHING:
-                own = [o for o in names.of(Extent(start, high - start)) if _leads_to(o, entry)]
+            if row != BASE:
+                own = [o for o in names.of(Extent.between(start, high)) if _leads_to(o, entry)]
                 found.setdefault(row, []).extend(own)
     if not any(entry.path in owner.paths for some in found.values() for owner in some):
         return ()
@@ -208,7 +205,7 @@ def carriers(
         Carrier(
             int(table.seq[row]),
             source.time_of(int(table.seq[row])),
-            Extent(int(table.offset[row]), int(table.length[row])),
+            table.extent(row),
             tuple(dict.fromkeys(some)),
             blame(timeline, row, end, options),
         )

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from nbdproxy.crash.blame.block_owners import names_of
 from nbdproxy.crash.blame.flushes import Blame, blame
 from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
-from nbdproxy.crash.states.paint import NOTHING
 from nbdproxy.crash.states.timeline import CrashDisk, Timeline
+from nbdproxy.delta_debugging import ddmin
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import TreeFollower, content
@@ -26,6 +26,7 @@ from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import Follower, Oracle
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import Level
+from nbdproxy.recording.index import BASE
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,12 @@ def losses(
     size = timeline.source.size
     for extent in reads:
         stop = min(extent.end, size)
-        read = Extent(extent.offset, stop - extent.offset)
+        read = Extent.between(extent.offset, stop)
         for owner in () if names.is_exact else names.of(read):
             if owner.kind is OwnerKind.FILE_DATA:
                 apart.add(owner.offset or 0, (owner.offset or 0) + owner.extent.length)
         for start, end, row in _lacking(here, there, extent.offset, stop):
-            for owner in names.of(Extent(start, end - start)):
+            for owner in names.of(Extent.between(start, end)):
                 what = names.words(owner)
                 if what is None:
                     continue
@@ -118,7 +119,7 @@ def losses(
     )
     is_found = shown is not None and len(shown) == len(should)
     needs_way = not is_found or not all(one.data or one.is_whole for one in ranges)
-    lost = list(way.values()) if needs_way else []
+    lost: Sequence[MissingPiece] = list(way.values()) if needs_way else []
     if not names.is_exact:
         lost = _needed(lost, lambda some: _is_whole(timeline, follower, state, data, some))
     return Losses(reference, ranges, tuple(lost))
@@ -149,22 +150,12 @@ def _is_whole(
 
 
 def _needed(
-    pieces: list[MissingPiece], suffice: Callable[[Sequence[MissingPiece]], bool]
-) -> list[MissingPiece]:
+    pieces: Sequence[MissingPiece], suffice: Callable[[Sequence[MissingPiece]], bool]
+) -> Sequence[MissingPiece]:
     """Return those that suffice, and none of which can be left out; all, if all do not suffice."""
     if not suffice(pieces):
         return pieces
-    size = len(pieces)
-    while size:
-        for at in range(0, len(pieces), size):
-            fewer = pieces[:at] + pieces[at + size :]
-            if suffice(fewer):
-                pieces = fewer
-                break
-        else:
-            size //= 2
-        size = min(size, len(pieces))
-    return pieces
+    return [] if suffice([]) else ddmin(pieces, suffice)
 
 
 def _lacking(
@@ -173,7 +164,7 @@ def _lacking(
     """Yield where the fuller state shows a request that the other does not have, and which."""
     shown = list(here.segments(start, end))
     for low, high, row in there.segments(start, end):
-        if row == NOTHING:
+        if row == BASE:
             continue
         for other_low, other_high, other in shown:
             first, last = max(low, other_low), min(high, other_high)

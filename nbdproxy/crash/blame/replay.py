@@ -182,7 +182,7 @@ def level_at(table: RequestTable, t: int, mode: CacheMode, failure: Failure) -> 
 
 def exit_flush_failed(table: RequestTable, t: int) -> bool:
     """Tell whether the last request by t is a flush that was answered with an error by then."""
-    last = int(np.searchsorted(table.seq, t)) - 1
+    last = table.rows_before(t) - 1
     return bool(
         last >= 0 and table.is_flush[last] and table.error[last] and table.completed[last] < t
     )
@@ -308,9 +308,7 @@ class _Judge:
         if last is None:
             return None
         table = self.timeline.table
-        rows = np.flatnonzero((choice != last) & (table.length > 0))
-        pairs = zip(table.offset[rows].tolist(), table.length[rows].tolist(), strict=True)
-        return [Extent(offset, length) for offset, length in pairs]
+        return table.extents((choice != last) & (table.length > 0))
 
 
 def _key(choice: Mask) -> bytes:

@@ -150,14 +150,11 @@ class Unmapped:
 
 def orphans(timeline: Timeline, disk: CrashDisk, file: Qcow2Device) -> list[int]:
     """Return the clusters of a qcow2 file that were written by a cut, and nothing leads to."""
-    known = ExtentSet()
-    for extent in (*(own for _, own in file.structures()), *file.on_disk(0, file.size)):
-        known.add(extent.offset, extent.end)
+    known = ExtentSet((*(own for _, own in file.structures()), *file.on_disk(0, file.size)))
     table = timeline.table
     rows = np.flatnonzero((table.command == Command.WRITE) & (table.seq < disk.state.position))
     found: set[int] = set()
-    for row in rows.tolist():
-        start = int(table.offset[row])
-        for part in known.missing(start, start + int(table.length[row])):
+    for extent in table.extents(rows):
+        for part in known.missing(extent.offset, extent.end):
             found.update(range(part.offset // file.cluster, -(-part.end // file.cluster)))
     return [number * file.cluster for number in sorted(found)]

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import numpy as np
 
 from nbdproxy.crash.explore.contents import SectorDigests, mixed, sector_digests
-from nbdproxy.crash.states.cells import NONE, Numbers, Rows, expand
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
+from nbdproxy.crash.states.cells import expand
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.presence import TORN, WHOLE, Presence, sectors_of
 from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.recording.index import Mask
+from nbdproxy.extents import join_neighbours
+from nbdproxy.recording.index import BASE, Mask, Numbers, Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +50,7 @@ class Values:
 
     sectors    numbers of the sectors on the disk, ascending
     start      where each sector's entries begin; one more at the end
-    rows       the request that an entry is of, or NONE for what was there before the recording;
+    rows       the request that an entry is of, or BASE for what was there before the recording;
                ascending within a sector
     digests    the entry's content
     must       for each sector the entry that shows if nothing that may be there is
@@ -185,7 +186,7 @@ class CrashSpace:
             return StateChange(Choice.MUST, self.sectors[:0], self._must[:0], self.must_hash)
         if state.choice is Choice.ALL and not state.pins:
             return StateChange(Choice.ALL, self.sectors[:0], self._must[:0], self.ends.hash)
-        rows = [int(np.searchsorted(self.timeline.table.seq, part.seq)) for part in state.parts]
+        rows = [self.timeline.table.rows_before(part.seq) for part in state.parts]
         if state.pins or not self._chance.issuperset(rows):
             return self._read_change(state, rows)
         if state.choice is Choice.DRAW:
@@ -289,10 +290,10 @@ class CrashSpace:
 
     def _there(self, presence: Presence, entries: Numbers, sectors: Numbers) -> Mask:
         rows = self.values.rows[entries]
-        written = np.unique(rows[rows != NONE])
+        written = np.unique(rows[rows != BASE])
         how = presence.of(written)
         there = np.zeros(len(entries), np.bool_)
-        known = np.flatnonzero(rows != NONE)
+        known = np.flatnonzero(rows != BASE)
         there[known] = how[np.searchsorted(written, rows[known])] == WHOLE
         for row in written[how == TORN].tolist():
             at = np.flatnonzero(rows == row)
@@ -301,17 +302,12 @@ class CrashSpace:
 
     def pins(self, where: Numbers, entries: Numbers) -> tuple[Pin, ...]:
         """Return the pins that make one entry show in each of some of the field's sectors."""
-        seq = self.timeline.table.seq
-        pins: list[Pin] = []
         rows = self.values.rows[entries].tolist()
-        for sector, row in zip(self.sectors[where].tolist(), rows, strict=True):
-            value = BASE if row == NONE else int(seq[row])
-            last = pins[-1] if pins else None
-            if last is not None and last.last == sector - 1 and last.front == value:
-                pins[-1] = replace(last, last=sector)
-            else:
-                pins.append(Pin(sector, sector, value))
-        return tuple(pins)
+        pins = (
+            Pin(sector, sector, self.timeline.table.seq_of(row))
+            for sector, row in zip(self.sectors[where].tolist(), rows, strict=True)
+        )
+        return tuple(join_neighbours(pins, Pin.joined))
 
 
 def _newest(entries: Numbers, there: Mask, counts: Numbers) -> Numbers:

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from nbdproxy.crash.explore.contents import Contents, mixed, sector_digests
 from nbdproxy.crash.explore.crash_space import CrashSpace, Values, first_of_content
 from nbdproxy.crash.explore.mixtures import Mixtures
-from nbdproxy.crash.states.cells import NONE, Cells, Numbers, Rows, concurrent_pairs, expand
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
+from nbdproxy.crash.states.cells import Cells, concurrent_pairs, expand
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Level, Options
+from nbdproxy.recording.index import BASE, Numbers, Rows
 from nbdproxy.requests import Command
 
 ENTRIES_MAX = 1 << 25
@@ -52,7 +53,7 @@ class CrashSpaceBuilder:
 
     def _reset(self) -> None:
         self._kept = np.zeros(len(self.timeline.table), np.bool_)
-        self._owners = np.full(len(self.cells), NONE, np.int32)
+        self._owners = np.full(len(self.cells), BASE, np.int32)
         self._writers = self._owners.copy()  # TRIMs left out
         self._hash = 0
         self._ragged: dict[int, np.uint64] = {}
@@ -62,12 +63,10 @@ class CrashSpaceBuilder:
         state = StateId(position, self.level, Choice.MUST, self.options)
         self._keep(state)
         table = self.timeline.table
-        end = int(np.searchsorted(table.seq, position))
-        may = np.flatnonzero(
-            ~self._kept[:end] & (table.length[:end] > 0) & (table.command[:end] != Command.FLUSH)
-        ).astype(np.int32)
+        end = table.rows_before(position)
+        may = np.flatnonzero((~self._kept & table.is_changing)[:end]).astype(np.int32)
         values = self._values(state, may)
-        durable = np.unique(self._owners[self._owners != NONE])
+        durable = np.unique(self._owners[self._owners != BASE])
         return CrashSpace(
             state,
             self.timeline,
@@ -160,19 +159,19 @@ class CrashSpaceBuilder:
         """Return the state that shows what a request makes of a sector that it covers in part."""
         if row == int(self._owners[np.searchsorted(self.cells.bounds, sector)]):
             return state
-        if row == NONE or self._kept[row]:
-            value = BASE if row == NONE else int(self.timeline.table.seq[row])
+        if row == BASE or self._kept[row]:
+            value = self.timeline.table.seq_of(row)
             return replace(state, pins=(Pin(sector, sector, value),))
         return replace(
             state, choice=Choice.ONLY, parts=(RequestPart(int(self.timeline.table.seq[row])),)
         )
 
     def _candidates(self, may: Rows) -> tuple[Numbers, Rows]:
-        """Return each value of each cell that chance may decide on: cells, and rows or NONE."""
+        """Return each value of each cell that chance may decide on: cells, and rows or BASE."""
         table = self.timeline.table
         cells, rows = self.cells.pairs(may)
         writer = self._writers[cells]
-        late = table.completed[rows] >= np.where(writer == NONE, -1, table.seq[writer])
+        late = table.completed[rows] >= np.where(writer == BASE, BASE, table.seq[writer])
         # What came before a request that covers a part of its sector may still show beside it.
         late |= self.cells.ragged[cells]
         cells, rows = cells[late], rows[late]

@@ -127,12 +127,10 @@ class StateEvaluator:
         A request that must be there at both is there in all states of both.
         """
         table, level = self.timeline.table, self._fields.level
-        rows = np.arange(int(np.searchsorted(table.seq, max(one, other))))
+        rows = np.arange(table.rows_before(max(one, other)))
         fates = self.timeline.fates(self._fields.options)
         stays = fates.kept(rows, one, level) & fates.kept(rows, other, level)
-        loose = rows[~stays & (table.length[rows] > 0)]
-        pairs = zip(table.offset[loose].tolist(), table.length[loose].tolist(), strict=True)
-        return [Extent(offset, length) for offset, length in pairs]
+        return table.extents(rows[~stays & (table.length[rows] > 0)])
 
     def close(self) -> None:
         """Release judges and timeline."""

@@ -20,7 +20,6 @@ from nbdproxy.crash.states.source import Source
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Coverage, Durability, Level
 from nbdproxy.recording.index import NEVER
-from nbdproxy.requests import Command
 
 EXHAUSTIVE_MAX = 1_000_000
 """States that --exhaustive agrees to visit."""
@@ -94,7 +93,7 @@ class ExplorationPlan:
 def cuts_of(source: Source, fates: Durability, level: Level, every: Every) -> list[int]:
     """Return the positions at which to look, ascending."""
     table = source.table
-    changing = (table.command != Command.FLUSH) & (table.length > 0)
+    changing = table.is_changing
     flying = [fates.durable_from, table.seq[table.is_flush]]
     if fates.options.coverage is Coverage.REPLIED:
         # A flush in flight then covers more with each reply.

@@ -12,9 +12,8 @@ import numpy as np
 
 from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
 from nbdproxy.crash.explore.judging import Judgement, ReadSet
-from nbdproxy.crash.states.cells import Numbers
 from nbdproxy.crash.states.naming import Choice
-from nbdproxy.recording.index import Mask
+from nbdproxy.recording.index import Mask, Numbers
 
 SETS_MAX = 16
 """So many different read sets are remembered, the latest; each costs a look-up for each state."""

@@ -24,9 +24,9 @@ from enum import StrEnum
 import numpy as np
 
 from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
-from nbdproxy.crash.states.cells import NONE, Numbers
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.dice import key_of, mix
+from nbdproxy.recording.index import Numbers
 
 
 class Stage(StrEnum):
@@ -75,7 +75,7 @@ class Stages:
     ) -> None:
         self._field = field
         self._seed = seed
-        self._seqs = field.timeline.table.seq
+        self._table = field.timeline.table
         self._wanted = {Stage.TORN: torn, Stage.STALE: stale}
         self._exhaustive = exhaustive
         self._few = few
@@ -153,7 +153,7 @@ class Stages:
     def _sectors(self) -> Iterator[StateId]:
         for row, sector in self._pieces(alone=False).tolist():
             at = sector - self._field.first_sector(row)
-            yield from self._without_and_alone(RequestPart(int(self._seqs[row]), at, at))
+            yield from self._without_and_alone(RequestPart(int(self._table.seq[row]), at, at))
 
     def _pairs(self) -> Iterator[StateId]:
         for step in range(1, len(self._named)):
@@ -166,7 +166,7 @@ class Stages:
 
     def _stale(self) -> Iterator[StateId]:
         for row in self._field.durable[::-1].tolist():
-            yield self._but(RequestPart(int(self._seqs[row])))
+            yield self._but(RequestPart(int(self._table.seq[row])))
 
     def _without_and_alone(self, *parts: RequestPart) -> Iterator[StateId]:
         yield self._but(*parts)
@@ -178,7 +178,7 @@ class Stages:
     def _may_in_field(self) -> list[int]:
         """Return the seqs of the requests that leave anything to chance."""
         rows = np.unique(self._field.values.rows)
-        return [int(self._seqs[row]) for row in rows[np.isin(rows, self._field.may)].tolist()]
+        return [int(self._table.seq[row]) for row in rows[np.isin(rows, self._field.may)].tolist()]
 
     def _pieces(self, *, alone: bool) -> Numbers:
         """Return row and sector of each sector of the requests that chance decides on, shuffled.
@@ -215,8 +215,8 @@ class Stages:
         for row, sector in self._pieces(alone=True).tolist():
             at = int(np.searchsorted(values.sectors, sector))
             before = int(values.rows[values.must[at]])
-            old = BASE if before == NONE else int(self._seqs[before])
-            new = int(self._seqs[row])
+            old = self._table.seq_of(before)
+            new = int(self._table.seq[row])
             yield replace(self._everything, pins=(Pin(sector, sector, new, old),))
             yield replace(self._everything, pins=(Pin(sector, sector, old, new),))
 

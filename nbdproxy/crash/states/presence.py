@@ -13,11 +13,10 @@ from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.dice import key_of, mix
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Durability
-from nbdproxy.recording.index import Mask, RequestTable
+from nbdproxy.recording.index import Mask, RequestTable, Rows
 
 ABSENT, WHOLE, TORN = 0, 1, 2
 
-Rows = NDArray[np.int32]
 Fractions = NDArray[np.int8]
 
 _DENSITIES = (1 / 2, 7 / 8, 1 / 8, 31 / 32, 1 / 32)
@@ -28,8 +27,8 @@ _TORN_OF = 8
 
 def sectors_of(table: RequestTable, row: int, sector: int) -> tuple[int, int]:
     """Return the first sector that a request touches, and the first behind it."""
-    offset, length = int(table.offset[row]), int(table.length[row])
-    return offset // sector, -(-(offset + length) // sector)
+    extent = table.extent(row)
+    return extent.offset // sector, -(-extent.end // sector)
 
 
 class Presence:
@@ -128,7 +127,7 @@ def rows_of_parts(table: RequestTable, state: StateId) -> dict[int, list[Request
 
 def row_of(table: RequestTable, state: StateId, seq: int) -> int:
     """Return the row of a changing request that was received before a state's cut."""
-    row = int(np.searchsorted(table.seq, seq))
+    row = table.rows_before(seq)
     there = row < len(table) and table.seq[row] == seq and seq < state.position
     if not there or not table.length[row]:
         raise UsageError(

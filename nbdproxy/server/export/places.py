@@ -69,7 +69,7 @@ def _of_rule(rule: Rule, disk: ReadableDevice) -> list[Extent] | None:
         return _file(f"{rule.where}.file", when.file, disk)
     if when.ranges is None:
         return None
-    found = [Extent(low, min(high, disk.size) - low) for low, high in when.ranges]
+    found = [Extent.between(low, min(high, disk.size)) for low, high in when.ranges]
     if all(extent.length <= 0 for extent in found):
         raise PolicyError(
             f"{rule.where}.range: lies behind the end of the disk, which has {disk.size} bytes, so "
