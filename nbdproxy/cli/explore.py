@@ -409,7 +409,7 @@ def _plan(
         assert asked is not None
         cuts = [resolve(source, asked).position]
     else:
-        cuts = cuts_of(source, fields.timeline.fates(fields.options), fields.level, every)
+        cuts = cuts_of(source, fields.timeline.durability(fields.options), fields.level, every)
     with err.status("looking at the cuts") as status:
         return make_plan(
             fields,

@@ -224,8 +224,8 @@ class _Slow:
 class Shuffled:
     """A runner that holds some units back and gives them out of order."""
 
-    def __init__(self, bench: StateEvaluator, held: int) -> None:
-        self._bench, self._held = bench, held
+    def __init__(self, evaluator: StateEvaluator, held: int) -> None:
+        self._evaluator, self._held = evaluator, held
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit."""
@@ -233,13 +233,13 @@ class Shuffled:
         for unit in units:
             waiting.append(unit)
             if len(waiting) > self._held:
-                yield self._bench.judge(waiting.pop(len(waiting) // 3))
+                yield self._evaluator.judge(waiting.pop(len(waiting) // 3))
         for unit in reversed(waiting):
-            yield self._bench.judge(unit)
+            yield self._evaluator.judge(unit)
 
     def close(self) -> None:
         """Close the recording."""
-        self._bench.close()
+        self._evaluator.close()
 
 
 STATES = 73
@@ -271,10 +271,10 @@ def explore(
     fields = CrashSpaceBuilder(timeline, Level.FLUSHED, Options())
     visits = make_plan(fields, cuts, ExploreOptions(states), cuts_possible=len(log) + 1)
     verdicts = Verdicts(path, ABOUT, resume=resume)
-    bench = StateEvaluator(
+    evaluator = StateEvaluator(
         timeline.source, EvaluatorSetup(Path("made-up"), None, Level.FLUSHED, Options(), plan)
     )
-    tally = Exploration(fields, visits, plan, verdicts).run(Shuffled(bench, held))
+    tally = Exploration(fields, visits, plan, verdicts).run(Shuffled(evaluator, held))
     rows = list(verdicts.rows())
     verdicts.close()
     for row in rows:

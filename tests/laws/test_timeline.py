@@ -240,7 +240,7 @@ def test_a_drawn_state_has_all_that_must_and_nothing_that_never_came(
     rows = rows[timeline.table.seq[rows] < position]
     for number in range(5):
         state = StateId(position, level, Choice.DRAW, chosen, seed=seed, number=number)
-        presence = Presence(timeline.fates(chosen), state)
+        presence = Presence(timeline.durability(chosen), state)
         must, _ = made.legal(state)
         here: list[tuple[int, set[int] | None]] = []
         for row, how in zip(rows.tolist(), presence.of(rows).tolist(), strict=True):

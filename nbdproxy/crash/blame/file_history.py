@@ -153,7 +153,7 @@ def _steps(
     kept_from = {
         Level.RECEIVED: table.seq,
         Level.COMPLETED: table.completed,
-        Level.FLUSHED: timeline.fates(options).durable_from,
+        Level.FLUSHED: timeline.durability(options).durable_from,
     }[level][rows]
     if level is Level.RECEIVED:
         # One that fails is there from when it was received until its error is answered.

@@ -74,7 +74,7 @@ def blame(timeline: Timeline, row: int, position: int, options: Options) -> Blam
     """Tell why a request was not safe, or that it was."""
     table = timeline.table
     done = int(table.completed[row])
-    durable = int(timeline.fates(options).durable_from[row])
+    durable = int(timeline.durability(options).durable_from[row])
     if durable < position:
         flushes = np.flatnonzero(table.completed == durable)
         own = not len(flushes) or not table.is_flush[flushes[0]]
@@ -92,7 +92,7 @@ def _flushes_fate(timeline: Timeline, row: int, position: int, options: Options)
     covering = _covering(table, row, options)
     answered = table.completed[covering] < position
     failed = covering[answered & (table.error[covering] != 0)]
-    if int(timeline.fates(options).lost_from[row]) < position:
+    if int(timeline.durability(options).lost_from[row]) < position:
         seq = int(table.seq[failed[0]]) if options.fsyncgate and len(failed) else None
         return Blame(Safety.LOST if seq is None else Safety.FAILED, seq)
     begun = covering[(table.seq[covering] < position) & ~answered]

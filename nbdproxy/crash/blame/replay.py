@@ -288,10 +288,13 @@ class _Judge:
 
     def _choice(self, state: StateId) -> Mask:
         """Return which requests a state has."""
-        fates, rows = self.timeline.fates(state.options), slice(0, len(self.timeline.table))
+        durability, rows = (
+            self.timeline.durability(state.options),
+            slice(0, len(self.timeline.table)),
+        )
         if state.choice is Choice.ALL:
-            return fates.sent(rows, state.position)
-        return fates.kept(rows, state.position, state.level)
+            return durability.sent(rows, state.position)
+        return durability.kept(rows, state.position, state.level)
 
     def _findings(self, state: StateId) -> Findings:
         choice = self._choice(state)

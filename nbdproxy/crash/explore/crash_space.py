@@ -1,8 +1,9 @@
-"""`CrashSpace`: the sectors that chance decides on at one cut, and what each of them may hold.
+"""`CrashSpace`: the set of all disks that the model allows at one cut, sector by sector.
 
-Values with the same content are one, and sectors with one content only are left out: the product
-of the values that are left is the set of all disks that the model allows at this cut (see `fields`
-for how they are found, and for what is not covered).
+A sector is *undecided* if the model allows several contents of it. Of such sectors the space has
+the values that each may hold; values with the same content are one. The product of the sectors'
+values is the set of disks (see `crash_space_builder` for how they are found, and for what is not
+covered).
 
 `CrashSpace.change` tells how any state of the cut differs from the nearer of its two ends, MUST and
 ALL, in time that grows with what the state names, not with the disk.
@@ -68,7 +69,7 @@ class Values:
 class Mixture(NamedTuple):
     """What a sector may hold that no single value is: parts of several requests.
 
-    `at` is the position of the sector in the field.
+    `at` is the position of the sector in `Values.sectors`.
     """
 
     at: int
@@ -77,17 +78,17 @@ class Mixture(NamedTuple):
 
 
 FindMixtures = Callable[[StateId, Values], "tuple[list[Mixture], bool]"]
-"""Returns the mixtures of a field, and whether all of them were found."""
+"""Returns the mixtures of a space, and whether all of them were found."""
 
 _FEW_LOG10 = 7
 """Mixtures are looked for where so few states can be listed one by one."""
 
 
 class CrashSpace:
-    """What chance decides on at one cut.
+    """The undecided sectors of one cut, and what each may hold.
 
     state    MUST at that cut
-    may      the rows that chance decides on
+    may      the undecided rows: received, changing, and not kept for certain
     durable  the rows that must be there, and show somewhere
     """
 
@@ -111,10 +112,10 @@ class CrashSpace:
         self.first = first_of_content(self.start, values.digests)
         self.must_hash = must_hash
         self._must = self._contents(state, everywhere, values.must)
-        self._chance = frozenset(may.tolist())
+        self._undecided = frozenset(may.tolist())
         everything = replace(state, choice=Choice.ALL)
         counts = np.diff(self.start)
-        presence = Presence(timeline.fates(state.options), everything)
+        presence = Presence(timeline.durability(state.options), everything)
         entries = np.arange(len(values.rows))
         self._in_all = self._there(presence, entries, np.repeat(self.sectors, counts))
         self._in_all[values.must] = True
@@ -187,7 +188,7 @@ class CrashSpace:
         if state.choice is Choice.ALL and not state.pins:
             return StateChange(Choice.ALL, self.sectors[:0], self._must[:0], self.ends.hash)
         rows = [self.timeline.table.rows_before(part.seq) for part in state.parts]
-        if state.pins or not self._chance.issuperset(rows):
+        if state.pins or not self._undecided.issuperset(rows):
             return self._read_change(state, rows)
         if state.choice is Choice.DRAW:
             where = np.arange(len(self.sectors))
@@ -197,7 +198,7 @@ class CrashSpace:
         return self._changed(state, where, self._shown_named(state, where, rows))
 
     def pinned(self, entries: Numbers) -> tuple[StateId, StateChange]:
-        """Return the state in which these entries show, one for each sector of the field.
+        """Return the state in which these entries show, one for each undecided sector.
 
         Behind the entries of the values come the mixtures, numbered on.
         """
@@ -266,13 +267,13 @@ class CrashSpace:
         """Return the entries that show in some sectors, pins aside: the newest that are there."""
         counts = np.diff(self.start)[where]
         entries = expand(self.start[where], counts)
-        presence = Presence(self.timeline.fates(state.options), state)
+        presence = Presence(self.timeline.durability(state.options), state)
         there = self._there(presence, entries, np.repeat(self.sectors[where], counts))
         there |= entries == np.repeat(self.values.must[where], counts)
         return _newest(entries, there, counts)
 
     def _shown_named(self, state: StateId, where: Numbers, rows: list[int]) -> Numbers:
-        """The same for a state that names parts of requests which chance decides on."""
+        """The same for a state that names parts of undecided requests."""
         counts = self.start[where + 1] - self.start[where]
         entries = expand(self.start[where], counts)
         alone = state.choice is Choice.ONLY
@@ -301,7 +302,7 @@ class CrashSpace:
         return there
 
     def pins(self, where: Numbers, entries: Numbers) -> tuple[Pin, ...]:
-        """Return the pins that make one entry show in each of some of the field's sectors."""
+        """Return the pins that make one entry show in each of some undecided sectors."""
         rows = self.values.rows[entries].tolist()
         pins = (
             Pin(sector, sector, self.timeline.table.seq_of(row))

@@ -1,11 +1,11 @@
-"""`CrashSpaceBuilder`: finds, at one cut after the other, what chance decides on.
+"""`CrashSpaceBuilder`: finds the crash space of one cut after the other.
 
 Rule 6 in whole arrays: a sector may hold what the latest request that must be there left in it, or
 what any request left that may be there and does not happen before one that must; where nothing must
 be there, what was there before the recording. A TRIM that must be there may also have done nothing
 (rule 9).
 
-Guarantees: what the fields allow equals `tests.support.persistence_reference.allowed`.
+Guarantees: what the spaces allow equals `tests.support.persistence_reference.allowed`.
 
 Where requests end inside a sector (`ragged`), each of them beside what must be there is a value;
 combinations of several are `nbdproxy.crash.explore.mixtures`. Not covered: garbage after TRIM.
@@ -35,7 +35,7 @@ ENTRIES_MAX = 1 << 25
 
 
 class CrashSpaceBuilder:
-    """Makes the fields of a recording, cut after cut; cheapest if the cuts ascend."""
+    """Makes the crash spaces of a recording, cut after cut; cheapest if the cuts ascend."""
 
     def __init__(self, timeline: Timeline, level: Level, options: Options) -> None:
         self.timeline = timeline
@@ -48,7 +48,7 @@ class CrashSpaceBuilder:
         self._mixtures = Mixtures(timeline, self.cells)
         self._earlier, self._later = concurrent_pairs(table)
         self._is_trim = np.equal(table.command, Command.TRIM)
-        self._fates = timeline.fates(options)
+        self._durability = timeline.durability(options)
         self._reset()
 
     def _reset(self) -> None:
@@ -59,7 +59,7 @@ class CrashSpaceBuilder:
         self._ragged: dict[int, np.uint64] = {}
 
     def at(self, position: int) -> CrashSpace:
-        """Return the field at a cut."""
+        """Return the space of a cut; UsageError if it is too large to be listed."""
         state = StateId(position, self.level, Choice.MUST, self.options)
         self._keep(state)
         table = self.timeline.table
@@ -79,7 +79,7 @@ class CrashSpaceBuilder:
     def _keep(self, state: StateId) -> None:
         """Bring what must be there, and its hash, up to a cut."""
         table = self.timeline.table
-        kept = self._fates.kept(slice(0, len(table)), state.position, self.level)
+        kept = self._durability.kept(slice(0, len(table)), state.position, self.level)
         kept &= table.length > 0
         if (self._kept & ~kept).any():
             self._reset()
@@ -127,7 +127,7 @@ class CrashSpaceBuilder:
         cells, rows = self._candidates(may)
         # Beside what covers a sector in part, older data shows.
         data = self.cells.writes_data(rows, cells) | self.cells.ragged[cells]
-        # Cells with one value, or where all values are zeroes, leave nothing to chance.
+        # Cells with one value, or where all values are zeroes, are decided.
         kinds, index, counts = np.unique(cells, return_inverse=True, return_counts=True)
         open_ = (counts > 1) & (np.bincount(index, data, len(kinds)) > 0)
         cells, rows = cells[open_[index]], rows[open_[index]]
@@ -167,7 +167,7 @@ class CrashSpaceBuilder:
         )
 
     def _candidates(self, may: Rows) -> tuple[Numbers, Rows]:
-        """Return each value of each cell that chance may decide on: cells, and rows or BASE."""
+        """Return each value of each cell that may be undecided: cells, and rows or BASE."""
         table = self.timeline.table
         cells, rows = self.cells.pairs(may)
         writer = self._writers[cells]

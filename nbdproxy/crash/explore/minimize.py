@@ -77,14 +77,17 @@ class _Piece:
 
 
 def minimize(
-    bench: StateEvaluator, state: StateId, *, progress: Callable[[int, int], None] = lambda *_: None
+    evaluator: StateEvaluator,
+    state: StateId,
+    *,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Minimum:
     """Return the least that has to be missing; UsageError if the state does not fail.
 
     `progress` is told how many pieces are left, and how many checks were made.
     """
-    search = _Search(bench, state, progress)
-    pieces = _pieces(bench.timeline, state)
+    search = _Search(evaluator, state, progress)
+    pieces = _pieces(evaluator.timeline, state)
     if not search.fails_as_given():
         raise UsageError(
             f"state {state} does not fail that check; paste one that does, of nbdproxy explore"
@@ -99,9 +102,9 @@ def minimize(
 
 class _Search:
     def __init__(
-        self, bench: StateEvaluator, state: StateId, progress: Callable[[int, int], None]
+        self, evaluator: StateEvaluator, state: StateId, progress: Callable[[int, int], None]
     ) -> None:
-        self._bench = bench
+        self._evaluator = evaluator
         self._state = state
         self._progress = progress
         self._known: dict[tuple[_Piece, ...], Judged] = {}
@@ -138,7 +141,7 @@ class _Search:
         return self._known[key]
 
     def _judge(self, state: StateId) -> Judged:
-        [judged] = self._bench.judge(Unit(state.position, (str(state),)))
+        [judged] = self._evaluator.judge(Unit(state.position, (str(state),)))
         self.checks += judged.shared is None
         return judged
 
@@ -150,8 +153,10 @@ class _Search:
     def result(self, pieces: Sequence[_Piece]) -> Minimum:
         key = tuple(sorted(pieces, key=lambda piece: piece.pin))
         state = self._named(key)
-        missing = _without(self._bench.timeline, state, key)
-        same = missing is not None and self._bench.hash_of(missing) == self._bench.hash_of(state)
+        missing = _without(self._evaluator.timeline, state, key)
+        same = missing is not None and self._evaluator.hash_of(missing) == self._evaluator.hash_of(
+            state
+        )
         shown = missing if missing is not None and same else state
         return Minimum(shown, self._of(pieces), _lost(key), self.checks)
 
@@ -196,9 +201,9 @@ def _missing(parts: Sequence[Segment], shown: Sequence[Segment]) -> list[int]:
 
 def _touched(timeline: Timeline, state: StateId) -> Numbers:
     """Return the sectors in which a state can differ from ALL: those of May, and what it names."""
-    table, fates = timeline.table, timeline.fates(state.options)
+    table, durability = timeline.table, timeline.durability(state.options)
     rows = np.arange(table.rows_before(state.position))
-    may = rows[~fates.kept(rows, state.position, state.level) & (table.length[rows] > 0)]
+    may = rows[~durability.kept(rows, state.position, state.level) & (table.length[rows] > 0)]
     named = np.searchsorted(table.seq, [part.seq for part in state.parts])
     spans = [
         sectors_of(table, int(row), state.options.sector)

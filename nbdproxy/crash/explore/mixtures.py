@@ -63,7 +63,7 @@ class Mixtures:
         return self._cells.bounds[cells], first[cells]
 
     def find(self, state: StateId, values: Values, kept: Mask) -> tuple[list[Mixture], bool]:
-        """Return the mixtures of a field's sectors, and whether these are all that there are.
+        """Return the mixtures of undecided sectors, and whether these are all that there are.
 
         `kept` are the rows that must be there.
         """

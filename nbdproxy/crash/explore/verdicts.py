@@ -4,7 +4,7 @@
              what was explored: `version`, `recording` (its path then), `identity` (a digest of
              how it began), `base` (the image that was named, by size and time), `events`, `mode`,
              `failure`, `level`, `at` (the cut or the cuts), the model's `sector`, `coverage`,
-             `fsyncgate` and `losses`, `judge` (what was checked), and what was wished for: `seed`,
+             `fsyncgate` and `losses`, `judge` (what was checked), and what was asked for: `seed`,
              `torn`, `stale`, `exhaustive`
     state    one row a state that was visited, in the order in which they were
         id        TEXT PRIMARY KEY; with the recording all that is needed to rebuild the state

@@ -31,7 +31,7 @@ from nbdproxy.recording.index import BASE
 
 
 class Choice(Enum):
-    """Which of the requests that chance decides on are on the disk."""
+    """Which of the undecided requests are on the disk: those that the level does not keep."""
 
     MUST = "must"
     """None: only what the level keeps."""
@@ -42,7 +42,7 @@ class Choice(Enum):
     ONLY = "only"
     """None but the state's parts."""
     DRAW = "draw"
-    """Drawn by lot: see `nbdproxy.crash.states.presence`."""
+    """Drawn at random: see `nbdproxy.crash.states.presence`."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -32,12 +32,12 @@ def sectors_of(table: RequestTable, row: int, sector: int) -> tuple[int, int]:
 
 
 class Presence:
-    """Answers for one state; `fates` are of its options."""
+    """Answers for one state; `durability` are of its options."""
 
-    def __init__(self, fates: Durability, state: StateId) -> None:
+    def __init__(self, durability: Durability, state: StateId) -> None:
         """Raise UsageError if the state's parts name requests that the recording lacks."""
-        self._fates = fates
-        self._table = fates.table
+        self._durability = durability
+        self._table = durability.table
         self._state = state
         self._parts = rows_of_parts(self._table, state)
         self._named = np.array(sorted(self._parts), np.int32)
@@ -48,8 +48,8 @@ class Presence:
 
     def of(self, rows: Rows) -> Fractions:
         """Tell for each row whether it is ABSENT, WHOLE or TORN."""
-        state, fates = self._state, self._fates
-        kept = fates.kept(rows, state.position, state.level)
+        state, durability = self._state, self._durability
+        kept = durability.kept(rows, state.position, state.level)
         if state.choice is Choice.MUST:
             return kept.astype(np.int8)
         if state.choice is Choice.DRAW:
@@ -59,7 +59,7 @@ class Presence:
         if state.choice is Choice.ONLY:
             found = kept.astype(np.int8)
         else:
-            found = (kept | fates.sent(rows, state.position)).astype(np.int8)
+            found = (kept | durability.sent(rows, state.position)).astype(np.int8)
         if len(self._named):
             self._name(rows, found, kept)
         return found

@@ -47,7 +47,7 @@ class Timeline:
     def __init__(self, source: Source, *, base: ReadableDevice | None = None) -> None:
         self.source = source
         self.table = source.table
-        self._fates: dict[Options, Durability] = {}
+        self._durability: dict[Options, Durability] = {}
         self._base = base
         self._lock = threading.Lock()
 
@@ -56,12 +56,12 @@ class Timeline:
         """Which requests touch what."""
         return TouchIndex(self.table)
 
-    def fates(self, options: Options) -> Durability:
+    def durability(self, options: Options) -> Durability:
         """Return when each request became durable, in a reading of the model."""
         with self._lock:
-            if options not in self._fates:
-                self._fates[options] = Durability(self.table, options)
-            return self._fates[options]
+            if options not in self._durability:
+                self._durability[options] = Durability(self.table, options)
+            return self._durability[options]
 
     def base(self) -> ReadableDevice:
         """Return the disk as it was at the start; it belongs to the timeline."""
@@ -114,7 +114,7 @@ class CrashDisk:
         self.on_close: Callable[[], None] | None = None
         self._timeline = timeline
         self._table = timeline.table
-        self._presence = Presence(timeline.fates(state.options), state)
+        self._presence = Presence(timeline.durability(state.options), state)
         self._before = timeline.table.rows_before(state.position)
         self._pins = [_Pinned(timeline, state, pin) for pin in state.pins]
 

@@ -109,7 +109,7 @@ class ActivePolicy:
     @property
     def struck(self) -> dict[str, int]:
         """How often each rule struck."""
-        return dict(self.engine.struck) if self.engine is not None else {}
+        return dict(self.engine.matched) if self.engine is not None else {}
 
     def held(self, request: Request, seq: int) -> None:
         """Take note that the cache holds a change."""
@@ -189,7 +189,11 @@ def fault_note(request: Request, seq: int, decision: Decision) -> str:
     """Return what the recording says of a rule that struck, as JSON."""
     command = Command(request.command).name.lower().replace("_", "-")
     action = decision.action.kind.value if decision.action is not None else "delay"
-    facts: dict[str, object] = {"rule": decision.lot.rule, "action": action, "command": command}
+    facts: dict[str, object] = {
+        "rule": decision.draw_key.rule,
+        "action": action,
+        "command": command,
+    }
     if seq >= 0:
         facts["seq"] = seq
     if request.length:

@@ -197,7 +197,7 @@ class FastPath:
         if kind is ActionKind.CUT:
             if request.command in _MODIFYING:
                 self._change(request, seq, batch)
-            self._power.cut(f"the policy's rule {decision.lot.rule}")
+            self._power.cut(f"the policy's rule {decision.draw_key.rule}")
         elif kind is ActionKind.ERROR and not decision.delay_s:
             batch.answered.append((request, seq, failure_by_rule(decision)))
         elif request.command not in _RECORDED:

@@ -81,7 +81,7 @@ class Faults:
             self.written(request)
             data = bytes(request.payload)
             for offset, shown in shown_after_write(
-                decision.action, decision.lot, request.offset, data, old
+                decision.action, decision.draw_key, request.offset, data, old
             ):
                 self._overlay.show(offset, shown)
         elif (
@@ -110,9 +110,9 @@ class Faults:
         if action.kind is ActionKind.STALE and self._past is not None:
             self._past.patch(request.offset, data)
         elif action.kind is ActionKind.FLIP:
-            data[:] = flipped(bytes(data), action.bits, decision.lot)
+            data[:] = flipped(bytes(data), action.bits, decision.draw_key)
         elif action.kind is ActionKind.STICK:
-            data[:] = stuck(bytes(data), request.offset, action, decision.lot)
+            data[:] = stuck(bytes(data), request.offset, action, decision.draw_key)
 
     def lift(self) -> None:
         """Show what the disk holds, everywhere."""

@@ -53,7 +53,7 @@ def failure_by_rule(decision: Decision) -> RequestFailure:
     """Return the error that a rule gives."""
     assert decision.action is not None
     return RequestFailure(
-        decision.action.errno.number, f"the policy's rule {decision.lot.rule} says so"
+        decision.action.errno.number, f"the policy's rule {decision.draw_key.rule} says so"
     )
 
 

@@ -1,4 +1,4 @@
-"""`Crew`: the workers of a Dask cluster as a client sees them: who is there, and is any use.
+"""`DaskCluster`: the workers of a Dask cluster as a client sees them: who is there, and is any use.
 
 A worker that is new is enlisted before it gets a unit: it opens the recording, after it was handed
 the pieces of it that it needs. Those go to one worker of a machine at a time, since all workers of
@@ -72,7 +72,7 @@ def say(text: str) -> None:
     sys.stderr.write(f"nbdproxy: {visible(text)}\n")
 
 
-class Crew:
+class DaskCluster:
     """The workers of a cluster, for one order; owns `client`, and not `source`."""
 
     def __init__(
@@ -97,14 +97,14 @@ class Crew:
         self._has_told = False
 
     @property
-    def members(self) -> Collection[WorkerState]:
+    def workers(self) -> Collection[WorkerState]:
         """All that are there."""
         return self._members.values()
 
     @property
     def is_busy(self) -> bool:
         """Whether anything was given out and did not come back."""
-        return any(member.flying for member in self.members)
+        return any(worker.flying for worker in self.workers)
 
     def look(self) -> list[WorkerState]:
         """Return who is gone, enlist who is new, and do so only now and then.
@@ -121,9 +121,9 @@ class Crew:
             threads: dict[str, int] = self._client.nthreads()
         except (OSError, CancelledError):
             raise self._end("the scheduler does not answer any more; start it again") from None
-        gone = [member for member in self.members if member.address not in threads]
-        for member in gone:
-            del self._members[member.address]
+        gone = [worker for worker in self.workers if worker.address not in threads]
+        for worker in gone:
+            del self._members[worker.address]
         for address, count in threads.items():
             self._members.setdefault(address, WorkerState(address, count))
         self._enlist()
@@ -131,14 +131,14 @@ class Crew:
         return gone
 
     def _be_patient(self, now: float) -> None:
-        members = self.members
-        if any(member.is_ready for member in members):
+        workers = self.workers
+        if any(worker.is_ready for worker in workers):
             self._useful = now
             return
-        if members and all(member.unfit for member in members):
-            reason = next(iter(members)).unfit
+        if workers and all(worker.unfit for worker in workers):
+            reason = next(iter(workers)).unfit
             raise self._end(f"no worker can be used ({reason}); see that nbdproxy is there")
-        if any(member.errand is not None for member in members):
+        if any(worker.errand is not None for worker in workers):
             # It may be long, with a large recording; but somebody is at it.
             self._useful = now
         waited = now - self._useful
@@ -154,14 +154,14 @@ class Crew:
     def _end(self, what: str) -> NbdproxyError:
         return NbdproxyError(f"{what}, and go on with --db FILE --resume if you had named a --db")
 
-    def give(self, member: WorkerState, unit: Unit) -> None:
+    def give(self, worker: WorkerState, unit: Unit) -> None:
         """Give a unit to a worker that is ready."""
-        future = self._submit(member, dask_worker.judge, Task(self._order.key, unit))
-        member.flying[str(future.key)] = future, unit
+        future = self._submit(worker, dask_worker.judge, Task(self._order.key, unit))
+        worker.flying[str(future.key)] = future, unit
 
-    def enlist_again(self, member: WorkerState) -> None:
+    def enlist_again(self, worker: WorkerState) -> None:
         """Take note that a worker has not the recording open any more."""
-        member.is_ready = False
+        worker.is_ready = False
         self._enlist()
 
     def finished(self) -> Iterator[tuple[WorkerState, str, Result | None]]:
@@ -170,23 +170,23 @@ class Crew:
         Raises what the judge raised.
         """
         with suppress(Empty):
-            member, future = self._done.get(timeout=_LOOK_S)
+            worker, future = self._done.get(timeout=_LOOK_S)
             while True:
-                if future is member.asked:
-                    self._go_on(member, future)
-                elif (key := str(future.key)) in member.flying:
-                    for result in self._fetch(member, future):
-                        yield member, key, result
-                member, future = self._done.get_nowait()
+                if future is worker.asked:
+                    self._go_on(worker, future)
+                elif (key := str(future.key)) in worker.flying:
+                    for result in self._fetch(worker, future):
+                        yield worker, key, result
+                worker, future = self._done.get_nowait()
 
-    def _fetch(self, member: WorkerState, future: Future[Result]) -> list[Result | None]:
+    def _fetch(self, worker: WorkerState, future: Future[Result]) -> list[Result | None]:
         """Return what came back; nothing yet, if its worker seems to have gone with it."""
         try:
             return [future.result(timeout=_FETCH_S)]
         except TimeoutError:
             if future.status == "error":
                 raise
-            future.add_done_callback(lambda done: self._done.put((member, done)))
+            future.add_done_callback(lambda done: self._done.put((worker, done)))
             return []
         except KilledWorker:
             return [Result("", None)]
@@ -195,87 +195,87 @@ class Crew:
 
     def _enlist(self) -> None:
         """Begin to get those ready who are not."""
-        for member in self.members:
-            if member.is_ready or member.unfit is not None or member.errand is not None:
+        for worker in self.workers:
+            if worker.is_ready or worker.unfit is not None or worker.errand is not None:
                 continue
-            if self._order.parcel is not None and any(
-                other.errand is not None and other.host == member.host for other in self.members
+            if self._order.snapshot is not None and any(
+                other.errand is not None and other.host == worker.host for other in self.workers
             ):
                 continue
-            member.errand = self._errand(member)
-            self._ask(member, next(member.errand))
+            worker.errand = self._errand(worker)
+            self._ask(worker, next(worker.errand))
 
-    def _errand(self, member: WorkerState) -> _Errand:
+    def _errand(self, worker: WorkerState) -> _Errand:
         """Yield what to ask of a worker, once; it is repeated until the worker is ready."""
         order = self._order
         answer = yield dask_worker.enlist, (order,)
         if answer.is_ready:
-            member.is_ready, member.process = True, answer.process
-        elif order.parcel is None:
+            worker.is_ready, worker.process = True, answer.process
+        elif order.snapshot is None:
             if self._pieces is None:
                 self._tell("there are workers that do not see the recording; they are handed it")
                 self._pieces = PieceSource(self._source)
-                self._order = replace(order, parcel=self._pieces.parcel)
-        elif member.handed == _HANDED_MAX:
-            self._refuse(member, "what it is handed does not stay whole on its disk")
+                self._order = replace(order, snapshot=self._pieces.snapshot)
+        elif worker.handed == _HANDED_MAX:
+            self._refuse(worker, "what it is handed does not stay whole on its disk")
         else:
             assert self._pieces is not None
-            member.handed += 1
+            worker.handed += 1
             for digest in answer.lacking:
                 yield dask_worker.accept, (digest, self._pieces.read(digest))
 
-    def _go_on(self, member: WorkerState, future: Future[WorkerReady]) -> None:
+    def _go_on(self, worker: WorkerState, future: Future[WorkerReady]) -> None:
         """Go on with a worker's errand."""
-        assert member.errand is not None
+        assert worker.errand is not None
         try:
-            self._ask(member, member.errand.send(future.result(timeout=_FETCH_S)))
+            self._ask(worker, worker.errand.send(future.result(timeout=_FETCH_S)))
             return
         except StopIteration:
             pass
         except TimeoutError as error:
             if future.status != "error":
-                future.add_done_callback(lambda done: self._done.put((member, done)))
+                future.add_done_callback(lambda done: self._done.put((worker, done)))
                 return
-            self._refuse(member, str(error))
+            self._refuse(worker, str(error))
         except (CancelledError, KilledWorker):
             pass
         except Exception as error:
             if future.status != "error":
                 raise
-            self._refuse(member, str(error) or repr(error))
-        member.errand = member.asked = None
+            self._refuse(worker, str(error) or repr(error))
+        worker.errand = worker.asked = None
         self._enlist()
 
-    def _refuse(self, member: WorkerState, why: str) -> None:
-        member.unfit = why
-        self._tell(f"the worker {member.address} cannot be used: {why}")
+    def _refuse(self, worker: WorkerState, why: str) -> None:
+        worker.unfit = why
+        self._tell(f"the worker {worker.address} cannot be used: {why}")
 
     def _ask(
-        self, member: WorkerState, call: tuple[Callable[..., object], tuple[object, ...]]
+        self, worker: WorkerState, call: tuple[Callable[..., object], tuple[object, ...]]
     ) -> None:
-        member.asked = self._submit(member, call[0], *call[1])
+        worker.asked = self._submit(worker, call[0], *call[1])
 
     def _submit(
-        self, member: WorkerState, function: Callable[..., object], *arguments: object
+        self, worker: WorkerState, function: Callable[..., object], *arguments: object
     ) -> Future[Any]:
         future: Future[Any] = self._client.submit(
             function,
             *arguments,
-            workers=[member.address],
+            workers=[worker.address],
             allow_other_workers=False,
             pure=False,
         )
-        future.add_done_callback(lambda done: self._done.put((member, done)))
+        future.add_done_callback(lambda done: self._done.put((worker, done)))
         return future
 
     def close(self) -> None:
         """Have the workers close the recording, if they are quick, and leave."""
-        key, ready = self._order.key, [member for member in self.members if member.is_ready]
+        key, ready = self._order.key, [worker for worker in self.workers if worker.is_ready]
         with suppress(OSError, TimeoutError, CancelledError):
-            for member in self.members:
-                self._client.cancel([future for future, _ in member.flying.values()])
-                member.flying.clear()
-            parting = [self._submit(member, dask_worker.dismiss, key) for member in ready]
+            for worker in self.workers:
+                self._client.cancel([future for future, _ in worker.flying.values()])
+                worker.flying.clear()
+            parting = [self._submit(worker, dask_worker.dismiss, key) for worker in ready]
             self._wait_for({str(future.key) for future in parting})
         try:
             self._client.close(timeout=_PARTING_S)
