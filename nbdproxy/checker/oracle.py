@@ -458,7 +458,10 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         return classify(entry, len(target), [target], set(earlier))
     result = (
         conclude(
-            *(entry, found["size"], found["digests"], set(earlier)),
+            entry,
+            found["size"],
+            found["digests"],
+            set(earlier),
             all_zero=found["allZero"],
             zero_block=found["zeroBlock"],
         )

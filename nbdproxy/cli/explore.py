@@ -201,8 +201,7 @@ def explore(
         asked = at or (every.value if every else _usual_cut(failure))
         level = _level(source, mode, failure, None if every else asked)
         judge = make_judge(
-            *(timeline, files, check, None if every else asked, where),
-            *(time_limit, oracle),
+            timeline, files, check, None if every else asked, where, time_limit, oracle
         )
         fields = CrashSpaceBuilder(timeline, level, options)
         budget = states if states is not None else None if exhaustive else ExploreOptions().budget

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from nbdproxy.cli.choices import JsonOption
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
@@ -16,7 +17,6 @@ from nbdproxy.server.export.dry_run import DryRun, explain, rehearse
 from nbdproxy.sizes import plural
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()

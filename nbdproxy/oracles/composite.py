@@ -122,7 +122,7 @@ def scan(
     asked = below if isinstance(here, str) else [here, *below]
     found: list[Entry] = []
     for mount in asked:
-        found += oracle.scan(*(device, under), mount=mount, modes=modes, without=without).entries
+        found += oracle.scan(device, under, mount=mount, modes=modes, without=without).entries
     return Manifest(tuple(found))
 
 

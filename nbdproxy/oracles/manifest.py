@@ -138,8 +138,12 @@ class Entries(Sequence[Entry]):
             folder, name = entry.path[:start], entry.path[start:]
             raw = bytes.fromhex(entry.digest)
             kind = _Kind(
-                *(len(raw), entry.size is None, entry.mode, entry.target),
-                *(entry.algorithm, entry.is_guessed),
+                width=len(raw),
+                is_sizeless=entry.size is None,
+                mode=entry.mode,
+                target=entry.target,
+                algorithm=entry.algorithm,
+                is_guessed=entry.is_guessed,
             )
             self._folder.append(folders.setdefault(folder, len(folders)))
             self._kind.append(kinds.setdefault(kind, len(kinds)))
@@ -167,7 +171,10 @@ class Entries(Sequence[Entry]):
             self._folders[self._folder[at]] + name,
             raw[: kind.width].hex(),
             None if kind.is_sizeless else self._sizes[at],
-            *(kind.mode, kind.target, kind.algorithm, kind.is_guessed),
+            mode=kind.mode,
+            target=kind.target,
+            algorithm=kind.algorithm,
+            is_guessed=kind.is_guessed,
         )
 
     def __iter__(self) -> Iterator[Entry]:

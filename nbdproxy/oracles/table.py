@@ -151,8 +151,11 @@ def _mbr_partitions(device: ReadableDevice, mbr: bytes, unit: int) -> Iterator[P
 
     def named(number: int, first: int, entry: _Entry) -> Partition:
         return Partition(
-            *(number, first * unit, entry.length * unit),
-            *(f"{entry.kind:#04x}", f"{ident:08x}-{number:02x}"),
+            number,
+            first * unit,
+            entry.length * unit,
+            kind=f"{entry.kind:#04x}",
+            ident=f"{ident:08x}-{number:02x}",
         )
 
     entries = _entries(mbr)

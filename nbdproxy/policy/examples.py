@@ -31,7 +31,7 @@ after it: "?" is a sector that is not one letter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbdproxy.errors import PolicyError
@@ -192,8 +192,4 @@ def _expecting(step: Step, words: list[str]) -> Step | None:
         return None
     if after_s and outcome == SILENCE:
         return None
-    return Step(
-        *(step.text, step.command, step.sector, step.count, step.letters, step.fua),
-        outcome=outcome,
-        after_s=after_s,
-    )
+    return replace(step, outcome=outcome, after_s=after_s)

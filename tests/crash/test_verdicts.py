@@ -36,9 +36,15 @@ ABOUT = {"recording": "run1", "events": "7", "wish": "all"}
 ROWS = [
     Row("s1.flushed.must", 0, 1, "ends", 1, Judgement(Verdict.PASS), CHECKED, None, 0.25),
     Row(
-        *("s1.flushed.all", 1, 1, "ends", 2**64 - 1),
+        "s1.flushed.all",
+        1,
+        1,
+        "ends",
+        2**64 - 1,
         Judgement(Verdict.FAIL, "two are gone", {"whole": 3, "missing": 2}),
-        *(CHECKED, None, 1.5),
+        CHECKED,
+        None,
+        1.5,
     ),
     Row(
         *("s2.flushed.must", 2, 2, "ends", 1, Judgement(Verdict.PASS, looked=False)),

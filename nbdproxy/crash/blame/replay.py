@@ -170,8 +170,15 @@ def replay(
     finally:
         timeline.close()
     return Replay(
-        *(manifest, tree, cut, taken.modes, taken.left_out, tuple(cells), below_qcow2),
-        *(taken.why, taken.remark),
+        manifest,
+        tree,
+        cut,
+        recorded_under=taken.modes,
+        left_out=taken.left_out,
+        cells=tuple(cells),
+        below_qcow2=below_qcow2,
+        why=taken.why,
+        remark=taken.remark,
     )
 
 

@@ -132,9 +132,18 @@ class Verdicts:
         """Enter rows, all or none."""
         values = [
             (
-                *(row.state, row.number, row.position, row.stage, f"{row.content:016x}"),
-                *(row.judgement.verdict.value, row.how, row.same_as, row.judgement.reason),
-                *(json.dumps(dict(row.judgement.counts)), row.judgement.looked, row.seconds),
+                row.state,
+                row.number,
+                row.position,
+                row.stage,
+                f"{row.content:016x}",
+                row.judgement.verdict.value,
+                row.how,
+                row.same_as,
+                row.judgement.reason,
+                json.dumps(dict(row.judgement.counts)),
+                row.judgement.looked,
+                row.seconds,
             )
             for row in rows
         ]

@@ -291,7 +291,9 @@ class Upstream:
             for offset, length in pieces:
                 at_work = True
                 await self._ask(
-                    *(request.command, offset, length),
+                    request.command,
+                    offset,
+                    length,
                     flags=request.flags,
                     payload=request.payload,
                     on_done=answered,

@@ -82,7 +82,10 @@ class ActivePolicy:
         self.disk: BlockDevice = self.volatile or disk
         self.remote = remote if self.volatile is None else None
         self.waiting = SlowPath(
-            *(self.disk, self.remote, self.landings, power),
+            self.disk,
+            self.remote,
+            self.landings,
+            power,
             regime=number,
             faults=self.faults,
             held=self.held,

@@ -79,7 +79,9 @@ class _Stage:
     async def play(self) -> DryRun:
         """Play all steps, and see what is left."""
         self._export = Export(
-            *("", self._image, self._policy),
+            "",
+            self._image,
+            self._policy,
             seed=self._example.seed,
             places=find_places(self._policy, self._image),
         )

@@ -208,7 +208,11 @@ class FastPath:
                 flush = request.command == _FLUSH
                 handling = Handling.ANSWER if flush else Handling.HOLD
             bare = Job(
-                *(_without_payload(request), seq, None, None, decision, handling, batch.layer),
+                _without_payload(request),
+                seq,
+                decision=decision,
+                handling=handling,
+                layer=batch.layer,
                 regime=batch.regime,
             )
             if request.command == _FLUSH or kind is ActionKind.ERROR or bare.dropped_before:

@@ -111,7 +111,7 @@ class Listener:
             return
         self._connections += 1
         session = Session(
-            *(sock, self._connections, client, self._shelf), power=self._power, tls=self._tls
+            sock, self._connections, client, self._shelf, power=self._power, tls=self._tls
         )
         self._sessions[session] = None
         sessions.start_soon(self._serve_one, session)
