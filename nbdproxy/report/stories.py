@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.causes import CAUSES, Cause
 from nbdproxy.crash.blame.file_history import LEVELS, Carrier, Course, FileHistory
 from nbdproxy.crash.blame.ranges import Losses
 from nbdproxy.crash.blame.replay import Cell, Replay
@@ -28,25 +28,6 @@ _CALLED = {
     Level.RECEIVED: "sent",
     Level.COMPLETED: "answered",
     Level.FLUSHED: "flushed",
-}
-
-_ADVICE = {
-    Cause.NEVER_SENT: "No request had carried it as it should be: the guest still had it in "
-    "memory, or what is expected is not of this disk. No cache mode can help. Let the application "
-    "fsync the file and its directory, or sync before the power goes.",
-    Cause.MAPPING_NEVER_SENT: "Its data was written, and the qcow2 table that leads to it was in "
-    "QEMU's memory. An fsync would have made QEMU write the table; a raw image has none.",
-    Cause.CANNOT_BE_TOLD: "Who lost it cannot be told: a state that keeps more cannot be judged "
-    "here (--oracle kernel may), or something was written that nothing in the qcow2 file leads to.",
-    Cause.CHANGED_BY_GUEST: "It had been whole, and the guest changed or removed it: nothing was "
-    "lost.",
-    Cause.SENT_UNANSWERED: "It was on its way. Nobody had promised anything yet; an fsync that "
-    "returns does.",
-    Cause.UNFLUSHED: "It was written and not flushed. An fsync would have protected it, and so "
-    "would cache=writethrough or directsync, which flush every write.",
-    Cause.FLUSH_IN_FLIGHT: "It was being flushed just then. Nobody had promised anything yet.",
-    Cause.FLUSHED_THEN_LOST: "It had been flushed. The cache mode ignores flushes (unsafe), or the "
-    "store below lost what it had acknowledged: nbdproxy audit tells.",
 }
 
 
@@ -207,7 +188,7 @@ def _advice(cause: Cause, cut: Cut, story: FileHistory, source: Source) -> str:
             f"It was not yet sent at this cut; it was sent {later_ms:,.3f} ms later. An fsync that "
             f"had returned before would have had it sent and flushed."
         )
-    return _ADVICE[cause]
+    return CAUSES[cause].advice
 
 
 def _fate(cell: Cell, path: str) -> str:
