@@ -27,8 +27,8 @@ from nbdproxy.server.front.control import ControlSocket
 from nbdproxy.server.front.endpoints import Endpoint
 from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.server.front.listener import Listener
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import ServerTls
 from nbdproxy.signals import told_to_end
 
 log = structlog.get_logger()
@@ -252,7 +252,7 @@ class Service:
             self._ending.begin(self._power.reason)
 
     async def _when_failed(self, export: Export) -> None:
-        await export.ledger.failed.wait()
+        await export.request_log.failed.wait()
         self._ending.begin(f"failed: {export.failure}")
 
     def _on_qmp(self, event: str, text: str) -> None:

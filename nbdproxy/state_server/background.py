@@ -14,8 +14,8 @@ from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.front.endpoints import Endpoint, listen_unix
 from nbdproxy.server.front.export_provider import ExportProvider
 from nbdproxy.server.front.listener import Listener
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import ServerTls
 
 _GRACE_S = 1.0
 

@@ -22,6 +22,7 @@ from nbdproxy.persistence.model import Level
 from nbdproxy.policy import loader
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.notes import NoteKind
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.offer import offer
 from nbdproxy.server.front.endpoints import Endpoint
@@ -97,7 +98,9 @@ class StateExports:
         if name in self._reads:
             self._reads[name].append(traced)
         disk = OverlayDisk(traced)
-        return Export(name, disk, self._policy, description=f"state {state}", shared=False)
+        return Export(
+            name, ImageStore(disk), self._policy, description=f"state {state}", shared=False
+        )
 
     def put_back(self, export: Export) -> None:
         """End the export, and what was written to it."""

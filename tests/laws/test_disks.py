@@ -25,7 +25,7 @@ from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.disks.volatile import Ticket, VolatileDisk
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export.preserve import PreservingDisk
+from nbdproxy.server.below.copy_before_write import PreservingDisk
 from tests.support.images import write_sparse
 
 SECTOR = 512

@@ -20,8 +20,8 @@ from nbdproxy.server.front.control import CLIENTS
 from nbdproxy.server.front.endpoints import Endpoint
 from nbdproxy.server.front.export_provider import ExportProvider
 from nbdproxy.server.front.session import Session
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import ServerTls
 
 log = structlog.get_logger()
 

@@ -21,15 +21,15 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import NbdErrno, Request
-from nbdproxy.server.budget import Budget
-from nbdproxy.server.complaints import complaints
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.jobs import Job, LinkDroppedError
 from nbdproxy.server.export.spoiling import spoiled
 from nbdproxy.server.front.export_provider import ExportProvider
-from nbdproxy.server.power import Power, PowerLostError
-from nbdproxy.server.tls import ServerTls
-from nbdproxy.server.wire import SocketWire, TlsWire, Wire
+from nbdproxy.server.shared.budget import Budget
+from nbdproxy.server.shared.complaints import complaints
+from nbdproxy.server.shared.power import Power, PowerLostError
+from nbdproxy.server.shared.tls import ServerTls
+from nbdproxy.server.shared.wire import SocketWire, TlsWire, Wire
 
 log = structlog.get_logger()
 
@@ -248,7 +248,7 @@ class Session:
             await export.passed()
         if self._stopping and export.failure is None:
             requests = [_refused(one) for one in requests]
-        if export.recorder is not None:
+        if export.request_log.records:
             await export.prepare(requests)
         if not self._changes.take(len(requests)):
             await self._changes.acquire(len(requests))
