@@ -82,6 +82,7 @@ class FaultyStore(StackedStore):
             raise
 
         def changed(done: bool) -> None:
+            """Show what is left, before a later change of the range may begin."""
             if done:
                 self._after(request, decision, old)
             over(done)
