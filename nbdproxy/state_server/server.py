@@ -78,7 +78,7 @@ class _Infos(Mapping[str, ExportInfo]):
 
 
 class StateExports:
-    """All states of a timeline, as a `Shelf`."""
+    """All states of a timeline, as an `ExportProvider`."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
@@ -119,7 +119,7 @@ class StateExports:
         return found
 
 
-def serve_states(shelf: StateExports, endpoint: Endpoint) -> str:
+def serve_states(exports: StateExports, endpoint: Endpoint) -> str:
     """Serve until a signal; return why it ended. The caller closes the endpoint."""
 
     async def main() -> str:
@@ -127,7 +127,7 @@ def serve_states(shelf: StateExports, endpoint: Endpoint) -> str:
         ending.opened = True
         async with trio.open_nursery() as nursery:
             await nursery.start(ending.watch_signals)
-            nursery.start_soon(host, shelf, endpoint, ended)
+            nursery.start_soon(host, exports, endpoint, ended)
             await ending.wait_begun()
             ended.set()
             nursery.cancel_scope.deadline = trio.current_time() + _GRACE_S
@@ -140,5 +140,5 @@ class StateServer(ThreadedServer):
     """The states of a timeline on a socket of their own, served by a thread; a context manager."""
 
     def __init__(self, timeline: Timeline) -> None:
-        self.shelf = StateExports(timeline)
-        super().__init__(self.shelf)
+        self.exports = StateExports(timeline)
+        super().__init__(self.exports)

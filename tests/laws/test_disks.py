@@ -260,9 +260,9 @@ class CacheRun:
     def forget(self, job: Landing) -> None:
         """The second half."""
         if job.ticket is not None:
-            self.disk.ticket_landed(job.ticket)
+            self.disk.ticket_destaged(job.ticket)
         else:
-            self.disk.landed(job.layer)
+            self.disk.destaged(job.layer)
         self.reference.forget(job)
 
     def check(self) -> None:

@@ -136,7 +136,7 @@ class CachedStore(ImageStore):
         writes = [Extent(ticket.offset, ticket.length) for ticket in tickets]
         pieces = surviving(self._survives, writes, self._seed, self._metadata)
         chosen = [(tickets[piece.write], piece.start, piece.end) for piece in pieces]
-        await trio.to_thread.run_sync(self._volatile.land_pieces, chosen)
+        await trio.to_thread.run_sync(self._volatile.destage_pieces, chosen)
         listed = [
             [self._seqs.get(ticket.held.order), start, end - start]
             for ticket, start, end in chosen[:_LISTED]

@@ -99,7 +99,7 @@ class DestageQueue:
             layer = self._volatile.freeze()
             copy = partial(self._volatile.copy_down, layer)
             await trio.to_thread.run_sync(copy, limiter=self._thread)
-            self._volatile.landed(layer)
+            self._volatile.destaged(layer)
 
     async def settled(self) -> int:
         """Wait for the destaging that is at work, and return how many bytes are still held."""
@@ -132,11 +132,11 @@ class DestageQueue:
         elif destage.ticket is not None:
             copy = partial(self._volatile.copy_ticket_down, destage.ticket, sync=destage.promised)
             await trio.to_thread.run_sync(copy, limiter=self._thread)
-            self._volatile.ticket_landed(destage.ticket)
+            self._volatile.ticket_destaged(destage.ticket)
         else:
             copy = partial(self._volatile.copy_down, destage.line)
             await trio.to_thread.run_sync(copy, limiter=self._thread)
-            self._volatile.landed(destage.line)
+            self._volatile.destaged(destage.line)
 
 
 def _as_it_ended(failure: RequestFailure | None) -> RequestFailure | None:

@@ -81,10 +81,8 @@ class ImageStore(Store):
         await self._in_thread(self.disk.will_need, offset, length)
 
     def flush(self, _line: int, record: Record, drops: RequestFailure | None, /) -> Promise:
-        """Promise a sync; nothing is held that a failing FLUSH could drop."""
-        if drops is not None:
-            return self._flushes.answer(record, drops)
-        return self._flushes.promise(record)
+        """Promise a sync."""
+        return self._flushes.promise(record, drops)
 
     def fua(self, record: Record) -> Promise:
         """Promise a sync."""

@@ -53,10 +53,8 @@ class RemoteStore(Store):
         await self._upstream.will_need(offset, length)
 
     def flush(self, _line: int, record: Record, drops: RequestFailure | None, /) -> Promise:
-        """Promise a FLUSH below; nothing is held here that a failing one could drop."""
-        if drops is not None:
-            return self._flushes.answer(record, drops)
-        return self._flushes.promise(record)
+        """Promise a FLUSH below."""
+        return self._flushes.promise(record, drops)
 
     def fua(self, record: Record) -> Promise:
         """Do nothing more: FUA has gone down with the change."""

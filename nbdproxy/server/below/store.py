@@ -44,7 +44,7 @@ class Store(ABC):
     """A disk as an export sees it. The defaults are those of a store with nothing held or hidden.
 
     disk      the same disk for ordinary code, whose calls block
-    power     the supply that it hangs on
+    power     the supply that cuts it off
     try_read  fills a buffer from an offset if that does not block; False leaves it undefined
     waits     True where nothing can be done at once, so that trying is not worth the while
     """
@@ -230,8 +230,13 @@ class Flushes:
         self._power = power
         self.sync = self._syncer.sync
 
-    def promise(self, record: Record) -> Promise:
-        """Return the promise to make durable what was done by now."""
+    def promise(self, record: Record, drops: RequestFailure | None = None) -> Promise:
+        """Return the promise to make durable what was done by now.
+
+        `drops` is how a FLUSH is to fail: nothing is held that it could drop, so it only fails.
+        """
+        if drops is not None:
+            return self.answer(record, drops)
         return partial(self._keep, self._syncer.ask(), record)
 
     def answer(self, record: Record, failure: RequestFailure | None = None) -> Promise:

@@ -53,7 +53,7 @@ class DryRun:
     wrong: tuple[str, ...]
 
 
-def rehearse(policy: Policy, example: Example) -> DryRun:
+def dry_run(policy: Policy, example: Example) -> DryRun:
     """Run an example of a policy whose parameters are as the example wants them."""
     clock = trio.testing.MockClock()
     return trio.run(_Stage(policy, example, clock).play, clock=clock)

@@ -74,7 +74,7 @@ def test_a_flush_and_fua_in_between(first: str, second: str) -> None:
         held = ask(export, request(Command.WRITE, "C"))
         assert await finish(export, jobs) == len(jobs)
         await finish(export, held)
-        # What came under the second policy is not landed by a flush of the first.
+        # What came under the second policy is not destaged by a flush of the first.
         holds = second != "passthrough"
         assert disk.pread(0, 1) == (b"B" if holds else b"C")
 
