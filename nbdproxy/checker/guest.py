@@ -30,6 +30,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.lab.guest import accel, cpio, initramfs
 from nbdproxy.lab.guest.build import Lab
 from nbdproxy.policy import loader
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.state_server.background import ThreadedServer
@@ -151,7 +152,7 @@ class CheckerGuest:
                     tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
                 )
             )
-            export = Export("state", self._disk, loader.load("passthrough").policy)
+            export = Export("state", ImageStore(self._disk), loader.load("passthrough").policy)
             stack.callback(export.close)
             server = stack.enter_context(ThreadedServer(FixedExports([export])))
             command = _command(lab, server.uri("state"), folder / "port")

@@ -25,10 +25,11 @@ from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import NbdproxyError, UsageError
 from nbdproxy.policy import loader
 from nbdproxy.private import New, new_file
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.endpoints import listen_unix
-from nbdproxy.server.power import Power
 from nbdproxy.server.service import Setting, serve
+from nbdproxy.server.shared.power import Power
 from nbdproxy.sizes import size_text
 
 
@@ -111,10 +112,9 @@ def open_(
         async def opened(power: Power) -> AsyncIterator[Export]:
             export = Export(
                 "",
-                OverlayDisk(disk),
+                ImageStore(OverlayDisk(disk), power),
                 loader.load("passthrough").policy,
                 description=f"state {chosen} of {run}",
-                power=power,
             )
             try:
                 yield export

@@ -27,7 +27,7 @@ from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
 from nbdproxy.server.service import Setting
 from nbdproxy.server.service import serve as serve_exports
-from nbdproxy.server.tls import ServerTls, server_tls
+from nbdproxy.server.shared.tls import ServerTls, server_tls
 from nbdproxy.sizes import plural, size_text
 
 

@@ -29,13 +29,16 @@ from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta, absolute
 from nbdproxy.recording.writer import RecordingWriter
+from nbdproxy.server.below.copy_before_write import CopyBeforeWriteStore, PreservingDisk
 from nbdproxy.server.below.guests_view import guests_view
+from nbdproxy.server.below.image_store import ImageStore
+from nbdproxy.server.below.remote_store import RemoteStore
+from nbdproxy.server.below.store import Store
 from nbdproxy.server.below.upstream import Upstream, connected
 from nbdproxy.server.below.upstream_disk import UpstreamDisk
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.places import find_places
-from nbdproxy.server.export.preserve import PreservingDisk
-from nbdproxy.server.power import Power
+from nbdproxy.server.shared.power import Power
 
 log = structlog.get_logger()
 
@@ -147,38 +150,45 @@ def _assemble(plan: ExportPlan, power: Power, upstream: Upstream | None, held: _
     except BaseException:
         disk.close()
         raise
-    stack: BlockDevice = disk
-    preserver = None
     try:
-        if plan.overlay:
-            stack = OverlayDisk(disk)
-        elif recorder is not None and not read_only:
-            stack = preserver = PreservingDisk(disk, recorder)
+        base = _make_store(plan, power, disk, upstream, None if read_only else recorder)
     except TemporaryFolderError:
         disk.close()
         raise
     except (OSError, MemoryError):
         disk.close()
         raise ImageError(f"{plan.image} is too large for that here; serve it as it is") from None
-    direct = upstream if not plan.overlay else None
     offered = None
     if upstream is not None:
         hint = upstream.info.flags & TransmissionFlag.ROTATIONAL
-        offered = upstream.info if direct else ExportInfo("", disk.size, WRITABLE | hint)
+        offered = ExportInfo("", disk.size, WRITABLE | hint) if plan.overlay else upstream.info
     return Export(
         plan.name,
-        stack,
+        base,
         plan.policy,
         description=f"{_short_name(plan)} through nbdproxy ({plan.policy.name})",
         read_only=read_only,
         recorder=recorder,
-        preserver=preserver,
-        power=power,
         offered=offered,
-        remote=direct,
         seed=plan.seed,
         places=places,
     )
+
+
+def _make_store(
+    plan: ExportPlan,
+    power: Power,
+    disk: BlockDevice,
+    upstream: Upstream | None,
+    recorder: RecordingWriter | None,
+) -> Store:
+    """Return the store that policies stand on; `recorder` is set if changes are recorded."""
+    if plan.overlay:
+        return ImageStore(OverlayDisk(disk), power)
+    store = RemoteStore(upstream, disk, power) if upstream else ImageStore(disk, power)
+    if recorder is None:
+        return store
+    return CopyBeforeWriteStore(store, PreservingDisk(disk, recorder))
 
 
 def _open_disk(plan: ExportPlan, upstream: Upstream | None) -> BlockDevice:

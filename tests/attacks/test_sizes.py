@@ -33,7 +33,7 @@ from nbdproxy.oracles.mounts import ONLY
 from nbdproxy.oracles.qcow2 import MAGIC, Qcow2Device, Qcow2Error
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export.preserve import PreservingDisk
+from nbdproxy.server.below.copy_before_write import PreservingDisk
 from tests.support.nbd_client import WRITE, Op
 from tests.support.serving import Server, nbdproxy, tool
 

@@ -17,7 +17,7 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export.preserve import PreservingDisk
+from nbdproxy.server.below.copy_before_write import PreservingDisk
 from tests.support.exploring import random_case
 from tests.support.images import write_sparse
 

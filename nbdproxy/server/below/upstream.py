@@ -35,11 +35,11 @@ from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.uri import NbdUri
 from nbdproxy.peers import TrustedPeers, user_number
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request, error_name
-from nbdproxy.server.budget import Budget
-from nbdproxy.server.export.jobs import LOST, RequestFailure, ToldError
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import client_context
-from nbdproxy.server.wire import SocketWire, TlsWire, Wire
+from nbdproxy.server.below.failures import LOST, RequestFailure, ToldError
+from nbdproxy.server.shared.budget import Budget
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import client_context
+from nbdproxy.server.shared.wire import SocketWire, TlsWire, Wire
 
 log = structlog.get_logger()
 
@@ -79,7 +79,7 @@ class _Pending:
 
 
 class Upstream:
-    """A connection to another server; a `Remote`."""
+    """A connection to another server. What it is asked and cannot do raises `ToldError`."""
 
     def __init__(self, uri: NbdUri, wire: SocketWire, connection: ClientConnection) -> None:
         self._uri = uri
@@ -273,7 +273,10 @@ class Upstream:
         await self._ask(Command.READ, offset, len(buffer), buffer=buffer)
 
     async def change(self, request: Request, release: Callable[[], None]) -> None:
-        """Pass a change on; a long one goes in pieces where lengths have 32 bits."""
+        """Pass a change on; a long one goes in pieces where lengths have 32 bits.
+
+        `release` is called when it is over there; that may be after the caller was cancelled.
+        """
         at_work = ended = False
 
         def answered() -> None:

@@ -1,4 +1,4 @@
-"""Where the rules of a policy strike on one disk: their ranges, regions and files, looked up in it.
+"""Where the rules of a policy match on one disk: their ranges, regions and files, looked up in it.
 
 Looked up once, when a policy comes into force; the disk is read. Raises PolicyError, with file and
 key path, for a place that the disk does not have.
@@ -34,7 +34,7 @@ class RulePlaces:
     metadata: ExtentSet = field(default_factory=ExtentSet)
 
     def of(self, rule: Rule) -> list[Extent] | None:
-        """Return where a rule strikes."""
+        """Return where a rule matches."""
         return self.of_rules[rule.name]
 
 

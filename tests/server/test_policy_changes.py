@@ -18,6 +18,7 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.policy.compose import load_all
 from nbdproxy.policy.model import Policy
 from nbdproxy.requests import Command, CommandFlag, Request
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.jobs import Job
 from nbdproxy.server.export.places import find_places
@@ -36,7 +37,7 @@ def ask(export: Export, *requests: Request) -> list[Job]:
 
 
 def exported(disk: MemoryDisk, policy: Policy) -> Export:
-    return Export("", disk, policy, places=find_places(policy, disk))
+    return Export("", ImageStore(disk), policy, places=find_places(policy, disk))
 
 
 def play(policy: str, story: Callable[[Export, MemoryDisk], Awaitable[None]]) -> None:
@@ -73,7 +74,7 @@ def test_a_flush_and_fua_in_between(first: str, second: str) -> None:
         held = ask(export, request(Command.WRITE, "C"))
         assert await finish(export, jobs) == len(jobs)
         await finish(export, held)
-        # What came under the second policy is not landed by a flush of the first.
+        # What came under the second policy is not destaged by a flush of the first.
         holds = second != "passthrough"
         assert disk.pread(0, 1) == (b"B" if holds else b"C")
 

@@ -1,18 +1,24 @@
-"""Saves what an image holds before it is changed for the first time.
+"""Copy-before-write: what an image holds is recorded before it is changed for the first time.
 
-Sits directly above the image, below every cache, so that what is saved is what the image held
-when the recording began. Only what was data then has to be saved; holes were zeroes and are known
-from the recording's META.
+Stands directly on the image, below every cache, so that what is saved is what the image held when
+the recording began. Only what was data then has to be saved; holes were zeroes and are known from
+the recording's META.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+import trio
 
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.extents import Extent
+from nbdproxy.policy.engine import Decision
 from nbdproxy.recording.writer import RecordingWriter
+from nbdproxy.requests import Request
+from nbdproxy.server.below.failures import NOT_SAVED, ToldError
+from nbdproxy.server.below.store import Over, StackedStore, Store
 
 GRANULE = 4096
 """Bytes that are saved together: a filesystem block, which most writes are multiples of."""
@@ -24,9 +30,62 @@ _AT_ONCE = 256
 _CHUNK = 1024
 """Granules that are kept in mind together: 4 MiB of the disk, a byte for each."""
 
+_THREADS = 16
+"""Threads that save before-images of one disk."""
+
+
+class CopyBeforeWriteStore(StackedStore):
+    """Records on the image or remote store `below`, as its disk `saving` would, what is changed.
+
+    `prepare` saves what a batch is going to change. A change whose before-image could not be saved
+    then tries once more, and is not done if that fails.
+    """
+
+    def __init__(self, below: Store, saving: PreservingDisk) -> None:
+        super().__init__(below)
+        self.disk = saving
+        self._saving = saving
+        self._unsaved = saving.unsaved
+        self._change_below = below.try_change
+        self._threads = trio.CapacityLimiter(_THREADS)
+
+    async def prepare(self, changes: Sequence[Request]) -> None:
+        """Save what is there: at once what is in the page cache, and all else in a thread."""
+        ranges = [(request.offset, request.length) for request in changes]
+        if cold := self._saving.save_warm(ranges):
+            await trio.to_thread.run_sync(self._saving.save_all, cold, limiter=self._threads)
+
+    def try_change(self, request: Request, seq: int, /) -> bool:
+        """Save what is there if it is in the page cache, and do the change."""
+        offset, length = request.offset, request.length
+        if self._unsaved(offset, length) and not self._saving.save(offset, length, wait=False):
+            return False
+        return self._change_below(request, seq)
+
+    async def change(
+        self, request: Request, seq: int, decision: Decision | None, over: Over, /
+    ) -> None:
+        """Save what is there, and do the change."""
+        try:
+            await self._save(request)
+        except BaseException:
+            over(False)
+            raise
+        await self._below.change(request, seq, decision, over)
+
+    async def _save(self, request: Request) -> None:
+        ranges = [(request.offset, request.length)]
+        if self._unsaved(*ranges[0]):
+            try:
+                await trio.to_thread.run_sync(self._saving.save_all, ranges, limiter=self._threads)
+            except ToldError:
+                raise ToldError(NOT_SAVED) from None
+
 
 class PreservingDisk:
-    """`below`, as a `BlockDevice` that records before-images. Owns `below`.
+    """`below`, as a `BlockDevice` that records before-images; for what stands on it, caches too.
+
+    Owns `below`.
 
     Memory follows what is written: about 1 KiB for each 4 MiB of the disk that are touched, and a
     tenth of that when all of these are saved.

@@ -1,7 +1,7 @@
 """A volatile cache that writes back on its own: what is over its window, or older than its age.
 
-Which write goes next hangs on the order of requests and on the seed only; just the age looks at the
-clock. A write-back promises nothing: it is not synced, and no reply tells of it.
+Which write goes next depends on the order of requests and on the seed only; just the age looks at
+the clock. A write-back promises nothing: it is not synced, and no reply tells of it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,34 @@ import trio
 from nbdproxy.dice import draw_below
 from nbdproxy.disks.volatile import VolatileDisk
 from nbdproxy.policy.model import VolatileCache, WriteBackOrder
-from nbdproxy.server.complaints import disk_complaints
-from nbdproxy.server.export.destage_queue import DestageQueue
-from nbdproxy.server.export.jobs import Destage
+from nbdproxy.server.below.destage_queue import Destage, DestageQueue
+from nbdproxy.server.shared.complaints import disk_complaints
 
 
-class WriteBack:
+class NoWriteBack:
+    """That of a cache which only flushes and FUA requests destage."""
+
+    def held(self, length: int) -> None:
+        """Do nothing."""
+
+    def covered(self) -> None:
+        """Do nothing."""
+
+    async def run(self) -> None:
+        """Do nothing."""
+
+
+NO_WRITE_BACK = NoWriteBack()
+
+
+class WriteBack(NoWriteBack):
     """The write-backs of one cache."""
 
     def __init__(
-        self, volatile: VolatileDisk, landings: DestageQueue, cache: VolatileCache, seed: int
+        self, volatile: VolatileDisk, queue: DestageQueue, cache: VolatileCache, seed: int
     ) -> None:
         self._volatile = volatile
-        self._landings = landings
+        self._destages = queue
         self._cache = cache
         self._seed = seed
         # Bytes, and when it was held, of each write that nothing covers, by ascending order.
@@ -64,8 +79,8 @@ class WriteBack:
         length, _ = self._pending.pop(order)
         self._bytes -= length
         try:
-            self._queued.append(self._landings.add_write_back(order))
-        except KeyError:  # a FUA write over it has landed
+            self._queued.append(self._destages.add_write_back(order))
+        except KeyError:  # a FUA write over it was destaged
             return
         self._wake.set()
 
@@ -88,13 +103,14 @@ class WriteBack:
     async def settle(self) -> bool:
         """Write back all that is queued; False if the power went before."""
         while self._queued:
-            landing = self._queued[0]
-            if not await self._landings.land(landing):
+            destage = self._queued[0]
+            failure = await self._destages.finish(destage)
+            if not destage.over:
                 return False
             self._queued.popleft()
-            if landing.failure is not None:
+            if failure is not None:
                 # It stays held, and goes with the next flush.
-                disk_complaints.warn("a write-back failed", landing.failure.text)
+                disk_complaints.warn("a write-back failed", failure.text)
         return True
 
     def _patience(self) -> float:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import trio
 
-from nbdproxy.server.power import Power, PowerLostError
+from nbdproxy.server.shared.power import Power, PowerLostError
 
 _IOV_MAX = 1024
 _TLS_PIECE = 256 * 1024

@@ -16,20 +16,23 @@ class Syncer:
         self._asked = 0
         self._done = 0
         self._failed = 0
-        self._error: OSError | None = None
+        self._error = OSError()
 
-    async def sync(self) -> None:
-        """Return when everything written before this call is durable.
+    def ask(self) -> int:
+        """Ask for everything written so far to become durable; return the number of the wish."""
+        self._asked += 1
+        return self._asked
+
+    async def done(self, asked: int) -> None:
+        """Return when what was asked for is durable.
 
         Raises OSError if it could not be made so; everybody who shared the attempt gets it,
         because the kernel reports such an error only once.
         """
-        self._asked += 1
-        mine = self._asked
         async with self._lock:
-            if mine <= self._failed and self._error is not None:
+            if asked <= self._failed:
                 raise self._error
-            if mine <= self._done:
+            if asked <= self._done:
                 return
             covered = self._asked
             try:
@@ -38,3 +41,7 @@ class Syncer:
                 self._failed, self._error = covered, error
                 raise
             self._done = covered
+
+    async def sync(self) -> None:
+        """Return when everything written before this call is durable; raises OSError."""
+        await self.done(self.ask())
