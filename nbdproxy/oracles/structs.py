@@ -16,7 +16,7 @@ one tuple; loops over thousands of small records use `StructLayout.struct` and n
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -44,13 +44,16 @@ class StructLayout(Generic[S]):
         hints = get_type_hints(kind, include_extras=True)
         places: dict[str, At] = {name: hint.__metadata__[0] for name, hint in hints.items()}
         self._fields = {name: struct.Struct(order + at.format) for name, at in places.items()}
-        self._offsets = {name: at.offset for name, at in places.items()}
+        self._spans = {
+            name: slice(at.offset, at.offset + self._fields[name].size)
+            for name, at in places.items()
+        }
         layout, end = str(order), 0
         for name, at in places.items():
             assert at.offset >= end, f"{kind.__name__}.{name} overlaps the field before it"
-            layout += f"{at.offset - end}x{at.format}"
+            layout += _padding(at.offset - end) + at.format
             end = at.offset + self._fields[name].size
-        self.struct = struct.Struct(f"{layout}{max(0, size - end)}x")
+        self.struct = struct.Struct(layout + _padding(size - end))
         self.size = self.struct.size
         self._make: Callable[[tuple[Any, ...]], S] = partial(tuple.__new__, kind)
 
@@ -58,21 +61,29 @@ class StructLayout(Generic[S]):
         """Return all fields of the structure that begins at `start`; struct.error if it is cut."""
         return self._make(self.struct.unpack_from(raw, start))
 
+    def iter_unpack(self, raw: bytes) -> Iterator[S]:
+        """Yield the structures that fill `raw` one behind the other; struct.error for a rest."""
+        return map(self._make, self.struct.iter_unpack(raw))
+
     def offset(self, name: str) -> int:
         """Return where a field is, in bytes from the structure's start."""
-        return self._offsets[name]
+        return self._spans[name].start
 
     def span(self, name: str) -> slice:
         """Return the bytes of a field as a slice of the structure."""
-        start = self._offsets[name]
-        return slice(start, start + self._fields[name].size)
+        return self._spans[name]
 
     def read_field(self, device: ReadableDevice, start: int, name: str) -> Any:
         """Return one field of the structure at `start` of a device; only its bytes are read."""
         field = self._fields[name]
-        return field.unpack(device.pread(start + self._offsets[name], field.size))[0]
+        return field.unpack(device.pread(start + self.offset(name), field.size))[0]
 
     def zeroed(self, raw: bytes, name: str) -> bytes:
         """Return a structure with one field zero, as a checksum counts itself."""
-        span = self.span(name)
-        return raw[: span.start] + bytes(span.stop - span.start) + raw[span.stop :]
+        result = bytearray(raw)
+        result[self._spans[name]] = bytes(self._fields[name].size)
+        return bytes(result)
+
+
+def _padding(length: int) -> str:
+    return f"{length}x" if length > 0 else ""

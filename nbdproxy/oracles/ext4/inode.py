@@ -84,7 +84,9 @@ class InodeFlag(IntEnum):
     CASEFOLD = 0x40000000
 
 
-_U32 = struct.Struct("<I")
+_NO_EXTRA = RawInodeExtra(extra_isize=0, checksum_hi=0, mtime_extra=0)
+_XATTR_MAGIC = struct.Struct("<I")
+_INODE_SEED = struct.Struct("<II")  # an inode's number and generation
 _WITH_CONTENT = {stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK}
 _KINDS = {*_WITH_CONTENT, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK}
 _RARE = (
@@ -154,12 +156,11 @@ class Inode:
 def parse(sb: Superblock, number: int, raw: bytes) -> Inode:
     """Read one inode; raises CorruptError where the kernel's lookup fails with an error."""
     fields = INODE.unpack_from(raw)
-    seed = crc32c(sb.seed, _U32.pack(number))
-    seed = crc32c(seed, _U32.pack(fields.generation))
-    extra = _extra_size(raw)
-    if OLD_SIZE + extra > len(raw) or extra % 4:
+    upper = INODE_EXTRA.unpack_from(raw) if len(raw) > OLD_SIZE else _NO_EXTRA
+    seed = crc32c(sb.seed, _INODE_SEED.pack(number, fields.generation))
+    if OLD_SIZE + upper.extra_isize > len(raw) or upper.extra_isize % 4:
         raise CorruptError(f"inode {number} is broken: its extra size is impossible")
-    if sb.has_checksums and not _is_sound(raw, fields, seed, extra):
+    if sb.has_checksums and not _is_sound(raw, fields, upper, seed):
         raise CorruptError(f"inode {number} is broken: its checksum is wrong")
     if fields.links_count == 0 or fields.mode == 0:
         raise CorruptError(f"inode {number} is referred to but deleted")
@@ -182,7 +183,7 @@ def parse(sb: Superblock, number: int, raw: bytes) -> Inode:
 def inline_parts(inode: Inode) -> tuple[bytes, bytes]:
     """Return the content kept in the inode itself: in the block map, and in "system.data"."""
     start = OLD_SIZE + _extra_size(inode.raw)
-    if _U32.unpack_from(inode.raw.ljust(start + 4, b"\0"), start)[0] != XATTR_MAGIC:
+    if _XATTR_MAGIC.unpack_from(inode.raw.ljust(start + 4, b"\0"), start)[0] != XATTR_MAGIC:
         raise CorruptError(f"inode {inode.number} is broken: its inline data is missing")
     base = at = start + 4
     while at + XATTR_ENTRY.size <= len(inode.raw) and inode.raw[at : at + 4] != bytes(4):
@@ -232,12 +233,12 @@ def _extra_size(raw: bytes) -> int:
     return INODE_EXTRA.unpack_from(raw).extra_isize if len(raw) > OLD_SIZE else 0
 
 
-def _is_sound(raw: bytes, fields: RawInode, seed: int, extra: int) -> bool:
+def _is_sound(raw: bytes, fields: RawInode, upper: RawInodeExtra, seed: int) -> bool:
     """Tell whether the checksum is right; its upper half exists only in large inodes."""
     found, mask = fields.checksum_lo, 0xFFFF
     covered = INODE.zeroed(raw, "checksum_lo")
-    if extra >= 4:
-        found |= INODE_EXTRA.unpack_from(raw).checksum_hi << 16
+    if upper.extra_isize >= 4:
+        found |= upper.checksum_hi << 16
         covered = INODE_EXTRA.zeroed(covered, "checksum_hi")
         mask = 0xFFFFFFFF
     return found == crc32c(seed, covered) & mask

@@ -110,8 +110,7 @@ class BlockTree:
     def check(self) -> None:
         """Validate the root in the inode, as the kernel does when it loads the inode."""
         if self._inode.flags & InodeFlag.EXTENTS:
-            root = self._inode.block_map
-            self._entries(root, HEADER.unpack_from(root).depth, None)
+            self._entries(self._inode.block_map, None, None)
         else:
             for pointer in _POINTERS.unpack(self._inode.block_map)[:DIRECT]:
                 if pointer:
@@ -180,10 +179,10 @@ class BlockTree:
         yield from self._leaves(self._inode.block_map, self._depth(), None)
 
     def _depth(self) -> int:
-        depth = HEADER.unpack_from(self._inode.block_map).depth
+        _, _, _, depth, _ = HEADER.struct.unpack_from(self._inode.block_map)
         if depth > DEPTH_MAX:
             raise self._corrupt("its extent tree is too deep")
-        return depth
+        return int(depth)
 
     def _leaves(self, node: bytes, depth: int, parent: int | None) -> Iterator[LeafExtent]:
         for index, entry in enumerate(self._entries(node, depth, parent)):
@@ -194,28 +193,28 @@ class BlockTree:
                 yield from self._leaves(self._child(entry.physical), depth - 1, entry.logical)
 
     def _entries(
-        self, node: bytes, depth: int, parent: int | None
+        self, node: bytes, depth: int | None, parent: int | None
     ) -> list[LeafExtent | ExtentIndex]:
         """Return a node's entries, validated as the kernel does (__ext4_ext_check).
 
-        `parent` is the first logical block by the entry that leads to the node; None of the root.
+        `depth` is what it has to be by the node above; None if any is right. `parent` is the first
+        logical block by the entry that leads to the node; None of the root.
         """
-        header = HEADER.unpack_from(node)
-        count = header.entries
+        magic, count, room, found_depth, _ = HEADER.struct.unpack_from(node)
         if (
-            header.magic != EXTENT_MAGIC
-            or header.depth != depth
-            or not count <= header.max <= len(node) // EXTENT.size - 1
-            or not header.max
-            or (depth and not count)
+            magic != EXTENT_MAGIC
+            or depth not in {None, found_depth}
+            or not count <= room <= len(node) // EXTENT.size - 1
+            or not room
+            or (found_depth and not count)
         ):
             raise self._corrupt("its extent tree has a bad node")
         found: list[LeafExtent | ExtentIndex] = []
         end = 0
         entries = node[HEADER.size : HEADER.size + EXTENT.size * count]
-        for fields in (INDEX if depth else EXTENT).struct.iter_unpack(entries):
+        for fields in (INDEX if found_depth else EXTENT).struct.iter_unpack(entries):
             entry: LeafExtent | ExtentIndex
-            if depth:
+            if found_depth:
                 logical, low, high = fields
                 entry, blocks = ExtentIndex(logical, high << 32 | low), 1
             else:
