@@ -24,6 +24,7 @@ from nbdproxy.errors import FilesystemError, LabError
 from nbdproxy.lab.guest.kernel import MOUNT_PROGRAMS
 from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.ext4 import superblock
+from nbdproxy.oracles.ext4.superblock import SUPERBLOCK
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 
 
@@ -127,8 +128,7 @@ _PASSING = {
     *(errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
 }
 """What comes of the guest, and need not come again in another one."""
-_EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
-_EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
+_FAST_COMMIT = 0x400  # a compatible feature of ext4
 
 
 class RefusedByKernelError(NotMountedError):
@@ -144,7 +144,7 @@ def has_ciphers(device: ReadableDevice) -> bool:
     """Tell whether folders may be encrypted, so that a name in them is not found without a key."""
     if kind_of(device) is not FilesystemKind.EXT:
         return False
-    incompat = int.from_bytes(device.pread(_EXT_INCOMPAT_AT, 4), "little")
+    incompat = SUPERBLOCK.read_field(device, superblock.OFFSET, "feature_incompat")
     return bool(incompat & superblock.Incompat.ENCRYPT)
 
 
@@ -152,7 +152,7 @@ def replays_for_writing_only(device: ReadableDevice) -> bool:
     """Tell whether a mount for reading leaves something of the log: fast commits of ext4."""
     if kind_of(device) is not FilesystemKind.EXT:
         return False
-    compat = int.from_bytes(device.pread(_EXT_COMPAT_AT, 4), "little")
+    compat = SUPERBLOCK.read_field(device, superblock.OFFSET, "feature_compat")
     return bool(compat & _FAST_COMMIT)
 
 

@@ -11,23 +11,62 @@ Source: lvm2's lib/format_text and "LVM2 metadata" (lvmsystemid(7), vgcfgbackup(
 from __future__ import annotations
 
 import re
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.structs import At, StructLayout
 
 SECTOR = 512
 LABEL_SECTORS = 4
-_LABEL = struct.Struct("<8sQII8s")
-_ID_SIZE = 32
-_AREA = struct.Struct("<QQ")
-_MDA = struct.Struct("<I16sIQQ")
-_LOCATION = struct.Struct("<QQII")
+
+
+class LabelHeader(NamedTuple):
+    """struct label_header (lvm2, lib/label/label.h); offsets in bytes from its sector's start."""
+
+    magic: Annotated[bytes, At(0, "8s")]
+    sector: Annotated[int, At(8, "Q")]
+    crc: Annotated[int, At(16, "I")]
+    offset: Annotated[int, At(20, "I")]
+    type: Annotated[bytes, At(24, "8s")]
+
+
+class PvHeader(NamedTuple):
+    """struct pv_header (lib/format_text/layout.h), without the areas behind it."""
+
+    uuid: Annotated[bytes, At(0, "32s")]
+    device_size: Annotated[int, At(32, "Q")]
+
+
+class DiskArea(NamedTuple):
+    """struct disk_locn: an area of the physical volume, in bytes; all zero ends a list of them."""
+
+    offset: Annotated[int, At(0, "Q")]
+    size: Annotated[int, At(8, "Q")]
+
+
+class MetadataHeader(NamedTuple):
+    """struct mda_header, with the first of its raw_locns: the committed text, from `start` on."""
+
+    crc: Annotated[int, At(0, "I")]
+    magic: Annotated[bytes, At(4, "16s")]
+    version: Annotated[int, At(20, "I")]
+    start: Annotated[int, At(24, "Q")]
+    text_offset: Annotated[int, At(40, "Q")]
+    text_size: Annotated[int, At(48, "Q")]
+    text_crc: Annotated[int, At(56, "I")]
+    text_flags: Annotated[int, At(60, "I")]
+
+
+_LABEL = StructLayout(LabelHeader, "<")
+_PV_HEADER = StructLayout(PvHeader, "<")
+_AREA = StructLayout(DiskArea, "<")
+_NO_AREA = DiskArea(0, 0)
+_MDA = StructLayout(MetadataHeader, "<")
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_SIZE = 512
 _TEXT_MAX = 512 << 10
@@ -91,13 +130,14 @@ def physical(device: ReadableDevice, offset: int = 0) -> Physical | None:
         if device.size < (sector + 1) * SECTOR:
             break
         raw = device.pread(sector * SECTOR, SECTOR)
-        magic, number, crc, at, kind = _LABEL.unpack_from(raw)
-        if magic == b"LABELONE" and number == sector:
-            is_sound = crc == _crc(raw[20:]) and kind == b"LVM2 001"
-            if not is_sound or not _LABEL.size <= at <= SECTOR - _ID_SIZE - 8:
+        label = _LABEL.unpack_from(raw)
+        if label.magic == b"LABELONE" and label.sector == sector:
+            covered = raw[_LABEL.offset("offset") :]
+            is_sound = label.crc == _crc(covered) and label.type == b"LVM2 001"
+            if not is_sound or not _LABEL.size <= label.offset <= SECTOR - _PV_HEADER.size:
                 return Physical(offset, device.size, "", None, is_broken=True)
-            ident = raw[at : at + _ID_SIZE].decode("ascii", "replace")
-            commit, is_broken = _newest(device, raw, at + _ID_SIZE + 8)
+            ident = _PV_HEADER.unpack_from(raw, label.offset).uuid.decode("ascii", "replace")
+            commit, is_broken = _newest(device, raw, label.offset + _PV_HEADER.size)
             return Physical(offset, device.size, ident, commit, is_broken)
     return None
 
@@ -181,7 +221,7 @@ def _newest(device: ReadableDevice, raw: bytes, at: int) -> tuple[_Commit | None
     A commit that was cut off is in one area, and not yet in the other.
     """
     areas = list(_areas(raw, at))
-    split = areas.index((0, 0)) if (0, 0) in areas else len(areas)
+    split = areas.index(_NO_AREA) if _NO_AREA in areas else len(areas)
     best, is_broken = None, not areas[split + 1 :]
     for offset, size in areas[split + 1 :]:
         text = _text(device, offset, size)
@@ -197,15 +237,15 @@ def _newest(device: ReadableDevice, raw: bytes, at: int) -> tuple[_Commit | None
     return best, is_broken and best is None
 
 
-def _areas(raw: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """Yield the data areas, an empty one, and the metadata areas."""
+def _areas(raw: bytes, at: int) -> Iterator[DiskArea]:
+    """Yield the data areas, one that ends their list, and the metadata areas."""
     ends = 0
     while at + _AREA.size <= len(raw) and ends < 2:
-        offset, size = _AREA.unpack_from(raw, at)
-        if not offset:
+        area = _AREA.unpack_from(raw, at)
+        if not area.offset:
             ends += 1
         if ends < 2:
-            yield offset, size
+            yield area
         at += _AREA.size
 
 
@@ -214,21 +254,24 @@ def _text(device: ReadableDevice, offset: int, size: int) -> str | None:
     if offset + max(size, _MDA_SIZE) > device.size:
         return None
     raw = device.pread(offset, _MDA_SIZE)
-    crc, magic, version, start, _ = _MDA.unpack_from(raw)
-    at, length, text_crc, flags = _LOCATION.unpack_from(raw, _MDA.size)
-    if (magic, version, start) != (_MDA_MAGIC, 1, offset) or crc != _crc(raw[4:]):
+    header = _MDA.unpack_from(raw)
+    is_here = (header.magic, header.version, header.start) == (_MDA_MAGIC, 1, offset)
+    if not is_here or header.crc != _crc(raw[_MDA.offset("magic") :]):
         return None
-    if (at, length) == (0, 0):
+    at, length = header.text_offset, header.text_size
+    if not at and not length:
         return ""  # in no group
-    if flags & _IGNORED:
+    if header.text_flags & _IGNORED:
         return None
     if not _MDA_SIZE <= at < size or not 0 < length <= min(size, _TEXT_MAX):
         return None
     first = min(length, size - at)
     found = device.pread(offset + at, first)
-    if first < length:  # the text goes round the end of its area
+    if first < length:  # the area is a ring: the text goes on at its begin
         found += device.pread(offset + _MDA_SIZE, length - first)
-    return found.rstrip(b"\0").decode("utf-8", "replace") if _crc(found) == text_crc else None
+    return (
+        found.rstrip(b"\0").decode("utf-8", "replace") if _crc(found) == header.text_crc else None
+    )
 
 
 def _crc(data: bytes) -> int:

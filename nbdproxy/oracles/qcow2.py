@@ -18,19 +18,49 @@ import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.structs import At, StructLayout
 
 MAGIC = b"QFI\xfb"
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
-_HEADER_3 = struct.Struct(">QQQII")
-_V3_AT = 72
-_COMPRESSION_AT = 104
+
+
+class Qcow2Header(NamedTuple):
+    """The header of both versions, the fields that are used."""
+
+    magic: Annotated[bytes, At(0, "4s")]
+    version: Annotated[int, At(4, "I")]
+    backing_file_offset: Annotated[int, At(8, "Q")]
+    cluster_bits: Annotated[int, At(20, "I")]
+    size: Annotated[int, At(24, "Q")]
+    crypt_method: Annotated[int, At(32, "I")]
+    l1_size: Annotated[int, At(36, "I")]
+    l1_table_offset: Annotated[int, At(40, "Q")]
+    refcount_table_offset: Annotated[int, At(48, "Q")]
+    refcount_table_clusters: Annotated[int, At(56, "I")]
+    snapshots_offset: Annotated[int, At(64, "Q")]
+
+
+class Qcow2HeaderV3(NamedTuple):
+    """The fields that version 3 adds; in files of version 2 other things are in their place."""
+
+    incompatible_features: Annotated[int, At(72, "Q")]
+    refcount_order: Annotated[int, At(96, "I")]
+    header_length: Annotated[int, At(100, "I")]
+    compression_type: Annotated[int, At(104, "B")]
+
+
+_HEADER = StructLayout(Qcow2Header, ">")
+_HEADER_V3 = StructLayout(Qcow2HeaderV3, ">", 112)
+_V2_FEATURES = Qcow2HeaderV3(
+    incompatible_features=0, refcount_order=4, header_length=104, compression_type=0
+)
+"""What version 2 has, in the terms of version 3."""
 _EXTERNAL_DATA, _COMPRESSION, _EXTENDED_L2 = 0x4, 0x8, 0x10
 _REFUSED = {
     _EXTERNAL_DATA: "its data is in another file",
@@ -91,33 +121,40 @@ class Qcow2Device:
     def __init__(self, base: ReadableDevice) -> None:
         """Read the header and the L1 table; raises Qcow2Error for what is not read here."""
         self._base = base
-        raw = base.pread(0, min(base.size, 112)).ljust(112, b"\0")
-        _, version, backing, _, bits, size, crypt, l1_size, l1_at, *rest = _HEADER.unpack_from(raw)
-        if raw[:4] != MAGIC or version not in {2, 3} or bits not in _CLUSTER_BITS:
+        raw = base.pread(0, min(base.size, _HEADER_V3.size)).ljust(_HEADER_V3.size, b"\0")
+        header = _HEADER.unpack_from(raw)
+        version, bits, size = header.version, header.cluster_bits, header.size
+        if header.magic != MAGIC or version not in {2, 3} or bits not in _CLUSTER_BITS:
             raise Qcow2Error("the qcow2 header is broken")
-        incompatible = _HEADER_3.unpack_from(raw, _V3_AT)[0] if version == 3 else 0
+        more = _HEADER_V3.unpack_from(raw) if version == 3 else _V2_FEATURES
         for bit, why in _REFUSED.items():
-            if incompatible & bit and (bit != _COMPRESSION or raw[_COMPRESSION_AT]):
+            is_set = more.incompatible_features & bit
+            if is_set and (bit != _COMPRESSION or more.compression_type):
                 raise Qcow2Error(f"the qcow2 file is not read here: {why}")
-        if incompatible & ~_KNOWN:
+        if more.incompatible_features & ~_KNOWN:
             raise Qcow2Error("the qcow2 file is not read here: it has features that are not known")
-        if backing or crypt:
-            why = "it has a backing file" if backing else "it is encrypted"
+        if header.backing_file_offset or header.crypt_method:
+            why = "it has a backing file" if header.backing_file_offset else "it is encrypted"
             raise Qcow2Error(f"the qcow2 file is not read here: {why}")
-        order, length = _HEADER_3.unpack_from(raw, _V3_AT)[3:] if version == 3 else (4, 104)
-        if order > _REFCOUNT_ORDER_MAX or length < _LENGTH_3_MIN or rest[0] % (1 << bits):
+        is_broken = (
+            more.refcount_order > _REFCOUNT_ORDER_MAX
+            or more.header_length < _LENGTH_3_MIN
+            or header.refcount_table_offset % (1 << bits)
+        )
+        if is_broken:
             raise Qcow2Error("the qcow2 header is broken")
         self.size = size
         self.cluster = 1 << bits
         self._bits = bits
-        self._refcounts = (rest[0], rest[1] << bits)
+        refcounts = header.refcount_table_clusters << bits
+        self._refcounts = Extent(header.refcount_table_offset, refcounts)
         self._has_zero = version == 3
-        self._l1_at = l1_at
+        self._l1_offset = header.l1_table_offset
         per_table = self.cluster // 8
         needed = -(-size // (per_table * self.cluster))
-        if l1_size < needed or l1_size * 8 > _L1_MAX:
+        if header.l1_size < needed or header.l1_size * 8 > _L1_MAX:
             raise Qcow2Error("the qcow2 header is broken: its L1 table has an impossible size")
-        self._l1 = struct.unpack(f">{needed}Q", self._read(l1_at, needed * 8, "L1 table"))
+        self._l1 = struct.unpack(f">{needed}Q", self._read(self._l1_offset, needed * 8, "L1 table"))
         tables = [entry & _OFFSET for entry in self._l1 if entry & _OFFSET]
         if len(set(tables)) < len(tables):
             raise Qcow2Error("the qcow2 file's L1 table leads to one L2 table twice")
@@ -188,13 +225,13 @@ class Qcow2Device:
         """Yield what of the file are its own structures, in whole clusters."""
         yield Structure.HEADER, Extent(0, self.cluster)
         length = -(-len(self._l1) * 8 // self.cluster) * self.cluster
-        yield Structure.L1, Extent(self._l1_at, length)
+        yield Structure.L1, Extent(self._l1_offset, length)
         for entry in self._l1:
             if entry & _OFFSET:
                 yield Structure.L2, Extent(entry & _OFFSET, self.cluster)
         at, length = self._refcounts
-        yield Structure.REFCOUNTS, Extent(at, length)
-        # One block counts 64 clusters at least; no reader of the disk needs them to be right.
+        yield Structure.REFCOUNTS, self._refcounts
+        # One block has the counts of 64 clusters at least; what is read must be bounded.
         most = self._base.size // (64 * self.cluster) + _REFCOUNTS_LOST_MAX
         length = self._there(at, min(length, 8 * most))
         raw = self._base.pread(at, length) if length else b""

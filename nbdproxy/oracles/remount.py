@@ -48,7 +48,7 @@ class Remount:
         nothing = MemoryDisk(0)
         self._low = WatchedDevice(nothing, keeps=True)
         self._log = NOTHING
-        self._sums: journal.Sums = {}
+        self._checksums: journal.ChecksumCache = {}
         self._replayed = ReplayedDevice(nothing, 1, {})
         self.view = WatchedDevice(self._replayed)
         self._shown: Mapping[int, bytes] = {}
@@ -129,14 +129,14 @@ class Remount:
         if place != self._place:
             self._place = place
             self._low = WatchedDevice(device, keeps=True)
-            self._sums, self._shown, self._core = {}, {}, None
+            self._checksums, self._shown, self._core = {}, {}, None
 
     def _replay(self) -> None:
         """Do the second stage."""
         self._low.take()
         try:
             filesystem = Filesystem(self._low)
-            blocks = journal.replay(filesystem, self._sums)
+            blocks = journal.replay(filesystem, self._checksums)
         finally:
             self._log = Reads(self._low.take())
         size = filesystem.superblock.block_size

@@ -8,13 +8,13 @@ is what it claims to be. Source: libblkid/src/superblocks and the formats' own h
 
 from __future__ import annotations
 
-import struct
 import uuid
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.oracles.structs import At, StructLayout
 
 _KIB, _MIB = 1 << 10, 1 << 20
 _SECTOR = 512
@@ -63,35 +63,45 @@ class _Magic(NamedTuple):
     label: tuple[int, int] | None = None
 
 
-class _Luks(NamedTuple):
-    """The fields that both versions have at one place (LUKS On-Disk Format Specification)."""
+class LuksHeader(NamedTuple):
+    """The fields that both versions have in one place (LUKS On-Disk Format Specification)."""
 
-    magic: bytes
-    version: int
-    label: bytes
-    ident: bytes
-    at: int
+    magic: Annotated[bytes, At(0, "6s")]
+    version: Annotated[int, At(6, "H")]
+    label: Annotated[bytes, At(24, "48s")]
+    uuid: Annotated[bytes, At(168, "40s")]
+    hdr_offset: Annotated[int, At(256, "Q")]
 
 
-_LUKS = struct.Struct(">6sH16x48s96x40s48xQ")
+_LUKS = StructLayout(LuksHeader, ">")
 _LUKS_MAGIC, _LUKS_SECOND = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 _LUKS_SECOND_AT = tuple(0x4000 << n for n in range(9))  # LUKS2's second header, by the first's size
 
 
-class _Md(NamedTuple):
+class MdSuperblock1(NamedTuple):
     """A member of version 1 (md.4, include/uapi/linux/raid/md_p.h: struct mdp_superblock_1)."""
 
-    magic: int
-    major: int
-    ident: bytes
-    name: bytes
-    level: int
-    super_offset: int
+    magic: Annotated[int, At(0, "I")]
+    major_version: Annotated[int, At(4, "I")]
+    set_uuid: Annotated[bytes, At(16, "16s")]
+    set_name: Annotated[bytes, At(32, "32s")]
+    level: Annotated[int, At(72, "i")]
+    super_offset: Annotated[int, At(144, "Q")]
 
 
-_MD = struct.Struct("<II8x16s32s8xi68xQ")
+class MdSuperblock0(NamedTuple):
+    """A member of version 0.90 (md_p.h: mdp_super_t), in the byte order of its machine."""
+
+    magic: Annotated[int, At(0, "I")]
+    major_version: Annotated[int, At(4, "I")]
+    minor_version: Annotated[int, At(8, "I")]
+    level: Annotated[int, At(28, "i")]
+    md_minor: Annotated[int, At(44, "I")]
+
+
+_MD = StructLayout(MdSuperblock1, "<")
+_MD_OLD = (StructLayout(MdSuperblock0, "<"), StructLayout(MdSuperblock0, ">"))
 _MD_MAGIC = 0xA92B4EFC
-_MD_OLD = "III16xi12xI"  # magic, major, minor, level, minor number; in its machine's byte order
 _MD_OLD_UNIT = 64 * _KIB
 _LEVELS = {-4: "multipath", -1: "linear", 0: "RAID0", 1: "RAID1"}
 _DRBD_BACK, _DRBD_MAGIC_AT = 4096, 60  # of the versions 8, 8.4 and 9
@@ -220,10 +230,10 @@ def _luks(device: ReadableDevice) -> Iterator[Signature]:
             return
         if not raw.startswith(_LUKS_SECOND if at else _LUKS_MAGIC):
             continue
-        found = _Luks._make(_LUKS.unpack(raw))
-        if at and found.at != at:
+        found = _LUKS.unpack_from(raw)
+        if at and found.hdr_offset != at:
             continue
-        ident = text(found.ident)
+        ident = text(found.uuid)
         label = text(found.label) if found.version > 1 else ""
         nodes = (f"/dev/mapper/luks-{ident}",)
         yield Signature(f"LUKS{found.version}", Usage.WRAPPER, ident, label, nodes)
@@ -242,23 +252,22 @@ def _md_at_end(device: ReadableDevice) -> Iterator[Signature]:
 def _md_at(device: ReadableDevice, at: int) -> Iterator[Signature]:
     if not (raw := read(device, at, _MD.size)):
         return
-    found = _Md._make(_MD.unpack(raw))
-    if (found.magic, found.major, found.super_offset * _SECTOR) != (_MD_MAGIC, 1, at):
+    found = _MD.unpack_from(raw)
+    if (found.magic, found.major_version, found.super_offset * _SECTOR) != (_MD_MAGIC, 1, at):
         return
-    name = text(found.name).rpartition(":")[2]
+    name = text(found.set_name).rpartition(":")[2]
     nodes = (f"/dev/md/{name}", *((f"/dev/md{name}",) if name.isdecimal() else ()))
-    yield _member(found.level, str(uuid.UUID(bytes=found.ident)), nodes if name else (), at)
+    yield _member(found.level, str(uuid.UUID(bytes=found.set_uuid)), nodes if name else (), at)
 
 
 def _md_old(device: ReadableDevice) -> Iterator[Signature]:
     at = (device.size & -_MD_OLD_UNIT) - _MD_OLD_UNIT
-    for order in "<>":
-        layout = struct.Struct(order + _MD_OLD)
+    for layout in _MD_OLD:
         if not (raw := read(device, at, layout.size)):
             return
-        magic, major, minor, level, number = layout.unpack(raw)
-        if (magic, major, minor) == (_MD_MAGIC, 0, 90):
-            yield _member(level, "", (f"/dev/md{number}",), at)
+        found = layout.unpack_from(raw)
+        if (found.magic, found.major_version, found.minor_version) == (_MD_MAGIC, 0, 90):
+            yield _member(found.level, "", (f"/dev/md{found.md_minor}",), at)
 
 
 def _member(level: int, ident: str, nodes: tuple[str, ...], at: int) -> Signature:

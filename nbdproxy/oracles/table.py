@@ -1,24 +1,25 @@
 """Partition tables as Linux reads them: GPT, and MBR with logical partitions.
 
 GPT (UEFI specification, chapter 5): header and table are accepted with right checksums only. Linux
-looks at the copy at the disk's end only if it is told to (`gpt` on its command line), though
-firmware and partitioning tools restore from it: what only that copy names is read, with a doubt.
-MBR: a partition that goes on behind the disk's end is cut there. Its unit is the disk's logical
-sector, which an image does not tell: it is found by where filesystems really begin.
+reads the backup at the disk's end only with `gpt` on its command line, though firmware and
+partitioning tools restore from it: partitions of the backup alone are read, with a doubt.
+MBR: a partition that extends behind the disk's end is cut there. Its unit is the disk's logical
+sector, 512 or 4096 bytes, which an image does not tell: the unit is taken in which partitions begin
+with a known filesystem.
 Source: Linux, block/partitions/efi.c, msdos.c and core.c.
 Not covered: other tables (BSD, Sun, SGI, Apple, Windows dynamic disks), see `signatures`.
 """
 
 from __future__ import annotations
 
-import struct
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.oracles.structs import At, StructLayout
 
 SECTOR = 512
 SECTOR_SIZES = (512, 4096)
@@ -26,11 +27,7 @@ MBR_SIGNATURE = b"\x55\xaa"
 PROTECTIVE = 0xEE
 GPT, MBR = "GPT", "MBR"
 _GPT_MAGIC = b"EFI PART"
-_GPT_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
-_GPT_ENTRY = struct.Struct("<16s16sQQQ72s")  # type, own GUID, first and last sector, flags, name
 _GPT_TABLE_SIZE_MAX = 1 << 20
-_MBR_ENTRY = struct.Struct("<B3sB3sII")  # active, CHS, type, CHS, first sector, sectors
-_MBR_ENTRIES_AT, _DISK_ID_AT, _SIGNATURE_AT = 446, 440, 510
 _ACTIVE = {0x00, 0x80}
 _EXTENDED = {0x05, 0x0F, 0x85}
 NUMBER_MAX = 255
@@ -58,9 +55,9 @@ class Partition:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What a table names; `doubt` says why a guest may see other partitions, if so.
+    """The partitions of a disk; `doubt` says why a guest may see other ones, if so.
 
-    `scheme` is GPT or MBR, and "" where there is none, or none that is sound.
+    `scheme` is GPT or MBR, and "" where there is no table, or none that Linux takes.
     """
 
     scheme: str = ""
@@ -68,15 +65,61 @@ class Table:
     doubt: str | None = None
 
 
-class _Entry(NamedTuple):
-    active: int
-    kind: int
-    first: int
-    length: int
+class BootRecord(NamedTuple):
+    """The first sector of a disk with an MBR, or of an extended one's link, in 512 bytes.
+
+    The disk's id is Linux' reading of these bytes (msdos.c), and Windows NT's.
+    """
+
+    disk_id: Annotated[int, At(440, "I")]
+    entries: Annotated[bytes, At(446, "64s")]
+    signature: Annotated[bytes, At(510, "2s")]
+
+
+class MbrEntry(NamedTuple):
+    """One of the four entries of a boot record; `first` and `length` are in sectors."""
+
+    active: Annotated[int, At(0, "B")]
+    kind: Annotated[int, At(4, "B")]
+    first: Annotated[int, At(8, "I")]
+    length: Annotated[int, At(12, "I")]
 
     @property
     def is_extended(self) -> bool:
+        """Whether it holds logical partitions."""
         return self.kind in _EXTENDED and self.length > 0
+
+
+class GptHeader(NamedTuple):
+    """GPT's header (UEFI specification, section 5.3.2), the fields that are used; in sectors."""
+
+    signature: Annotated[bytes, At(0, "8s")]
+    header_size: Annotated[int, At(12, "I")]
+    header_crc32: Annotated[int, At(16, "I")]
+    my_lba: Annotated[int, At(24, "Q")]
+    first_usable_lba: Annotated[int, At(40, "Q")]
+    last_usable_lba: Annotated[int, At(48, "Q")]
+    partition_entry_lba: Annotated[int, At(72, "Q")]
+    number_of_entries: Annotated[int, At(80, "I")]
+    size_of_entry: Annotated[int, At(84, "I")]
+    entry_array_crc32: Annotated[int, At(88, "I")]
+
+
+class GptEntry(NamedTuple):
+    """An entry of GPT's table (section 5.3.3); the last sector is part of the partition."""
+
+    type_guid: Annotated[bytes, At(0, "16s")]
+    unique_guid: Annotated[bytes, At(16, "16s")]
+    starting_lba: Annotated[int, At(32, "Q")]
+    ending_lba: Annotated[int, At(40, "Q")]
+    attributes: Annotated[int, At(48, "Q")]
+    name: Annotated[bytes, At(56, "72s")]
+
+
+BOOT_RECORD = StructLayout(BootRecord, "<")
+MBR_ENTRY = StructLayout(MbrEntry, "<")
+GPT_HEADER = StructLayout(GptHeader, "<")
+GPT_ENTRY = StructLayout(GptEntry, "<")
 
 
 def read_table(device: ReadableDevice, begins: Callable[[ReadableDevice, int], bool]) -> Table:
@@ -95,7 +138,7 @@ def read_table(device: ReadableDevice, begins: Callable[[ReadableDevice, int], b
     return _mbr(device, mbr, begins)
 
 
-def _is_protective(entry: _Entry) -> bool:
+def _is_protective(entry: MbrEntry) -> bool:
     return entry.kind == PROTECTIVE and entry.first == 1
 
 
@@ -104,18 +147,17 @@ def _sector(device: ReadableDevice, offset: int) -> bytes | None:
     if offset + SECTOR > device.size:
         return None
     raw = device.pread(offset, SECTOR)
-    return raw if raw[_SIGNATURE_AT:] == MBR_SIGNATURE else None
+    return raw if BOOT_RECORD.unpack_from(raw).signature == MBR_SIGNATURE else None
 
 
-def _entries(sector: bytes) -> list[_Entry]:
-    fields = _MBR_ENTRY.iter_unpack(sector[_MBR_ENTRIES_AT:_SIGNATURE_AT])
-    return [_Entry(active, kind, first, count) for active, _, kind, _, first, count in fields]
+def _entries(sector: bytes) -> list[MbrEntry]:
+    return list(MBR_ENTRY.iter_unpack(BOOT_RECORD.unpack_from(sector).entries))
 
 
 def _mbr(
     device: ReadableDevice, mbr: bytes, begins: Callable[[ReadableDevice, int], bool]
 ) -> Table:
-    """Read an MBR in the unit in which all that is named begins with something known."""
+    """Read an MBR in the unit, 512 or 4096 bytes, in which all partitions begin with known data."""
     small, large = (
         [part for part in _mbr_partitions(device, mbr, unit) if part.offset < device.size]
         for unit in SECTOR_SIZES
@@ -147,13 +189,13 @@ def _cut(device: ReadableDevice, found: list[Partition]) -> tuple[Partition, ...
 
 
 def _mbr_partitions(device: ReadableDevice, mbr: bytes, unit: int) -> Iterator[Partition]:
-    ident = int.from_bytes(mbr[_DISK_ID_AT : _DISK_ID_AT + 4], "little")
+    ident = BOOT_RECORD.unpack_from(mbr).disk_id
 
-    def named(number: int, first: int, entry: _Entry) -> Partition:
+    def named(number: int, first: int, entry: MbrEntry) -> Partition:
         return Partition(
-            number,
-            first * unit,
-            entry.length * unit,
+            number=number,
+            offset=first * unit,
+            length=entry.length * unit,
             kind=f"{entry.kind:#04x}",
             ident=f"{ident:08x}-{number:02x}",
         )
@@ -172,7 +214,7 @@ def _mbr_partitions(device: ReadableDevice, mbr: bytes, unit: int) -> Iterator[P
                 number += 1
 
 
-def _logical(device: ReadableDevice, whole: _Entry, unit: int) -> Iterator[tuple[int, _Entry]]:
+def _logical(device: ReadableDevice, whole: MbrEntry, unit: int) -> Iterator[tuple[int, MbrEntry]]:
     """Follow the chain of extended boot records; links count from the extended partition.
 
     OS/2 uses all four entries of a record. In the last two there may be garbage: they count if
@@ -213,29 +255,37 @@ def _gpt_table(device: ReadableDevice, unit: int, at: int) -> tuple[Partition, .
     if at < 1 or (at + 1) * unit > device.size:
         return None
     raw = device.pread(at * unit, unit)
-    header = _GPT_HEADER.unpack_from(raw)
-    magic, _, size, crc, _, here, _, lowest, highest, _, table, count, width, table_crc = header
+    header = GPT_HEADER.unpack_from(raw)
     last = device.size // unit - 1
-    if magic != _GPT_MAGIC or here != at or not _GPT_HEADER.size <= size <= unit:
+    is_here = header.signature == _GPT_MAGIC and header.my_lba == at
+    if not is_here or not GPT_HEADER.size <= header.header_size <= unit:
         return None
+    covered = GPT_HEADER.zeroed(raw[: header.header_size], "header_crc32")
+    start, length = header.partition_entry_lba * unit, header.number_of_entries * GPT_ENTRY.size
     if (
-        crc != zlib.crc32(raw[:16] + bytes(4) + raw[20:size])
-        or width != _GPT_ENTRY.size
-        or count * width > _GPT_TABLE_SIZE_MAX
-        or table * unit + count * width > device.size
-        or not lowest <= highest <= last
+        header.header_crc32 != zlib.crc32(covered)
+        or header.size_of_entry != GPT_ENTRY.size
+        or length > _GPT_TABLE_SIZE_MAX
+        or start + length > device.size
+        or not header.first_usable_lba <= header.last_usable_lba <= last
     ):
         return None
-    entries = device.pread(table * unit, count * width)
-    if zlib.crc32(entries) != table_crc:
+    table = device.pread(start, length)
+    if zlib.crc32(table) != header.entry_array_crc32:
         return None
     found = []
-    shown = entries[: NUMBER_MAX * width]
-    for number, fields in enumerate(_GPT_ENTRY.iter_unpack(shown), start=1):
-        kind, ident, first, end, _, name = fields
-        if kind != bytes(16) and first <= end <= last:
-            guids = str(uuid.UUID(bytes_le=kind)), str(uuid.UUID(bytes_le=ident))
-            label = name.decode("utf-16-le", "replace").partition("\0")[0]
-            extent = (first * unit, (end - first + 1) * unit)
-            found.append(Partition(number, *extent, *guids, label))
+    shown = table[: NUMBER_MAX * GPT_ENTRY.size]
+    for number, entry in enumerate(GPT_ENTRY.iter_unpack(shown), start=1):
+        is_used = entry.type_guid != bytes(16)
+        if is_used and entry.starting_lba <= entry.ending_lba <= last:
+            found.append(
+                Partition(
+                    number=number,
+                    offset=entry.starting_lba * unit,
+                    length=(entry.ending_lba - entry.starting_lba + 1) * unit,
+                    kind=str(uuid.UUID(bytes_le=entry.type_guid)),
+                    ident=str(uuid.UUID(bytes_le=entry.unique_guid)),
+                    label=entry.name.decode("utf-16-le", "replace").partition("\0")[0],
+                )
+            )
     return tuple(found)

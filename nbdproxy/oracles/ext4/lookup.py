@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from nbdproxy.oracles.ext4 import casefold, directory, inode
 from nbdproxy.oracles.ext4.checksum import crc32c
@@ -26,9 +26,41 @@ from nbdproxy.oracles.ext4.hashes import HashVersion, name_hash
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.mapping import BlockTree, ReadBlock
 from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
+from nbdproxy.oracles.structs import At, StructLayout
 
 NAME_MAX = 255
-ROOT_INFO = 24  # behind "." and ".."
+
+
+class IndexRoot(NamedTuple):
+    """struct dx_root_info, behind the entries "." and ".." of the index's first block."""
+
+    reserved_zero: Annotated[int, At(24, "I")]
+    hash_version: Annotated[int, At(28, "B")]
+    info_length: Annotated[int, At(29, "B")]
+    indirect_levels: Annotated[int, At(30, "B")]
+    unused_flags: Annotated[int, At(31, "B")]
+
+
+class CountLimit(NamedTuple):
+    """struct dx_countlimit, in place of an index block's first hash; its `count` is `used`."""
+
+    limit: Annotated[int, At(0, "H")]
+    used: Annotated[int, At(2, "H")]
+
+
+class IndexTail(NamedTuple):
+    """struct dx_tail, behind the last entry that an index block has room for."""
+
+    reserved: Annotated[int, At(0, "I")]
+    checksum: Annotated[int, At(4, "I")]
+
+
+ROOT = StructLayout(IndexRoot, "<")
+COUNT_LIMIT = StructLayout(CountLimit, "<")
+TAIL = StructLayout(IndexTail, "<")
+ROOT_INFO = ROOT.offset("reserved_zero")
+ROOT_INFO_SIZE = ROOT.size - ROOT_INFO
+ENTRY_SIZE = 8  # struct dx_entry: hash and block
 NODE_ENTRIES = 8  # behind an entry without a name that fills the block
 BLOCK_MASK = 0x0FFFFFFF
 READ_AHEAD = 8  # so many blocks at once are looked for, before the first of them is searched
@@ -246,7 +278,7 @@ class Folder:
             or known.seed != self._node.seed
         ):
             leaf = directory.search(self._sb, raw, is_folded=self._is_folded)
-            verified = not self._sb.has_checksums or directory.checksum_is_right(self._node, raw)
+            verified = not self._sb.has_checksums or directory.checksum_is_valid(self._node, raw)
             if len(self._parsed) * len(raw) >= KEPT_MAX:
                 self._parsed.clear()
             known = self._parsed[physical] = CachedBlock(raw, self._node.seed, leaf, verified)
@@ -271,15 +303,17 @@ class Folder:
         """Follow the name's hash through the index; return the way, and the hash."""
         sb = self._sb
         raw = self._index_block(0)
-        version, info_length, levels, flags = struct.unpack_from("<4B", raw, ROOT_INFO + 4)
-        if version not in _HASHED:
+        root = ROOT.unpack_from(raw)
+        if root.hash_version not in _HASHED:
             raise _BadIndexError
-        wanted = name_hash(version, name, sb.hash_seed, is_unsigned=sb.has_unsigned_hash)
-        if flags & 1 or levels >= (3 if sb.incompat & Incompat.LARGEDIR else 2):
+        is_unsigned = sb.has_unsigned_hash
+        wanted = name_hash(root.hash_version, name, sb.hash_seed, is_unsigned=is_unsigned)
+        levels = root.indirect_levels
+        if root.unused_flags & 1 or levels >= (3 if sb.incompat & Incompat.LARGEDIR else 2):
             raise _BadIndexError
-        tail = 8 if sb.has_checksums else 0
-        start = ROOT_INFO + info_length
-        node = self._entries(0, raw, start, (sb.block_size - start - tail) // 8)
+        tail = TAIL.size if sb.has_checksums else 0
+        start = ROOT_INFO + root.info_length
+        node = self._entries(0, raw, start, (sb.block_size - start - tail) // ENTRY_SIZE)
         blocks = [0]
         frames: list[_Frame] = []
         while True:
@@ -294,7 +328,7 @@ class Folder:
                 return frames, wanted
             blocks.append(block)
             raw = self._index_block(block)
-            limit = (sb.block_size - NODE_ENTRIES - tail) // 8
+            limit = (sb.block_size - NODE_ENTRIES - tail) // ENTRY_SIZE
             node = self._entries(block, raw, NODE_ENTRIES, limit)
 
     def _next(self, frames: list[_Frame], wanted: int) -> bool:
@@ -322,9 +356,9 @@ class Folder:
     def _entries(self, block: int, raw: bytes, start: int, limit: int | None) -> IndexNode:
         known = self._nodes.get(block)
         if known is None or known.raw is not raw:
-            limit_said, used = struct.unpack_from("<HH", raw, start)
-            words = struct.unpack_from(f"<{(len(raw) - start) // 8 * 2}I", raw, start)
-            known = self._nodes[block] = IndexNode(raw, limit_said, used, words)
+            head = COUNT_LIMIT.unpack_from(raw, start)
+            words = struct.unpack_from(f"<{(len(raw) - start) // ENTRY_SIZE * 2}I", raw, start)
+            known = self._nodes[block] = IndexNode(raw, head.limit, head.used, words)
         if limit is not None and known.limit != limit:
             raise _BadIndexError
         return known
@@ -334,17 +368,17 @@ class Folder:
         known = self._nodes.get(logical)
         if known is not None and known.raw is raw:
             return raw  # it was looked at
-        length = ENTRY.unpack_from(raw)[1]
+        length = ENTRY.unpack_from(raw).rec_len
         if logical and directory.record_length(length, len(raw)) != len(raw):
             raise self._corrupt("its index leads to a block that is not of it")
-        if self._sb.has_checksums and not self._index_is_right(raw):
+        if self._sb.has_checksums and not self._index_checksum_is_valid(raw):
             raise self._corrupt("the checksum of its index is wrong")
         return raw
 
     def _leaf(self, logical: int) -> Leaf:
         raw = self._read(logical)
         kept = self._keep(self._places[logical] or 0, raw)
-        length = directory.record_length(ENTRY.unpack_from(raw)[1], len(raw))
+        length = directory.record_length(ENTRY.unpack_from(raw).rec_len, len(raw))
         # One that might be of the index is not verified: its checksum would stand elsewhere.
         if not kept.verified and logical and length != len(raw):
             raise self._corrupt("the checksum of a block is wrong")
@@ -360,27 +394,29 @@ class Folder:
             raise self._corrupt("its index leads to a hole")
         return self._read_block(physical)
 
-    def _index_is_right(self, raw: bytes) -> bool:
+    def _index_checksum_is_valid(self, raw: bytes) -> bool:
         size = len(raw)
-        length = directory.record_length(ENTRY.unpack_from(raw)[1], size)
+        length = directory.record_length(ENTRY.unpack_from(raw).rec_len, size)
         if length == size:
             start = NODE_ENTRIES
         elif length == directory.ENTRY_MIN:
-            second = directory.record_length(ENTRY.unpack_from(raw, length)[1], size)
-            reserved, _, info_length = struct.unpack_from("<IBB", raw, ROOT_INFO)
-            if second != size - length or reserved or info_length != 8:
+            second = directory.record_length(ENTRY.unpack_from(raw, length).rec_len, size)
+            root = ROOT.unpack_from(raw)
+            is_plain = not root.reserved_zero and root.info_length == ROOT_INFO_SIZE
+            if second != size - length or not is_plain:
                 return False
-            start = ROOT_INFO + info_length
+            start = ROOT.size
         else:
             return False
-        limit, count = struct.unpack_from("<HH", raw, start)
-        tail = start + 8 * limit
-        if tail + 8 > size:
+        head = COUNT_LIMIT.unpack_from(raw, start)
+        at, end = (start + ENTRY_SIZE * number for number in (head.limit, head.used))
+        if at + TAIL.size > size:
             return False
-        covered = raw[start : start + 8 * count] if start + 8 * count <= size else b""
+        tail = TAIL.unpack_from(raw, at)
+        covered = raw[start:end] if end <= size else b""
         value = crc32c(self._node.seed, raw[:start] + covered)
-        value = crc32c(value, raw[tail : tail + 4] + bytes(4))
-        return bool(value == struct.unpack_from("<I", raw, tail + 4)[0])
+        value = crc32c(value, TAIL.struct.pack(tail.reserved, 0))
+        return value == tail.checksum
 
 
 def _before(node: IndexNode, wanted: int) -> int:

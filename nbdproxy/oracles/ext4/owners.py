@@ -7,7 +7,6 @@ that a file has and never wrote.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,9 +25,6 @@ from nbdproxy.oracles.ext4.filesystem import PATH_MAX, ROOT, Filesystem
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.mounted import open_filesystem
 from nbdproxy.oracles.ext4.superblock import Incompat, RoCompat
-
-BITMAP_IS_ABSENT = 0x2  # a flag of a group's descriptor: its block bitmap was never written
-FLAGS = 0x12
 
 
 class OwnerKind(StrEnum):
@@ -187,12 +183,9 @@ def _fixed(filesystem: Filesystem) -> Iterator[tuple[int, int, OwnerKind, int]]:
     descriptors = superblock.descriptor_blocks(sb)
     for block in descriptors:
         yield block, 1, OwnerKind.DESCRIPTORS, 0
-    for group, raw in enumerate(superblock.descriptors(filesystem.device, sb)):
-        for field, kind in (
-            (superblock.BLOCK_BITMAP, OwnerKind.BLOCK_BITMAP),
-            (superblock.INODE_BITMAP, OwnerKind.INODE_BITMAP),
-        ):
-            yield superblock.block_number(sb, raw, field), 1, kind, 0
+    for group, descriptor in enumerate(superblock.descriptors(filesystem.device, sb)):
+        yield descriptor.block_bitmap, 1, OwnerKind.BLOCK_BITMAP, 0
+        yield descriptor.inode_bitmap, 1, OwnerKind.INODE_BITMAP, 0
         first = group * sb.inodes_per_group + 1
         yield filesystem.tables[group], tables, OwnerKind.INODE_TABLE, first
         if superblock.has_backup(sb, group):
@@ -210,13 +203,12 @@ def _bitmaps(filesystem: Filesystem) -> dict[int, bytes]:
     if sb.ro_compat & RoCompat.BIGALLOC or sb.blocks_per_group > 8 * sb.block_size:
         return {}  # its bits stand for clusters
     found = {}
-    for group, raw in enumerate(superblock.descriptors(filesystem.device, sb)):
-        block = superblock.block_number(sb, raw, superblock.BLOCK_BITMAP)
-        (flags,) = struct.unpack_from("<H", raw, FLAGS)
-        if sb.ro_compat & (RoCompat.GDT_CSUM | RoCompat.METADATA_CSUM) and flags & BITMAP_IS_ABSENT:
+    has_flags = sb.ro_compat & (RoCompat.GDT_CSUM | RoCompat.METADATA_CSUM)
+    for group, descriptor in enumerate(superblock.descriptors(filesystem.device, sb)):
+        if has_flags and descriptor.flags & superblock.BLOCK_UNINIT:
             found[group] = bytes(sb.block_size)
-        elif block < sb.blocks:
-            found[group] = filesystem.block(block)
+        elif descriptor.block_bitmap < sb.blocks:
+            found[group] = filesystem.block(descriptor.block_bitmap)
     return found
 
 
