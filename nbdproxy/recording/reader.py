@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -345,14 +346,7 @@ class Recording:
 
     def position_at(self, time_ns: int) -> int:
         """Return the position before which everything had happened by `time_ns`."""
-        low, high = 0, self.events
-        while low < high:
-            middle = (low + high) // 2
-            if self.time_of(middle) <= time_ns:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_right(range(self.events), time_ns, key=self.time_of)
 
     def close(self) -> None:
         """Release the files; closing twice is harmless."""

@@ -24,14 +24,6 @@ def expand(starts: Numbers, counts: Numbers) -> Numbers:
     return found
 
 
-def runs(numbers: Numbers) -> list[tuple[int, int]]:
-    """Return ascending numbers as runs [first, end) without gaps."""
-    if not len(numbers):
-        return []
-    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
-    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
-
-
 class Cells:
     """The cells of a table's changing requests, in sectors of `sector` bytes.
 
