@@ -67,6 +67,14 @@ def runs(numbers: Iterable[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
     return [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]
 
 
+def expand(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return start, start + 1, ... for each start, `count` of them, one after the other."""
+    total = int(counts.sum())
+    skipped = np.cumsum(counts) - counts
+    found: NDArray[np.int64] = np.arange(total) + np.repeat(starts - skipped, counts)
+    return found
+
+
 class ExtentMap(Generic[V]):
     """A map from disjoint byte ranges to values; a later `set` replaces what it overlaps.
 

@@ -11,17 +11,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, expand
 from nbdproxy.recording.index import BASE, Mask, Numbers, RequestTable, Rows
 from nbdproxy.requests import Command
-
-
-def expand(starts: Numbers, counts: Numbers) -> Numbers:
-    """Return start, start + 1, ... for each start, `count` of them, one after the other."""
-    total = int(counts.sum())
-    skipped = np.cumsum(counts) - counts
-    found: Numbers = np.arange(total) + np.repeat(starts - skipped, counts)
-    return found
 
 
 class Cells:
