@@ -1,4 +1,4 @@
-"""Reads a recording, whatever became of its writer.
+"""Reads a recording, also one whose writer was killed or is still writing.
 
 `Recording(path)` verifies every slot's checksum and keeps about 50 bytes for each request; the
 payloads stay in the file and their digests are checked as they are read. A recording that was cut
