@@ -1,4 +1,4 @@
-"""Interval algebra over byte ranges: `Extent`, `ExtentMap`, `ExtentSet`, joining neighbours.
+"""Interval algebra over byte ranges: `Extent`, `ExtentMap`, `ExtentSet`, neighbours joined.
 
 All extents are half-open, [offset, offset + length), in bytes.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, NamedTuple, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -50,6 +53,26 @@ def join_neighbours(items: Iterable[T], join: Callable[[T, T], T | None]) -> Ite
         pending = item if both is None else both
     if pending is not None:
         yield pending
+
+
+def runs(numbers: Iterable[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return whole numbers, each given once, as runs [first, end) without gaps, ascending."""
+    array = numbers if isinstance(numbers, np.ndarray) else np.fromiter(numbers, np.int64)
+    found = np.sort(array)
+    if not len(found):
+        return []
+    gaps = np.flatnonzero(np.diff(found) != 1)
+    starts = np.concatenate((found[:1], found[gaps + 1])).tolist()
+    lasts = np.concatenate((found[gaps], found[-1:])).tolist()
+    return [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]
+
+
+def expand(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return start, start + 1, ... for each start, `count` of them, one after the other."""
+    total = int(counts.sum())
+    skipped = np.cumsum(counts) - counts
+    found: NDArray[np.int64] = np.arange(total) + np.repeat(starts - skipped, counts)
+    return found
 
 
 class ExtentMap(Generic[V]):

@@ -233,7 +233,7 @@ def _chosen(wanted: Manifest, paths: list[str], *, from_manifest: bool) -> Manif
 def _overview(
     source: RecordedSource, told: tuple[FileHistory, ...], taken: Taken, *, json: bool
 ) -> None:
-    levels = [guarantee(mode, Failure.HOST_POWER_LOSS).must for mode in taken.tells]
+    levels = [guarantee(mode, Failure.HOST_POWER_LOSS) for mode in taken.tells]
     if json:
         print_json(report.overview_json(told, source))
     else:

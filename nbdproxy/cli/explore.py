@@ -282,7 +282,7 @@ def _usual_cut(failure: Failure) -> str:
 
 def _level(source: RecordedSource, mode: CacheMode, failure: Failure, at: str | None) -> Level:
     if at is None:
-        return guarantee(mode, failure).must
+        return guarantee(mode, failure)
     return level_at(source.table, resolve(source, at).position, mode, failure)
 
 

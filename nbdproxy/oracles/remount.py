@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.memory import MemoryDisk
+from nbdproxy.extents import runs
 from nbdproxy.oracles.check import candidates
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
@@ -23,7 +24,7 @@ from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 from nbdproxy.oracles.mounts import PartitionName
 from nbdproxy.oracles.partitions import SliceDevice
-from nbdproxy.oracles.watched import NOTHING, ReadRange, Reads, WatchedDevice, runs
+from nbdproxy.oracles.watched import NOTHING, ReadRange, Reads, WatchedDevice
 
 WHERE, LOG, TOP = 1, 2, 3
 """The stages, by the order in which they are reached."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 
@@ -75,17 +73,6 @@ class Reads:
 
 NOTHING = Reads(())
 EVERYTHING = Reads([(0, 1 << 63)])
-
-
-def runs(numbers: Iterable[int]) -> list[ReadRange]:
-    """Return whole numbers, each given once, as half-open runs, ascending."""
-    found = np.sort(np.fromiter(numbers, np.int64))
-    if not len(found):
-        return []
-    gaps = np.flatnonzero(np.diff(found) != 1)
-    starts = np.concatenate((found[:1], found[gaps + 1])).tolist()
-    ends = np.concatenate((found[gaps], found[-1:])).tolist()
-    return [(start, end + 1) for start, end in zip(starts, ends, strict=True)]
 
 
 class WatchedDevice:

@@ -1,4 +1,4 @@
-"""What a faulty disk shows: the bytes that reads get in place of the honest ones.
+"""What a faulty disk shows: the bytes that reads get in place of those that were written.
 
 Pure functions; the image keeps the honest bytes (see `nbdproxy.disks.faults`).
 """

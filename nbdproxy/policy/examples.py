@@ -1,6 +1,6 @@
-"""The examples a policy file carries: a short story, and what the image holds afterwards.
+"""The examples a policy file carries: steps on a small disk, and what it holds afterwards.
 
-A story is a list of steps on a disk of a few sectors that holds `-` everywhere at the start:
+Steps are done one after the other, on a disk of a few sectors that first holds `-` everywhere:
 
     "write 0 A"       write sector 0 full of the letter A; "write 0 AB" writes sectors 0 and 1
     "write 0 A fua"   the same with FUA
@@ -82,7 +82,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One story and its end; `image` and `shows` have a letter for each sector, or are empty."""
+    """Steps and their end; `image` and `shows` have a letter for each sector, or are empty."""
 
     steps: tuple[Step, ...]
     image: tuple[str, ...] = ()

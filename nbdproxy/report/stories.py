@@ -117,7 +117,7 @@ def _kinds(carrier: Carrier) -> list[str]:
 
 def protected_since(story: FileHistory, mode: CacheMode) -> int | None:
     """Return from which position on host power loss leaves the file whole under a mode."""
-    level = guarantee(mode, Failure.HOST_POWER_LOSS).must
+    level = guarantee(mode, Failure.HOST_POWER_LOSS)
     if level in story.courses:
         return story.courses[level].since
     # Nothing that was sent is kept: only what nobody touched is safe.
@@ -127,7 +127,7 @@ def protected_since(story: FileHistory, mode: CacheMode) -> int | None:
 
 def _is_doubtful(story: FileHistory, mode: CacheMode) -> bool:
     """Tell whether it is unknown if host power loss leaves the file whole in the end."""
-    level = guarantee(mode, Failure.HOST_POWER_LOSS).must
+    level = guarantee(mode, Failure.HOST_POWER_LOSS)
     if level in story.courses:
         return story.courses[level].changes[-1].condition is Condition.CANNOT_BE_TOLD
     courses = story.courses.values()

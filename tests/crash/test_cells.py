@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from nbdproxy.crash.explore.contents import Contents, mixed, sector_digests
-from nbdproxy.crash.states.cells import Cells, concurrent_pairs, expand
+from nbdproxy.crash.states.cells import Cells, concurrent_pairs
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, expand
 from nbdproxy.recording.index import BASE, NEVER, RequestTable
 from nbdproxy.requests import Command
 from tests.support.memory_source import MemorySource

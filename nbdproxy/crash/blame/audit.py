@@ -19,12 +19,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdproxy.crash.states.cells import runs
 from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.crash.states.recorded import BaseDisk, RecordedSource
 from nbdproxy.crash.states.timeline import CrashDisk, Timeline
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, runs
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
 from nbdproxy.recording.index import BASE, Mask, Numbers, Rows
 from nbdproxy.requests import Command

@@ -184,7 +184,7 @@ def replay(
 
 def level_at(table: RequestTable, t: int, mode: CacheMode, failure: Failure) -> Level:
     """Return what a failure at t leaves for certain under a cache mode."""
-    return guarantee(mode, failure, exit_flush_failed=exit_flush_failed(table, t)).must
+    return guarantee(mode, failure, exit_flush_failed=exit_flush_failed(table, t))
 
 
 def exit_flush_failed(table: RequestTable, t: int) -> bool:

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.states.cells import Cells, runs
+from nbdproxy.crash.states.cells import Cells
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.dice import mix
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.extents import runs
 from nbdproxy.recording.index import BASE, Numbers, Rows
 
 SectorDigests = NDArray[np.uint64]

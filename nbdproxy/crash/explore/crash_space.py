@@ -21,11 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from nbdproxy.crash.explore.contents import SectorDigests, mixed, sector_digests
-from nbdproxy.crash.states.cells import expand
 from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.presence import TORN, WHOLE, Presence, sectors_of
 from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.extents import join_neighbours
+from nbdproxy.extents import expand, join_neighbours
 from nbdproxy.recording.index import BASE, Mask, Numbers, Rows
 
 

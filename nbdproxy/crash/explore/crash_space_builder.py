@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from nbdproxy.crash.explore.contents import Contents, mixed, sector_digests
 from nbdproxy.crash.explore.crash_space import CrashSpace, Values, first_of_content
 from nbdproxy.crash.explore.mixtures import Mixtures
-from nbdproxy.crash.states.cells import Cells, concurrent_pairs, expand
+from nbdproxy.crash.states.cells import Cells, concurrent_pairs
 from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
+from nbdproxy.extents import expand
 from nbdproxy.persistence.model import Level, Options
 from nbdproxy.recording.index import BASE, Numbers, Rows
 from nbdproxy.requests import Command

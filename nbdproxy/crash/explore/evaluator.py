@@ -19,12 +19,11 @@ from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
 from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.judging import Judge, Judgement, JudgePlan
 from nbdproxy.crash.explore.sharing import Sharing
-from nbdproxy.crash.states.cells import runs
 from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.source import Source
 from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, runs
 from nbdproxy.persistence.model import Level, Options
 
 

@@ -20,13 +20,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nbdproxy.crash.explore.evaluator import Judged, StateEvaluator, Unit
-from nbdproxy.crash.states.cells import runs
 from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.presence import sectors_of
 from nbdproxy.crash.states.timeline import Segment, Timeline
 from nbdproxy.delta_debugging import ddmin
 from nbdproxy.errors import UsageError
-from nbdproxy.extents import join_neighbours
+from nbdproxy.extents import join_neighbours, runs
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.recording.index import BASE, Numbers
 

@@ -212,14 +212,14 @@ def _deal(cuts: list[CutPlan], budget: int | None) -> list[CutPlan]:
 def _shares(sizes: Sequence[int | None], left: int) -> list[int]:
     """Deal `left` out evenly; nobody gets more than their size, None takes any."""
     shares = [0] * len(sizes)
-    hungry = [index for index, size in enumerate(sizes) if size != 0]
-    while left and hungry:
+    unfilled = [index for index, size in enumerate(sizes) if size != 0]
+    while left and unfilled:
         # What does not go round is dealt last, so that nobody is ahead by more than one.
-        each = left // len(hungry)
-        for index in hungry if each else hungry[:left]:
+        each = left // len(unfilled)
+        for index in unfilled if each else unfilled[:left]:
             size, offer = sizes[index], max(each, 1)
             take = offer if size is None else min(offer, size - shares[index])
             shares[index] += take
             left -= take
-        hungry = [i for i in hungry if sizes[i] is None or shares[i] < (sizes[i] or 0)]
+        unfilled = [i for i in unfilled if sizes[i] is None or shares[i] < (sizes[i] or 0)]
     return shares

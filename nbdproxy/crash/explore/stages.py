@@ -1,4 +1,4 @@
-"""The states of one cut in the order in which they are worth a look, stage by stage.
+"""The states of one cut in stages, those first that are likeliest to fail.
 
     ends        none of the undecided requests, and all of them
     requests    each request missing, and each alone

@@ -224,7 +224,7 @@ class Verdicts:
 
 
 def _make_ready(path: Path) -> None:
-    """Have a file that is its owner's alone, in a folder where nobody else can put its log."""
+    """Make the file for its owner alone; no other user may be able to add its log beside it."""
     try:
         check_folder(path.parent, sticky=False)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))

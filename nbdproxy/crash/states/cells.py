@@ -11,25 +11,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, expand
 from nbdproxy.recording.index import BASE, Mask, Numbers, RequestTable, Rows
 from nbdproxy.requests import Command
-
-
-def expand(starts: Numbers, counts: Numbers) -> Numbers:
-    """Return start, start + 1, ... for each start, `count` of them, one after the other."""
-    total = int(counts.sum())
-    skipped = np.cumsum(counts) - counts
-    found: Numbers = np.arange(total) + np.repeat(starts - skipped, counts)
-    return found
-
-
-def runs(numbers: Numbers) -> list[tuple[int, int]]:
-    """Return ascending numbers as runs [first, end) without gaps."""
-    if not len(numbers):
-        return []
-    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
-    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 class Cells:

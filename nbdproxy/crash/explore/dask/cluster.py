@@ -1,4 +1,4 @@
-"""`DaskCluster`: the workers of a Dask cluster as a client sees them: who is there, and is any use.
+"""`DaskCluster`: which workers a Dask cluster has, which can be used, and what each was given.
 
 A worker that is new is enlisted before it gets a unit: it opens the recording, after it was handed
 the pieces of it that it needs. Those go to one worker of a machine at a time, since all workers of
