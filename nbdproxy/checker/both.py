@@ -16,16 +16,16 @@ from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.lab.guest.cache import silent
-from nbdproxy.oracles.browse import ShownMount
+from nbdproxy.oracles.browse import MountBrowser
 from nbdproxy.oracles.check import FileCheck, Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.oracle import EarlierDigests, Follower
+from nbdproxy.oracles.oracle import EarlierDigests, ManifestCheck
 from nbdproxy.oracles.quick import QUICK
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
 
 class Difference(NamedTuple):
@@ -51,12 +51,14 @@ class BothOracles:
         self.differences: list[Difference] = []
         self._kernel = KernelOracle(progress)
 
-    def follow(self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount) -> Follower:
+    def prepare_check(
+        self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
+    ) -> ManifestCheck:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
-        return Pair(
+        return BothChecks(
             self,
-            QUICK.follow(manifest, earlier=earlier, mount=mount),
-            self._kernel.follow(manifest, earlier=earlier, mount=mount),
+            QUICK.prepare_check(manifest, earlier=earlier, mount=mount),
+            self._kernel.prepare_check(manifest, earlier=earlier, mount=mount),
         )
 
     def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
@@ -83,7 +85,9 @@ class BothOracles:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         return self._kernel.content(device, entry, mount=mount)
 
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[ShownMount]:
+    def browse(
+        self, device: ReadableDevice, *, mount: Mount
+    ) -> AbstractContextManager[MountBrowser]:
         """Open a mount to go through its files, as the kernel reads them."""
         return self._kernel.browse(device, mount=mount)
 
@@ -112,21 +116,21 @@ class BothOracles:
         self._kernel.close()
 
 
-class Pair:
+class BothChecks:
     """Judges each state twice."""
 
-    def __init__(self, both: BothOracles, quick: Follower, kernel: Follower) -> None:
+    def __init__(self, both: BothOracles, quick: ManifestCheck, kernel: ManifestCheck) -> None:
         self._both = both
         self._quick = quick
         self._kernel = kernel
 
     @property
-    def reads(self) -> Reads | None:
+    def reads(self) -> RangeSet | None:
         """What either read; None if one cannot tell."""
         quick, kernel = self._quick.reads, self._kernel.reads
         if quick is None or kernel is None:
             return None
-        return Reads((*quick.ranges(), *kernel.ranges()))
+        return RangeSet((*quick.ranges(), *kernel.ranges()))
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file on `device`."""

@@ -1,4 +1,4 @@
-"""`ShownByGuest`: a filesystem that the checker's guest has mounted, to be gone through."""
+"""`GuestBrowser`: a filesystem that the checker's guest has mounted, to be gone through."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from nbdproxy.checker.guest import CheckerGuest
 from nbdproxy.errors import FilesystemError
-from nbdproxy.oracles.browse import Found
+from nbdproxy.oracles.browse import BrowsedEntry
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.partitions import Slice
 
@@ -19,7 +19,7 @@ PIECE = 1 << 20
 """Bytes of a file that a guest hands out at once."""
 
 
-class ShownByGuest:
+class GuestBrowser:
     """Satisfies `Shown`; `where` is the mount as the agent wants it. Raises GuestError."""
 
     def __init__(self, guest: CheckerGuest, place: Slice, where: dict[str, object]) -> None:
@@ -27,7 +27,7 @@ class ShownByGuest:
         self._place = place
         self._where = where
 
-    def find(self, path: bytes) -> Found | None:
+    def find(self, path: bytes) -> BrowsedEntry | None:
         """Return what stands at a path."""
         found = self._ask("find", path)
         if found.get("code") in ABSENT:
@@ -36,7 +36,7 @@ class ShownByGuest:
             raise _fault(found["code"])
         return _found(found, path)
 
-    def below(self, folder: Found) -> Iterator[Found | tuple[bytes, FilesystemError]]:
+    def below(self, folder: BrowsedEntry) -> Iterator[BrowsedEntry | tuple[bytes, FilesystemError]]:
         """Yield what is in a folder."""
         listed = self._ask("list", folder.path)
         for one in sorted(listed["found"], key=lambda one: str(one["path"])):
@@ -45,12 +45,12 @@ class ShownByGuest:
         if listed["code"] is not None:
             yield folder.path, _fault(listed["code"])
 
-    def target(self, link: Found) -> bytes:
+    def target(self, link: BrowsedEntry) -> bytes:
         """Return where a symbolic link points."""
         target: bytes = link.node
         return target
 
-    def pieces(self, file: Found) -> Iterator[tuple[int, bytes]]:
+    def pieces(self, file: BrowsedEntry) -> Iterator[tuple[int, bytes]]:
         """Yield what of a file is more than zeroes."""
         if file.size > self._place.length:
             raise UnsupportedError("it is sparse and larger than its disk")
@@ -68,10 +68,12 @@ class ShownByGuest:
         return self._guest.ask(command, path=path.decode("latin-1"), place=self._where, **what)
 
 
-def _found(told: Any, path: bytes) -> Found:
-    target = None if told["target"] is None else told["target"].encode("latin-1")
-    key = tuple(int(number) for number in told["key"])
-    return Found(path, told["mode"], int(told["size"]), int(told["mtime"]), target, key)
+def _found(answer: Any, path: bytes) -> BrowsedEntry:
+    target = None if answer["target"] is None else answer["target"].encode("latin-1")
+    key = tuple(int(number) for number in answer["key"])
+    return BrowsedEntry(
+        path, answer["mode"], int(answer["size"]), int(answer["mtime"]), target, key
+    )
 
 
 def _fault(code: str) -> FilesystemError:

@@ -124,8 +124,17 @@ _STRUCTURES = {errno.EUCLEAN, errno.EBADMSG}
 _ANY_FAULT = {errno.EINVAL, errno.EIO, errno.ENOENT, errno.ESTALE, errno.EFBIG, errno.ERANGE}
 """What they return for broken structures as well as for other reasons: the words decide."""
 _PASSING = {
-    *(errno.EBUSY, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENXIO, errno.EPERM),
-    *(errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
+    errno.EBUSY,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.ENXIO,
+    errno.EPERM,
+    errno.ENODEV,
+    errno.ENOTBLK,
+    errno.ENFILE,
+    errno.EMFILE,
+    errno.EFAULT,
 }
 """What comes of the guest, and need not come again in another one."""
 _FAST_COMMIT = 0x400  # a compatible feature of ext4
@@ -164,18 +173,22 @@ def refusal(driver: Driver, code: int, said: Sequence[str]) -> FilesystemError |
     """
     lines = [line.strip() for line in said if line.strip()]
     if driver.program is not None:
-        told = "; ".join(lines[-2:])
+        message = "; ".join(lines[-2:])
         if code in driver.refusals:
-            return RefusedByKernelError(f"{driver.program} refuses to mount it: {told}")
-        return FilesystemError(f"{driver.program} cannot tell what a mount would show: {told}")
+            return RefusedByKernelError(f"{driver.program} refuses to mount it: {message}")
+        return FilesystemError(f"{driver.program} cannot tell what a mount would show: {message}")
     name = errno.errorcode.get(code, str(code))
     limits = [line for line in lines if _LIMITS.search(line)]
-    told = f"{'; '.join((limits or lines)[-2:]) or os.strerror(code)} ({name})"
+    message = f"{'; '.join((limits or lines)[-2:]) or os.strerror(code)} ({name})"
     if code in _PASSING:
-        return GuestError(f"the checker guest cannot mount anything: {told}")
+        return GuestError(f"the checker guest cannot mount anything: {message}")
     if limits:
-        return FilesystemError(f"the kernel of the lab does not know all of the filesystem: {told}")
+        return FilesystemError(
+            f"the kernel of the lab does not know all of the filesystem: {message}"
+        )
     faults = any(re.search(driver.broken, line) for line in lines)
     if code in _STRUCTURES or (code in _ANY_FAULT and faults):
-        return RefusedByKernelError(f"the kernel refuses to mount it: {told}")
-    return FilesystemError(f"the kernel of the lab does not mount it, and why is not clear: {told}")
+        return RefusedByKernelError(f"the kernel refuses to mount it: {message}")
+    return FilesystemError(
+        f"the kernel of the lab does not mount it, and why is not clear: {message}"
+    )

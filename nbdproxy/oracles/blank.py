@@ -13,7 +13,9 @@ from nbdproxy.oracles.partitions import slices
 _READ = 1 << 20
 
 
-def certain(findings: Findings, disk: ReadableDevice, manifest: Manifest, mount: Mount) -> Findings:
+def missing_if_blank(
+    findings: Findings, disk: ReadableDevice, manifest: Manifest, mount: Mount
+) -> Findings:
     """Return findings, or what is certain where nothing could be told: a blank disk has no file.
 
     Nor has a blank partition, where it is the mount's.

@@ -15,18 +15,18 @@ from collections.abc import Iterable
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.blank import certain
+from nbdproxy.oracles.blank import missing_if_blank
 from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entries, Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
-from nbdproxy.oracles.oracle import EarlierDigests, Follower, Oracle
-from nbdproxy.oracles.watched import ReadRange, Reads
+from nbdproxy.oracles.oracle import EarlierDigests, ManifestCheck, Oracle
+from nbdproxy.oracles.watched import RangeSet, ReadRange
 from nbdproxy.sizes import plural
 
 
-class TreeFollower:
+class TreeCheck:
     """Judges the files of a manifest in one state after the other, wherever in a tree they are."""
 
     def __init__(
@@ -34,15 +34,15 @@ class TreeFollower:
     ) -> None:
         parts, self._unknown = split(manifest, tree)
         self._manifest = manifest
-        self._parts: list[tuple[Mount, Manifest, Follower]] = [
-            (mount, part, oracle.follow(part, earlier=earlier, mount=mount))
+        self._parts: list[tuple[Mount, Manifest, ManifestCheck]] = [
+            (mount, part, oracle.prepare_check(part, earlier=earlier, mount=mount))
             for mount, part in parts.items()
         ]
         self._last: list[Findings] = []
         self._findings: Findings | None = None
 
     @property
-    def reads(self) -> Reads | None:
+    def reads(self) -> RangeSet | None:
         """What of the disk the last findings depend on; None if that cannot be told."""
         found: list[ReadRange] = []
         for (_, _, follower), said in zip(self._parts, self._last, strict=True):
@@ -51,7 +51,7 @@ class TreeFollower:
             if reads is None:
                 return None
             found += reads.ranges()
-        return Reads(found)
+        return RangeSet(found)
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file; findings that did not change are the same object."""
@@ -63,7 +63,7 @@ class TreeFollower:
         self._last = said
         if not is_same or self._findings is None:
             found = [
-                certain(one, device, part, mount)
+                missing_if_blank(one, device, part, mount)
                 for one, (mount, part, _) in zip(said, self._parts, strict=True)
             ]
             self._findings = self._merged(found)
@@ -122,7 +122,7 @@ def scan(
     asked = below if isinstance(here, str) else [here, *below]
     found: list[Entry] = []
     for mount in asked:
-        found += oracle.scan(*(device, under), mount=mount, modes=modes, without=without).entries
+        found += oracle.scan(device, under, mount=mount, modes=modes, without=without).entries
     return Manifest(tuple(found))
 
 

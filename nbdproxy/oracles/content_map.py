@@ -39,9 +39,9 @@ class ContentMap:
 
     def of(self, extent: Extent) -> list[Owner]:
         """Return the owners of all bytes of an extent, in order."""
-        return [part for owner in self._owners.of(extent) for part in self._told(owner)]
+        return [part for owner in self._owners.of(extent) for part in self._with_content(owner)]
 
-    def _told(self, owner: Owner) -> Iterator[Owner]:
+    def _with_content(self, owner: Owner) -> Iterator[Owner]:
         if owner.kind is not OwnerKind.UNKNOWN:
             yield owner
             return

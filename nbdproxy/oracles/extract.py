@@ -20,7 +20,7 @@ from nbdproxy.disks.copying import write_blocks
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles.blank import what_is_blank
-from nbdproxy.oracles.browse import FileType, Found, NotMountedError, ShownMount
+from nbdproxy.oracles.browse import BrowsedEntry, FileType, MountBrowser, NotMountedError
 from nbdproxy.oracles.check import absolute, shown
 from nbdproxy.oracles.ext4.faults import CorruptError
 from nbdproxy.oracles.mounts import Tree, is_below
@@ -45,7 +45,7 @@ class Extracted:
     refused   why a kernel does not mount a filesystem, blank ones too: all of it is lost
     """
 
-    written: list[Found] = field(default_factory=list)
+    written: list[BrowsedEntry] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     doubtful: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -87,7 +87,7 @@ def extract(
     wanted = [shown(absolute(os.path.normpath(path))) for path in dict.fromkeys(paths)]
     fd = os.open(folder, _FOLDER)
     try:
-        writer = _Writer(fd, found, tell, tree.loose)
+        writer = _Writer(fd, found, tell, tree.unplaced)
         for mount in tree.mounts:
             mine = [path for path in wanted if mount.holds(path) or is_below(mount.point, path)]
             if not mine:
@@ -119,7 +119,7 @@ def _note_away(found: Extracted, tree: Tree, wanted: Sequence[str]) -> None:
     for path in wanted:
         if isinstance(why := tree.of(path), str):
             found.doubtful.append((path, why))
-        for point, why in tree.away.items():
+        for point, why in tree.unreadable.items():
             if point != path and is_below(point, path):
                 is_known = why in tree.diskless
                 (found.skipped if is_known else found.doubtful).append((point, why))
@@ -127,16 +127,16 @@ def _note_away(found: Extracted, tree: Tree, wanted: Sequence[str]) -> None:
 
 class _Writer:
     def __init__(
-        self, fd: int, found: Extracted, tell: Callable[[Extracted], None], loose: str
+        self, fd: int, found: Extracted, tell: Callable[[Extracted], None], unplaced: str
     ) -> None:
         self._fd = fd
-        self._loose = loose
+        self._loose = unplaced
         self._found = found
         self._tell = tell
-        self._made: list[Found] = []
+        self._made: list[BrowsedEntry] = []
         self._met: set[tuple[int, ...]] = set()
 
-    def take(self, view: ShownMount, path: str, *, only_look: bool) -> None:
+    def take(self, view: MountBrowser, path: str, *, only_look: bool) -> None:
         """Write what stands at a path, and all below it, or only say if it is not there."""
         try:
             top = view.find(absolute(path))
@@ -168,13 +168,13 @@ class _Writer:
                 os.fchmod(fd, one.mode & 0o777 | 0o700)
                 os.utime(fd, ns=(one.mtime_ns, one.mtime_ns))
 
-    def _below(self, view: ShownMount, folder: Found) -> Iterator[Found]:
+    def _below(self, view: MountBrowser, folder: BrowsedEntry) -> Iterator[BrowsedEntry]:
         if folder.key in self._met or len(_names(folder.path)) > DEPTH_MAX:
             self._found.doubtful.append((shown(folder.path), "it is a folder within itself"))
             return
         self._met.add(folder.key)
         for one in view.below(folder):
-            if isinstance(one, Found):
+            if isinstance(one, BrowsedEntry):
                 name = one.path[len(folder.path.rstrip(b"/")) + 1 :]
                 if name in {b"", b".", b".."} or b"/" in name or b"\0" in name:
                     broken = CorruptError(f"there is a name {shown(name)!r}, which cannot be")
@@ -184,7 +184,7 @@ class _Writer:
             else:
                 self._found.note(*one)
 
-    def _write(self, view: ShownMount, one: Found) -> bool:
+    def _write(self, view: MountBrowser, one: BrowsedEntry) -> bool:
         """Write one name; tell whether it is there."""
         if one.kind is FileType.OTHER:
             self._found.skipped.append((shown(one.path), f"it is {one.what}"))
@@ -215,7 +215,7 @@ class _Writer:
         self._tell(self._found)
         return True
 
-    def _write_file(self, view: ShownMount, one: Found, name: bytes, folder: int) -> None:
+    def _write_file(self, view: MountBrowser, one: BrowsedEntry, name: bytes, folder: int) -> None:
         fd = os.open(name, _NEW, 0o600, dir_fd=folder)
         try:
             os.ftruncate(fd, one.size)

@@ -27,7 +27,7 @@ _NUMBERED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class FstabLine:
     """One line of fstab: what is mounted, where, as what kind, with which options."""
 
     spec: str
@@ -82,9 +82,9 @@ class Line:
         return "/" if number in {"0", "5"} else None  # 5 is the top level, and 0 its alias
 
 
-def lines(raw: bytes) -> list[Line]:
+def lines(raw: bytes) -> list[FstabLine]:
     """Return what an fstab mounts; without swap, and of a point named twice the last line."""
-    found: dict[str, Line] = {}
+    found: dict[str, FstabLine] = {}
     for fields in _fields(raw):
         if len(fields) < 3 or not fields[1].startswith("/") or fields[2] in {"swap", "ignore"}:
             continue
@@ -93,7 +93,7 @@ def lines(raw: bytes) -> list[Line]:
             option.partition("=")[::2]
             for option in (fields[3] if len(fields) > 3 else "defaults").split(",")
         )
-        found[point] = Line(unquoted(spec), point, kind, options)
+        found[point] = FstabLine(unquoted(spec), point, kind, options)
     return list(found.values())
 
 

@@ -82,7 +82,7 @@ _PLAIN_STATUS = {"READ", "WRITE", "VISIBLE", "FIXED_MINOR"}
 
 
 @dataclass(frozen=True, slots=True)
-class Volume:
+class LogicalVolume:
     """A volume that people see, by its names, and its pieces of the disk in order.
 
     ident     the ids of its group and of itself, as device mapper has them: 64 characters
@@ -101,7 +101,7 @@ class Volume:
         return f"{self.group}/{self.short}"
 
 
-class _Commit(NamedTuple):
+class _MetadataCommit(NamedTuple):
     """One commit of a group's metadata."""
 
     number: int
@@ -110,7 +110,7 @@ class _Commit(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Physical:
+class PhysicalVolume:
     """A physical volume at an offset of the disk, with what it knows of its group.
 
     `commit` is None where the volume is in no group, and where `is_broken`: its own metadata is
@@ -120,11 +120,11 @@ class Physical:
     offset: int
     size: int
     ident: str
-    commit: _Commit | None
+    commit: _MetadataCommit | None
     is_broken: bool
 
 
-def physical(device: ReadableDevice, offset: int = 0) -> Physical | None:
+def physical_volume(device: ReadableDevice, offset: int = 0) -> PhysicalVolume | None:
     """Return the physical volume that a device is; None if it is not one."""
     for sector in range(LABEL_SECTORS):
         if device.size < (sector + 1) * SECTOR:
@@ -135,14 +135,14 @@ def physical(device: ReadableDevice, offset: int = 0) -> Physical | None:
             covered = raw[_LABEL.offset("offset") :]
             is_sound = label.crc == _crc(covered) and label.type == b"LVM2 001"
             if not is_sound or not _LABEL.size <= label.offset <= SECTOR - _PV_HEADER.size:
-                return Physical(offset, device.size, "", None, is_broken=True)
+                return PhysicalVolume(offset, device.size, "", None, is_broken=True)
             ident = _PV_HEADER.unpack_from(raw, label.offset).uuid.decode("ascii", "replace")
-            commit, is_broken = _newest(device, raw, label.offset + _PV_HEADER.size)
-            return Physical(offset, device.size, ident, commit, is_broken)
+            commit, is_broken = _newest_commit(device, raw, label.offset + _PV_HEADER.size)
+            return PhysicalVolume(offset, device.size, ident, commit, is_broken)
     return None
 
 
-def volumes(found: Iterable[Physical]) -> list[Volume]:
+def logical_volumes(found: Iterable[PhysicalVolume]) -> list[LogicalVolume]:
     """Return the visible volumes of all groups on these, in the order of groups and names.
 
     Pieces are those of the disk that the physical volumes' offsets count on.
@@ -150,7 +150,7 @@ def volumes(found: Iterable[Physical]) -> list[Volume]:
     every = list(found)
     times = Counter(one.ident for one in every)
     there = {one.ident: one for one in every if times[one.ident] == 1}
-    newest: dict[str, _Commit] = {}
+    newest: dict[str, _MetadataCommit] = {}
     for one in every:
         if (commit := one.commit) is not None:
             ident = commit.about["id"]
@@ -159,12 +159,14 @@ def volumes(found: Iterable[Physical]) -> list[Volume]:
     return [volume for commit in newest.values() for volume in _volumes(commit, there)]
 
 
-def unread(found: Iterable[Physical]) -> list[Physical]:
+def in_unknown_groups(found: Iterable[PhysicalVolume]) -> list[PhysicalVolume]:
     """Return those that are in a group of which nothing is known here."""
     there = list(found)
     commits = [one.commit for one in there if one.commit is not None]
     members = {
-        _plain(pv["id"]) for commit in commits for pv in commit.about["physical_volumes"].values()
+        _without_dashes(pv["id"])
+        for commit in commits
+        for pv in commit.about["physical_volumes"].values()
     }
     return [one for one in there if one.is_broken and one.ident not in members]
 
@@ -215,7 +217,9 @@ class LinearDevice:
         """Do nothing: the disk below belongs to whoever opened it."""
 
 
-def _newest(device: ReadableDevice, raw: bytes, at: int) -> tuple[_Commit | None, bool]:
+def _newest_commit(
+    device: ReadableDevice, raw: bytes, at: int
+) -> tuple[_MetadataCommit | None, bool]:
     """Return the newest commit of a label's areas; else whether there is one that is broken.
 
     A commit that was cut off is in one area, and not yet in the other.
@@ -320,21 +324,23 @@ def _value(tokens: list[Any], at: int) -> tuple[Any, int]:
     return found, at + 1
 
 
-def _commit(text: str) -> _Commit:
+def _commit(text: str) -> _MetadataCommit:
     """Read a commit, and all of it, so that nothing that LVM does not write is used."""
     (found,) = ((name, value) for name, value in _parse(text).items() if isinstance(value, dict))
     group, about = found
-    commit = _Commit(_whole(about["seqno"]), group, about)
+    commit = _MetadataCommit(_integer(about["seqno"]), group, about)
     for _ in _volumes(commit, {}):
         pass
     return commit
 
 
-def _volumes(commit: _Commit, there: Mapping[str, Physical]) -> Iterator[Volume]:
+def _volumes(
+    commit: _MetadataCommit, there: Mapping[str, PhysicalVolume]
+) -> Iterator[LogicalVolume]:
     about = commit.about
-    group_id = _plain(about["id"])
+    group_id = _without_dashes(about["id"])
     members = {
-        name: (there.get(_plain(pv["id"])), _whole(pv["pe_start"]) * SECTOR)
+        name: (there.get(_without_dashes(pv["id"])), _integer(pv["pe_start"]) * SECTOR)
         for name, pv in about["physical_volumes"].items()
         if "MISSING" not in pv.get("flags", ())  # if it is here after all, it is not up to date
     }
@@ -354,8 +360,8 @@ def _volumes(commit: _Commit, there: Mapping[str, Physical]) -> Iterator[Volume]
                 if pieces
                 else "an LVM volume whose physical volumes are not all here, once each"
             )
-        ident = group_id + _plain(volume["id"])
-        yield Volume(commit.group, name, ident, pieces, obstacle)
+        ident = group_id + _without_dashes(volume["id"])
+        yield LogicalVolume(commit.group, name, ident, pieces, obstacle)
 
 
 def _snapshots(listed: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
@@ -389,18 +395,18 @@ def _obstacle(about: Mapping[str, Any], volume: Mapping[str, Any], types: set[st
 def _pieces(
     about: Mapping[str, Any],
     volume: Mapping[str, Any],
-    members: Mapping[str, tuple[Physical | None, int]],
+    members: Mapping[str, tuple[PhysicalVolume | None, int]],
 ) -> tuple[Extent, ...]:
     """Return where the segments of a linear volume are, none if one is not on this disk."""
-    extent = _whole(about["extent_size"]) * SECTOR
+    extent = _integer(about["extent_size"]) * SECTOR
     pieces: list[Extent] = []
     length, is_here = 0, True
     for segment in _segments(volume):
         where, first = segment["stripes"]
         home, start = members.get(where, (None, 0))  # a volume that pvmove moves is on another one
-        at = start + _whole(first) * extent
-        size = _whole(segment["extent_count"]) * extent
-        is_next = _whole(segment["start_extent"]) * extent == length
+        at = start + _integer(first) * extent
+        size = _integer(segment["extent_count"]) * extent
+        is_next = _integer(segment["start_extent"]) * extent == length
         length += size
         if home is None or at + size > home.size or not is_next:
             is_here = False  # the rest is still looked at: all of it must be what LVM writes
@@ -410,7 +416,7 @@ def _pieces(
 
 
 def _segments(volume: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [volume[f"segment{n}"] for n in range(1, _whole(volume["segment_count"]) + 1)]
+    return [volume[f"segment{n}"] for n in range(1, _integer(volume["segment_count"]) + 1)]
 
 
 def _type(segment: Mapping[str, Any]) -> str:
@@ -419,11 +425,11 @@ def _type(segment: Mapping[str, Any]) -> str:
     return kind
 
 
-def _plain(ident: str) -> str:
+def _without_dashes(ident: str) -> str:
     return ident.replace("-", "")
 
 
-def _whole(value: object) -> int:
+def _integer(value: object) -> int:
     """Return a whole number; what else stands there would be multiplied, too."""
     if not isinstance(value, int):
         raise TypeError

@@ -76,14 +76,14 @@ class Tree:
     nowhere   why a path that is below no mount point cannot be told
     loose     what cannot be read and is mounted nobody knows where: what is not there may be in it.
               Only of a tree that was made for no manifest; else `doubtful` says it of its files
-    diskless  reasons of `away` that are no disk's: kept in memory, or reached over a network
+    diskless  reasons of `unreadable` that are no disk's: kept in memory, or reached over a network
     """
 
     mounts: tuple[Mount, ...] = (ONLY,)
-    away: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     doubtful: Mapping[str, str] = field(default_factory=dict)
-    nowhere: str = "no filesystem is known that shows there; name it with --mount"
-    loose: str = ""
+    unmounted_reason: str = "no filesystem is known that shows there; name it with --mount"
+    unplaced: str = ""
     diskless: frozenset[str] = frozenset()
 
     def of(self, path: str) -> Mount | str:
@@ -91,16 +91,16 @@ class Tree:
         if (why := self.doubtful.get(path)) is not None:
             return why
         points: dict[str, Mount | str] = {mount.point: mount for mount in self.mounts}
-        points |= self.away
+        points |= self.unreadable
         path = "/" + path.lstrip("/")
         here = [point for point in points if is_below(path, point)]
-        return points[max(here, key=len)] if here else self.nowhere
+        return points[max(here, key=len)] if here else self.unmounted_reason
 
     def left_out(self, under: str) -> dict[str, str]:
         """Return the points in a directory that are on disks, and are not read, and why."""
         return {
             point: why
-            for point, why in self.away.items()
+            for point, why in self.unreadable.items()
             if is_below(point, under) and why not in self.diskless
         }
 
@@ -110,10 +110,10 @@ class Tree:
         return [one for one in found if one is not None]
 
 
-def tree_of(mounts: Iterable[Mount], away: Mapping[str, str] | None = None) -> Tree:
+def tree_of(mounts: Iterable[Mount], unreadable: Mapping[str, str] | None = None) -> Tree:
     """Return the tree of some mounts: each is covered by whatever is mounted below it."""
-    mounts, away = tuple(mounts), away or {}
-    points = sorted({*(mount.point for mount in mounts), *away})
+    mounts, unreadable = tuple(mounts), unreadable or {}
+    points = sorted({*(mount.point for mount in mounts), *unreadable})
     return Tree(
         tuple(
             replace(
@@ -122,7 +122,7 @@ def tree_of(mounts: Iterable[Mount], away: Mapping[str, str] | None = None) -> T
             )
             for mount in sorted(mounts, key=lambda mount: mount.point)
         ),
-        away,
+        unreadable,
     )
 
 

@@ -13,13 +13,13 @@ from typing import Protocol
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.browse import ShownMount
+from nbdproxy.oracles.browse import MountBrowser
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
 CONTENT_MAX = 64 << 20
 """So many bytes of a file a guest hands out at once."""
@@ -28,7 +28,7 @@ EarlierDigests = Mapping[str, Collection[str]]
 """Of each path the SHA-256 digests that the file had earlier."""
 
 
-class Follower(Protocol):
+class ManifestCheck(Protocol):
     """Judges the same files in one state after the other."""
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
@@ -36,7 +36,7 @@ class Follower(Protocol):
         ...
 
     @property
-    def reads(self) -> Reads | None:
+    def reads(self) -> RangeSet | None:
         """What of the disk the last findings depend on; None if that cannot be told."""
         ...
 
@@ -48,7 +48,9 @@ class Oracle(Protocol):
     *cannot-be-told*; an absolute link that leads into the mount is followed from its point.
     """
 
-    def follow(self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount) -> Follower:
+    def prepare_check(
+        self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
+    ) -> ManifestCheck:
         """Return what judges the files of a manifest, absolute paths that a mount has."""
         ...
 
@@ -86,7 +88,9 @@ class Oracle(Protocol):
         """
         ...
 
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[ShownMount]:
+    def browse(
+        self, device: ReadableDevice, *, mount: Mount
+    ) -> AbstractContextManager[MountBrowser]:
         """Open a mount to go through its files.
 
         Raises NotMountedError if a kernel would not mount it, other FilesystemErrors if that cannot

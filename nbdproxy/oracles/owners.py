@@ -17,7 +17,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent, ExtentMap
 from nbdproxy.oracles.check import candidates
-from nbdproxy.oracles.ext4.owners import Atlas, OwnerKind, chart
+from nbdproxy.oracles.ext4.owners import FilesystemMap, OwnerKind, map_filesystem
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.partitions import Slice, slices
 from nbdproxy.oracles.qcow2 import Qcow2Device, is_qcow2
@@ -72,24 +72,26 @@ class OwnerMap:
 
         What does not show in it is named with its partition, if there are several filesystems.
         """
-        self._parts: list[_Part] = []
-        self._inside: _Inside | None = None
+        self._parts: list[_MappedFilesystem] = []
+        self._qcow2: _Qcow2Owners | None = None
         try:
             if is_qcow2(device):
-                self._inside = _Inside(Qcow2Device(device), tree)
+                self._qcow2 = _Qcow2Owners(Qcow2Device(device), tree)
                 return
             found = _readable(device, tree)
         except FilesystemError:
-            self._parts.append(_Part(0, device.size, None, 0, _as_it_is))
+            self._parts.append(_MappedFilesystem(0, device.size, None, 0, _unchanged))
             return
         for part in found:
-            atlas = None
+            filesystem_map = None
             shown = partial(_shown, tree, part, len(found) > 1)
             with suppress(Exception):  # it only describes: what it stumbles over is unknown
-                atlas = chart(part.device)
+                filesystem_map = map_filesystem(part.device)
             at = 0
             for piece in part.on_disk(0, part.length):
-                self._parts.append(_Part(piece.offset, piece.end, atlas, at, shown))
+                self._parts.append(
+                    _MappedFilesystem(piece.offset, piece.end, filesystem_map, at, shown)
+                )
                 at += piece.length
 
     def of(self, extent: Extent) -> list[Owner]:
@@ -97,7 +99,7 @@ class OwnerMap:
         result: list[Owner] = []
         for owner in self._pieces(extent.offset, extent.end):
             last = result[-1] if result else None
-            if last is not None and _is_one(last, owner):
+            if last is not None and _is_same_owner(last, owner):
                 length = last.extent.length + owner.extent.length
                 both = dict.fromkeys((*last.paths, *owner.paths))
                 extended = Extent(last.extent.offset, length)
@@ -107,8 +109,8 @@ class OwnerMap:
         return result
 
     def _pieces(self, start: int, end: int) -> Iterator[Owner]:
-        if self._inside is not None:
-            yield from self._inside.pieces(start, end)
+        if self._qcow2 is not None:
+            yield from self._qcow2.pieces(start, end)
             return
         while start < end:
             # Where two filesystems claim to be, the first one is asked.
@@ -119,11 +121,11 @@ class OwnerMap:
                 start = stop
                 continue
             stop = min(end, here.high)
-            if here.atlas is None:
+            if here.filesystem_map is None:
                 yield Owner(Extent(start, stop - start), OwnerKind.UNKNOWN)
             else:
                 shift = here.low - here.at
-                for piece in here.atlas.pieces(start - shift, stop - shift):
+                for piece in here.filesystem_map.pieces(start - shift, stop - shift):
                     extent = Extent(shift + piece.start, piece.end - piece.start)
                     is_content = piece.kind in {OwnerKind.FILE_DATA, OwnerKind.DIRECTORY}
                     offset = piece.offset if is_content else None
@@ -144,7 +146,7 @@ def _readable(device: ReadableDevice, tree: Tree | None) -> list[Slice]:
     return found
 
 
-def _as_it_is(paths: tuple[str, ...]) -> tuple[str, ...]:
+def _unchanged(paths: tuple[str, ...]) -> tuple[str, ...]:
     return paths
 
 
@@ -161,17 +163,17 @@ def _shown(
     return tuple(found)
 
 
-class _Part(NamedTuple):
+class _MappedFilesystem(NamedTuple):
     """Bytes [low, high) of the disk hold a filesystem's bytes from `at` on."""
 
     low: int
     high: int
-    atlas: Atlas | None
+    filesystem_map: FilesystemMap | None
     at: int
     shown: Callable[[tuple[str, ...]], tuple[str, ...]]
 
 
-class _Inside:
+class _Qcow2Owners:
     """Who owns the bytes of a qcow2 file."""
 
     def __init__(self, file: Qcow2Device, tree: Tree | None) -> None:
@@ -216,7 +218,7 @@ def owners(
     return [owner for extent in extents for owner in found.of(extent)]
 
 
-def _is_one(last: Owner, owner: Owner) -> bool:
+def _is_same_owner(last: Owner, owner: Owner) -> bool:
     """Tell whether two neighbours are one piece of the same thing."""
     if last.kind is not owner.kind:
         return False

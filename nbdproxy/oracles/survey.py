@@ -21,8 +21,9 @@ from nbdproxy.oracles.blank import is_blank
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, kinds_of
 from nbdproxy.oracles.identity import identity
-from nbdproxy.oracles.lvm import Volume
-from nbdproxy.oracles.partitions import Layout, Slice, SliceDevice, look
+from nbdproxy.oracles.lvm import LogicalVolume
+from nbdproxy.oracles.partition_table import GPT, SECTOR, read_table
+from nbdproxy.oracles.partitions import DiskLayout, Slice, SliceDevice, disk_layout
 from nbdproxy.oracles.signatures import (
     Signature,
     Usage,
@@ -30,7 +31,6 @@ from nbdproxy.oracles.signatures import (
     signatures,
     weak_signatures,
 )
-from nbdproxy.oracles.table import GPT, SECTOR, read_table
 
 _NO_FILES = {
     "21686148-6449-6e6f-744e-656564454649",  # BIOS boot
@@ -65,7 +65,7 @@ class FoundFilesystem:
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
+class FoundUnreadable:
     """Something that may hold files and is not read; `str` says where it is and what it is."""
 
     where: str
@@ -80,51 +80,51 @@ class Hidden:
 class Survey:
     """What holds files on a disk, in the order of its slices, and what may hold some."""
 
-    parts: tuple[FoundFilesystem, ...]
-    hidden: tuple[Hidden, ...]
+    filesystems: tuple[FoundFilesystem, ...]
+    unreadable: tuple[FoundUnreadable, ...]
 
 
-class _Found:
+class _SurveyBuilder:
     """A survey in the making."""
 
     def __init__(self, device: ReadableDevice) -> None:
-        self.parts: list[FoundFilesystem] = []
-        self.hidden: list[Hidden] = []
+        self.filesystems: list[FoundFilesystem] = []
+        self.unreadable: list[FoundUnreadable] = []
         self.left = _ROUNDS * device.size
         """Bytes that are read to see whether they are zeroes."""
 
-    def hide(self, where: str, what: str, specs: Iterable[str] = ()) -> None:
-        self.hidden.append(Hidden(where, what, frozenset(specs)))
+    def add_unreadable(self, where: str, what: str, specs: Iterable[str] = ()) -> None:
+        self.unreadable.append(FoundUnreadable(where, what, frozenset(specs)))
 
 
 def survey(device: ReadableDevice) -> Survey:
     """Look at every part of a disk; raises Qcow2Error for a qcow2 file that cannot be read."""
-    layout = look(device)
+    layout = disk_layout(device)
     whole, *inner = layout.slices
-    found = _Found(device)
+    found = _SurveyBuilder(device)
     has_table = any(part.partition is not None for part in inner)
     doubt = layout.doubt
     if has_table and (member := _member(whole, inner)) is not None:
-        found.hide(whole.name, member)
+        found.add_unreadable(whole.name, member)
         doubt = f"on a disk that is {member}"
-    if not has_table or whole.number in layout.physicals or kinds_of(whole.device):
+    if not has_table or whole.number in layout.physical_volumes or kinds_of(whole.device):
         inner.insert(0, whole)
     elif beside := list(_beside(whole, inner)):
         what = f"{' and '.join(one.what for one in beside)}, and has partitions"
-        found.hide(whole.name, what, set().union(*map(_signature_specs, beside)))
-    unread = lvm.unread(layout.physicals.values())
+        found.add_unreadable(whole.name, what, set().union(*map(_signature_specs, beside)))
+    in_unknown_groups = lvm.in_unknown_groups(layout.physical_volumes.values())
     for part in inner:
-        physical = layout.physicals.get(part.number)
+        physical = layout.physical_volumes.get(part.number)
         if physical is None:
-            _look(found, part, doubt or _below(layout, part))
+            _classify(found, part, doubt or _below(layout, part))
         elif odd := _no_plain_physical(layout, part):
-            found.hide(part.name, odd, _place_specs(part))
-        elif physical in unread:
-            found.hide(part.name, f"{_PHYSICAL} whose metadata cannot be read")
-    for volume in layout.closed:
+            found.add_unreadable(part.name, odd, _place_specs(part))
+        elif physical in in_unknown_groups:
+            found.add_unreadable(part.name, f"{_PHYSICAL} whose metadata cannot be read")
+    for volume in layout.unreadable_volumes:
         assert volume.obstacle is not None
-        found.hide(f"volume {volume.name}", volume.obstacle, _volume_specs(volume))
-    return Survey(tuple(found.parts), tuple(found.hidden))
+        found.add_unreadable(f"volume {volume.name}", volume.obstacle, _volume_specs(volume))
+    return Survey(tuple(found.filesystems), tuple(found.unreadable))
 
 
 def _member(whole: Slice, inner: Iterable[Slice]) -> str | None:
@@ -140,11 +140,11 @@ def _beside(whole: Slice, inner: Iterable[Slice]) -> Iterator[Signature]:
     return (one for one in signatures(head) if one.usage is not Usage.NO_FILES)
 
 
-def _below(layout: Layout, volume: Slice) -> str | None:
+def _below(layout: DiskLayout, volume: Slice) -> str | None:
     """Say why a volume is only a copy of what a guest sees: it lies on a member of an array."""
     if volume.volume is None:
         return None
-    for number in layout.physicals:
+    for number in layout.physical_volumes:
         part = next(part for part in layout.slices if part.number == number)
         inside = Extent(part.offset, part.length)
         if any(inside.offset <= e.offset < inside.end for e in volume.volume.pieces) and (
@@ -154,7 +154,7 @@ def _below(layout: Layout, volume: Slice) -> str | None:
     return None
 
 
-def _no_plain_physical(layout: Layout, part: Slice) -> str | None:
+def _no_plain_physical(layout: DiskLayout, part: Slice) -> str | None:
     """Say what else a physical volume of LVM is; None if LVM surely takes it for one.
 
     LVM passes over a disk with partitions, and what is a member of an array.
@@ -172,7 +172,7 @@ def _wrapper(seen: Iterable[Signature]) -> str | None:
     return next((one.what for one in seen if one.usage is Usage.WRAPPER), None)
 
 
-def _look(found: _Found, part: Slice, doubt: str | None) -> None:
+def _classify(found: _SurveyBuilder, part: Slice, doubt: str | None) -> None:
     """Tell what a part is."""
     kinds = kinds_of(part.device)
     seen = list(signatures(part.device))
@@ -192,9 +192,9 @@ def _look(found: _Found, part: Slice, doubt: str | None) -> None:
         specs |= _tags("UUID", names.ident) | _tags("LABEL", names.label)
     what = _obstacle(part, seen, kinds) or (doubt if kinds else None)
     if what is not None:
-        found.hide(part.name, what, specs)
+        found.add_unreadable(part.name, what, specs)
     elif kinds:
-        found.parts.append(FoundFilesystem(part, kinds[0], frozenset(specs)))
+        found.filesystems.append(FoundFilesystem(part, kinds[0], frozenset(specs)))
 
 
 def _obstacle(part: Slice, seen: list[Signature], kinds: list[FilesystemKind]) -> str | None:
@@ -246,7 +246,7 @@ def _signature_specs(seen: Signature) -> set[str]:
     return _tags("UUID", seen.ident) | _tags("LABEL", seen.label) | {*seen.nodes}
 
 
-def _volume_specs(volume: Volume) -> set[str]:
+def _volume_specs(volume: LogicalVolume) -> set[str]:
     """Return the names of an LVM volume; device mapper doubles dashes (lvm(8), VALID NAMES)."""
     mapped = "-".join(name.replace("-", "--") for name in (volume.group, volume.short))
     return {

@@ -1,4 +1,4 @@
-"""What a verdict was read from: `WatchedDevice` notes it, `Reads` keeps it.
+"""What a verdict was read from: `WatchedDevice` notes it, `RangeSet` keeps it.
 
 A reader that looks at nothing but a device gives, on any device that is the same in the bytes it
 read, the same result. So the noted ranges say which states may share it.
@@ -19,7 +19,7 @@ ReadRange = tuple[int, int]
 """Start and end of a run of bytes."""
 
 
-class Reads:
+class RangeSet:
     """A set of bytes that does not change; asking it costs O(log n) for each extent."""
 
     __slots__ = ("_ends", "_starts")
@@ -57,24 +57,24 @@ class Reads:
         at = bisect_right(self._ends, start)
         return start < end and at < len(self._starts) and self._starts[at] < end
 
-    def isdisjoint(self, other: Reads) -> bool:
+    def isdisjoint(self, other: RangeSet) -> bool:
         """Tell whether no byte is in both sets."""
         few, many = (self, other) if len(self) <= len(other) else (other, self)
         return not any(many.meets(start, end) for start, end in few.ranges())
 
-    def moved(self, by: int, size: int) -> Reads:
+    def moved(self, by: int, size: int) -> RangeSet:
         """Return the set moved by some bytes; what falls outside of [0, size) is dropped."""
         if by == 0 and (not self._ends or self._ends[-1] <= size):
             return self
-        return Reads((max(0, a + by), min(size, b + by)) for a, b in self.ranges())
+        return RangeSet((max(0, a + by), min(size, b + by)) for a, b in self.ranges())
 
     def ranges(self) -> list[ReadRange]:
         """Return the set as disjoint ranges, ascending."""
         return list(zip(self._starts, self._ends, strict=True))
 
 
-NOTHING = Reads(())
-EVERYTHING = Reads([(0, 1 << 63)])
+NOTHING = RangeSet(())
+EVERYTHING = RangeSet([(0, 1 << 63)])
 
 
 def runs(numbers: Iterable[int]) -> list[ReadRange]:
@@ -114,7 +114,7 @@ class WatchedDevice:
         found, self.ranges = self.ranges, []
         return found
 
-    def forget(self, changed: Reads) -> None:
+    def forget(self, changed: RangeSet) -> None:
         """Read what was changed anew."""
         if self._kept:
             for start, end in [part for part in self._kept if changed.meets(*part)]:

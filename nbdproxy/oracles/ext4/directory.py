@@ -49,7 +49,7 @@ BROKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class BlockSearch:
     """What the kernel's search of one block for a name gives, for all names at once.
 
     numbers   by the name, folded where the directory folds names, its first entry's inode or BROKEN
@@ -75,7 +75,7 @@ class Directory:
     is_plain: bool = True
 
 
-def search(sb: Superblock, block: bytes, *, is_folded: bool) -> Leaf:
+def search(sb: Superblock, block: bytes, *, is_folded: bool) -> BlockSearch:
     """Search a block, for all names that are in it at once."""
     numbers: dict[bytes, int] = {}
     doubtful: set[bytes] = set()
@@ -97,9 +97,9 @@ def search(sb: Superblock, block: bytes, *, is_folded: bool) -> Leaf:
                 is_valid = _is_valid(sb, size - at, number, length, name)
                 numbers[key] = number if is_valid else BROKEN
         if not length:
-            return Leaf(numbers, is_sound=False, doubtful=frozenset(doubtful))
+            return BlockSearch(numbers, is_sound=False, doubtful=frozenset(doubtful))
         at += length
-    return Leaf(numbers, is_sound=True, doubtful=frozenset(doubtful))
+    return BlockSearch(numbers, is_sound=True, doubtful=frozenset(doubtful))
 
 
 def record_length(length: int, size: int) -> int:

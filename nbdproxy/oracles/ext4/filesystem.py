@@ -17,7 +17,7 @@ from nbdproxy.oracles.ext4 import directory, inode, superblock
 from nbdproxy.oracles.ext4.directory import Directory
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
-from nbdproxy.oracles.ext4.lookup import Folder, Parsed
+from nbdproxy.oracles.ext4.lookup import DirectoryLookup, ParsedBlocks
 from nbdproxy.oracles.ext4.mapping import BlockRun, BlockTree, ReadBlock
 from nbdproxy.oracles.mounts import ONLY, Mount
 
@@ -48,8 +48,8 @@ class Filesystem:
         self.tables, self._fixed = superblock.groups(device, self.superblock)
         self._blocks: dict[int, bytes] = {}
         self._inodes: dict[int, Inode] = {}
-        self._folders: dict[int, Folder] = {}
-        self._parsed: Parsed = {}
+        self._directories: dict[int, DirectoryLookup] = {}
+        self._parsed: ParsedBlocks = {}
         self._point = _names(mount.point)
         self._root = _names(mount.root)
         self._covered = {tuple(_names(point)) for point in mount.covered}
@@ -147,7 +147,7 @@ class Filesystem:
         Raises CorruptError where the kernel answers with an error, UnsupportedError where its
         answer cannot be told.
         """
-        number = self.folder(node).find(name)
+        number = self.directory_lookup(node).find(name)
         if number is None:
             return None
         sb = self.superblock
@@ -156,14 +156,14 @@ class Filesystem:
             raise CorruptError(f"a name refers to inode {number}, which none may have")
         return number
 
-    def folder(self, node: Inode) -> Folder:
+    def directory_lookup(self, node: Inode) -> DirectoryLookup:
         """Return what looks names up in a directory; it is kept for the next call."""
-        found = self._folders.get(node.number)
+        found = self._directories.get(node.number)
         if found is None:
-            if len(self._folders) >= CACHED_INODES_MAX:
-                self._folders.clear()
-            found = Folder(self.superblock, node, self.block, self.tree, self._parsed)
-            self._folders[node.number] = found
+            if len(self._directories) >= CACHED_INODES_MAX:
+                self._directories.clear()
+            found = DirectoryLookup(self.superblock, node, self.block, self.tree, self._parsed)
+            self._directories[node.number] = found
         return found
 
     def lookup(self, path: bytes, *, follow_last: bool = True) -> Inode | None:
@@ -176,28 +176,28 @@ class Filesystem:
         top = self._top()
         if top is None:
             return None
-        todo = self._below_point(path)
-        way, names = {top.number: top}, list(self._point)
+        todo = self._names_below_point(path)
+        path_nodes, names = {top.number: top}, list(self._point)
         here = top
         links = 0
-        for name in _steps(todo):
+        for name in _pop_names(todo):
             if name in {b"", b"."}:
                 continue
             if name == b"..":
-                names, here = self._up(names), _leave(way)
+                names, here = self._names_above(names), _parent(path_nodes)
                 continue
             if not here.is_directory:
                 return None
             if (*names, name) in self._covered:
-                raise _elsewhere([*names, name])
+                raise _leaves_mount([*names, name])
             number = self.child(here, name)
             if number is None:
                 return None
             node = self.inode(number)
             if not node.is_symlink or (not todo and not follow_last):
-                if node.is_directory and number in way:
+                if node.is_directory and number in path_nodes:
                     return None  # it contains itself: the kernel does not go there
-                here = way[number] = node
+                here = path_nodes[number] = node
                 names.append(name)
                 continue
             links += 1
@@ -205,8 +205,8 @@ class Filesystem:
                 return None
             target = self.symlink_target(node)
             if target.startswith(b"/"):
-                way, names, here = {top.number: top}, list(self._point), top
-                todo += self._below_point(target)
+                path_nodes, names, here = {top.number: top}, list(self._point), top
+                todo += self._names_below_point(target)
             else:
                 todo += target.split(b"/")[::-1]
         return here
@@ -240,14 +240,14 @@ class Filesystem:
         names = self.superblock.names_max
         while todo:
             path, node = todo.pop()
-            left -= self._blocks_of_folder(node)
+            left -= self._blocks_of_directory(node)
             if left < 0:
-                raise UnsupportedError(f"{_shown(path)}: directories use the same blocks")
+                raise UnsupportedError(f"{_text(path)}: directories use the same blocks")
             below = []
             for full, number, child in self._children(path, node, broken, without):
                 names -= 1
                 if names < 0:
-                    raise UnsupportedError(f"{_shown(path)}: more names than are read here")
+                    raise UnsupportedError(f"{_text(path)}: more names than are read here")
                 if child.is_regular or child.is_symlink:
                     yield full, child
                 elif child.is_directory and number not in seen:
@@ -278,23 +278,23 @@ class Filesystem:
                 return None
             node = self.inode(number)
             if node.is_symlink:
-                raise UnsupportedError(f"{_shown(name)}, which is mounted, is a symbolic link")
+                raise UnsupportedError(f"{_text(name)}, which is mounted, is a symbolic link")
         return node
 
-    def _up(self, names: list[bytes]) -> list[bytes]:
+    def _names_above(self, names: list[bytes]) -> list[bytes]:
         """Return the names of the directory above, as the guest sees it."""
         if names and names == self._point:
-            raise _elsewhere(names[:-1])
+            raise _leaves_mount(names[:-1])
         return names[:-1]
 
-    def _below_point(self, path: bytes) -> list[bytes]:
+    def _names_below_point(self, path: bytes) -> list[bytes]:
         """Return the names of an absolute path below the mount point, the last one first."""
         names = path.split(b"/")
         for wanted in self._point:
             while names and names[0] in {b"", b"."}:
                 del names[0]
             if not names or names.pop(0) != wanted:
-                raise _elsewhere(_split(path))
+                raise _leaves_mount(_split(path))
         return names[::-1]
 
     def _read_inode(self, number: int) -> Inode:
@@ -328,7 +328,7 @@ class Filesystem:
                 continue
             if len(full) >= PATH_MAX:
                 error = UnsupportedError(
-                    f"{_shown(path)}: paths below it are longer than any kernel takes"
+                    f"{_text(path)}: paths below it are longer than any kernel takes"
                 )
                 if broken is None:
                     raise error
@@ -349,9 +349,9 @@ class Filesystem:
         try:
             return self.inode(number)
         except CorruptError as error:
-            raise CorruptError(f"{_shown(path)}: {error}") from error
+            raise CorruptError(f"{_text(path)}: {error}") from error
 
-    def _blocks_of_folder(self, node: Inode) -> int:
+    def _blocks_of_directory(self, node: Inode) -> int:
         try:
             return self.blocks_in(node)
         except (CorruptError, UnsupportedError):
@@ -361,12 +361,12 @@ class Filesystem:
         """Return the names in a directory; raises where they are not the ones that are found."""
         listed = self._list(node)
         if not listed.is_complete:
-            raise CorruptError(f"{_shown(path)}: the directory is broken")
-        folder = self.folder(node)
+            raise CorruptError(f"{_text(path)}: the directory is broken")
+        directory_lookup = self.directory_lookup(node)
         if not listed.is_plain or any(
-            folder.find(name) != number for name, number in listed.names.items()
+            directory_lookup.find(name) != number for name, number in listed.names.items()
         ):
-            raise UnsupportedError(f"{_shown(path)}: the directory has names that are not found")
+            raise UnsupportedError(f"{_text(path)}: the directory has names that are not found")
         return listed.names
 
     def _list(self, node: Inode) -> Directory:
@@ -386,7 +386,7 @@ class Filesystem:
                 yield index, self.block(run.physical + index - run.logical)
 
 
-def _steps(todo: list[bytes]) -> Iterator[bytes]:
+def _pop_names(todo: list[bytes]) -> Iterator[bytes]:
     """Take the last of what is to be looked up, again and again; more may come meanwhile."""
     for _ in range(STEPS_MAX):
         if not todo:
@@ -396,11 +396,11 @@ def _steps(todo: list[bytes]) -> Iterator[bytes]:
         raise UnsupportedError(f"more than {STEPS_MAX} names lead there, by links")
 
 
-def _leave(way: dict[int, Inode]) -> Inode:
+def _parent(path_nodes: dict[int, Inode]) -> Inode:
     """Go up to where a way came from; the top is above itself."""
-    if len(way) > 1:
-        way.popitem()
-    return next(reversed(way.values()))
+    if len(path_nodes) > 1:
+        path_nodes.popitem()
+    return next(reversed(path_nodes.values()))
 
 
 def _zeroes(length: int) -> Iterator[bytes]:
@@ -418,9 +418,9 @@ def _names(path: str) -> list[bytes]:
     return _split(path.encode("utf-8", "surrogateescape"))
 
 
-def _elsewhere(names: list[bytes]) -> UnsupportedError:
-    return UnsupportedError(f"a link leads to another filesystem, /{_shown(b'/'.join(names))}")
+def _leaves_mount(names: list[bytes]) -> UnsupportedError:
+    return UnsupportedError(f"a link leads to another filesystem, /{_text(b'/'.join(names))}")
 
 
-def _shown(path: bytes) -> str:
+def _text(path: bytes) -> str:
     return path.decode("utf-8", "backslashreplace")

@@ -20,7 +20,7 @@ from typing import Annotated, NamedTuple
 
 from nbdproxy.oracles.ext4 import casefold, directory, inode
 from nbdproxy.oracles.ext4.checksum import crc32c
-from nbdproxy.oracles.ext4.directory import BROKEN, ENTRY, Leaf
+from nbdproxy.oracles.ext4.directory import BROKEN, ENTRY, BlockSearch
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.hashes import HashVersion, name_hash
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
@@ -64,12 +64,12 @@ ENTRY_SIZE = 8  # struct dx_entry: hash and block
 NODE_ENTRIES = 8  # behind an entry without a name that fills the block
 BLOCK_MASK = 0x0FFFFFFF
 READ_AHEAD = 8  # so many blocks at once are looked for, before the first of them is searched
-KEPT_MAX = 16 << 20
+CACHED_BYTES_MAX = 16 << 20
 """Bytes of blocks whose entries are kept."""
 CHAIN_MAX = 16
 """Blocks of an index that are searched for one name. More are only needed where hundreds of names
 have one hash, which somebody has to make so."""
-_SEVERAL = -2
+_AMBIGUOUS = -2
 _HASHED = {HashVersion.LEGACY, HashVersion.HALF_MD4, HashVersion.TEA}
 
 
@@ -105,15 +105,15 @@ class CachedBlock(NamedTuple):
 
     raw: bytes
     seed: int
-    leaf: Leaf
+    leaf: BlockSearch
     verified: bool
 
 
-Parsed = dict[int, CachedBlock]
+ParsedBlocks = dict[int, CachedBlock]
 """By block of the disk; for the same content only."""
 
 
-class Linear(NamedTuple):
+class LinearSearch(NamedTuple):
     """All blocks of a directory searched: what each name comes to, and what ends the search.
 
     `is_broken` is whether some block does; `is_single` whether there is but one block.
@@ -125,7 +125,7 @@ class Linear(NamedTuple):
     is_single: bool
 
 
-class Folder:
+class DirectoryLookup:
     """One directory. `shared` are the blocks of the disk that all its names depend on."""
 
     def __init__(
@@ -134,7 +134,7 @@ class Folder:
         node: Inode,
         read_block: ReadBlock,
         tree: Callable[[Inode, ReadBlock], BlockTree],
-        parsed: Parsed,
+        parsed: ParsedBlocks,
     ) -> None:
         if node.flags & InodeFlag.ENCRYPT:
             raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
@@ -145,9 +145,9 @@ class Folder:
         self._tree = tree(node, self._read_shared)
         self._parsed = parsed
         self._is_folded = bool(node.flags & InodeFlag.CASEFOLD and sb.incompat & Incompat.CASEFOLD)
-        self._places: dict[int, int | None] = {}
+        self._physical: dict[int, int | None] = {}
         self._nodes: dict[int, IndexNode] = {}
-        self._linear: Linear | CorruptError | UnsupportedError | None = None
+        self._linear: LinearSearch | CorruptError | UnsupportedError | None = None
 
     def find(self, name: bytes) -> int | None:
         """Return the number of the inode under a name; None if none is.
@@ -161,7 +161,7 @@ class Folder:
         if self._is_folded:
             known = casefold.fold(name)
             if not known.is_certain or not (known.is_valid or not self._sb.has_strict_names):
-                raise self._doubt("how its names are compared is not certain")
+                raise self._unsupported("how its names are compared is not certain")
             folded = known.name
         if self._node.flags & InodeFlag.INLINE_DATA:
             return self._inline(folded)
@@ -170,22 +170,26 @@ class Folder:
                 found = self._indexed(folded)
                 # Newer kernels than 6.1 search all blocks then, where names are folded.
                 if found is None and self._is_folded and self._search_all(folded) is not None:
-                    raise self._doubt("its index does not lead to all of its names")
+                    raise self._unsupported("its index does not lead to all of its names")
                 return found
             except CorruptError:
                 if self._is_folded:
-                    raise self._doubt("kernels differ in what they do about its index") from None
+                    raise self._unsupported(
+                        "kernels differ in what they do about its index"
+                    ) from None
                 raise
             except _BadIndexError:
                 if self._sb.has_checksums:
                     # Then the kernel takes blocks of the index as verified that it never verified.
-                    raise self._doubt("its index makes no sense, with right checksums") from None
+                    raise self._unsupported(
+                        "its index makes no sense, with right checksums"
+                    ) from None
         return self._search_all(folded)
 
     def _corrupt(self, what: str) -> CorruptError:
         return CorruptError(f"inode {self._node.number}, a directory, is broken: {what}")
 
-    def _doubt(self, what: str) -> UnsupportedError:
+    def _unsupported(self, what: str) -> UnsupportedError:
         return UnsupportedError(f"inode {self._node.number}, a directory, cannot be told: {what}")
 
     def _read_shared(self, number: int) -> bytes:
@@ -198,7 +202,7 @@ class Folder:
         first, second = inode.inline_parts(self._node)
         for part in (first[4:], second):  # 4 bytes name the parent
             leaf = directory.search(self._sb, part, is_folded=self._is_folded)
-            number = self._in_leaf(leaf, name)
+            number = self._number_in_block(leaf, name)
             if number == BROKEN:
                 raise self._corrupt("an entry of it makes no sense")
             if number is not None:
@@ -208,30 +212,32 @@ class Folder:
     def _search_all(self, name: bytes) -> int | None:
         found = self._searched()
         if name in found.doubtful:
-            raise self._doubt("how its names are compared is not certain")
+            raise self._unsupported("how its names are compared is not certain")
         number = found.numbers.get(name)
         if number is None:
             if found.is_broken:
                 raise self._corrupt("a block of it makes no sense")
             return None
-        if number == _SEVERAL or (found.is_broken and not found.is_single and number != BROKEN):
-            raise self._doubt("which block is searched first depends on what was asked before")
+        if number == _AMBIGUOUS or (found.is_broken and not found.is_single and number != BROKEN):
+            raise self._unsupported(
+                "which block is searched first depends on what was asked before"
+            )
         if number == BROKEN:
             raise self._corrupt("an entry of it makes no sense")
         return number
 
-    def _searched(self) -> Linear:
+    def _searched(self) -> LinearSearch:
         """Return what all blocks come to, or raise why that cannot be told, found out once."""
         if self._linear is None:
             try:
                 self._linear = self._all()
             except (CorruptError, UnsupportedError) as error:
                 self._linear = error
-        if isinstance(self._linear, Linear):
+        if isinstance(self._linear, LinearSearch):
             return self._linear
         raise type(self._linear)(str(self._linear))
 
-    def _all(self) -> Linear:
+    def _all(self) -> LinearSearch:
         numbers: dict[bytes, int] = {}
         doubtful: set[bytes] = set()
         is_broken = False
@@ -240,7 +246,7 @@ class Folder:
             runs = self._tree.runs()
         except CorruptError:
             if count > READ_AHEAD:
-                raise self._doubt("some of its blocks are not found") from None
+                raise self._unsupported("some of its blocks are not found") from None
             raise
         places = [
             (run.logical + i, run.physical + i)
@@ -249,28 +255,28 @@ class Folder:
         ]
         for logical, physical in places:
             raw = self._read_shared(physical)
-            kept = self._keep(physical, raw)
+            parsed = self._parsed_block(physical, raw)
             is_leaf = not directory.is_inner(self._sb, self._node, logical, raw)
-            if is_leaf and not kept.verified:
+            if is_leaf and not parsed.verified:
                 is_broken = True
                 continue
-            is_broken |= not kept.leaf.is_sound
-            doubtful |= kept.leaf.doubtful
-            for name, number in kept.leaf.numbers.items():
+            is_broken |= not parsed.leaf.is_sound
+            doubtful |= parsed.leaf.doubtful
+            for name, number in parsed.leaf.numbers.items():
                 if numbers.setdefault(name, number) != number:
-                    numbers[name] = _SEVERAL
+                    numbers[name] = _AMBIGUOUS
             if len(numbers) > self._sb.names_max:
-                raise self._doubt("it has more names than are read here")
-        return Linear(numbers, frozenset(doubtful), is_broken, len(places) <= 1)
+                raise self._unsupported("it has more names than are read here")
+        return LinearSearch(numbers, frozenset(doubtful), is_broken, len(places) <= 1)
 
-    def _in_leaf(self, leaf: Leaf, name: bytes) -> int | None:
+    def _number_in_block(self, leaf: BlockSearch, name: bytes) -> int | None:
         """Return what a search of one block comes to: BROKEN if that is an error."""
         if name in leaf.doubtful:
-            raise self._doubt("how its names are compared is not certain")
+            raise self._unsupported("how its names are compared is not certain")
         number = leaf.numbers.get(name)
         return BROKEN if number is None and not leaf.is_sound else number
 
-    def _keep(self, physical: int, raw: bytes) -> CachedBlock:
+    def _parsed_block(self, physical: int, raw: bytes) -> CachedBlock:
         known = self._parsed.get(physical)
         if (
             known is None
@@ -279,7 +285,7 @@ class Folder:
         ):
             leaf = directory.search(self._sb, raw, is_folded=self._is_folded)
             verified = not self._sb.has_checksums or directory.checksum_is_valid(self._node, raw)
-            if len(self._parsed) * len(raw) >= KEPT_MAX:
+            if len(self._parsed) * len(raw) >= CACHED_BYTES_MAX:
                 self._parsed.clear()
             known = self._parsed[physical] = CachedBlock(raw, self._node.seed, leaf, verified)
         return known
@@ -290,14 +296,16 @@ class Folder:
         frames, wanted = self._probe(name)
         for _ in range(CHAIN_MAX):
             top = frames[-1]
-            number = self._in_leaf(self._leaf(top.node.block(top.at)), name)
+            number = self._number_in_block(self._search_block(top.node.block(top.at)), name)
             if number == BROKEN:
                 raise _BadIndexError
             if number is not None:
                 return number
-            if not self._next(frames, wanted):
+            if not self._next_leaf(frames, wanted):
                 return None
-        raise self._doubt("too many of its names have one hash, or its index leads in a circle")
+        raise self._unsupported(
+            "too many of its names have one hash, or its index leads in a circle"
+        )
 
     def _probe(self, name: bytes) -> tuple[list[_Frame], int]:
         """Follow the name's hash through the index; return the way, and the hash."""
@@ -319,7 +327,7 @@ class Folder:
         while True:
             if not 0 < node.used <= node.limit:
                 raise _BadIndexError
-            frame = _Frame(node, _before(node, wanted))
+            frame = _Frame(node, _binary_search(node, wanted))
             frames.append(frame)
             block = node.block(frame.at)
             if block in blocks:
@@ -331,7 +339,7 @@ class Folder:
             limit = (sb.block_size - NODE_ENTRIES - tail) // ENTRY_SIZE
             node = self._entries(block, raw, NODE_ENTRIES, limit)
 
-    def _next(self, frames: list[_Frame], wanted: int) -> bool:
+    def _next_leaf(self, frames: list[_Frame], wanted: int) -> bool:
         """Go on to the next block if it begins with the same hash."""
         level = len(frames) - 1
         while True:
@@ -339,7 +347,7 @@ class Folder:
             frame.at += 1
             if frame.at < frame.node.used:
                 if 2 * frame.at >= len(frame.node.words):
-                    raise self._doubt("its index leads out of itself")
+                    raise self._unsupported("its index leads out of itself")
                 break
             if not level:
                 return False
@@ -375,21 +383,21 @@ class Folder:
             raise self._corrupt("the checksum of its index is wrong")
         return raw
 
-    def _leaf(self, logical: int) -> Leaf:
+    def _search_block(self, logical: int) -> BlockSearch:
         raw = self._read(logical)
-        kept = self._keep(self._places[logical] or 0, raw)
+        parsed = self._parsed_block(self._physical[logical] or 0, raw)
         length = directory.record_length(ENTRY.unpack_from(raw).rec_len, len(raw))
         # One that might be of the index is not verified: its checksum would stand elsewhere.
-        if not kept.verified and logical and length != len(raw):
+        if not parsed.verified and logical and length != len(raw):
             raise self._corrupt("the checksum of a block is wrong")
-        return kept.leaf
+        return parsed.leaf
 
     def _read(self, logical: int) -> bytes:
         if logical >= self._node.size // self._sb.block_size:
             raise self._corrupt("its index leads behind its end")
-        if logical not in self._places:
-            self._places[logical] = self._tree.find(logical)
-        physical = self._places[logical]
+        if logical not in self._physical:
+            self._physical[logical] = self._tree.find(logical)
+        physical = self._physical[logical]
         if physical is None:
             raise self._corrupt("its index leads to a hole")
         return self._read_block(physical)
@@ -419,7 +427,7 @@ class Folder:
         return value == tail.checksum
 
 
-def _before(node: IndexNode, wanted: int) -> int:
+def _binary_search(node: IndexNode, wanted: int) -> int:
     """Return the last entry whose hash is not above `wanted`, by the kernel's binary search."""
     low, high = 1, node.used - 1
     while low <= high:

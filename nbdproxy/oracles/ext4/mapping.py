@@ -20,7 +20,7 @@ from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
 from nbdproxy.oracles.structs import At, StructLayout
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
 EXTENT_MAGIC = 0xF30A
 WRITTEN_MAX = 32768  # a greater `len` stands for an unwritten extent of that many blocks less
@@ -97,7 +97,9 @@ class BlockTree:
     outside of the disk or in `fixed`, which are those that no file may have.
     """
 
-    def __init__(self, sb: Superblock, fixed: Reads, inode: Inode, read_block: ReadBlock) -> None:
+    def __init__(
+        self, sb: Superblock, fixed: RangeSet, inode: Inode, read_block: ReadBlock
+    ) -> None:
         self._sb = sb
         self._fixed = fixed
         self._inode = inode

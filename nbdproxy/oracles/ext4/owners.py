@@ -72,7 +72,7 @@ def _shifted(claim: BlockClaim, by: int) -> BlockClaim:
 
 
 @dataclass(slots=True)
-class Atlas:
+class FilesystemMap:
     """Who owns what in one filesystem, in bytes from its beginning.
 
     `size` is the filesystem's; `free` says of each block whether it is, as far as that is known.
@@ -136,7 +136,7 @@ class Atlas:
         return result
 
 
-def chart(device: ReadableDevice) -> Atlas:
+def map_filesystem(device: ReadableDevice) -> FilesystemMap:
     """Find out who owns what on a device that begins with a filesystem, journal replayed.
 
     If it cannot be mounted, only what stands at fixed places is known. Raises FilesystemError if
@@ -146,34 +146,34 @@ def chart(device: ReadableDevice) -> Atlas:
         filesystem = open_filesystem(device)
     except FilesystemError:
         filesystem = Filesystem(device)
-        return _empty(filesystem, {})
-    atlas = _empty(filesystem, _bitmaps(filesystem))
+        return _fixed_map(filesystem, {})
+    result = _fixed_map(filesystem, _bitmaps(filesystem))
     owned = ExtentMap[BlockClaim](_shifted)
     leading: set[int] = set()
-    for node in _tree(filesystem, atlas.paths):
+    for node in _tree(filesystem, result.paths):
         kind = OwnerKind.DIRECTORY if node.is_directory else OwnerKind.FILE_DATA
         _claim_blocks(filesystem, owned, node, kind, leading)
     # Fixed places come last: a broken inode that claims them does not own them.
-    for start, end, claim in atlas.claims:
+    for start, end, claim in result.claims:
         owned.set(start, end, claim)
-    atlas.claims = owned
-    return atlas
+    result.claims = owned
+    return result
 
 
-def _empty(filesystem: Filesystem, free: dict[int, bytes]) -> Atlas:
+def _fixed_map(filesystem: Filesystem, free: dict[int, bytes]) -> FilesystemMap:
     sb = filesystem.superblock
-    atlas = Atlas(filesystem, sb.blocks * sb.block_size, ExtentMap(_shifted), {}, free)
+    result = FilesystemMap(filesystem, sb.blocks * sb.block_size, ExtentMap(_shifted), {}, free)
     if sb.journal_inode:
         try:
             node = filesystem.inode(sb.journal_inode)
         except FilesystemError:
             pass
         else:
-            _claim_blocks(filesystem, atlas.claims, node, OwnerKind.JOURNAL, set())
+            _claim_blocks(filesystem, result.claims, node, OwnerKind.JOURNAL, set())
     for block, count, kind, inode in _fixed(filesystem):
         start = block * sb.block_size
-        atlas.claims.set(start, start + count * sb.block_size, BlockClaim(kind, inode, 0))
-    return atlas
+        result.claims.set(start, start + count * sb.block_size, BlockClaim(kind, inode, 0))
+    return result
 
 
 def _fixed(filesystem: Filesystem) -> Iterator[tuple[int, int, OwnerKind, int]]:

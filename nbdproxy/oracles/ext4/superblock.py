@@ -17,7 +17,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.oracles.ext4.checksum import ONES, crc32c
 from nbdproxy.oracles.ext4.faults import NoFilesystemError, RefusedError, refusal
 from nbdproxy.oracles.structs import At, StructLayout
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
 OFFSET = 1024
 LENGTH = 1024
@@ -312,7 +312,7 @@ def parse(device: ReadableDevice) -> Superblock:
     return result
 
 
-def groups(device: ReadableDevice, sb: Superblock) -> tuple[list[int], Reads]:
+def groups(device: ReadableDevice, sb: Superblock) -> tuple[list[int], RangeSet]:
     """Return the first block of each group's inode table, and the blocks that no file may have.
 
     Those are the blocks that mke2fs allocated, except for the journal's. Verifies the checksums of
@@ -334,7 +334,7 @@ def groups(device: ReadableDevice, sb: Superblock) -> tuple[list[int], Reads]:
             fixed.append((start, start + 1 + count + sb.reserved_descriptors))
     if sb.incompat & Incompat.META_BG:
         fixed += [(block, block + 1) for block in descriptor_blocks(sb)]
-    return tables, Reads(fixed)
+    return tables, RangeSet(fixed)
 
 
 def descriptor_blocks(sb: Superblock) -> list[int]:

@@ -22,7 +22,7 @@ from nbdproxy.oracles.survey import FoundFilesystem, survey
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class GuestFilesystem:
     """A filesystem of one of the disks; `roots` are its directories that a mount may show."""
 
     disk: int
@@ -40,7 +40,7 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
-class Unread:
+class GuestUnreadable:
     """Something on one of the disks that may hold files and cannot be read."""
 
     words: str
@@ -51,7 +51,7 @@ class Unread:
         return self.words
 
 
-class Disks:
+class GuestDisks:
     """All filesystems of a guest's disks that can be read, and what else is on them."""
 
     def __init__(
@@ -74,50 +74,54 @@ class Disks:
             for short, name in zip(shorts, names, strict=True)
         ] or [f"disk {number}" for number in range(1, len(devices) + 1)]
         self.oracle = oracle
-        self.parts: list[Store] = []
-        self.closed: list[Store] = []
-        self.hidden: list[Unread] = []
-        self.partial: dict[tuple[int, int | str], Unread] = {}
+        self.filesystems: list[GuestFilesystem] = []
+        self.unreadable_filesystems: list[GuestFilesystem] = []
+        self.unreadable: list[GuestUnreadable] = []
+        self.partly_listed: dict[tuple[int, int | str], GuestUnreadable] = {}
         self._paths: dict[tuple[int, int | str], frozenset[str]] = {}
         self._folders: dict[tuple[int, Mount, str], bool] = {}
         surveys = [survey(device) for device in devices]
-        unread = [hidden.what for found in surveys for hidden in found.hidden]
-        has_grown = any(NAMES[FilesystemKind.BTRFS] in what for what in unread)
+        unreadable_text = [unreadable.what for found in surveys for unreadable in found.unreadable]
+        has_grown = any(NAMES[FilesystemKind.BTRFS] in what for what in unreadable_text)
         for disk, found in enumerate(surveys):
-            for hidden in found.hidden:
-                specs = specs_of(disk, hidden.where, hidden.specs)
-                words = f"{self.named(disk, hidden.where)} is {hidden.what}"
-                self.hidden.append(Unread(words, specs, disk))
-            for part in found.parts:
+            for unreadable in found.unreadable:
+                specs = specs_of(disk, unreadable.where, unreadable.specs)
+                words = f"{self.name_of(disk, unreadable.where)} is {unreadable.what}"
+                self.unreadable.append(GuestUnreadable(words, specs, disk))
+            for part in found.filesystems:
                 # What grew from a seed has newer versions of its files.
                 if has_grown and is_seed(part.slice.device):
                     specs = specs_of(disk, part.slice.name, part.specs)
-                    words = f"{self.named(disk, part.slice.name)} is a seed of {NAMES[part.kind]}"
-                    self.hidden.append(Unread(words, specs, disk))
+                    words = f"{self.name_of(disk, part.slice.name)} is a seed of {NAMES[part.kind]}"
+                    self.unreadable.append(GuestUnreadable(words, specs, disk))
                 else:
-                    self._enter(disk, part)
+                    self._add(disk, part)
         for disk, device in enumerate(others):
-            self._compare(disk, device)
+            self._add_other_state(disk, device)
 
-    def _compare(self, disk: int, other: ReadableDevice) -> None:
+    def _add_other_state(self, disk: int, other: ReadableDevice) -> None:
         """Note what another state of a disk has in places that hold nothing in this one."""
-        known = {spec for store in (*self.parts, *self.closed) for spec in store.specs}
-        known |= {spec for one in self.hidden for spec in one.specs}
+        known = {
+            spec
+            for store in (*self.filesystems, *self.unreadable_filesystems)
+            for spec in store.specs
+        }
+        known |= {spec for one in self.unreadable for spec in one.specs}
         try:
             found = survey(other)
         except FilesystemError:
             return
-        seen = [(one.where, f"is {one.what}", one.specs) for one in found.hidden]
-        seen += [(part.slice.name, "has a filesystem", part.specs) for part in found.parts]
+        seen = [(one.where, f"is {one.what}", one.specs) for one in found.unreadable]
+        seen += [(part.slice.name, "has a filesystem", part.specs) for part in found.filesystems]
         for where, what, specs in seen:
-            if place_of(disk, where) not in known:
-                words = f"{self.named(disk, where)} {what} at another time of the recording"
-                self.hidden.append(Unread(words, specs_of(disk, where, specs), disk))
+            if location_spec(disk, where) not in known:
+                words = f"{self.name_of(disk, where)} {what} at another time of the recording"
+                self.unreadable.append(GuestUnreadable(words, specs_of(disk, where, specs), disk))
 
-    def _enter(self, disk: int, part: FoundFilesystem) -> None:
+    def _add(self, disk: int, part: FoundFilesystem) -> None:
         key = part.slice.key
         device, mount = self.devices[disk], Mount(partition=key, root="/")
-        name = self.named(disk, part.slice.name)
+        name = self.name_of(disk, part.slice.name)
         roots: tuple[str, ...] = ("/",)
         specs = specs_of(disk, part.slice.name, part.specs)
         try:
@@ -127,37 +131,39 @@ class Disks:
                 found = error.paths
                 if not found:
                     raise
-                self.partial[disk, key] = Unread(f"{name}: not all listed ({error})", specs, disk)
+                self.partly_listed[disk, key] = GuestUnreadable(
+                    f"{name}: not all listed ({error})", specs, disk
+                )
             self._paths[disk, key] = frozenset(found)
             roots = self.oracle.roots(device, key)
         except FilesystemError as error:
             why = str(error) if isinstance(error, KernelOnlyError) else f"unreadable ({error})"
-            self.hidden.append(Unread(f"{name}: {why}", specs, disk))
-            self.closed.append(Store(disk, key, name, specs, roots))
+            self.unreadable.append(GuestUnreadable(f"{name}: {why}", specs, disk))
+            self.unreadable_filesystems.append(GuestFilesystem(disk, key, name, specs, roots))
             return
-        self.parts.append(Store(disk, key, name, specs, roots))
+        self.filesystems.append(GuestFilesystem(disk, key, name, specs, roots))
 
-    def named(self, disk: int, name: str) -> str:
+    def name_of(self, disk: int, name: str) -> str:
         """Return what a part is called: with its disk, if there are several."""
         return name if len(self.devices) == 1 else f"{name} of {self._shown[disk]}"
 
-    def paths(self, store: Store) -> frozenset[str]:
+    def paths(self, store: GuestFilesystem) -> frozenset[str]:
         """Return the paths of a filesystem's files and links, from its own top."""
         return self._paths[store.disk, store.part]
 
-    def below(self, store: Store, root: str) -> frozenset[str]:
+    def below(self, store: GuestFilesystem, root: str) -> frozenset[str]:
         """Return the paths that a mount of one of its directories shows, from there."""
         found = self.paths(store)
         if root == "/":
             return found
         return frozenset(path[len(root) :] for path in found if path.startswith(root + "/"))
 
-    def content(self, store: Store, root: str, entry: Entry) -> bytes | None:
+    def content(self, store: GuestFilesystem, root: str, entry: Entry) -> bytes | None:
         """Return what a file holds, by its path in a directory of a filesystem."""
         mount = Mount("/", store.part, root)
         return self.oracle.content(self.devices[store.disk], entry, mount=mount)
 
-    def link(self, store: Store, path: str) -> str | None:
+    def link(self, store: GuestFilesystem, path: str) -> str | None:
         """Return where a link leads that is no link to a file; None if a path is none."""
         if path not in self.paths(store):
             return None
@@ -180,59 +186,76 @@ class Disks:
                 self._folders[key] = True
         return self._folders[key]
 
-    def called(self, name: str) -> list[Store]:
+    def by_spec(self, name: str) -> list[GuestFilesystem]:
         """Return the filesystems that a name may mean, those that cannot be read too."""
-        return [store for store in (*self.parts, *self.closed) if plain(name) in store.specs]
+        return [
+            store
+            for store in (*self.filesystems, *self.unreadable_filesystems)
+            if plain(name) in store.specs
+        ]
 
-    def hides(self, name: str) -> Unread | None:
+    def unreadable_by_spec(self, name: str) -> GuestUnreadable | None:
         """Return what cannot be read and is called so."""
-        return next((one for one in self.hidden if plain(name) in one.specs), None)
+        return next((one for one in self.unreadable if plain(name) in one.specs), None)
 
-    def meant(self, what: str) -> tuple[list[Store], list[Unread]]:
+    def matching(self, what: str) -> tuple[list[GuestFilesystem], list[GuestUnreadable]]:
         """Return the filesystems that a user may mean, or else what cannot be read.
 
         What is a number, a volume or a name as in fstab, on any disk; a disk, for all that is on
         it; or both, as `DISK/WHAT`.
         """
-        found, hidden = self._meant(what, range(len(self.devices)))
+        found, unreadable = self._matching(what, range(len(self.devices)))
         for disk, names in enumerate(self._names):
             for name in names:
                 if what == name:
-                    found += [s for s in (*self.parts, *self.closed) if s.disk == disk]
-                    hidden += [one for one in self.hidden if one.disk == disk]
+                    found += [
+                        s
+                        for s in (*self.filesystems, *self.unreadable_filesystems)
+                        if s.disk == disk
+                    ]
+                    unreadable += [one for one in self.unreadable if one.disk == disk]
                 elif what.startswith(f"{name}/"):
-                    more = self._meant(what[len(name) + 1 :], [disk])
+                    more = self._matching(what[len(name) + 1 :], [disk])
                     found += more[0]
-                    hidden += more[1]
+                    unreadable += more[1]
         found = list(dict.fromkeys(found))
-        return found, [] if found else list(dict.fromkeys(hidden))
+        return found, [] if found else list(dict.fromkeys(unreadable))
 
-    def _meant(self, what: str, disks: Collection[int]) -> tuple[list[Store], list[Unread]]:
+    def _matching(
+        self, what: str, disks: Collection[int]
+    ) -> tuple[list[GuestFilesystem], list[GuestUnreadable]]:
         if what.isdecimal():
             numbered = "whole disk" if what == "0" else f"partition {what}"
-            names = {place_of(disk, numbered) for disk in disks}
+            names = {location_spec(disk, numbered) for disk in disks}
         elif what.startswith("/") or "=" in what:
             names = {plain(what)}
         else:
             names = {plain(f"/dev/{what}")}
-        stores = [s for s in (*self.parts, *self.closed) if s.disk in disks and names & s.specs]
-        hidden = [one for one in self.hidden if one.disk in disks and names & one.specs]
-        return stores, hidden
+        stores = [
+            s
+            for s in (*self.filesystems, *self.unreadable_filesystems)
+            if s.disk in disks and names & s.specs
+        ]
+        unreadable = [one for one in self.unreadable if one.disk in disks and names & one.specs]
+        return stores, unreadable
 
-    def there_are(self) -> str:
+    def described(self) -> str:
         """Say which filesystems there are, and on which disks."""
-        names = ", ".join(store.name for store in (*self.parts, *self.closed)) or "none"
+        names = (
+            ", ".join(store.name for store in (*self.filesystems, *self.unreadable_filesystems))
+            or "none"
+        )
         if len(self.devices) == 1:
             return names
         return f"{names}; the disks are {', '.join(self._shown)} (write DISK/1 for its partition 1)"
 
-    def unread(self) -> str:
+    def unreadable_text(self) -> str:
         """Say what cannot be read."""
-        return ", ".join(map(str, self.hidden))
+        return ", ".join(map(str, self.unreadable))
 
-    def several(self) -> str:
+    def ambiguity(self) -> str:
         """Say that one of them has to be named."""
-        names = ", ".join(store.name for store in self.parts)
+        names = ", ".join(store.name for store in self.filesystems)
         return (
             f"several partitions hold a filesystem: {names}; name one of them with --partition, "
             f"or say what is mounted where with --mount"
@@ -241,10 +264,10 @@ class Disks:
 
 def specs_of(disk: int, where: str, specs: Iterable[str]) -> frozenset[str]:
     """Return all names of something on a disk, so that they can be compared."""
-    return frozenset((place_of(disk, where), *map(plain, specs)))
+    return frozenset((location_spec(disk, where), *map(plain, specs)))
 
 
-def place_of(disk: int, where: str) -> str:
+def location_spec(disk: int, where: str) -> str:
     """Return how something is named by where it is, apart from all names of fstab."""
     return f"{where} of {disk}"
 

@@ -54,7 +54,7 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PartitionTable:
     """The partitions of a disk; `doubt` says why a guest may see other ones, if so.
 
     `scheme` is GPT or MBR, and "" where there is no table, or none that Linux takes.
@@ -122,19 +122,21 @@ GPT_HEADER = StructLayout(GptHeader, "<")
 GPT_ENTRY = StructLayout(GptEntry, "<")
 
 
-def read_table(device: ReadableDevice, begins: Callable[[ReadableDevice, int], bool]) -> Table:
+def read_table(
+    device: ReadableDevice, begins: Callable[[ReadableDevice, int], bool]
+) -> PartitionTable:
     """Return the partitions of a disk, in the order of their numbers; none without a table.
 
     `begins` tells whether something known begins at an offset.
     """
     mbr = _sector(device, 0)
     if mbr is None:
-        return Table()
+        return PartitionTable()
     entries = _entries(mbr)
     if any(entry.kind == PROTECTIVE for entry in entries):
-        return _gpt(device) if any(map(_is_protective, entries)) else Table()
+        return _gpt(device) if any(map(_is_protective, entries)) else PartitionTable()
     if any(entry.active not in _ACTIVE for entry in entries):
-        return Table()  # a boot sector's code
+        return PartitionTable()  # a boot sector's code
     return _mbr(device, mbr, begins)
 
 
@@ -156,7 +158,7 @@ def _entries(sector: bytes) -> list[MbrEntry]:
 
 def _mbr(
     device: ReadableDevice, mbr: bytes, begins: Callable[[ReadableDevice, int], bool]
-) -> Table:
+) -> PartitionTable:
     """Read an MBR in the unit, 512 or 4096 bytes, in which all partitions begin with known data."""
     small, large = (
         [part for part in _mbr_partitions(device, mbr, unit) if part.offset < device.size]
@@ -167,14 +169,14 @@ def _mbr(
         for found in (small, large)
     )
     if True not in is_large or len(small) > len(large):  # the larger unit goes beyond the disk
-        return Table(MBR, _cut(device, small))
+        return PartitionTable(MBR, _cut(device, small))
     if True not in is_small:
-        return Table(MBR, _cut(device, large))
+        return PartitionTable(MBR, _cut(device, large))
     if is_small == {True} != is_large:
-        return Table(MBR, _cut(device, small))
+        return PartitionTable(MBR, _cut(device, small))
     if is_large == {True} != is_small:
-        return Table(MBR, _cut(device, large))
-    return Table(
+        return PartitionTable(MBR, _cut(device, large))
+    return PartitionTable(
         MBR,
         _cut(device, small),
         "in units of 512 or of 4096 bytes, which its partition table leaves open",
@@ -239,15 +241,15 @@ def _logical(device: ReadableDevice, whole: MbrEntry, unit: int) -> Iterator[tup
         here, room = whole.first + link.first, link.length
 
 
-def _gpt(device: ReadableDevice) -> Table:
+def _gpt(device: ReadableDevice) -> PartitionTable:
     for is_backup in (False, True):
         for unit in SECTOR_SIZES:
             at = device.size // unit - 1 if is_backup else 1
             found = _gpt_table(device, unit, at)
             if found is not None:
                 doubt = "named by the copy of its GPT at the end only, which Linux does not look at"
-                return Table(GPT, found, doubt if is_backup else None)
-    return Table()
+                return PartitionTable(GPT, found, doubt if is_backup else None)
+    return PartitionTable()
 
 
 def _gpt_table(device: ReadableDevice, unit: int, at: int) -> tuple[Partition, ...] | None:

@@ -17,22 +17,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from nbdproxy.errors import FilesystemError
-from nbdproxy.oracles import moves, rivals
+from nbdproxy.oracles import location_ranking, moves
+from nbdproxy.oracles.guest_disks import GuestDisks, GuestFilesystem
+from nbdproxy.oracles.location_ranking import CandidateLocation
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree, above, is_below
 from nbdproxy.oracles.plans import MountPlan
-from nbdproxy.oracles.rivals import Place
-from nbdproxy.oracles.stores import Disks, Store
 
 _READ_MAX = 8
 """So many files are read to show that a guess is right."""
 
 
 @dataclass(frozen=True, slots=True)
-class Guess:
+class CandidateMount:
     """A directory of a filesystem that may show at a point: the files that it would have there."""
 
-    store: Store
+    store: GuestFilesystem
     point: str
     root: str
     files: frozenset[str]
@@ -48,40 +48,42 @@ class Guess:
         return self.store.roots.index(self.root)
 
 
-def by_files(disks: Disks, given: MountPlan, manifest: Manifest) -> MountPlan:
+def with_inferred_mounts(disks: GuestDisks, given: MountPlan, manifest: Manifest) -> MountPlan:
     """Return a plan with what the files show of the filesystems that it does not have yet.
 
     Without any, if none of them has a file for certain. Raises FilesystemError if two filesystems
     have the files equally well.
     """
-    plan = replace(given, spots=dict(given.spots), doubtful=dict(given.doubtful))
+    plan = replace(given, mounts_at=dict(given.mounts_at), doubtful=dict(given.doubtful))
     entries = {entry.path: entry for entry in manifest.entries}
-    if not given.from_fstab and not {"/"} & {*plan.spots, *plan.away}:
-        first = _first(disks, plan, manifest)
-        unseen = disks.hidden or disks.partial
+    if not given.from_fstab and not {"/"} & {*plan.mounts_at, *plan.unreadable}:
+        first = _root_candidate(disks, plan, manifest)
+        unseen = disks.unreadable or disks.partly_listed
         is_sure = first is not None and not (unseen and first.files)
         if first and (is_sure or _is_shown_by_content(disks, first, entries)):
-            plan.spots[first.point] = first.store.mount(first.point, first.root)
-        elif not plan.spots:
+            plan.mounts_at[first.point] = first.store.mount(first.point, first.root)
+        elif not plan.mounts_at:
             return plan  # what has the files may not have been seen
-    while (more := _next(disks, plan, entries)) is not None:
-        plan.spots[more.point] = more.store.mount(more.point, more.root)
-    if not given.spots and plan.known(disks).isdisjoint(entries):
+    while (more := _next_mount(disks, plan, entries)) is not None:
+        plan.mounts_at[more.point] = more.store.mount(more.point, more.root)
+    if not given.mounts_at and plan.known(disks).isdisjoint(entries):
         return given
     if not given.from_fstab:
-        _doubt(disks, plan, entries)
+        _note_ambiguous(disks, plan, entries)
     return plan
 
 
-def _first(disks: Disks, plan: MountPlan, manifest: Manifest) -> Guess | None:
+def _root_candidate(
+    disks: GuestDisks, plan: MountPlan, manifest: Manifest
+) -> CandidateMount | None:
     """Return what has most of the files: as they are named, or if none is, below a mount point.
 
     Where a system is, and has none of them, it is what all others are mounted in.
     """
-    points = {*plan.spots, *plan.away}
+    points = {*plan.mounts_at, *plan.unreadable}
     wanted = [e.path for e in manifest.entries if points.isdisjoint(above(e.path))]
-    stores = list(unused(disks, plan))
-    found = [guess for store in stores for guess in shown(disks, store, wanted)]
+    stores = list(unmounted(disks, plan))
+    found = [guess for store in stores for guess in candidate_mounts(disks, store, wanted)]
     entries = {entry.path: entry for entry in manifest.entries}
     as_named = [guess for guess in found if guess.point == "/"]
     if any(_is_shown_by_content(disks, guess, entries) for guess in as_named):
@@ -91,8 +93,14 @@ def _first(disks: Disks, plan: MountPlan, manifest: Manifest) -> Guess | None:
     found = [guess for guess in found if _may_show(disks, guess)]
     if not found:
         return None
-    by_place = {Place(*_alone(disks, guess, manifest), len(guess.files)): guess for guess in found}
-    best = [by_place[place] for place in rivals.best(disks.oracle, disks.devices, list(by_place))]
+    by_place = {
+        CandidateLocation(*_alone(disks, guess, manifest), len(guess.files)): guess
+        for guess in found
+    }
+    best = [
+        by_place[place]
+        for place in location_ranking.best(disks.oracle, disks.devices, list(by_place))
+    ]
     first = max(best, key=lambda guess: guess.rank)
     # Of one filesystem's subvolumes the default one counts: others may be snapshots.
     alike = [guess for guess in best if (guess.store, guess.point) == (first.store, first.point)]
@@ -107,17 +115,19 @@ def _first(disks: Disks, plan: MountPlan, manifest: Manifest) -> Guess | None:
     return first
 
 
-def _systems(disks: Disks, stores: Iterable[Store], as_named: Sequence[Guess]) -> Iterator[Guess]:
+def _systems(
+    disks: GuestDisks, stores: Iterable[GuestFilesystem], as_named: Sequence[CandidateMount]
+) -> Iterator[CandidateMount]:
     """Yield the roots of systems, with the files that they have of their names, or none."""
     files = {(guess.store, guess.root): guess.files for guess in as_named}
     for store in stores:
         for root in store.roots:
             _, mount = store.mount("/", root)
             if moves.is_system(partial(disks.has_folder, store.disk, mount)):
-                yield Guess(store, "/", root, files.get((store, root), frozenset()))
+                yield CandidateMount(store, "/", root, files.get((store, root), frozenset()))
 
 
-def _may_show(disks: Disks, guess: Guess) -> bool:
+def _may_show(disks: GuestDisks, guess: CandidateMount) -> bool:
     """Tell whether a filesystem may be mounted where a guess has it: see `moves`."""
     _, mount = guess.store.mount("/", guess.root)
     has = partial(disks.has_folder, guess.store.disk, mount)
@@ -125,12 +135,12 @@ def _may_show(disks: Disks, guess: Guess) -> bool:
     return moves.may_show_at(has, guess.point, files)
 
 
-def _may_join(disks: Disks, plan: MountPlan, guess: Guess) -> bool:
+def _may_join(disks: GuestDisks, plan: MountPlan, guess: CandidateMount) -> bool:
     """Tell whether a filesystem may be mounted in a tree that is known without it.
 
     Not where what it is mounted on has the directories of its files: they may have been there.
     """
-    if "/" not in plan.spots:
+    if "/" not in plan.mounts_at:
         return _may_show(disks, guess)
     folders = moves.own_folders(list(guess.files), guess.point)
     return (
@@ -140,25 +150,29 @@ def _may_join(disks: Disks, plan: MountPlan, guess: Guess) -> bool:
     )
 
 
-def _alone(disks: Disks, guess: Guess, manifest: Manifest) -> tuple[list[Tree], Manifest]:
+def _alone(
+    disks: GuestDisks, guess: CandidateMount, manifest: Manifest
+) -> tuple[list[Tree], Manifest]:
     """Return the trees with nothing but a guess, and the files that belong there."""
     plan = MountPlan({guess.point: guess.store.mount(guess.point, guess.root)})
     below = [entry for entry in manifest.entries if is_below(entry.path, guess.point)]
     return plan.trees(disks), Manifest(tuple(below))
 
 
-def _next(disks: Disks, plan: MountPlan, entries: dict[str, Entry]) -> Guess | None:
+def _next_mount(
+    disks: GuestDisks, plan: MountPlan, entries: dict[str, Entry]
+) -> CandidateMount | None:
     """Return the filesystem that has most of the files which are on none yet."""
     known = plan.known(disks)
     rest = [path for path in entries if path not in known]
     there = [path for path in entries if path in known]
     found = [
         guess
-        for store in unused(disks, plan)
-        for guess in shown(disks, store, rest)
-        if guess.point not in plan.spots
-        and guess.point not in plan.away
-        and not covered(plan, guess.point, there)
+        for store in unmounted(disks, plan)
+        for guess in candidate_mounts(disks, store, rest)
+        if guess.point not in plan.mounts_at
+        and guess.point not in plan.unreadable
+        and not files_under(plan, guess.point, there)
     ]
     for guess in sorted(found, key=lambda guess: guess.rank, reverse=True):
         equals = [g for g in found if len(g.files) == len(guess.files) and g.store != guess.store]
@@ -168,24 +182,26 @@ def _next(disks: Disks, plan: MountPlan, entries: dict[str, Entry]) -> Guess | N
             return guess
     for guess in found:
         why = f"perhaps on {guess.store.name}, mounted at {guess.point}; say so with --mount"
-        unclear = (path for path in guess.files if not plan.is_away(path))
+        unclear = (path for path in guess.files if not plan.is_unreadable(path))
         plan.doubtful |= dict.fromkeys(unclear, why)
     return None
 
 
-def _doubt(disks: Disks, plan: MountPlan, entries: dict[str, Entry]) -> None:
+def _note_ambiguous(disks: GuestDisks, plan: MountPlan, entries: dict[str, Entry]) -> None:
     """Note files that a filesystem which is not in the plan has as well, if it is mounted above."""
     known = plan.known(disks)
     there = [path for path in entries if path in known]
-    for store in unused(disks, plan):
-        for guess in shown(disks, store, there):
-            taken = covered(plan, guess.point, there)
+    for store in unmounted(disks, plan):
+        for guess in candidate_mounts(disks, store, there):
+            taken = files_under(plan, guess.point, there)
             if taken and guess.point != "/" and guess.files.issuperset(taken):
                 why = f"also on {store.name}, which may be mounted at {guess.point}"
                 plan.doubtful |= dict.fromkeys(taken, f"{why}; say which with --mount")
 
 
-def shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[Guess]:
+def candidate_mounts(
+    disks: GuestDisks, store: GuestFilesystem, paths: Collection[str]
+) -> Iterator[CandidateMount]:
     """Yield the points at which a filesystem, or a subvolume of it, would have some files."""
     for root in store.roots:
         known = disks.below(store, root)
@@ -195,15 +211,15 @@ def shown(disks: Disks, store: Store, paths: Collection[str]) -> Iterator[Guess]
                 if path[len(point.rstrip("/")) :] in known:
                     found[point].add(path)
         for point, files in found.items():
-            yield Guess(store, point, root, frozenset(files))
+            yield CandidateMount(store, point, root, frozenset(files))
 
 
-def unused(disks: Disks, plan: MountPlan) -> Iterator[Store]:
+def unmounted(disks: GuestDisks, plan: MountPlan) -> Iterator[GuestFilesystem]:
     """Yield the filesystems that are mounted nowhere, and subvolumes that are not."""
-    for store in disks.parts:
+    for store in disks.filesystems:
         used = {
             mount.root
-            for disk, mount in plan.spots.values()
+            for disk, mount in plan.mounts_at.values()
             if (disk, mount.partition) == (store.disk, store.part)
         }
         if not used:
@@ -212,9 +228,9 @@ def unused(disks: Disks, plan: MountPlan) -> Iterator[Store]:
             yield replace(store, roots=tuple(root for root in store.roots if root not in used))
 
 
-def covered(plan: MountPlan, point: str, paths: Collection[str]) -> set[str]:
+def files_under(plan: MountPlan, point: str, paths: Collection[str]) -> set[str]:
     """Return the files that a plan has below a point, and not below another mount there."""
-    inner = [other for other in plan.spots if other != point and is_below(other, point)]
+    inner = [other for other in plan.mounts_at if other != point and is_below(other, point)]
     return {
         path
         for path in paths
@@ -222,7 +238,9 @@ def covered(plan: MountPlan, point: str, paths: Collection[str]) -> set[str]:
     }
 
 
-def _is_shown_by_content(disks: Disks, guess: Guess, entries: dict[str, Entry]) -> bool:
+def _is_shown_by_content(
+    disks: GuestDisks, guess: CandidateMount, entries: dict[str, Entry]
+) -> bool:
     for path in sorted(guess.files)[:_READ_MAX]:
         entry = replace(entries[path], path=path[len(guess.point.rstrip("/")) :])
         content = disks.content(guess.store, guess.root, entry)
