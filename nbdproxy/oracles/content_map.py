@@ -47,7 +47,7 @@ class ContentMap:
             return
         start, end = owner.extent.offset, owner.extent.end
         for number, low, high in self._runs(start, end):
-            extent = Extent(low, high - low)
+            extent = Extent.between(low, high)
             if number is None:
                 yield replace(owner, extent=extent)
             else:

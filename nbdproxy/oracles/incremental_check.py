@@ -15,7 +15,7 @@ import itertools
 import posixpath
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from functools import partial
 
 from nbdproxy.disks.device import ReadableDevice
@@ -38,10 +38,10 @@ from nbdproxy.oracles.ext4.traced import AnswerKind, CachedError, TracedFilesyst
 from nbdproxy.oracles.incremental_mount import IncrementalMount, NotIncrementalError
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Mount
+from nbdproxy.oracles.oracle import EarlierDigests
 from nbdproxy.oracles.watched import EVERYTHING, RangeSet, ReadRange, WatchedDevice
 
 PENDING_MAX = 4096  # ranges kept for the next update of the mount; those of a few states
-EarlierDigests = Mapping[str, Collection[str]]
 
 
 class IncrementalCheck:

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 SECTOR = 512
 LABEL_SECTORS = 4
@@ -28,38 +28,38 @@ LABEL_SECTORS = 4
 class LabelHeader(NamedTuple):
     """struct label_header (lvm2, lib/label/label.h); offsets in bytes from its sector's start."""
 
-    magic: Annotated[bytes, At(0, "8s")]
-    sector: Annotated[int, At(8, "Q")]
-    crc: Annotated[int, At(16, "I")]
-    offset: Annotated[int, At(20, "I")]
-    type: Annotated[bytes, At(24, "8s")]
+    magic: Annotated[bytes, Field(0, "8s")]
+    sector: Annotated[int, Field(8, "Q")]
+    crc: Annotated[int, Field(16, "I")]
+    offset: Annotated[int, Field(20, "I")]
+    type: Annotated[bytes, Field(24, "8s")]
 
 
 class PvHeader(NamedTuple):
     """struct pv_header (lib/format_text/layout.h), without the areas behind it."""
 
-    uuid: Annotated[bytes, At(0, "32s")]
-    device_size: Annotated[int, At(32, "Q")]
+    uuid: Annotated[bytes, Field(0, "32s")]
+    device_size: Annotated[int, Field(32, "Q")]
 
 
 class DiskArea(NamedTuple):
     """struct disk_locn: an area of the physical volume, in bytes; all zero ends a list of them."""
 
-    offset: Annotated[int, At(0, "Q")]
-    size: Annotated[int, At(8, "Q")]
+    offset: Annotated[int, Field(0, "Q")]
+    size: Annotated[int, Field(8, "Q")]
 
 
 class MetadataHeader(NamedTuple):
     """struct mda_header, with the first of its raw_locns: the committed text, from `start` on."""
 
-    crc: Annotated[int, At(0, "I")]
-    magic: Annotated[bytes, At(4, "16s")]
-    version: Annotated[int, At(20, "I")]
-    start: Annotated[int, At(24, "Q")]
-    text_offset: Annotated[int, At(40, "Q")]
-    text_size: Annotated[int, At(48, "Q")]
-    text_crc: Annotated[int, At(56, "I")]
-    text_flags: Annotated[int, At(60, "I")]
+    crc: Annotated[int, Field(0, "I")]
+    magic: Annotated[bytes, Field(4, "16s")]
+    version: Annotated[int, Field(20, "I")]
+    start: Annotated[int, Field(24, "Q")]
+    text_offset: Annotated[int, Field(40, "Q")]
+    text_size: Annotated[int, Field(48, "Q")]
+    text_crc: Annotated[int, Field(56, "I")]
+    text_flags: Annotated[int, Field(60, "I")]
 
 
 _LABEL = StructLayout(LabelHeader, "<")

@@ -168,9 +168,9 @@ class Entries(Sequence[Entry]):
         raw = self._blob[self._ends[at - 1] if at else 0 : self._ends[at]]
         name = raw[kind.width :].decode("utf-8", "surrogatepass")
         return Entry(
-            path=self._folders[self._folder[at]] + name,
-            digest=raw[: kind.width].hex(),
-            size=None if kind.is_sizeless else self._sizes[at],
+            self._folders[self._folder[at]] + name,
+            raw[: kind.width].hex(),
+            None if kind.is_sizeless else self._sizes[at],
             mode=kind.mode,
             target=kind.target,
             algorithm=kind.algorithm,

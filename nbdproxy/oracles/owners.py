@@ -100,9 +100,8 @@ class OwnerMap:
         for owner in self._pieces(extent.offset, extent.end):
             last = result[-1] if result else None
             if last is not None and _is_same_owner(last, owner):
-                length = last.extent.length + owner.extent.length
                 both = dict.fromkeys((*last.paths, *owner.paths))
-                extended = Extent(last.extent.offset, length)
+                extended = Extent.between(last.extent.offset, owner.extent.end)
                 result[-1] = replace(last, extent=extended, paths=tuple(both))
             else:
                 result.append(owner)
@@ -117,12 +116,12 @@ class OwnerMap:
             here = next((part for part in self._parts if part.low <= start < part.high), None)
             if here is None:
                 stop = min([end, *(part.low for part in self._parts if part.low > start)])
-                yield Owner(Extent(start, stop - start), OwnerKind.OUTSIDE)
+                yield Owner(Extent.between(start, stop), OwnerKind.OUTSIDE)
                 start = stop
                 continue
             stop = min(end, here.high)
             if here.filesystem_map is None:
-                yield Owner(Extent(start, stop - start), OwnerKind.UNKNOWN)
+                yield Owner(Extent.between(start, stop), OwnerKind.UNKNOWN)
             else:
                 shift = here.low - here.at
                 for piece in here.filesystem_map.pieces(start - shift, stop - shift):
@@ -192,7 +191,7 @@ class _Qcow2Owners:
         for low, high, claim in self._claims.segments(start, end):
             if claim is None or claim.kind is not None:
                 kind = OwnerKind.UNREFERENCED if claim is None else claim.kind
-                yield Owner(Extent(low, high - low), kind or OwnerKind.UNKNOWN)
+                yield Owner(Extent.between(low, high), kind or OwnerKind.UNKNOWN)
                 continue
             for owner in self._owners.of(Extent(claim.at, high - low)):
                 at = low + owner.extent.offset - claim.at

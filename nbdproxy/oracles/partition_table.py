@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 SECTOR = 512
 SECTOR_SIZES = (512, 4096)
@@ -71,18 +71,18 @@ class BootRecord(NamedTuple):
     The disk's id is Linux' reading of these bytes (msdos.c), and Windows NT's.
     """
 
-    disk_id: Annotated[int, At(440, "I")]
-    entries: Annotated[bytes, At(446, "64s")]
-    signature: Annotated[bytes, At(510, "2s")]
+    disk_id: Annotated[int, Field(440, "I")]
+    entries: Annotated[bytes, Field(446, "64s")]
+    signature: Annotated[bytes, Field(510, "2s")]
 
 
 class MbrEntry(NamedTuple):
     """One of the four entries of a boot record; `first` and `length` are in sectors."""
 
-    active: Annotated[int, At(0, "B")]
-    kind: Annotated[int, At(4, "B")]
-    first: Annotated[int, At(8, "I")]
-    length: Annotated[int, At(12, "I")]
+    active: Annotated[int, Field(0, "B")]
+    kind: Annotated[int, Field(4, "B")]
+    first: Annotated[int, Field(8, "I")]
+    length: Annotated[int, Field(12, "I")]
 
     @property
     def is_extended(self) -> bool:
@@ -93,27 +93,27 @@ class MbrEntry(NamedTuple):
 class GptHeader(NamedTuple):
     """GPT's header (UEFI specification, section 5.3.2), the fields that are used; in sectors."""
 
-    signature: Annotated[bytes, At(0, "8s")]
-    header_size: Annotated[int, At(12, "I")]
-    header_crc32: Annotated[int, At(16, "I")]
-    my_lba: Annotated[int, At(24, "Q")]
-    first_usable_lba: Annotated[int, At(40, "Q")]
-    last_usable_lba: Annotated[int, At(48, "Q")]
-    partition_entry_lba: Annotated[int, At(72, "Q")]
-    number_of_entries: Annotated[int, At(80, "I")]
-    size_of_entry: Annotated[int, At(84, "I")]
-    entry_array_crc32: Annotated[int, At(88, "I")]
+    signature: Annotated[bytes, Field(0, "8s")]
+    header_size: Annotated[int, Field(12, "I")]
+    header_crc32: Annotated[int, Field(16, "I")]
+    my_lba: Annotated[int, Field(24, "Q")]
+    first_usable_lba: Annotated[int, Field(40, "Q")]
+    last_usable_lba: Annotated[int, Field(48, "Q")]
+    partition_entry_lba: Annotated[int, Field(72, "Q")]
+    number_of_entries: Annotated[int, Field(80, "I")]
+    size_of_entry: Annotated[int, Field(84, "I")]
+    entry_array_crc32: Annotated[int, Field(88, "I")]
 
 
 class GptEntry(NamedTuple):
     """An entry of GPT's table (section 5.3.3); the last sector is part of the partition."""
 
-    type_guid: Annotated[bytes, At(0, "16s")]
-    unique_guid: Annotated[bytes, At(16, "16s")]
-    starting_lba: Annotated[int, At(32, "Q")]
-    ending_lba: Annotated[int, At(40, "Q")]
-    attributes: Annotated[int, At(48, "Q")]
-    name: Annotated[bytes, At(56, "72s")]
+    type_guid: Annotated[bytes, Field(0, "16s")]
+    unique_guid: Annotated[bytes, Field(16, "16s")]
+    starting_lba: Annotated[int, Field(32, "Q")]
+    ending_lba: Annotated[int, Field(40, "Q")]
+    attributes: Annotated[int, Field(48, "Q")]
+    name: Annotated[bytes, Field(56, "72s")]
 
 
 BOOT_RECORD = StructLayout(BootRecord, "<")

@@ -25,7 +25,7 @@ import numpy as np
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 MAGIC = b"QFI\xfb"
 
@@ -33,26 +33,26 @@ MAGIC = b"QFI\xfb"
 class Qcow2Header(NamedTuple):
     """The header of both versions, the fields that are used."""
 
-    magic: Annotated[bytes, At(0, "4s")]
-    version: Annotated[int, At(4, "I")]
-    backing_file_offset: Annotated[int, At(8, "Q")]
-    cluster_bits: Annotated[int, At(20, "I")]
-    size: Annotated[int, At(24, "Q")]
-    crypt_method: Annotated[int, At(32, "I")]
-    l1_size: Annotated[int, At(36, "I")]
-    l1_table_offset: Annotated[int, At(40, "Q")]
-    refcount_table_offset: Annotated[int, At(48, "Q")]
-    refcount_table_clusters: Annotated[int, At(56, "I")]
-    snapshots_offset: Annotated[int, At(64, "Q")]
+    magic: Annotated[bytes, Field(0, "4s")]
+    version: Annotated[int, Field(4, "I")]
+    backing_file_offset: Annotated[int, Field(8, "Q")]
+    cluster_bits: Annotated[int, Field(20, "I")]
+    size: Annotated[int, Field(24, "Q")]
+    crypt_method: Annotated[int, Field(32, "I")]
+    l1_size: Annotated[int, Field(36, "I")]
+    l1_table_offset: Annotated[int, Field(40, "Q")]
+    refcount_table_offset: Annotated[int, Field(48, "Q")]
+    refcount_table_clusters: Annotated[int, Field(56, "I")]
+    snapshots_offset: Annotated[int, Field(64, "Q")]
 
 
 class Qcow2HeaderV3(NamedTuple):
     """The fields that version 3 adds; in files of version 2 other things are in their place."""
 
-    incompatible_features: Annotated[int, At(72, "Q")]
-    refcount_order: Annotated[int, At(96, "I")]
-    header_length: Annotated[int, At(100, "I")]
-    compression_type: Annotated[int, At(104, "B")]
+    incompatible_features: Annotated[int, Field(72, "Q")]
+    refcount_order: Annotated[int, Field(96, "I")]
+    header_length: Annotated[int, Field(100, "I")]
+    compression_type: Annotated[int, Field(104, "B")]
 
 
 _HEADER = StructLayout(Qcow2Header, ">")
@@ -191,7 +191,7 @@ class Qcow2Device:
             if run.host is None:
                 continue
             if run.packed:
-                yield Extent(run.start, run.end - run.start)
+                yield Extent.between(run.start, run.end)
                 continue
             there = self._there(run.host, run.end - run.start)
             for extent in self._base.data_extents(run.host, there) if there else ():

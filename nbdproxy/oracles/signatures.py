@@ -14,7 +14,7 @@ from enum import Enum, auto
 from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 _KIB, _MIB = 1 << 10, 1 << 20
 _SECTOR = 512
@@ -66,11 +66,11 @@ class _Magic(NamedTuple):
 class LuksHeader(NamedTuple):
     """The fields that both versions have in one place (LUKS On-Disk Format Specification)."""
 
-    magic: Annotated[bytes, At(0, "6s")]
-    version: Annotated[int, At(6, "H")]
-    label: Annotated[bytes, At(24, "48s")]
-    uuid: Annotated[bytes, At(168, "40s")]
-    hdr_offset: Annotated[int, At(256, "Q")]
+    magic: Annotated[bytes, Field(0, "6s")]
+    version: Annotated[int, Field(6, "H")]
+    label: Annotated[bytes, Field(24, "48s")]
+    uuid: Annotated[bytes, Field(168, "40s")]
+    hdr_offset: Annotated[int, Field(256, "Q")]
 
 
 _LUKS = StructLayout(LuksHeader, ">")
@@ -81,22 +81,22 @@ _LUKS_SECOND_AT = tuple(0x4000 << n for n in range(9))  # LUKS2's second header,
 class MdSuperblock1(NamedTuple):
     """A member of version 1 (md.4, include/uapi/linux/raid/md_p.h: struct mdp_superblock_1)."""
 
-    magic: Annotated[int, At(0, "I")]
-    major_version: Annotated[int, At(4, "I")]
-    set_uuid: Annotated[bytes, At(16, "16s")]
-    set_name: Annotated[bytes, At(32, "32s")]
-    level: Annotated[int, At(72, "i")]
-    super_offset: Annotated[int, At(144, "Q")]
+    magic: Annotated[int, Field(0, "I")]
+    major_version: Annotated[int, Field(4, "I")]
+    set_uuid: Annotated[bytes, Field(16, "16s")]
+    set_name: Annotated[bytes, Field(32, "32s")]
+    level: Annotated[int, Field(72, "i")]
+    super_offset: Annotated[int, Field(144, "Q")]
 
 
 class MdSuperblock0(NamedTuple):
     """A member of version 0.90 (md_p.h: mdp_super_t), in the byte order of its machine."""
 
-    magic: Annotated[int, At(0, "I")]
-    major_version: Annotated[int, At(4, "I")]
-    minor_version: Annotated[int, At(8, "I")]
-    level: Annotated[int, At(28, "i")]
-    md_minor: Annotated[int, At(44, "I")]
+    magic: Annotated[int, Field(0, "I")]
+    major_version: Annotated[int, Field(4, "I")]
+    minor_version: Annotated[int, Field(8, "I")]
+    level: Annotated[int, Field(28, "i")]
+    md_minor: Annotated[int, Field(44, "I")]
 
 
 _MD = StructLayout(MdSuperblock1, "<")

@@ -39,7 +39,7 @@ class RangeSet:
 
     def __iter__(self) -> Iterator[Extent]:
         for start, end in zip(self._starts, self._ends, strict=True):
-            yield Extent(start, end - start)
+            yield Extent.between(start, end)
 
     def __len__(self) -> int:
         return len(self._starts)

@@ -18,26 +18,26 @@ from nbdproxy.oracles.ext4.checksum import crc32c
 from nbdproxy.oracles.ext4.faults import UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 
 class EntryHead(NamedTuple):
     """struct ext4_dir_entry_2, without the name behind it."""
 
-    inode: Annotated[int, At(0, "I")]
-    rec_len: Annotated[int, At(4, "H")]
-    name_len: Annotated[int, At(6, "B")]
-    file_type: Annotated[int, At(7, "B")]
+    inode: Annotated[int, Field(0, "I")]
+    rec_len: Annotated[int, Field(4, "H")]
+    name_len: Annotated[int, Field(6, "B")]
+    file_type: Annotated[int, Field(7, "B")]
 
 
 class EntryTail(NamedTuple):
     """struct ext4_dir_entry_tail, which has the form of an entry without a name."""
 
-    inode: Annotated[int, At(0, "I")]
-    rec_len: Annotated[int, At(4, "H")]
-    name_len: Annotated[int, At(6, "B")]
-    file_type: Annotated[int, At(7, "B")]
-    checksum: Annotated[int, At(8, "I")]
+    inode: Annotated[int, Field(0, "I")]
+    rec_len: Annotated[int, Field(4, "H")]
+    name_len: Annotated[int, Field(6, "B")]
+    file_type: Annotated[int, Field(7, "B")]
+    checksum: Annotated[int, Field(8, "I")]
 
 
 ENTRY = StructLayout(EntryHead, "<")

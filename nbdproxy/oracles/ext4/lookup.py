@@ -26,7 +26,7 @@ from nbdproxy.oracles.ext4.hashes import HashVersion, name_hash
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.mapping import BlockTree, ReadBlock
 from nbdproxy.oracles.ext4.superblock import Incompat, Superblock
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 NAME_MAX = 255
 
@@ -34,25 +34,25 @@ NAME_MAX = 255
 class IndexRoot(NamedTuple):
     """struct dx_root_info, behind the entries "." and ".." of the index's first block."""
 
-    reserved_zero: Annotated[int, At(24, "I")]
-    hash_version: Annotated[int, At(28, "B")]
-    info_length: Annotated[int, At(29, "B")]
-    indirect_levels: Annotated[int, At(30, "B")]
-    unused_flags: Annotated[int, At(31, "B")]
+    reserved_zero: Annotated[int, Field(24, "I")]
+    hash_version: Annotated[int, Field(28, "B")]
+    info_length: Annotated[int, Field(29, "B")]
+    indirect_levels: Annotated[int, Field(30, "B")]
+    unused_flags: Annotated[int, Field(31, "B")]
 
 
 class CountLimit(NamedTuple):
     """struct dx_countlimit, in place of an index block's first hash; its `count` is `used`."""
 
-    limit: Annotated[int, At(0, "H")]
-    used: Annotated[int, At(2, "H")]
+    limit: Annotated[int, Field(0, "H")]
+    used: Annotated[int, Field(2, "H")]
 
 
 class IndexTail(NamedTuple):
     """struct dx_tail, behind the last entry that an index block has room for."""
 
-    reserved: Annotated[int, At(0, "I")]
-    checksum: Annotated[int, At(4, "I")]
+    reserved: Annotated[int, Field(0, "I")]
+    checksum: Annotated[int, Field(4, "I")]
 
 
 ROOT = StructLayout(IndexRoot, "<")
