@@ -1,8 +1,9 @@
 """`BothOracles`: the quick oracle and the kernel on every state, and where they differ.
 
-A file that one of them calls whole and the other does not cannot be told; nor can what only the
-quick oracle tells, as the kernel is what it is compared with. That the quick oracle cannot tell is
-no difference: the kernel's word counts then, and where both call a file lost in different words.
+A file that only one of them calls whole cannot be told; nor can a file that only the quick oracle
+could judge, as the kernel is what it is compared with. That the quick oracle cannot tell is no
+difference: the kernel's condition counts then, and also where both call a file lost in different
+words.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from nbdproxy.oracles.watched import RangeSet
 
 
 class Difference(NamedTuple):
-    """One file of one state, on which the two do not agree."""
+    """One file of one state for which the two have different conditions."""
 
     state: str
     path: str
@@ -38,11 +39,11 @@ class Difference(NamedTuple):
 
 
 class BothOracles:
-    """Satisfies `Oracle`.
+    """An `Oracle`.
 
-    state        what the caller calls the state that it is about to ask of
+    state        the name of the next state, set by the caller, for `differences`
     compared     how many states both could judge
-    differences  what they said differently
+    differences  where their conditions differ
     """
 
     def __init__(self, progress: Callable[[str], None] = silent) -> None:
@@ -54,7 +55,7 @@ class BothOracles:
     def prepare_check(
         self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
     ) -> ManifestCheck:
-        """Return what judges the files of a manifest, absolute paths that a mount has."""
+        """Return the check of a manifest's files; its paths are absolute, all on one mount."""
         return BothChecks(
             self,
             QUICK.prepare_check(manifest, earlier=earlier, mount=mount),
@@ -98,7 +99,7 @@ class BothOracles:
         return self._kernel.examine(device, partition=partition, fsck=fsck)
 
     def note(self, quick: Findings, kernel: Findings) -> list[Difference]:
-        """Compare what the two say of a state, and return where they differ."""
+        """Compare the findings on a state, enter and return the differences."""
         if not quick.conditions or not kernel.conditions:
             return []
         self.compared += 1
@@ -117,7 +118,7 @@ class BothOracles:
 
 
 class BothChecks:
-    """Judges each state twice."""
+    """A `ManifestCheck` that judges each state by both oracles."""
 
     def __init__(self, both: BothOracles, quick: ManifestCheck, kernel: ManifestCheck) -> None:
         self._both = both
@@ -126,7 +127,7 @@ class BothChecks:
 
     @property
     def reads(self) -> RangeSet | None:
-        """What either read; None if one cannot tell."""
+        """The bytes that either read; None if that is not known of one."""
         quick, kernel = self._quick.reads, self._kernel.reads
         if quick is None or kernel is None:
             return None
@@ -141,7 +142,7 @@ class BothChecks:
 
 
 def agreed(quick: Findings, kernel: Findings, differences: Sequence[Difference]) -> Findings:
-    """Return what both stand for: the kernel's findings, but for what only one of them says."""
+    """Return the kernel's findings, where the quick oracle does not contradict them."""
     if not differences and (kernel.conditions or not quick.conditions):
         return kernel
     if not kernel.conditions:

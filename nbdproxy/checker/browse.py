@@ -1,4 +1,4 @@
-"""`GuestBrowser`: a filesystem that the checker's guest has mounted, to be gone through."""
+"""`GuestBrowser`: directories and files of a filesystem that the checker's guest has mounted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.partitions import Slice
 
 BROKEN = {"EIO", "Unknown system error -74", "Unknown system error -117"}
-"""What a kernel answers where a structure is broken: EBADMSG and EUCLEAN, as node calls them."""
+"""Error codes of a broken structure, as node names them: EIO, EBADMSG and EUCLEAN."""
 ABSENT = {"ENOENT", "ENOTDIR", "ELOOP", "ENAMETOOLONG"}
 PIECE = 1 << 20
-"""Bytes of a file that a guest hands out at once."""
+"""Bytes of a file in one answer of the guest."""
 
 
 class GuestBrowser:
-    """Satisfies `Shown`; `where` is the mount as the agent wants it. Raises GuestError."""
+    """A `MountBrowser`; `where` is the mount in the agent's form. Raises GuestError."""
 
     def __init__(self, guest: CheckerGuest, place: Slice, where: dict[str, object]) -> None:
         self._guest = guest
@@ -51,7 +51,7 @@ class GuestBrowser:
         return target
 
     def pieces(self, file: BrowsedEntry) -> Iterator[tuple[int, bytes]]:
-        """Yield what of a file is more than zeroes."""
+        """Yield the parts of a file that are not zeroes, by ascending offset in bytes."""
         if file.size > self._place.length:
             raise UnsupportedError("it is sparse and larger than its disk")
         for at in range(0, file.size, PIECE):
@@ -77,7 +77,7 @@ def _found(answer: Any, path: bytes) -> BrowsedEntry:
 
 
 def _fault(code: str) -> FilesystemError:
-    """Return what an answer of the kernel means; the agent's names for errors are node's."""
+    """Return the error of a kernel's error code, as node names it."""
     if code in BROKEN:
         return CorruptError(f"the kernel cannot read it ({code})")
     return UnsupportedError(f"the kernel cannot read it ({code})")

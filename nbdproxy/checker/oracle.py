@@ -1,13 +1,12 @@
-"""`KernelOracle`: what a real Linux kernel says of crash states, in a disposable guest.
+"""`KernelOracle`: judges crash states by a real Linux kernel, in a disposable guest.
 
 The part of the disk that holds the filesystem is found here (`oracles.partitions`); it alone is
-what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted for
-writing, as its own machine would after a reboot; what that writes goes into an overlay that is then
-forgotten.
+the guest's disk, so the kernel reads no partition table. It is mounted for writing, as its own
+machine would after a reboot; what that writes goes into an overlay that is discarded.
 
-A state that the kernel does not mount has lost all its files, if that is the disk's own fault (see
-`drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one
-gets a new guest. NTFS is mounted by ntfs-3g, which replays no log: a state whose log Windows would
+A state that the kernel does not mount has lost all its files, if the disk is at fault (see
+`drivers`). Any failure of the guest itself leaves a state *unknown*, and the next one gets a new
+guest. NTFS is mounted by ntfs-3g, which replays no log: a state whose log Windows would
 replay is unknown. Not thread-safe.
 """
 
@@ -54,16 +53,16 @@ from nbdproxy.oracles.partitions import Slice
 from nbdproxy.oracles.watched import RangeSet, WatchedDevice
 
 _ELSEWHERE = "EXDEV"
-"""What the agent answers where a path leads out of its mount."""
+"""The agent's error code for a path that leads out of its mount."""
 _SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
 ROOTS_MAX, SNAPSHOTS_MAX = 64, 8
-"""So many subvolumes of a Btrfs, and so many snapshots, are offered as a root."""
+"""Subvolumes of a Btrfs, and snapshots, that `roots` returns at most."""
 READ_RATE = 4 << 20
-"""Bytes a second that a guest reads and digests at least."""
+"""Bytes per second that a guest reads and digests at least, in software emulation."""
 
 
 class KernelOracle:
-    """Satisfies `Oracle`; the guest is booted when it is first needed, and ends with `close`."""
+    """An `Oracle`; the guest is booted when it is first needed, and ends with `close`."""
 
     def __init__(self, progress: Callable[[str], None] = silent) -> None:
         self._progress = progress
@@ -74,7 +73,7 @@ class KernelOracle:
     def prepare_check(
         self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
     ) -> KernelCheck:
-        """Return what judges the files of a manifest, absolute paths that a mount has."""
+        """Return the check of a manifest's files; its paths are absolute, all on one mount."""
         return KernelCheck(self, manifest, earlier, mount)
 
     def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
@@ -144,7 +143,7 @@ class KernelOracle:
 
     @contextmanager
     def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[GuestBrowser]:
-        """Open a mount to go through its files."""
+        """Open a mount, to walk through its directories."""
         place = self.place(device, mount.partition)
         try:
             with self.mounted(place, root=mount.root) as guest:
@@ -334,7 +333,7 @@ class KernelOracle:
 
 
 class KernelCheck:
-    """Judges the same files in one state after the other."""
+    """A `ManifestCheck` by the kernel."""
 
     def __init__(
         self, oracle: KernelOracle, manifest: Manifest, earlier: EarlierDigests, mount: Mount
@@ -427,7 +426,7 @@ def _time_limit_s(place: Slice) -> float:
 
 
 def _doubt(entry: Entry, found: Any, *, hides: bool) -> str | None:
-    """Say why the agent's word on a file tells nothing, if so; `hides` if folders have ciphers."""
+    """Say why an agent's answer decides nothing; `hides` if directories may be encrypted."""
     if found == 1:
         return None
     if found["kind"] == "error" and found["code"] == _ELSEWHERE:
@@ -443,7 +442,7 @@ def _doubt(entry: Entry, found: Any, *, hides: bool) -> str | None:
 
 
 def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes: bool) -> Condition:
-    """Return what the agent's word on a file means."""
+    """Return the condition by an agent's answer on a file."""
     if found == 1:
         return Condition.WHOLE
     kind = found["kind"]
@@ -473,7 +472,7 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
 
 
 def _entry(found: Any) -> Entry:
-    """Return the entry of a file or link that the agent came across."""
+    """Return the entry of a file or link in an agent's answer."""
     path = _from_agent(found["path"])
     if "target" in found:
         return link_entry(path, _from_agent(found["target"]))
@@ -487,7 +486,7 @@ def _request(entry: Entry) -> dict[str, object]:
 
 
 def _agent_mount(mount: Mount) -> dict[str, object]:
-    """Write a mount as the agent wants it: without a slash at the end."""
+    """Return a mount in the agent's form: paths without a slash at the end."""
 
     def sent(path: str) -> str:
         return _to_agent(quick.absolute(path)).rstrip("/")
@@ -497,7 +496,7 @@ def _agent_mount(mount: Mount) -> dict[str, object]:
 
 
 def _to_agent(path: bytes) -> str:
-    """Write bytes as the agent wants them: a character each."""
+    """Encode bytes for the agent: as one character each."""
     return path.decode("latin-1")
 
 

@@ -1,9 +1,10 @@
-"""All filesystems of a tree together: each file is asked of the mount that has it.
+"""One check for all mounts of a guest's tree: each file is judged on the mount that has its path.
 
-Guarantees: a file is called what the oracle says of it on its own filesystem; where that cannot be
-judged as a whole, or it is not known where the file is, it is *cannot-be-told*, with the reason.
-With one mount that has every file, the findings are the oracle's own. What a disk or a part of it
-that reads all zeroes holds is certain, though no oracle can read it: no file.
+Guarantees: a file's condition is what the oracle says of it on its own filesystem. It is
+*cannot-be-told*, with the reason, where that filesystem cannot be judged as a whole, or it is not
+known which filesystem has the file. With one mount that has every file, the findings are the
+oracle's own. Of a disk or partition that reads all zeroes, which no oracle can read, all files are
+missing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nbdproxy.sizes import plural
 
 
 class TreeCheck:
-    """Judges the files of a manifest in one state after the other, wherever in a tree they are."""
+    """A `ManifestCheck` of files on any mounts of a tree."""
 
     def __init__(
         self, oracle: Oracle, manifest: Manifest, earlier: EarlierDigests, tree: Tree
@@ -43,10 +44,10 @@ class TreeCheck:
 
     @property
     def reads(self) -> RangeSet | None:
-        """What of the disk the last findings depend on; None if that cannot be told."""
+        """The bytes of the disk that the last findings depend on; None if that is not known."""
         found: list[ReadRange] = []
         for (_, _, follower), said in zip(self._parts, self._last, strict=True):
-            # That a disk is blank is not seen in what the oracle read.
+            # The oracle did not read all bytes of a disk that is blank.
             reads = follower.reads if said.conditions else None
             if reads is None:
                 return None
@@ -86,7 +87,7 @@ class TreeCheck:
 
 
 def split(manifest: Manifest, tree: Tree) -> tuple[dict[Mount, Manifest], dict[str, str]]:
-    """Return the files that each mount has, and why it cannot be told where the others are."""
+    """Return the files of each mount, and of the others why their mount is not known."""
     places: dict[Mount, array[int]] = {}
     unknown: dict[str, str] = {}
     for at, path in enumerate(manifest.paths()):

@@ -1,7 +1,7 @@
-"""A guest's disks: each filesystem on them that can be read, and all else that may hold files.
+"""A guest's disks: the filesystems on them that can be read, and what else may hold files.
 
-What is on a disk is told by `survey`; here the filesystems of all disks stand together, each with
-the paths of its files, and can be asked for by what a user or an fstab calls them.
+`survey` says what is on one disk; here the filesystems of all disks are together, each with the
+paths of its files, and are found by the names that a user or an fstab has for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from nbdproxy.oracles.survey import FoundFilesystem, survey
 
 @dataclass(frozen=True, slots=True)
 class GuestFilesystem:
-    """A filesystem of one of the disks; `roots` are its directories that a mount may show."""
+    """A filesystem of one of the disks.
+
+    disk   the number of the disk, from 0
+    part   its partition or volume, as in `Mount.partition`
+    specs  all names by which fstab may call it
+    roots  its directories that may be mounted, the default one first
+    """
 
     disk: int
     part: int | str
@@ -32,7 +38,7 @@ class GuestFilesystem:
     roots: tuple[str, ...]
 
     def mount(self, point: str, root: str = "") -> tuple[int, Mount]:
-        """Return a mount of it, and its disk; of Btrfs the default subvolume, if none is named."""
+        """Return its disk and a mount of it, of the default directory if no `root` is given."""
         root = root or self.roots[0]
         return self.disk, Mount(
             point, self.part, root if len(self.roots) > 1 or root != "/" else ""
@@ -41,7 +47,7 @@ class GuestFilesystem:
 
 @dataclass(frozen=True, slots=True)
 class GuestUnreadable:
-    """Something on one of the disks that may hold files and cannot be read."""
+    """Something on one of the disks that may hold files and cannot be read; `words` describe it."""
 
     words: str
     specs: frozenset[str]
@@ -52,7 +58,14 @@ class GuestUnreadable:
 
 
 class GuestDisks:
-    """All filesystems of a guest's disks that can be read, and what else is on them."""
+    """What is on all disks of a guest.
+
+    devices, others         the disks in a good state, and in another one, if there is one
+    filesystems             those that can be read
+    unreadable_filesystems  those that cannot
+    unreadable              all that may hold files and cannot be read, these included
+    partly_listed           by disk and partition, filesystems of which some directories are broken
+    """
 
     def __init__(
         self,
@@ -61,9 +74,9 @@ class GuestDisks:
         others: Sequence[ReadableDevice] = (),
         names: Sequence[str] = (),
     ) -> None:
-        """Look at disks; `others` are other states of each, with what may hide files in these.
+        """Survey the disks; `others` are other states of each, which may hold more.
 
-        `names` are what a user calls the disks, paths of recordings.
+        `names` are what a user calls the disks: paths of recordings.
         """
         self.devices = list(devices)
         self.others = list(others)
@@ -89,7 +102,7 @@ class GuestDisks:
                 words = f"{self.name_of(disk, unreadable.where)} is {unreadable.what}"
                 self.unreadable.append(GuestUnreadable(words, specs, disk))
             for part in found.filesystems:
-                # What grew from a seed has newer versions of its files.
+                # A filesystem that was grown from a seed has newer versions of its files.
                 if has_grown and is_seed(part.slice.device):
                     specs = specs_of(disk, part.slice.name, part.specs)
                     words = f"{self.name_of(disk, part.slice.name)} is a seed of {NAMES[part.kind]}"
@@ -100,11 +113,11 @@ class GuestDisks:
             self._add_other_state(disk, device)
 
     def _add_other_state(self, disk: int, other: ReadableDevice) -> None:
-        """Note what another state of a disk has in places that hold nothing in this one."""
+        """Enter as unreadable what only another state of a disk has."""
         known = {
             spec
-            for store in (*self.filesystems, *self.unreadable_filesystems)
-            for spec in store.specs
+            for filesystem in (*self.filesystems, *self.unreadable_filesystems)
+            for spec in filesystem.specs
         }
         known |= {spec for one in self.unreadable for spec in one.specs}
         try:
@@ -144,33 +157,33 @@ class GuestDisks:
         self.filesystems.append(GuestFilesystem(disk, key, name, specs, roots))
 
     def name_of(self, disk: int, name: str) -> str:
-        """Return what a part is called: with its disk, if there are several."""
+        """Return the name of a part: with its disk's, if there are several."""
         return name if len(self.devices) == 1 else f"{name} of {self._shown[disk]}"
 
-    def paths(self, store: GuestFilesystem) -> frozenset[str]:
+    def paths(self, filesystem: GuestFilesystem) -> frozenset[str]:
         """Return the paths of a filesystem's files and links, from its own top."""
-        return self._paths[store.disk, store.part]
+        return self._paths[filesystem.disk, filesystem.part]
 
-    def below(self, store: GuestFilesystem, root: str) -> frozenset[str]:
+    def below(self, filesystem: GuestFilesystem, root: str) -> frozenset[str]:
         """Return the paths that a mount of one of its directories shows, from there."""
-        found = self.paths(store)
+        found = self.paths(filesystem)
         if root == "/":
             return found
         return frozenset(path[len(root) :] for path in found if path.startswith(root + "/"))
 
-    def content(self, store: GuestFilesystem, root: str, entry: Entry) -> bytes | None:
+    def content(self, filesystem: GuestFilesystem, root: str, entry: Entry) -> bytes | None:
         """Return what a file holds, by its path in a directory of a filesystem."""
-        mount = Mount("/", store.part, root)
-        return self.oracle.content(self.devices[store.disk], entry, mount=mount)
+        mount = Mount("/", filesystem.part, root)
+        return self.oracle.content(self.devices[filesystem.disk], entry, mount=mount)
 
-    def link(self, store: GuestFilesystem, path: str) -> str | None:
-        """Return where a link leads that is no link to a file; None if a path is none."""
-        if path not in self.paths(store):
+    def link(self, filesystem: GuestFilesystem, path: str) -> str | None:
+        """Return the target of a symbolic link that leads to no file; None if it is none."""
+        if path not in self.paths(filesystem):
             return None
         entry = Entry(path, "", None)
-        if self.content(store, "/", entry) is not None:
+        if self.content(filesystem, "/", entry) is not None:
             return None
-        target = self.content(store, "/", replace(entry, target=""))
+        target = self.content(filesystem, "/", replace(entry, target=""))
         return None if target is None else target.decode("utf-8", "surrogateescape")
 
     def has_folder(self, disk: int, mount: Mount, path: str) -> bool:
@@ -187,22 +200,22 @@ class GuestDisks:
         return self._folders[key]
 
     def by_spec(self, name: str) -> list[GuestFilesystem]:
-        """Return the filesystems that a name may mean, those that cannot be read too."""
+        """Return the filesystems with a name of fstab, also those that cannot be read."""
         return [
-            store
-            for store in (*self.filesystems, *self.unreadable_filesystems)
-            if plain(name) in store.specs
+            filesystem
+            for filesystem in (*self.filesystems, *self.unreadable_filesystems)
+            if plain(name) in filesystem.specs
         ]
 
     def unreadable_by_spec(self, name: str) -> GuestUnreadable | None:
-        """Return what cannot be read and is called so."""
+        """Return the unreadable part with a name of fstab."""
         return next((one for one in self.unreadable if plain(name) in one.specs), None)
 
     def matching(self, what: str) -> tuple[list[GuestFilesystem], list[GuestUnreadable]]:
-        """Return the filesystems that a user may mean, or else what cannot be read.
+        """Return the filesystems that a user's name stands for, or else the unreadable parts.
 
-        What is a number, a volume or a name as in fstab, on any disk; a disk, for all that is on
-        it; or both, as `DISK/WHAT`.
+        A name is a partition's number, a volume or a name as in fstab, on any disk; a disk, for all
+        that is on it; or both, as `DISK/WHAT`.
         """
         found, unreadable = self._matching(what, range(len(self.devices)))
         for disk, names in enumerate(self._names):
@@ -231,18 +244,20 @@ class GuestDisks:
             names = {plain(what)}
         else:
             names = {plain(f"/dev/{what}")}
-        stores = [
+        filesystems = [
             s
             for s in (*self.filesystems, *self.unreadable_filesystems)
             if s.disk in disks and names & s.specs
         ]
         unreadable = [one for one in self.unreadable if one.disk in disks and names & one.specs]
-        return stores, unreadable
+        return filesystems, unreadable
 
     def described(self) -> str:
-        """Say which filesystems there are, and on which disks."""
+        """List the filesystems and disks, for messages."""
         names = (
-            ", ".join(store.name for store in (*self.filesystems, *self.unreadable_filesystems))
+            ", ".join(
+                filesystem.name for filesystem in (*self.filesystems, *self.unreadable_filesystems)
+            )
             or "none"
         )
         if len(self.devices) == 1:
@@ -250,12 +265,12 @@ class GuestDisks:
         return f"{names}; the disks are {', '.join(self._shown)} (write DISK/1 for its partition 1)"
 
     def unreadable_text(self) -> str:
-        """Say what cannot be read."""
+        """List the unreadable parts, for messages."""
         return ", ".join(map(str, self.unreadable))
 
     def ambiguity(self) -> str:
-        """Say that one of them has to be named."""
-        names = ", ".join(store.name for store in self.filesystems)
+        """Return the message that one of the filesystems has to be named."""
+        names = ", ".join(filesystem.name for filesystem in self.filesystems)
         return (
             f"several partitions hold a filesystem: {names}; name one of them with --partition, "
             f"or say what is mounted where with --mount"
@@ -263,15 +278,15 @@ class GuestDisks:
 
 
 def specs_of(disk: int, where: str, specs: Iterable[str]) -> frozenset[str]:
-    """Return all names of something on a disk, so that they can be compared."""
+    """Return all names of a part of a disk, normalized by `plain`, with its location."""
     return frozenset((location_spec(disk, where), *map(plain, specs)))
 
 
 def location_spec(disk: int, where: str) -> str:
-    """Return how something is named by where it is, apart from all names of fstab."""
+    """Return a name for a location on a disk, which no fstab has."""
     return f"{where} of {disk}"
 
 
 def plain(name: str) -> str:
-    """Return a name so that it can be compared: of ids the case does not count."""
+    """Normalize a name of fstab: UUIDs are compared without regard to case."""
     return name.lower() if "uuid" in name.lower() else name

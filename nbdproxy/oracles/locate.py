@@ -1,12 +1,12 @@
-"""Where the files of a manifest are: the guest's tree, found on a good state of its disks.
+"""`locate`: the guest's tree and the paths of a manifest in it, found on a good state of its disks.
 
-It is what the user told; else what the guest's own /etc/fstab says; else what the files themselves
-show, see `mount_inference`. What is found once serves to judge all other states.
+The tree is the user's options, or else the guest's own /etc/fstab, or else inferred from the files
+(`mount_inference`). It is found once and used to judge all other states.
 
-Guarantees: a file is said to be on a filesystem only if the user, an fstab, or the content of files
-of its directory say so, or if all that the disks hold can be read. Whatever may lie in something
-that cannot be read (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told,
-and the reason names it; see `doubts`. A file that is on none of the filesystems that can be read
+Guarantees: a file is assigned to a filesystem only by the user, by an fstab, or by the content of
+files of its directory, or if everything on the disks can be read. Files that may be in something
+unreadable (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told, and the
+reason names it (`uncertain_locations`). A file that is on none of the filesystems that can be read
 was certainly not sent.
 """
 
@@ -39,11 +39,11 @@ from nbdproxy.oracles.uncertain_locations import trees_with_doubts, unplaced
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What the user knows of where files are.
+    """The user's options on where files are.
 
     root       the directory that a manifest's paths begin at
     partition  the partition that all of them are on; 0 is the whole disk
-    mounts     what is mounted where; with one at / that is all there is, but for its fstab
+    mounts     what is mounted where; one at / makes this complete, with the fstab that is there
     """
 
     root: str | None = None
@@ -81,7 +81,7 @@ def locate_all(
     *,
     names: Sequence[str] = (),
 ) -> tuple[list[Tree], Manifest]:
-    """Do what `locate` does for all disks of one guest: for each its part of the guest's tree.
+    """Do what `locate` does, for all disks of one guest; returns each disk's part of the tree.
 
     `names` are what a user calls the disks.
     """
@@ -115,7 +115,7 @@ def survey_tree(
     where: Where = ANYWHERE,
     other: ReadableDevice | None = None,
 ) -> Tree:
-    """Return the tree of a disk of which no files are known; `other` as in `locate`.
+    """Return the tree of a disk without a manifest; `other` as in `locate`.
 
     Raises FilesystemError if it is not clear what is mounted where.
     """
@@ -146,7 +146,7 @@ def survey_tree(
 
 
 def tree_by_fstab(device: ReadableDevice) -> Tree | None:
-    """Return the tree of a disk, to name what is on it; None if it is not clear."""
+    """Return the tree of a disk, for descriptions; None if it is ambiguous or unreadable."""
     try:
         return survey_tree(QUICK, device)
     except FilesystemError:
@@ -181,9 +181,9 @@ def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: W
 def _left_out(
     oracle: Oracle, device: ReadableDevice, manifest: Manifest, partition: int
 ) -> dict[str, str]:
-    """Return the files that fstab puts elsewhere than on the only partition asked, and why.
+    """Return the files that fstab assigns to another partition than `partition`, and why.
 
-    Not those that the partition has as the manifest describes them: they are seen there.
+    Not those that are whole on `partition`.
     """
     disks = GuestDisks(oracle, [device])
     top = next(
@@ -204,8 +204,8 @@ def _left_out(
         if isinstance(place, Mount):
             if place.partition == top.part:
                 continue
-            stores = (*disks.filesystems, *disks.unreadable_filesystems)
-            name = next(s.name for s in stores if s.part == place.partition)
+            filesystems = (*disks.filesystems, *disks.unreadable_filesystems)
+            name = next(s.name for s in filesystems if s.part == place.partition)
             why = f"{place.point} is on {name} (by fstab)"
         else:
             why = f"{place} (by fstab)"
@@ -225,7 +225,7 @@ def _resolved(
 ) -> Manifest:
     """Return a manifest with the paths that its files have under a plan.
 
-    `as_named` is for where the guest's tree is known, or could be any: absolute paths stand.
+    `as_named` leaves absolute paths unchanged: where the guest's tree is known, or could be any.
     """
     if where.root is not None:
         return manifest
@@ -333,7 +333,7 @@ def _most(
 
 
 class ElsewhereError(ManifestError):
-    """Nothing is where the paths of a manifest lead, and what is elsewhere may be a copy."""
+    """No file is at its path in the manifest, and those elsewhere may be a copy."""
 
 
 def _elsewhere(found: Sequence[Resolution]) -> ElsewhereError:

@@ -1,11 +1,11 @@
-"""Places that files of a manifest may be at: which of them has the files is told by their content.
+"""Ranks candidate locations of a manifest's files by how many of them are whole there.
 
-Two systems on one disk, a disk's clone, a backup beside the original: they have files of the same
-names, and the right one may have fewer of them, as some were lost. Guarantees: a place is taken for
-the right one only if no other has more than half as many files that are whole or look lost, or,
-with a few files only, all the names as well; one without any whole file needs all the names. Where
-no file is whole in any place, names are all there is to go by. Not covered: a whole copy of files
-of which most are older, or cut short, where they belong, or are gone with all that was beside them.
+Two systems on one disk, a clone, a backup beside the original: they have files of the same names,
+and the right one may have fewer of them, as some were lost. Guarantees: a location is taken for the
+right one only if no other has more than half as many files that are whole or look lost, or, with a
+few files only, all the names as well; one without any whole file needs all the names. Where no file
+is whole in any location, names alone decide. Not covered: a whole copy of files of which most are
+older, or cut short, where they belong, or are gone with all that was beside them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.resolutions import Resolution, resolve, sole
 
 _SURE = 3
-"""So many more whole files show that of two places with the same names one is right."""
+"""Of two locations with the same names, the one with this many more whole files is right."""
 
 _LOST = {Condition.EMPTY, Condition.ZEROED, Condition.PARTLY_ZEROED, Condition.UNREADABLE}
-"""What a file looks like that was lost, and no older one does."""
+"""Conditions that a crash leaves, and no older version of a file has."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CandidateLocation:
-    """Each disk's part of a tree, a manifest with its paths there, and how many of them exist."""
+    """Each disk's part of a tree, a manifest with its paths in it, and how many of these exist."""
 
     trees: Sequence[Tree]
     manifest: Manifest
@@ -39,24 +39,24 @@ class CandidateLocation:
 
 
 def best(
-    oracle: Oracle, devices: Sequence[ReadableDevice], places: Sequence[CandidateLocation]
+    oracle: Oracle, devices: Sequence[ReadableDevice], locations: Sequence[CandidateLocation]
 ) -> list[CandidateLocation]:
-    """Return the place with most whole files, and those that may as well be the right one.
+    """Return the location with most whole files, and all others that may be the right one.
 
-    Those with most of the names, if no file is whole in any; one place alone is not looked at.
+    Those with most of the names, if no file is whole in any; a single one is returned unread.
     """
-    if len(places) <= 1:
-        return list(places)
-    counted = [(*_count(oracle, devices, place), place) for place in places]
+    if len(locations) <= 1:
+        return list(locations)
+    counted = [(*_count(oracle, devices, location), location) for location in locations]
     most = max(whole for whole, _, _ in counted)
-    names = max(place.count for whole, _, place in counted if whole == most)
+    names = max(location.count for whole, _, location in counted if whole == most)
     if not most:
-        return [place for place in places if place.count == names]
+        return [location for location in locations if location.count == names]
     return [
-        place
-        for whole, lost, place in counted
-        if ((whole + lost) * 2 > most and (whole or place.count >= names))
-        or (place.count >= names and most - whole < _SURE)
+        location
+        for whole, lost, location in counted
+        if ((whole + lost) * 2 > most and (whole or location.count >= names))
+        or (location.count >= names and most - whole < _SURE)
     ]
 
 
@@ -67,24 +67,24 @@ def resolved_manifest(
     manifest: Manifest,
     counted: Sequence[Resolution],
 ) -> Manifest:
-    """Return the one of a manifest's resolutions in a tree; ManifestError if none is sure."""
+    """Return the manifest by its best resolution in a tree; ManifestError if that is ambiguous."""
     if not counted:
         return resolve(manifest, frozenset())
-    places = {CandidateLocation(trees, one.manifest, one.count): one for one in counted}
-    return sole([places[p] for p in best(oracle, devices, list(places))]).manifest
+    locations = {CandidateLocation(trees, one.manifest, one.count): one for one in counted}
+    return sole([locations[p] for p in best(oracle, devices, list(locations))]).manifest
 
 
 def _count(
-    oracle: Oracle, devices: Sequence[ReadableDevice], place: CandidateLocation
+    oracle: Oracle, devices: Sequence[ReadableDevice], location: CandidateLocation
 ) -> tuple[int, int]:
-    """Return how many files are whole in a place, and how many others look lost there.
+    """Return how many files are whole in a location, and how many others look lost there.
 
-    Not those with other content, which may be older or another system's, and of those that are
-    missing only the ones in or below a directory, not the top, that has a file which is whole.
+    Files with other content do not look lost: they may be older, or another system's. Missing files
+    do if they are in a directory with a whole file, or below one other than the top.
     """
     counted: dict[str, Condition] = {}
-    for device, tree in zip(devices, place.trees, strict=True):
-        conditions = TreeCheck(oracle, place.manifest, {}, tree).check(device, None).conditions
+    for device, tree in zip(devices, location.trees, strict=True):
+        conditions = TreeCheck(oracle, location.manifest, {}, tree).check(device, None).conditions
         counted |= {path: what for path, what in conditions.items() if _of_tree(tree, path)}
     whole = [path for path, what in counted.items() if what is Condition.WHOLE]
     near = {folder for path in whole for folder in above(posixpath.dirname(path))} - {"/"}

@@ -1,11 +1,12 @@
 """LVM's volumes on one disk: where the linear ones are, and why others cannot be read.
 
-Read is the committed metadata text of the format LVM2, with all its checksums right; of all areas
-of all physical volumes of a group on this disk, the newest. A volume can be read if its segments
-are linear (`striped` with one stripe), and on physical volumes of this disk. Thin and cached ones,
-RAID, snapshots and what is on other disks are named with an obstacle, and so is a volume that a
-snapshot is being merged into: what the kernel shows of it is elsewhere until that is done.
-Source: lvm2's lib/format_text and "LVM2 metadata" (lvmsystemid(7), vgcfgbackup(8) show the text).
+Read is the committed metadata text of the format LVM2, if all its checksums are right; of all
+metadata areas of a group's physical volumes on this disk, the newest. A volume can be read if its
+segments are linear (`striped` with one stripe), on physical volumes of this disk. An obstacle is
+given for thin and cached ones, RAID, snapshots and what is on other disks, and for a volume that a
+snapshot is being merged into, as the kernel shows other data of it until that is done.
+Source: lvm2's lib/label/label.h, lib/format_text/layout.h and import_vsn1.c; lvmsystemid(7) and
+vgcfgbackup(8) show the text.
 """
 
 from __future__ import annotations
@@ -70,23 +71,23 @@ _MDA = StructLayout(MetadataHeader, "<")
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_SIZE = 512
 _TEXT_MAX = 512 << 10
-"""Bytes of a commit: a thousand volumes; an area has 1 MiB, for two commits."""
+"""Bytes of a metadata text, for some thousand volumes; an area of 1 MiB has room for two."""
 _DEPTH_MAX = 8
-"""Sections in sections; a segment is the fourth."""
+"""Nested sections; a segment is the fourth level."""
 _IGNORED = 1
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|([\w.+-]+)|([{}=\[\],"])|#[^\n]*|\s+')
 _LINEAR = "striped"
 _SHOW_NOTHING = {"snapshot", "thin-pool", "cache-pool", "vdo-pool"}
-"""Types of the volumes that only serve others, though LVM lists some of them."""
+"""Types of volumes that are part of others, though LVM lists some of them."""
 _PLAIN_STATUS = {"READ", "WRITE", "VISIBLE", "FIXED_MINOR"}
 
 
 @dataclass(frozen=True, slots=True)
 class LogicalVolume:
-    """A volume that people see, by its names, and its pieces of the disk in order.
+    """A visible logical volume, and its pieces of the disk in order.
 
-    ident     the ids of its group and of itself, as device mapper has them: 64 characters
-    obstacle  what it is that keeps its pieces from being what the kernel shows, if so
+    ident     the ids of its group and its own, as device mapper has them: 64 characters
+    obstacle  why its pieces are not what the kernel shows; None if they are
     """
 
     group: str
@@ -102,7 +103,7 @@ class LogicalVolume:
 
 
 class _MetadataCommit(NamedTuple):
-    """One commit of a group's metadata."""
+    """A committed metadata text of a group: its seqno, the group's name and sections."""
 
     number: int
     group: str
@@ -111,10 +112,10 @@ class _MetadataCommit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PhysicalVolume:
-    """A physical volume at an offset of the disk, with what it knows of its group.
+    """A physical volume at an offset of the disk, with the metadata of its group.
 
-    `commit` is None where the volume is in no group, and where `is_broken`: its own metadata is
-    broken, or it keeps none, which LVM allows where another volume of the group does.
+    `commit` is None if the volume is in no group, and if `is_broken`: its metadata is broken, or it
+    has no metadata area, which LVM allows if another volume of the group has one.
     """
 
     offset: int
@@ -125,7 +126,7 @@ class PhysicalVolume:
 
 
 def physical_volume(device: ReadableDevice, offset: int = 0) -> PhysicalVolume | None:
-    """Return the physical volume that a device is; None if it is not one."""
+    """Read the label of a physical volume and its metadata; None without a label."""
     for sector in range(LABEL_SECTORS):
         if device.size < (sector + 1) * SECTOR:
             break
@@ -160,7 +161,7 @@ def logical_volumes(found: Iterable[PhysicalVolume]) -> list[LogicalVolume]:
 
 
 def in_unknown_groups(found: Iterable[PhysicalVolume]) -> list[PhysicalVolume]:
-    """Return those that are in a group of which nothing is known here."""
+    """Return the physical volumes whose group has no readable metadata here."""
     there = list(found)
     commits = [one.commit for one in there if one.commit is not None]
     members = {
@@ -172,7 +173,7 @@ def in_unknown_groups(found: Iterable[PhysicalVolume]) -> list[PhysicalVolume]:
 
 
 class LinearDevice:
-    """Pieces of a disk, one behind the other, as a disk; closing it leaves the disk open."""
+    """Extents of a disk, concatenated; closing it leaves the disk open."""
 
     def __init__(self, base: ReadableDevice, pieces: tuple[Extent, ...]) -> None:
         self._base = base
@@ -220,9 +221,9 @@ class LinearDevice:
 def _newest_commit(
     device: ReadableDevice, raw: bytes, at: int
 ) -> tuple[_MetadataCommit | None, bool]:
-    """Return the newest commit of a label's areas; else whether there is one that is broken.
+    """Return the newest commit of a physical volume's metadata areas, and whether it is broken.
 
-    A commit that was cut off is in one area, and not yet in the other.
+    It is broken if there is no commit and an area is. A crash leaves at most one broken area.
     """
     areas = list(_areas(raw, at))
     split = areas.index(_NO_AREA) if _NO_AREA in areas else len(areas)
@@ -254,7 +255,7 @@ def _areas(raw: bytes, at: int) -> Iterator[DiskArea]:
 
 
 def _text(device: ReadableDevice, offset: int, size: int) -> str | None:
-    """Return the committed metadata of an area, "" if it has none; None if it is not sound."""
+    """Return the committed text of an area, "" if it has none; None if a checksum is wrong."""
     if offset + max(size, _MDA_SIZE) > device.size:
         return None
     raw = device.pread(offset, _MDA_SIZE)
@@ -279,7 +280,7 @@ def _text(device: ReadableDevice, offset: int, size: int) -> str | None:
 
 
 def _crc(data: bytes) -> int:
-    """LVM's own start value, and no inversion."""
+    """Return LVM's CRC-32: with its own initial value, and without the final inversion."""
     return zlib.crc32(data, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
@@ -325,7 +326,7 @@ def _value(tokens: list[Any], at: int) -> tuple[Any, int]:
 
 
 def _commit(text: str) -> _MetadataCommit:
-    """Read a commit, and all of it, so that nothing that LVM does not write is used."""
+    """Parse a text and all its volumes, so that whatever LVM does not write raises an error."""
     (found,) = ((name, value) for name, value in _parse(text).items() if isinstance(value, dict))
     group, about = found
     commit = _MetadataCommit(_integer(about["seqno"]), group, about)
@@ -365,7 +366,7 @@ def _volumes(
 
 
 def _snapshots(listed: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """Return what is to be said of volumes that take part in snapshots, and which are merged."""
+    """Return by volume the obstacles that snapshots are, and the snapshots being merged."""
     shows: dict[str, str] = {}
     merged = set()
     for volume in listed.values():
@@ -430,7 +431,7 @@ def _without_dashes(ident: str) -> str:
 
 
 def _integer(value: object) -> int:
-    """Return a whole number; what else stands there would be multiplied, too."""
+    """Return an integer; TypeError for others, as a string could be multiplied too."""
     if not isinstance(value, int):
         raise TypeError
     return value

@@ -1,9 +1,9 @@
-"""Where filesystems show in the guest's tree of files: a mount is one, a tree is all of them.
+"""Mounts in the guest's tree of files: a `Mount` is one, a `Tree` all of them.
 
-Paths of a manifest are the guest's: `/boot/vmlinuz`, wherever it is on which disk. A `Mount` says
-which filesystem has a path, and what the path is there. A `Tree` says which mount has a path, or
-why that cannot be told: something on the disk cannot be read, or the filesystem is on none of the
-disks that were recorded. See mount_namespaces(7) and fstab(5).
+Paths of a manifest are the guest's: `/boot/vmlinuz`, on whichever disk. A `Mount` translates them
+to paths of its filesystem. A `Tree` gives the mount of a path, or says why it is not known: part of
+a disk cannot be read, or the filesystem is on none of the recorded disks. See mount_namespaces(7)
+and fstab(5).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 PartitionName = int | str | None
-"""A part of a disk: by the number of its `partitions.Slice`; an LVM volume by its name, as numbers
-are others when the group has other volumes. None: the only one that has a filesystem."""
+"""A part of a disk: the number of its `partitions.Slice`, or the name of an LVM volume, since
+numbers change with the volumes of a group. None: the only part that has a filesystem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Mount:
 
     @property
     def words(self) -> str:
-        """Say what is mounted where."""
+        """Describe the mount, for messages."""
         if isinstance(self.partition, str):
             part = f"volume {self.partition}"
         else:
@@ -70,13 +70,14 @@ ONLY = Mount()
 class Tree:
     """The guest's tree of files.
 
-    mounts    what can be read here; no two have the same point
-    away      mount points of what cannot, and why
-    doubtful  paths of which it is not known where they are, and why
-    nowhere   why a path that is below no mount point cannot be told
-    loose     what cannot be read and is mounted nobody knows where: what is not there may be in it.
-              Only of a tree that was made for no manifest; else `doubtful` says it of its files
-    diskless  reasons of `unreadable` that are no disk's: kept in memory, or reached over a network
+    mounts            those that can be read; no two have the same point
+    unreadable        mount points of what cannot, and why
+    doubtful          paths of which it is not known on which filesystem they are, and why
+    unmounted_reason  why a path that is below no mount point cannot be told
+    unplaced          what cannot be read and may be mounted anywhere, with files that are missed.
+                      Only of a tree that was made without a manifest; else see `doubtful`
+    diskless          the reasons in `unreadable` that concern no disk: a filesystem in memory, or
+                      one that is reached over a network
     """
 
     mounts: tuple[Mount, ...] = (ONLY,)
@@ -97,7 +98,7 @@ class Tree:
         return points[max(here, key=len)] if here else self.unmounted_reason
 
     def left_out(self, under: str) -> dict[str, str]:
-        """Return the points in a directory that are on disks, and are not read, and why."""
+        """Return the unreadable mount points below a directory that are on disks, and why."""
         return {
             point: why
             for point, why in self.unreadable.items()

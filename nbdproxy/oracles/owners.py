@@ -1,8 +1,8 @@
-"""Whose bytes are these: what lives in some ranges of a disk, in words.
+"""The owners of ranges of a disk: which file or structure a byte belongs to.
 
-For telling people what a missing write was: "file data of /app/a.js, bytes 0-4095". It describes,
-it does not judge: a disk that cannot be read is unknown, never an error. Only the ext family is
-read here; see `ext4.owners` for what it does not tell apart.
+For describing a missing write: "file data of /app/a.js, bytes 0-4095". It describes and does not
+judge: a disk that cannot be read has owners of kind UNKNOWN, never an error. Only the ext family is
+read here; `ext4.owners` says what it does not distinguish.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Owner:
         return self.paths[0] if self.paths else None
 
     def words(self) -> str:
-        """Say it: `inode table (/a, /b and 3 more)`, `file data of /a, bytes 0-4095`."""
+        """Describe it: `inode table (/a, /b and 3 more)`, `file data of /a, bytes 0-4095`."""
         named = ", ".join(self.paths[:NAMED_MAX])
         if len(self.paths) > NAMED_MAX:
             named += f" and {len(self.paths) - NAMED_MAX} more"
@@ -62,15 +62,16 @@ class Owner:
 
 
 class OwnerMap:
-    """Who owns what on one disk: looked up once for the whole disk, then asked for any range.
+    """The owners on one disk: read once for the whole disk, then looked up for any range.
 
-    Of a qcow2 file the owners are those in the guest's disk, and the file's own tables.
+    The owners of bytes of a qcow2 file are those of the guest's disk inside, and the file's tables.
     """
 
     def __init__(self, device: ReadableDevice, tree: Tree | None = None) -> None:
         """Read all names and inodes; paths are those of the guest's `tree`, if it is known.
 
-        What does not show in it is named with its partition, if there are several filesystems.
+        Paths on filesystems outside of the tree are given with their partition, if several
+        filesystems are there.
         """
         self._parts: list[_MappedFilesystem] = []
         self._qcow2: _Qcow2Owners | None = None
@@ -85,7 +86,7 @@ class OwnerMap:
         for part in found:
             filesystem_map = None
             shown = partial(_shown, tree, part, len(found) > 1)
-            with suppress(Exception):  # it only describes: what it stumbles over is unknown
+            with suppress(Exception):  # any failure of a description is kind UNKNOWN
                 filesystem_map = map_filesystem(part.device)
             at = 0
             for piece in part.on_disk(0, part.length):
@@ -112,7 +113,7 @@ class OwnerMap:
             yield from self._qcow2.pieces(start, end)
             return
         while start < end:
-            # Where two filesystems claim to be, the first one is asked.
+            # Of two filesystems that overlap the first one counts.
             here = next((part for part in self._parts if part.low <= start < part.high), None)
             if here is None:
                 stop = min([end, *(part.low for part in self._parts if part.low > start)])
@@ -152,7 +153,7 @@ def _unchanged(paths: tuple[str, ...]) -> tuple[str, ...]:
 def _shown(
     tree: Tree | None, part: Slice, is_one_of_many: bool, paths: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return the guest's paths of a filesystem's."""
+    """Translate paths of a filesystem to the guest's."""
     found: list[str] = []
     for path in paths:
         seen = tree.shown(part.key, path) if tree is not None else []
@@ -176,7 +177,7 @@ class _Qcow2Owners:
     """Who owns the bytes of a qcow2 file."""
 
     def __init__(self, file: Qcow2Device, tree: Tree | None) -> None:
-        # Behind a plain device, so that places are told on the guest's disk and not in the file.
+        # A plain device hides that it is qcow2, so that owners are by offsets of the guest's disk.
         self._owners = OwnerMap(WatchedDevice(file), tree)
         self._claims = ExtentMap[_Claim](lambda claim, by: claim._replace(at=claim.at + by))
         for run in file.runs(0, file.size):
@@ -208,17 +209,17 @@ class _Claim(NamedTuple):
 def owners(
     device: ReadableDevice, extents: Iterable[Extent], tree: Tree | None = None
 ) -> list[Owner]:
-    """Tell what lives in ranges of a disk, as a mount would show it: their owners in order.
+    """Return the owners of ranges of a disk, journal replayed, in order.
 
-    Together the owners of an extent cover exactly its bytes. Whoever asks often makes an
-    `OwnerMap`, as most of the time goes into that. Raises nothing for what is on the disk.
+    The owners of an extent cover exactly its bytes. For many calls make one `OwnerMap`, which takes
+    most of the time. No content of the disk raises an error.
     """
     found = OwnerMap(device, tree)
     return [owner for extent in extents for owner in found.of(extent)]
 
 
 def _is_same_owner(last: Owner, owner: Owner) -> bool:
-    """Tell whether two neighbours are one piece of the same thing."""
+    """Tell whether two neighbours are one run of the same owner."""
     if last.kind is not owner.kind:
         return False
     if last.kind is OwnerKind.INODE_TABLE:

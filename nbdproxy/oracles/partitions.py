@@ -1,8 +1,8 @@
-"""Where on a disk a filesystem may begin: the disk, its partitions, and the volumes in either.
+"""Where on a disk a filesystem may begin: the disk itself, its partitions, and logical volumes.
 
-Partitions are in `table`, volumes in `lvm`, and of a qcow2 file the guest's disk inside is looked
-at, see `qcow2`. Not covered is what only a guest can put together: RAID, LUKS, pools; `survey` says
-that it is there.
+Partitions are read by `partition_table`, volumes by `lvm`; of a qcow2 file the guest's disk inside
+is used, see `qcow2`. Not covered is what only a guest can assemble: RAID, LUKS, pools; `survey`
+detects these.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Slice:
 
     @property
     def key(self) -> int | str:
-        """What names it in all states of a disk: its number, or the name of a volume."""
+        """Its name in all states of a disk: its number, or the name of a volume."""
         return self.number if self.volume is None else self.volume.name
 
     def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
@@ -120,7 +120,7 @@ def slices(device: ReadableDevice) -> list[Slice]:
 
 def disk_layout(device: ReadableDevice) -> DiskLayout:
     """Return how a disk is divided; raises Qcow2Error and ForeignFormatError as `slices` does."""
-    refuse_foreign(device, footers=False)  # no verdict is to hang on a disk's last sector
+    refuse_foreign(device, footers=False)  # a verdict must not depend on a disk's last sector
     is_qcow2 = qcow2.is_qcow2(device)
     if is_qcow2:
         device = qcow2.Qcow2Device(device)
@@ -148,7 +148,7 @@ def disk_layout(device: ReadableDevice) -> DiskLayout:
 
 
 def _below(device: ReadableDevice, offset: int, length: int) -> Iterator[Extent]:
-    """Yield where a range of a device is on the disk that it stands on in the end."""
+    """Yield where a range of a device is on the disk below all windows and volumes."""
     if isinstance(device, (SliceDevice, LinearDevice, qcow2.Qcow2Device)):
         yield from device.on_disk(offset, length)
     else:
@@ -156,7 +156,7 @@ def _below(device: ReadableDevice, offset: int, length: int) -> Iterator[Extent]
 
 
 def _found(device: ReadableDevice) -> tuple[list[Slice], str | None]:
-    """Return the whole disk and its partitions, and what is doubtful about these."""
+    """Return the whole disk and its partitions, and the doubt about the table."""
     found = [Slice(0, "whole disk", 0, device.size, device)]
     table = read_table(device, _begins)
     for partition in table.partitions:
@@ -169,7 +169,7 @@ def _found(device: ReadableDevice) -> tuple[list[Slice], str | None]:
 
 
 def _begins(device: ReadableDevice, offset: int) -> bool:
-    """Tell whether something known begins at a place of a disk."""
+    """Tell whether a filesystem, physical volume or other signature is at an offset."""
     rest = SliceDevice(device, offset, device.size - offset)
     if kind_of(rest) is not None or lvm.physical_volume(rest) is not None:
         return True

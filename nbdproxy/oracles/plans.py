@@ -1,8 +1,8 @@
 """Plans of a guest's tree: which filesystem of which of its disks is mounted where.
 
-From what the user told, and from each fstab that can be read. A guest's names for its disks (sda,
-vdb) depend on their order: they are understood for the disk whose own fstab names its own partition
-so, and for no other.
+From the user's options, and from each fstab that can be read. A guest's names for its disks (sda,
+vdb) depend on their order: they are understood for the disk whose own fstab has such a name for its
+own partition, and for no other.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from nbdproxy.oracles.manifest import Entry
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree, above, is_below, tree_of
 
 LINKS_MAX = 40
-"""So many symbolic links Linux follows in a path: path_resolution(7)."""
+"""Symbolic links that Linux follows in one path: path_resolution(7)."""
 IN_MEMORY = ("/dev/", "/proc/", "/run/", "/sys/")
-"""What a Linux system always keeps in memory, though no fstab says so; see file-hierarchy(7)."""
+"""Directories that Linux keeps in memory without a line in fstab: file-hierarchy(7)."""
 
 
 @dataclass(frozen=True, slots=True)
 class GivenMount:
-    """What the user says is mounted somewhere; for `what` see `GuestDisks.matching`."""
+    """A mount that the user gave as an option; for `what` see `GuestDisks.matching`."""
 
     what: str
     point: str
@@ -44,18 +44,19 @@ class GivenMount:
 
 
 DiskMount = tuple[int, Mount]
+"""The number of a disk, and a mount of one of its filesystems."""
 
 
 @dataclass(slots=True)
 class MountPlan:
     """What is mounted where.
 
-    spots       by its point, a mount and the number of its disk
-    away        points of what is on no disk that can be read, and why
-    doubtful    paths of which the plan does not say where they are, and why
-    names       the names that an fstab accounts for
-    from_fstab  whether there was one
-    diskless    reasons of `unreadable` that are no disk's
+    mounts_at   by mount point, a mount that can be read
+    unreadable  mount points of what cannot be read, and why
+    doubtful    paths of which it is not known on which filesystem they are, and why
+    names       the names that fstab and crypttab account for
+    from_fstab  whether the plan is an fstab's
+    diskless    the reasons in `unreadable` that concern no disk
     """
 
     mounts_at: dict[str, DiskMount] = field(default_factory=dict)
@@ -67,7 +68,7 @@ class MountPlan:
 
     @property
     def top(self) -> tuple[int, PartitionName]:
-        """The disk and the part of it that has the top of the tree; that must be known."""
+        """Disk and partition of the mount at /, which must be there."""
         disk, mount = self.mounts_at["/"]
         return disk, mount.partition
 
@@ -97,14 +98,16 @@ class MountPlan:
         return found
 
     def known(self, disks: GuestDisks) -> frozenset[str]:
-        """Return the guest's paths of all files that are there."""
+        """Return the guest's paths of all files on the mounts."""
         found: set[str] = set()
-        stores = {(store.disk, store.part): store for store in disks.filesystems}
+        filesystems = {
+            (filesystem.disk, filesystem.part): filesystem for filesystem in disks.filesystems
+        }
         for disk, tree in enumerate(self.trees(disks)):
             for mount in tree.mounts:
-                store = stores.get((disk, mount.partition or 0))
-                if store is not None:
-                    seen = map(mount.outside, disks.paths(store))
+                filesystem = filesystems.get((disk, mount.partition or 0))
+                if filesystem is not None:
+                    seen = map(mount.outside, disks.paths(filesystem))
                     found.update(path for path in seen if path is not None)
         return frozenset(found)
 
@@ -119,12 +122,12 @@ class MountPlan:
         return True
 
     def is_unreadable(self, path: str) -> bool:
-        """Tell whether it is known that a path is on no disk that can be read."""
+        """Tell whether a path is below a mount point that cannot be read."""
         point = next((p for p in above(path) if p in self.unreadable or p in self.mounts_at), None)
         return point in self.unreadable
 
     def real_path(self, disks: GuestDisks, path: str) -> str:
-        """Return where a path leads, links to folders followed; as it is, where they go on."""
+        """Resolve symbolic links to directories in a path; unchanged for more than LINKS_MAX."""
         names, at = path.split("/")[::-1], "/"
         links = 0
         while names and links <= LINKS_MAX:
@@ -146,12 +149,12 @@ class MountPlan:
                 disk, mount = self.mounts_at[point]
                 wanted = disk, mount.partition or 0
                 found = (s for s in disks.filesystems if (s.disk, s.part) == wanted)
-                store = next(found, None)
-                return None if store is None else disks.link(store, mount.inside(path))
+                filesystem = next(found, None)
+                return None if filesystem is None else disks.link(filesystem, mount.inside(path))
         return None
 
     def add_link_targets(self, disks: GuestDisks) -> None:
-        """Enter what is mounted at a link at the place that it leads to, too: it is there."""
+        """Add each mount whose point is a symbolic link at the link's target too."""
         for point in sorted({*self.mounts_at, *self.unreadable}):
             real_path = self.real_path(disks, point)
             if point in self.unreadable:
@@ -161,22 +164,22 @@ class MountPlan:
                 self.mounts_at.setdefault(real_path, (disk, replace(mount, point=real_path)))
 
     def accounts_for(self, unreadable: GuestUnreadable) -> bool:
-        """Tell whether it is known what something unreadable is for."""
+        """Tell whether fstab or crypttab names an unreadable part."""
         return bool(unreadable.specs & self.names)
 
     def words(self, disks: GuestDisks) -> str:
         """Say what is mounted where."""
-        stores = {
+        names = {
             (s.disk, s.part): s.name for s in (*disks.filesystems, *disks.unreadable_filesystems)
         }
         return ", ".join(
-            f"{stores.get((disk, mount.partition or 0), f'partition {mount.partition}')} at {point}"
+            f"{names.get((disk, mount.partition or 0), f'partition {mount.partition}')} at {point}"
             for point, (disk, mount) in sorted(self.mounts_at.items())
         )
 
 
 def plan_from_options(disks: GuestDisks, mounts: Iterable[GivenMount]) -> MountPlan:
-    """Return the plan that the user told; FilesystemError for what is not on the disks."""
+    """Return the plan of the user's options; FilesystemError for what is not on the disks."""
     plan = MountPlan()
     for one in mounts:
         found, unreadable = disks.matching(one.what)
@@ -199,19 +202,18 @@ def plans_from_fstab(
 ) -> list[MountPlan]:
     """Return a plan for each system on the disks that has an fstab, no two the same.
 
-    An fstab that says of another filesystem or subvolume that it is the top is a copy, in a
-    snapshot or a backup: it counts only if there is none that says it of its own. What was told
-    before counts more. `wanted` are paths that show whether a filesystem that fstab names and does
-    not mount by itself was mounted.
+    An fstab that mounts another filesystem or subvolume at / than its own is a copy, in a snapshot
+    or a backup: it counts only if no fstab mounts its own. Mounts that are `given` replace those of
+    an fstab. A filesystem with the option noauto was mounted if it has some of the paths `wanted`.
     """
     own: list[MountPlan] = []
     copies: list[MountPlan] = []
-    for store in disks.filesystems:
-        for root in store.roots:
-            plan = _plan_from_fstab(disks, store, root, given, wanted)
+    for filesystem in disks.filesystems:
+        for root in filesystem.roots:
+            plan = _plan_from_fstab(disks, filesystem, root, given, wanted)
             if plan is None:
                 continue
-            found = own if plan.mounts_at.get("/") == store.mount("/", root) else copies
+            found = own if plan.mounts_at.get("/") == filesystem.mount("/", root) else copies
             if plan not in found:
                 found.append(plan)
     return own or copies
@@ -220,21 +222,28 @@ def plans_from_fstab(
 def completed_from_fstab(
     disks: GuestDisks, given: MountPlan, wanted: AbstractSet[str]
 ) -> MountPlan:
-    """Return a plan that has a top, with what the fstab there says of the rest, if there is one."""
+    """Return a plan that has a mount at /, with those of the fstab there, if there is one."""
     disk, top = given.mounts_at["/"]
-    store = next((s for s in disks.filesystems if (s.disk, s.part) == (disk, top.partition)), None)
-    plan = store and _plan_from_fstab(disks, store, top.root or "/", given, wanted)
+    filesystem = next(
+        (s for s in disks.filesystems if (s.disk, s.part) == (disk, top.partition)), None
+    )
+    plan = filesystem and _plan_from_fstab(disks, filesystem, top.root or "/", given, wanted)
     return plan or given
 
 
 def _plan_from_fstab(
-    disks: GuestDisks, store: GuestFilesystem, root: str, given: MountPlan, wanted: AbstractSet[str]
+    disks: GuestDisks,
+    filesystem: GuestFilesystem,
+    root: str,
+    given: MountPlan,
+    wanted: AbstractSet[str],
 ) -> MountPlan | None:
-    """Return the plan of a system by its own fstab; None if it has none."""
-    if fstab.PATH not in disks.below(store, root):
+    """Return the plan of the fstab in a filesystem's directory; None if it has none."""
+    if fstab.PATH not in disks.below(filesystem, root):
         return None
     raw, secret = (
-        disks.content(store, root, Entry(path, "", None)) for path in (fstab.PATH, fstab.CRYPTTAB)
+        disks.content(filesystem, root, Entry(path, "", None))
+        for path in (fstab.PATH, fstab.CRYPTTAB)
     )
     if raw is None:
         return None
@@ -243,25 +252,25 @@ def _plan_from_fstab(
             f"{fstab.PATH} or {fstab.CRYPTTAB} on the disk has more than "
             f"{fstab.LONGEST >> 10} KiB; say what is mounted where with --mount"
         )
-    return _FstabReading(disks, store, root, raw, secret or b"").plan(given, wanted)
+    return _FstabReading(disks, filesystem, root, raw, secret or b"").plan(given, wanted)
 
 
 class _FstabReading:
-    """One fstab, being read."""
+    """An fstab, its crypttab, and the filesystem that they are on."""
 
     def __init__(
-        self, disks: GuestDisks, store: GuestFilesystem, root: str, raw: bytes, secret: bytes
+        self, disks: GuestDisks, filesystem: GuestFilesystem, root: str, raw: bytes, secret: bytes
     ) -> None:
         self._disks = disks
         self._lines = fstab.lines(raw)
         self._ciphers = fstab.ciphers(secret)
         top = next((line for line in self._lines if line.point == "/"), None)
         own = fstab.numbered(top.spec) if top is not None else None
-        self._disk = own[0] if own is not None and own[1] == store.part else None
-        self._store, self._root = store, root
+        self._disk = own[0] if own is not None and own[1] == filesystem.part else None
+        self._filesystem, self._root = filesystem, root
 
     def plan(self, given: MountPlan, wanted: AbstractSet[str]) -> MountPlan:
-        """Return what it says, but for what was told."""
+        """Return its plan, with the given mounts in place of its own."""
         names = frozenset(map(plain, self._names())) | given.names
         no_disk = {o.elsewhere() for o in self._lines if not o.is_device and not o.is_bind}
         plan = MountPlan(from_fstab=True, names=names, diskless=frozenset(no_disk))
@@ -272,7 +281,7 @@ class _FstabReading:
             plan.unreadable.pop(
                 "/", None
             )  # it is written for another name of the disk that it is on
-            plan.mounts_at["/"] = self._store.mount("/", self._root)
+            plan.mounts_at["/"] = self._filesystem.mount("/", self._root)
         plan.add_link_targets(self._disks)
         for line in self._lines:
             if line.is_optional:
@@ -288,19 +297,19 @@ class _FstabReading:
         return plan
 
     def _names(self) -> Iterator[str]:
-        """Yield all names that the guest's own files account for."""
+        """Yield the names of all devices in fstab and crypttab."""
         for line in self._lines:
             yield self._name(line.spec)
         for name in self._ciphers.values():
             yield self._name(name)
 
     def _name(self, spec: str) -> str:
-        """Return a name that holds for all guests; as it is, if there is none."""
+        """Translate a name such as /dev/sda1 to its location, if the disk is known."""
         found = fstab.numbered(spec)
         if found is None or found[0] != self._disk:
             return spec
         part = f"partition {found[1]}" if found[1] else "whole disk"
-        return location_spec(self._store.disk, part)
+        return location_spec(self._filesystem.disk, part)
 
     @staticmethod
     def _add(plan: MountPlan, line: FstabLine, found: DiskMount | str) -> None:
@@ -310,33 +319,33 @@ class _FstabReading:
             plan.mounts_at[line.point] = found
 
     def _device(self, line: FstabLine) -> DiskMount | str:
-        """Return what a line mounts, or why that cannot be read."""
+        """Return the mount of a line, or why it cannot be read."""
         if not line.is_device:
             return line.elsewhere()
-        stores = self._disks.by_spec(self._name(line.spec))
+        filesystems = self._disks.by_spec(self._name(line.spec))
         where = f"{line.point} is on {line.spec}"
-        if len(stores) > 1:
+        if len(filesystems) > 1:
             return f"{where}, and several filesystems are called so"
-        if not stores:
+        if not filesystems:
             return f"{where}, which is {self._obstacle(line.spec)}"
         root = line.root()
         if root is None:
             return f"{where}, a subvolume that only its number names; say which with --mount"
-        if root and root not in stores[0].roots and len(stores[0].roots) > 1:
+        if root and root not in filesystems[0].roots and len(filesystems[0].roots) > 1:
             return f"{where}, which has no subvolume {root}"
-        return stores[0].mount(line.point, root)
+        return filesystems[0].mount(line.point, root)
 
     def _is_of_another(self, names: AbstractSet[str]) -> bool:
-        """Tell whether the top is, or may be, something that is not read: this fstab is a copy.
+        """Tell whether / is, or may be, something unreadable, so that this fstab is a copy.
 
-        It may be if this filesystem is not called as the top is, and there is something of which
-        nobody knows what it is for.
+        It may be if the line of / does not name this filesystem, and there are unreadable parts
+        that the fstab does not account for.
         """
         top = next((line for line in self._lines if line.point == "/"), None)
         if top is None or top.is_any:
             return False
         unknown = (one for one in self._disks.unreadable if not one.specs & names)
-        is_own = plain(self._name(top.spec)) in self._store.specs
+        is_own = plain(self._name(top.spec)) in self._filesystem.specs
         return (
             top.is_diskless
             or self._hidden(top.spec) is not None
@@ -344,14 +353,14 @@ class _FstabReading:
         )
 
     def _hidden(self, spec: str) -> GuestUnreadable | None:
-        """Return what a device is, or is made from, if that cannot be read."""
+        """Return the unreadable part that a device is, or that crypttab makes it from."""
         names = (spec, self._ciphers.get(spec, spec))
         return next(
             filter(None, (self._disks.unreadable_by_spec(self._name(name)) for name in names)), None
         )
 
     def _obstacle(self, spec: str) -> str:
-        """Say why a device is not there."""
+        """Say why no filesystem was found for a device."""
         if (unreadable := self._hidden(spec)) is not None:
             return f"not read here: {unreadable}"
         if self._disks.unreadable:
@@ -363,7 +372,7 @@ class _FstabReading:
         return "not on this disk; if it was recorded too, name that recording as well"
 
     def _add_if_mounted(self, plan: MountPlan, line: FstabLine, wanted: AbstractSet[str]) -> None:
-        """Enter what is mounted on demand, if the files show that it was."""
+        """Add a mount with the option noauto, if it has files that are wanted."""
         found = self._device(line)
         below = {path for path in wanted if is_below(path, line.point)}
         apart = replace(plan, mounts_at=dict(plan.mounts_at))
@@ -376,7 +385,7 @@ class _FstabReading:
             plan.unreadable[line.point] = found if isinstance(found, str) else unclear
 
     def _bind_all(self, plan: MountPlan) -> None:
-        """Enter bind mounts: what one shows is mounted before it, as systemd.mount(5) has it."""
+        """Add bind mounts, each after those that its source is below, as in systemd.mount(5)."""
         left = [line for line in self._lines if line.is_bind]
         while left:
             ready = (
@@ -389,7 +398,7 @@ class _FstabReading:
             self._bind(plan, replace(line, spec=plan.real_path(self._disks, line.spec)))
 
     def _bind(self, plan: MountPlan, line: FstabLine) -> None:
-        """Enter a directory of the tree that shows in another place as well."""
+        """Add a bind mount."""
         for point in above(line.spec):
             if point in plan.unreadable:
                 plan.unreadable[line.point] = plan.unreadable[point]

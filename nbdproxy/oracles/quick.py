@@ -26,12 +26,12 @@ _NOT_RUN = "it is run for the ext family only; ask with --oracle kernel"
 
 
 class QuickOracle:
-    """Satisfies `Oracle`; keeps nothing between calls."""
+    """An `Oracle`; keeps nothing between calls."""
 
     def prepare_check(
         self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
     ) -> IncrementalCheck:
-        """Return what judges the files of a manifest, absolute paths that a mount has."""
+        """Return the check of a manifest's files; its paths are absolute, all on one mount."""
         return IncrementalCheck(manifest, earlier=earlier, mount=mount)
 
     def roots(
@@ -75,7 +75,7 @@ class QuickOracle:
 
     @contextmanager
     def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ExtBrowser]:
-        """Open a mount to go through its files."""
+        """Open a mount, to walk through its directories."""
         yield ExtBrowser(device, mount)
 
     def examine(

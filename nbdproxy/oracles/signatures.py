@@ -1,9 +1,9 @@
-"""What a disk or a part of it begins with, where it is no filesystem that is read here.
+"""Signatures of what a disk or a part of it holds, other than filesystems that are read here.
 
-Told apart is what util-linux' libblkid tells apart, as far as virtual machines have it: what holds
-filesystems of its own (LUKS, RAID, caches, pools), filesystems that no oracle reads, tables within
-parts, and what holds no files at all (swap). A signature is all that is looked at, so what is said
-is what it claims to be. Source: libblkid/src/superblocks and the formats' own headers.
+Detected is what util-linux' libblkid detects, as far as virtual machines have it: what contains
+filesystems (LUKS, RAID, caches, pools), filesystems that no oracle reads, tables within parts, and
+what holds no files (swap). Only signatures are looked at, nothing is verified. Source:
+libblkid/src/superblocks and the formats' own headers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _SECTOR = 512
 
 
 class Usage(Enum):
-    """What something is to whoever looks for files.
+    """Whether something may hold files.
 
-    WRAPPER     holds filesystems, or one copy of them; what else seems to begin there does not
+    WRAPPER     contains filesystems, or a copy of them; other signatures there do not count
     FILESYSTEM  holds files
     TABLE       divides its part again
     NO_FILES    holds none
@@ -36,9 +36,9 @@ class Usage(Enum):
 
 
 class Signature(NamedTuple):
-    """What was seen: what it is, as said behind "is", and its names: UUID, label, nodes in /dev.
+    """A detected signature: `what` in words, UUID, label, and nodes in /dev.
 
-    `at` is where a member of an array says that it is one, in bytes.
+    `at` is the offset of the superblock of a member of an array, in bytes.
     """
 
     what: str
@@ -173,11 +173,11 @@ _WEAK = (
     _Magic("MINIX", _F, (_KIB + 16, _KIB + 24),
            (b"\x7f\x13", b"\x8f\x13", b"\x68\x24", b"\x78\x24", b"\x5a\x4d")),
 )  # fmt: skip
-"""Signatures of two bytes: they count only where nothing else is known."""
+"""Signatures of two bytes, which other data may have by chance: used if nothing else fits."""
 
 
 def signatures(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield what begins here, what holds other things first."""
+    """Yield the signatures at the start, and of arrays at the end; wrappers come first."""
     for find in (_luks, _md_at_start, members):
         yield from find(device)
     for magic in _MAGICS:
@@ -187,18 +187,18 @@ def signatures(device: ReadableDevice) -> Iterator[Signature]:
 
 
 def weak_signatures(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield what may begin here, by signatures that anything may have by chance."""
+    """Yield signatures that other data may have by chance."""
     return (_seen(device, magic) for magic in _WEAK if _has(device, magic))
 
 
 def members(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield of what a disk is a member by what stands at its end; all else on it is one copy."""
+    """Yield the arrays of which a disk is a member, by superblocks at its end."""
     for find in (_md_at_end, _md_old, _firmware_raid, _drbd):
         yield from find(device)
 
 
 def text(raw: bytes) -> str:
-    """Return what stands before the first zero byte."""
+    """Decode what is before the first zero byte."""
     return raw.partition(b"\0")[0].decode("utf-8", "replace")
 
 

@@ -1,12 +1,12 @@
 """`survey`: everything on a disk that holds files, or may hold some that cannot be read here.
 
-A file that is not found is lost only if there is no place left where it may be. So each filesystem
-is told with the names that it has in fstab(5), and whatever is not read (LUKS, a thin volume, a
-member of an array, a filesystem that no oracle knows, data that nobody knows) is told as hidden.
-What holds no files is left out: swap, boot loaders' partitions, and parts that read all zeroes.
+A file that is not found is lost only if nothing else can have it. So each filesystem is returned
+with its names in fstab(5), and whatever is not read (LUKS, a thin volume, a member of an array, a
+filesystem that no oracle knows, unknown data) as unreadable. Left out is what holds no files: swap,
+boot loaders' partitions, and parts that read all zeroes.
 
-What is said of a part is what its signatures claim (see `signatures`); where two contradict each
-other it is hidden. Not covered: what lies between partitions, and detached headers.
+A part is what its signatures claim (see `signatures`); with contradicting ones it is unreadable.
+Not covered: what lies between partitions, and detached headers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NO_FILES = {
     "0x41",  # PReP
     "0x82",  # swap
 }
-"""What partitions are meant for that hold no files, whatever is in them."""
+"""Types of partitions that hold no files, whatever is in them."""
 _ROUNDS = 4
 _DYNAMIC = {"0x42", "af9b60a0-1431-4f62-bc68-3311714a69ad"}
 """What partitions of a Windows dynamic disk are for: volumes begin and go on anywhere in them."""
@@ -52,7 +52,7 @@ _UDEV_SAFE = frozenset("#+-.:=@_")
 
 @dataclass(frozen=True, slots=True)
 class FoundFilesystem:
-    """A filesystem that can be read, and every way to name it in fstab that is known here.
+    """A filesystem that some oracle reads, and its names in fstab.
 
     `specs` are as in the first field of fstab, quotes and escapes undone: UUID=, LABEL=, PARTUUID=,
     PARTLABEL=, /dev/disk/by-..., and LVM's names below /dev. Names that depend on a guest's order
@@ -66,7 +66,7 @@ class FoundFilesystem:
 
 @dataclass(frozen=True, slots=True)
 class FoundUnreadable:
-    """Something that may hold files and is not read; `str` says where it is and what it is."""
+    """Something that may hold files and is not read; `str` describes it."""
 
     where: str
     what: str
@@ -78,7 +78,7 @@ class FoundUnreadable:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What holds files on a disk, in the order of its slices, and what may hold some."""
+    """What has files on a disk, in the order of its slices, and what may have some."""
 
     filesystems: tuple[FoundFilesystem, ...]
     unreadable: tuple[FoundUnreadable, ...]
@@ -91,14 +91,14 @@ class _SurveyBuilder:
         self.filesystems: list[FoundFilesystem] = []
         self.unreadable: list[FoundUnreadable] = []
         self.left = _ROUNDS * device.size
-        """Bytes that are read to see whether they are zeroes."""
+        """Bytes that may still be read to look for others than zeroes."""
 
     def add_unreadable(self, where: str, what: str, specs: Iterable[str] = ()) -> None:
         self.unreadable.append(FoundUnreadable(where, what, frozenset(specs)))
 
 
 def survey(device: ReadableDevice) -> Survey:
-    """Look at every part of a disk; raises Qcow2Error for a qcow2 file that cannot be read."""
+    """Classify every part of a disk; raises Qcow2Error for a qcow2 file that cannot be read."""
     layout = disk_layout(device)
     whole, *inner = layout.slices
     found = _SurveyBuilder(device)
@@ -128,20 +128,20 @@ def survey(device: ReadableDevice) -> Survey:
 
 
 def _member(whole: Slice, inner: Iterable[Slice]) -> str | None:
-    """Say what the whole disk is a member of, if what says so is in none of its partitions."""
+    """Say what array the whole disk is a member of, by a superblock behind all partitions."""
     end = max(part.offset + part.length for part in inner if part.partition is not None)
     return next((one.what for one in members(whole.device) if one.at >= end), None)
 
 
 def _beside(whole: Slice, inner: Iterable[Slice]) -> Iterator[Signature]:
-    """Yield what a disk says it is, in front of its partitions: one of the two is out of date."""
+    """Yield the signatures in front of the partitions: they or the table are out of date."""
     first = min(part.offset for part in inner if part.partition is not None)
     head = SliceDevice(whole.device, 0, first)
     return (one for one in signatures(head) if one.usage is not Usage.NO_FILES)
 
 
 def _below(layout: DiskLayout, volume: Slice) -> str | None:
-    """Say why a volume is only a copy of what a guest sees: it lies on a member of an array."""
+    """Say why a volume is only a copy of what a guest sees: it is on a member of an array."""
     if volume.volume is None:
         return None
     for number in layout.physical_volumes:
@@ -173,11 +173,11 @@ def _wrapper(seen: Iterable[Signature]) -> str | None:
 
 
 def _classify(found: _SurveyBuilder, part: Slice, doubt: str | None) -> None:
-    """Tell what a part is."""
+    """Enter a part as a filesystem, as unreadable, or not at all."""
     kinds = kinds_of(part.device)
     seen = list(signatures(part.device))
     if kinds == [FilesystemKind.EXT] and superblock.is_journal(part.device):
-        return  # of another filesystem, which is told that it has one elsewhere
+        return  # that of another filesystem, which is entered with the journal elsewhere
     if not kinds and not seen:
         # Parts that overlap are not read again and again.
         found.left -= part.length
@@ -213,7 +213,7 @@ def _obstacle(part: Slice, seen: list[Signature], kinds: list[FilesystemKind]) -
 
 
 def _by_chance(device: ReadableDevice) -> Signature:
-    """Return what something is that begins with no sure signature."""
+    """Return what a part without a reliable signature may be."""
     if read_table(device, lambda *_: False).partitions:
         return _DIVIDED
     return next(weak_signatures(device), _UNKNOWN)
@@ -232,7 +232,7 @@ def _holds_no_files(part: Slice) -> bool:
 
 
 def _place_specs(part: Slice) -> set[str]:
-    """Return the names of a part that its filesystem does not give."""
+    """Return the names of a part by its partition or volume."""
     specs: set[str] = set()
     if part.partition is not None:
         specs |= _tags("PARTUUID", part.partition.ident) | _tags("PARTLABEL", part.partition.label)
@@ -242,7 +242,7 @@ def _place_specs(part: Slice) -> set[str]:
 
 
 def _signature_specs(seen: Signature) -> set[str]:
-    """Return the names that something has that is not read."""
+    """Return the names by a signature's UUID, label and nodes in /dev."""
     return _tags("UUID", seen.ident) | _tags("LABEL", seen.label) | {*seen.nodes}
 
 
@@ -258,7 +258,7 @@ def _volume_specs(volume: LogicalVolume) -> set[str]:
 
 
 def _tags(tag: str, value: str) -> set[str]:
-    """Return both ways to name something by a tag; none if it has no such tag."""
+    """Return both names by a tag of fstab; none for an empty value."""
     if not value:
         return set()
     return {f"{tag}={value}", f"/dev/disk/by-{tag.lower()}/{_udev(value)}"}

@@ -1,14 +1,13 @@
-"""From a name to an inode number, as Linux 6.1 looks it up in a directory.
+"""Looks names up in a directory as Linux 6.1 does.
 
-A directory with an index is searched through it: the name's hash leads to one block, and only if
-the next begins with the same hash, to that. What is not read on that way does not matter. Where the
-index makes no sense, the kernel goes through all blocks one after the other, as it does without an
-index, and begins with the block in which it last found something that way. So which name it finds
-beside a block that ends the search depends on what was asked for before: that is not guessed, but
-UnsupportedError.
+A directory with an index (htree) is searched through it: the hash of the name leads to one leaf
+block, and if the next leaf begins with the same hash, to that one too. Other blocks are not read.
+Without an index, and where the index is invalid, the kernel searches all blocks one after the
+other, beginning with the block of its last success in this directory. So beside a block that ends
+the search with an error, the result depends on earlier lookups, and is an UnsupportedError here.
 
-Source: "ext4 Disk Layout", sections Linear Directories and Hash Tree Directories, and the behaviour
-of Linux 6.1. Not covered: directories that are encrypted.
+Source: "ext4 Disk Layout", sections Linear Directories and Hash Tree Directories; Linux'
+fs/ext4/namei.c (6.1). Not covered: encrypted directories.
 """
 
 from __future__ import annotations
@@ -65,20 +64,20 @@ NODE_ENTRIES = 8  # behind an entry without a name that fills the block
 BLOCK_MASK = 0x0FFFFFFF
 READ_AHEAD = 8  # so many blocks at once are looked for, before the first of them is searched
 CACHED_BYTES_MAX = 16 << 20
-"""Bytes of blocks whose entries are kept."""
+"""Bytes of blocks whose parsed entries are cached."""
 CHAIN_MAX = 16
-"""Blocks of an index that are searched for one name. More are only needed where hundreds of names
-have one hash, which somebody has to make so."""
+"""Leaf blocks that are searched for one name. More are only needed where hundreds of names have one
+hash, which no names have that were not chosen for it."""
 _AMBIGUOUS = -2
 _HASHED = {HashVersion.LEGACY, HashVersion.HALF_MD4, HashVersion.TEA}
 
 
 class _BadIndexError(Exception):
-    """The index makes no sense: all blocks are to be searched."""
+    """The index is invalid in a way that makes the kernel search all blocks."""
 
 
 class IndexNode(NamedTuple):
-    """A block of an index; `words` are its entries, hashes and blocks by turns."""
+    """A block of an index; `words` are the hashes and blocks of its entries, alternating."""
 
     raw: bytes
     limit: int
@@ -101,7 +100,7 @@ class _Frame:
 
 
 class CachedBlock(NamedTuple):
-    """What was made of a block; `verified` is whether its checksum is right, if it has one."""
+    """A parsed block; `verified` tells that its checksum is right, or that there are none."""
 
     raw: bytes
     seed: int
@@ -110,13 +109,16 @@ class CachedBlock(NamedTuple):
 
 
 ParsedBlocks = dict[int, CachedBlock]
-"""By block of the disk; for the same content only."""
+"""By block of the disk; an entry counts only for the same content and seed."""
 
 
 class LinearSearch(NamedTuple):
-    """All blocks of a directory searched: what each name comes to, and what ends the search.
+    """The search of all blocks of a directory, for all names at once.
 
-    `is_broken` is whether some block does; `is_single` whether there is but one block.
+    numbers    by name, the inode, BROKEN, or _AMBIGUOUS if blocks differ in it
+    doubtful   names that may match an entry, as they are folded
+    is_broken  whether a block ends the search of a name that is not in it with an error
+    is_single  whether there is at most one block
     """
 
     numbers: dict[bytes, int]
@@ -126,7 +128,7 @@ class LinearSearch(NamedTuple):
 
 
 class DirectoryLookup:
-    """One directory. `shared` are the blocks of the disk that all its names depend on."""
+    """The lookups in one directory; `shared` are the disk's blocks that all names depend on."""
 
     def __init__(
         self,
@@ -227,7 +229,7 @@ class DirectoryLookup:
         return number
 
     def _searched(self) -> LinearSearch:
-        """Return what all blocks come to, or raise why that cannot be told, found out once."""
+        """Return the search of all blocks, or raise its error; made once."""
         if self._linear is None:
             try:
                 self._linear = self._all()
@@ -270,7 +272,7 @@ class DirectoryLookup:
         return LinearSearch(numbers, frozenset(doubtful), is_broken, len(places) <= 1)
 
     def _number_in_block(self, leaf: BlockSearch, name: bytes) -> int | None:
-        """Return what a search of one block comes to: BROKEN if that is an error."""
+        """Return a name's inode by one block's search: None if it has none, BROKEN for an error."""
         if name in leaf.doubtful:
             raise self._unsupported("how its names are compared is not certain")
         number = leaf.numbers.get(name)
@@ -308,7 +310,7 @@ class DirectoryLookup:
         )
 
     def _probe(self, name: bytes) -> tuple[list[_Frame], int]:
-        """Follow the name's hash through the index; return the way, and the hash."""
+        """Descend the index by the name's hash; return its nodes from the root on, and the hash."""
         sb = self._sb
         raw = self._index_block(0)
         root = ROOT.unpack_from(raw)
@@ -340,7 +342,7 @@ class DirectoryLookup:
             node = self._entries(block, raw, NODE_ENTRIES, limit)
 
     def _next_leaf(self, frames: list[_Frame], wanted: int) -> bool:
-        """Go on to the next block if it begins with the same hash."""
+        """Advance to the next leaf block, if that begins with the same hash."""
         level = len(frames) - 1
         while True:
             frame = frames[level]
@@ -375,7 +377,7 @@ class DirectoryLookup:
         raw = self._read(logical)
         known = self._nodes.get(logical)
         if known is not None and known.raw is raw:
-            return raw  # it was looked at
+            return raw  # validated before
         length = ENTRY.unpack_from(raw).rec_len
         if logical and directory.record_length(length, len(raw)) != len(raw):
             raise self._corrupt("its index leads to a block that is not of it")
@@ -387,7 +389,7 @@ class DirectoryLookup:
         raw = self._read(logical)
         parsed = self._parsed_block(self._physical[logical] or 0, raw)
         length = directory.record_length(ENTRY.unpack_from(raw).rec_len, len(raw))
-        # One that might be of the index is not verified: its checksum would stand elsewhere.
+        # A block that may be one of the index is not verified: its checksum is in another place.
         if not parsed.verified and logical and length != len(raw):
             raise self._corrupt("the checksum of a block is wrong")
         return parsed.leaf
@@ -428,7 +430,7 @@ class DirectoryLookup:
 
 
 def _binary_search(node: IndexNode, wanted: int) -> int:
-    """Return the last entry whose hash is not above `wanted`, by the kernel's binary search."""
+    """Return the last entry whose hash is not above `wanted`; the kernel's search in dx_probe."""
     low, high = 1, node.used - 1
     while low <= high:
         middle = low + (high - low) // 2
