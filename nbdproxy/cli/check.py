@@ -40,7 +40,7 @@ from nbdproxy.disks.formats import refuse_foreign
 from nbdproxy.errors import FilesystemError, ManifestError, UsageError
 from nbdproxy.oracles import manifest
 from nbdproxy.oracles.check import candidates
-from nbdproxy.oracles.composite import TreeFollower, split
+from nbdproxy.oracles.composite import TreeCheck, split
 from nbdproxy.oracles.condition import doubt_of
 from nbdproxy.oracles.locate import ElsewhereError, Where, below, locate
 from nbdproxy.oracles.manifest import Manifest
@@ -107,7 +107,7 @@ def check(
             earlier: EarlierDigests = {}
             if timeline is not None:
                 earlier = earlier_digests(timeline, wanted, tree, judge)
-            findings = TreeFollower(judge, wanted, earlier, tree).check(disk, None)
+            findings = TreeCheck(judge, wanted, earlier, tree).check(disk, None)
             doubt = doubt_of(wanted, [findings.conditions.get])
         looked = tuple(
             _examined(judge, disk, tree, number, fsck=fsck)
@@ -188,7 +188,7 @@ def _placed(
     except (FilesystemError, ManifestError) as error:
         if where.mounts or as_named.root is None:
             raise
-        return Tree((), nowhere=str(error)), below(as_named.root, wanted)
+        return Tree((), unmounted_reason=str(error)), below(as_named.root, wanted)
 
 
 def _found(

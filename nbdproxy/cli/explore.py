@@ -364,7 +364,7 @@ def _command(
     if plan.names("dir"):
         with err.status("looking for the files") as status, opened(oracle, status.update) as asked:
             tree = tree_of_disk(asked, cut, timeline, where)
-        lacking = [*tree.away.values(), *([tree.loose] if tree.loose else [])]
+        lacking = [*tree.unreadable.values(), *([tree.unplaced] if tree.unplaced else [])]
         for one in lacking:
             err.print(f"note: not in $dir is what cannot be read: {one}")
         plan = replace(plan, tree=tree, oracle=MAKERS[oracle])

@@ -14,7 +14,7 @@ from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
 from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, tree_of_disk
 from nbdproxy.errors import UsageError
-from nbdproxy.oracles.browse import FileType, Found
+from nbdproxy.oracles.browse import BrowsedEntry, FileType
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
@@ -127,7 +127,7 @@ def _to_json(name: str, output: Path, found: Extracted) -> dict[str, object]:
     }
 
 
-def _entry(one: Found) -> dict[str, object]:
+def _entry(one: BrowsedEntry) -> dict[str, object]:
     return {
         "path": shown(one.path),
         "kind": one.kind.value,

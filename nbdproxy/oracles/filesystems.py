@@ -17,7 +17,7 @@ from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.mounted import open_filesystem as open_ext
 from nbdproxy.oracles.ext4.superblock import SUPERBLOCK
 from nbdproxy.oracles.mounts import ONLY, Mount
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 BOOT_SECTOR = 512
 _SECTOR_SIZES = {512, 1024, 2048, 4096}
@@ -56,19 +56,19 @@ _SIGNATURES = (
 class XfsSuperblock(NamedTuple):
     """struct xfs_dsb (Linux, fs/xfs/libxfs/xfs_format.h), the fields that are used."""
 
-    rblocks: Annotated[int, At(16, "Q")]
-    uuid: Annotated[bytes, At(32, "16s")]
-    logstart: Annotated[int, At(48, "Q")]
-    fname: Annotated[bytes, At(108, "12s")]
+    rblocks: Annotated[int, Field(16, "Q")]
+    uuid: Annotated[bytes, Field(32, "16s")]
+    logstart: Annotated[int, Field(48, "Q")]
+    fname: Annotated[bytes, Field(108, "12s")]
 
 
 class BtrfsSuperblock(NamedTuple):
     """struct btrfs_super_block (Linux, uapi/linux/btrfs_tree.h), the fields that are used."""
 
-    fsid: Annotated[bytes, At(0x20, "16s")]
-    flags: Annotated[int, At(0x38, "Q")]
-    num_devices: Annotated[int, At(0x88, "Q")]
-    label: Annotated[bytes, At(0x12B, "256s")]
+    fsid: Annotated[bytes, Field(0x20, "16s")]
+    flags: Annotated[int, Field(0x38, "Q")]
+    num_devices: Annotated[int, Field(0x88, "Q")]
+    label: Annotated[bytes, Field(0x12B, "256s")]
 
 
 class FatBootSector(NamedTuple):
@@ -77,16 +77,16 @@ class FatBootSector(NamedTuple):
     The fields from `fat_size_32` on are those of FAT32 only.
     """
 
-    bytes_per_sector: Annotated[int, At(11, "H")]
-    sectors_per_cluster: Annotated[int, At(13, "B")]
-    reserved_sectors: Annotated[int, At(14, "H")]
-    fats: Annotated[int, At(16, "B")]
-    root_entries: Annotated[int, At(17, "H")]
-    media: Annotated[int, At(21, "B")]
-    fat_size_16: Annotated[int, At(22, "H")]
-    fat_size_32: Annotated[int, At(36, "I")]
-    root_cluster: Annotated[int, At(44, "I")]
-    signature: Annotated[bytes, At(510, "2s")]
+    bytes_per_sector: Annotated[int, Field(11, "H")]
+    sectors_per_cluster: Annotated[int, Field(13, "B")]
+    reserved_sectors: Annotated[int, Field(14, "H")]
+    fats: Annotated[int, Field(16, "B")]
+    root_entries: Annotated[int, Field(17, "H")]
+    media: Annotated[int, Field(21, "B")]
+    fat_size_16: Annotated[int, Field(22, "H")]
+    fat_size_32: Annotated[int, Field(36, "I")]
+    root_cluster: Annotated[int, Field(44, "I")]
+    signature: Annotated[bytes, Field(510, "2s")]
 
 
 XFS_SUPERBLOCK = StructLayout(XfsSuperblock, ">")

@@ -21,7 +21,7 @@ from nbdproxy.oracles.filesystems import (
     FilesystemKind,
 )
 from nbdproxy.oracles.signatures import read, text
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 
 class Identity(NamedTuple):
@@ -34,45 +34,45 @@ class Identity(NamedTuple):
 class FatVolumeId(NamedTuple):
     """BS_VolID and BS_VolLab of a FAT's boot sector, which are behind one another."""
 
-    serial: Annotated[int, At(0, "I")]
-    label: Annotated[bytes, At(4, "11s")]
+    serial: Annotated[int, Field(0, "I")]
+    label: Annotated[bytes, Field(4, "11s")]
 
 
 class ExfatBootSector(NamedTuple):
     """exFAT's main boot sector (Microsoft, exFAT file system specification, section 3.1)."""
 
-    fat_offset: Annotated[int, At(80, "I")]
-    cluster_heap_offset: Annotated[int, At(88, "I")]
-    root_cluster: Annotated[int, At(96, "I")]
-    volume_serial: Annotated[int, At(100, "I")]
-    bytes_per_sector_shift: Annotated[int, At(108, "B")]
-    sectors_per_cluster_shift: Annotated[int, At(109, "B")]
+    fat_offset: Annotated[int, Field(80, "I")]
+    cluster_heap_offset: Annotated[int, Field(88, "I")]
+    root_cluster: Annotated[int, Field(96, "I")]
+    volume_serial: Annotated[int, Field(100, "I")]
+    bytes_per_sector_shift: Annotated[int, Field(108, "B")]
+    sectors_per_cluster_shift: Annotated[int, Field(109, "B")]
 
 
 class NtfsBootSector(NamedTuple):
     """NTFS' boot sector (ntfs-3g, include/ntfs-3g/layout.h: NTFS_BOOT_SECTOR)."""
 
-    bytes_per_sector: Annotated[int, At(11, "H")]
-    sectors_per_cluster: Annotated[int, At(13, "B")]
-    mft_lcn: Annotated[int, At(48, "Q")]
-    clusters_per_mft_record: Annotated[int, At(64, "b")]
-    volume_serial: Annotated[int, At(72, "Q")]
+    bytes_per_sector: Annotated[int, Field(11, "H")]
+    sectors_per_cluster: Annotated[int, Field(13, "B")]
+    mft_lcn: Annotated[int, Field(48, "Q")]
+    clusters_per_mft_record: Annotated[int, Field(64, "b")]
+    volume_serial: Annotated[int, Field(72, "Q")]
 
 
 class NtfsRecord(NamedTuple):
     """A record of NTFS' master file table (layout.h: MFT_RECORD)."""
 
-    magic: Annotated[bytes, At(0, "4s")]
-    attrs_offset: Annotated[int, At(20, "H")]
+    magic: Annotated[bytes, Field(0, "4s")]
+    attrs_offset: Annotated[int, Field(20, "H")]
 
 
 class NtfsAttribute(NamedTuple):
     """A resident attribute of a record (layout.h: ATTR_RECORD)."""
 
-    type: Annotated[int, At(0, "I")]
-    length: Annotated[int, At(4, "I")]
-    value_length: Annotated[int, At(16, "I")]
-    value_offset: Annotated[int, At(20, "H")]
+    type: Annotated[int, Field(0, "I")]
+    length: Annotated[int, Field(4, "I")]
+    value_length: Annotated[int, Field(16, "I")]
+    value_offset: Annotated[int, Field(20, "H")]
 
 
 _FAT_VOLUME_ID, _EXFAT = StructLayout(FatVolumeId, "<"), StructLayout(ExfatBootSector, "<")

@@ -1,13 +1,13 @@
-"""`Qcow2Device`: the guest's disk that a qcow2 file describes, as the file stands at this moment.
+"""`Qcow2Device`: the guest's disk in a qcow2 file, read-only.
 
-For recordings from below qcow2: each crash state is a file whose tables may be behind its data. An
-entry that was never written reads as zeroes, as it does for QEMU. Source: QEMU's "The qcow2 image
+For recordings from below qcow2: each crash state is a file whose tables may be older than its data.
+An L2 entry that was never written reads as zeroes, as for QEMU. Source: QEMU's "The qcow2 image
 format" (docs/interop/qcow2.txt).
 
 Read are versions 2 and 3 with any cluster size, zero clusters, and clusters compressed with zlib.
 Refused are backing files, encryption, external data, extended L2 entries and zstd. Refcounts are
-not looked at: QEMU does not need them to read. What lies behind the file's end reads as zeroes, as
-for QEMU: that is what a guest gets of a file that lost its length.
+not used, as QEMU does not use them to read. Bytes behind the file's end read as zeroes, as for
+QEMU: that is what a guest gets of a file that lost its length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 MAGIC = b"QFI\xfb"
 
@@ -33,26 +33,26 @@ MAGIC = b"QFI\xfb"
 class Qcow2Header(NamedTuple):
     """The header of both versions, the fields that are used."""
 
-    magic: Annotated[bytes, At(0, "4s")]
-    version: Annotated[int, At(4, "I")]
-    backing_file_offset: Annotated[int, At(8, "Q")]
-    cluster_bits: Annotated[int, At(20, "I")]
-    size: Annotated[int, At(24, "Q")]
-    crypt_method: Annotated[int, At(32, "I")]
-    l1_size: Annotated[int, At(36, "I")]
-    l1_table_offset: Annotated[int, At(40, "Q")]
-    refcount_table_offset: Annotated[int, At(48, "Q")]
-    refcount_table_clusters: Annotated[int, At(56, "I")]
-    snapshots_offset: Annotated[int, At(64, "Q")]
+    magic: Annotated[bytes, Field(0, "4s")]
+    version: Annotated[int, Field(4, "I")]
+    backing_file_offset: Annotated[int, Field(8, "Q")]
+    cluster_bits: Annotated[int, Field(20, "I")]
+    size: Annotated[int, Field(24, "Q")]
+    crypt_method: Annotated[int, Field(32, "I")]
+    l1_size: Annotated[int, Field(36, "I")]
+    l1_table_offset: Annotated[int, Field(40, "Q")]
+    refcount_table_offset: Annotated[int, Field(48, "Q")]
+    refcount_table_clusters: Annotated[int, Field(56, "I")]
+    snapshots_offset: Annotated[int, Field(64, "Q")]
 
 
 class Qcow2HeaderV3(NamedTuple):
     """The fields that version 3 adds; in files of version 2 other things are in their place."""
 
-    incompatible_features: Annotated[int, At(72, "Q")]
-    refcount_order: Annotated[int, At(96, "I")]
-    header_length: Annotated[int, At(100, "I")]
-    compression_type: Annotated[int, At(104, "B")]
+    incompatible_features: Annotated[int, Field(72, "Q")]
+    refcount_order: Annotated[int, Field(96, "I")]
+    header_length: Annotated[int, Field(100, "I")]
+    compression_type: Annotated[int, Field(104, "B")]
 
 
 _HEADER = StructLayout(Qcow2Header, ">")
@@ -88,7 +88,7 @@ class Qcow2Error(FilesystemError):
 
 
 class Structure(StrEnum):
-    """What a qcow2 file consists of, besides data."""
+    """The structures of a qcow2 file."""
 
     HEADER = "qcow2 header"
     L1 = "qcow2 L1 table"
@@ -97,10 +97,11 @@ class Structure(StrEnum):
 
 
 class MappedRun(NamedTuple):
-    """A piece of the guest's disk: where it is in the file, or that it reads as zeroes.
+    """Bytes [start, end) of the guest's disk.
 
-    `entry` is where in the file the L2 entry of its first cluster is, or would be; None if there is
-    no L2 table. `packed` holds the length of compressed data.
+    host    their offset in the file; None if they read as zeroes
+    entry   the offset of their first cluster's L2 entry in the file; None without an L2 table
+    packed  the bytes of compressed data at `host`; 0 if they are not compressed
     """
 
     start: int
@@ -158,7 +159,7 @@ class Qcow2Device:
         tables = [entry & _OFFSET for entry in self._l1 if entry & _OFFSET]
         if len(set(tables)) < len(tables):
             raise Qcow2Error("the qcow2 file's L1 table leads to one L2 table twice")
-        # A file that lost its end may have lost tables; walking more than these takes for ever.
+        # A file that lost its end may have lost tables; reading more than these takes too long.
         if len(tables) * self.cluster > max(base.size, _TABLES_LOST_MAX):
             raise Qcow2Error("the qcow2 file's L1 table leads to more L2 tables than it can have")
         self._l2: dict[int, array[int]] = {}
@@ -214,7 +215,7 @@ class Qcow2Device:
             yield pending
 
     def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield where in the file a piece of the guest's disk is, as far as it is anywhere."""
+        """Yield where in the file a range of the guest's disk is, without what reads as zeroes."""
         for run in self.runs(offset, offset + length):
             if run.host is not None:
                 there = self._there(run.host, run.packed or run.end - run.start)
@@ -222,7 +223,7 @@ class Qcow2Device:
                     yield Extent(run.host, there)
 
     def structures(self) -> Iterator[tuple[Structure, Extent]]:
-        """Yield what of the file are its own structures, in whole clusters."""
+        """Yield the structures of the file with their extents, in whole clusters."""
         yield Structure.HEADER, Extent(0, self.cluster)
         length = -(-len(self._l1) * 8 // self.cluster) * self.cluster
         yield Structure.L1, Extent(self._l1_offset, length)
@@ -288,9 +289,10 @@ class Qcow2Device:
         return found
 
     def _count(self, table: bytes) -> None:
-        """Refuse tables that lead to clusters again and again, so that all of them is too much.
+        """Raise Qcow2Error for L2 tables with far more entries than the file has clusters.
 
-        A few may be named twice, by a table that is behind another.
+        Reading the guest's disk would take too long. After a crash a few clusters may have two
+        entries, as one table can be older than another.
         """
         entries = np.frombuffer(table, ">u8")
         is_packed = entries & _COMPRESSED != 0
@@ -337,7 +339,7 @@ class Qcow2Device:
 
 
 def _follows(one: MappedRun, other: MappedRun) -> bool:
-    """Tell whether a piece goes on where another ends, in the file too."""
+    """Tell whether two neighbours are also neighbours in the file."""
     if one.packed or other.packed:
         return False
     if one.host is None or other.host is None:

@@ -1,9 +1,9 @@
-"""What a disk or a part of it begins with, where it is no filesystem that is read here.
+"""Signatures of what a disk or a part of it holds, other than filesystems that are read here.
 
-Told apart is what util-linux' libblkid tells apart, as far as virtual machines have it: what holds
-filesystems of its own (LUKS, RAID, caches, pools), filesystems that no oracle reads, tables within
-parts, and what holds no files at all (swap). A signature is all that is looked at, so what is said
-is what it claims to be. Source: libblkid/src/superblocks and the formats' own headers.
+Detected is what util-linux' libblkid detects, as far as virtual machines have it: what contains
+filesystems (LUKS, RAID, caches, pools), filesystems that no oracle reads, tables within parts, and
+what holds no files (swap). Only signatures are looked at, nothing is verified. Source:
+libblkid/src/superblocks and the formats' own headers.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from enum import Enum, auto
 from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 _KIB, _MIB = 1 << 10, 1 << 20
 _SECTOR = 512
 
 
 class Usage(Enum):
-    """What something is to whoever looks for files.
+    """Whether something may hold files.
 
-    WRAPPER     holds filesystems, or one copy of them; what else seems to begin there does not
+    WRAPPER     contains filesystems, or a copy of them; other signatures there do not count
     FILESYSTEM  holds files
     TABLE       divides its part again
     NO_FILES    holds none
@@ -36,9 +36,9 @@ class Usage(Enum):
 
 
 class Signature(NamedTuple):
-    """What was seen: what it is, as said behind "is", and its names: UUID, label, nodes in /dev.
+    """A detected signature: `what` in words, UUID, label, and nodes in /dev.
 
-    `at` is where a member of an array says that it is one, in bytes.
+    `at` is the offset of the superblock of a member of an array, in bytes.
     """
 
     what: str
@@ -66,11 +66,11 @@ class _Magic(NamedTuple):
 class LuksHeader(NamedTuple):
     """The fields that both versions have in one place (LUKS On-Disk Format Specification)."""
 
-    magic: Annotated[bytes, At(0, "6s")]
-    version: Annotated[int, At(6, "H")]
-    label: Annotated[bytes, At(24, "48s")]
-    uuid: Annotated[bytes, At(168, "40s")]
-    hdr_offset: Annotated[int, At(256, "Q")]
+    magic: Annotated[bytes, Field(0, "6s")]
+    version: Annotated[int, Field(6, "H")]
+    label: Annotated[bytes, Field(24, "48s")]
+    uuid: Annotated[bytes, Field(168, "40s")]
+    hdr_offset: Annotated[int, Field(256, "Q")]
 
 
 _LUKS = StructLayout(LuksHeader, ">")
@@ -81,22 +81,22 @@ _LUKS_SECOND_AT = tuple(0x4000 << n for n in range(9))  # LUKS2's second header,
 class MdSuperblock1(NamedTuple):
     """A member of version 1 (md.4, include/uapi/linux/raid/md_p.h: struct mdp_superblock_1)."""
 
-    magic: Annotated[int, At(0, "I")]
-    major_version: Annotated[int, At(4, "I")]
-    set_uuid: Annotated[bytes, At(16, "16s")]
-    set_name: Annotated[bytes, At(32, "32s")]
-    level: Annotated[int, At(72, "i")]
-    super_offset: Annotated[int, At(144, "Q")]
+    magic: Annotated[int, Field(0, "I")]
+    major_version: Annotated[int, Field(4, "I")]
+    set_uuid: Annotated[bytes, Field(16, "16s")]
+    set_name: Annotated[bytes, Field(32, "32s")]
+    level: Annotated[int, Field(72, "i")]
+    super_offset: Annotated[int, Field(144, "Q")]
 
 
 class MdSuperblock0(NamedTuple):
     """A member of version 0.90 (md_p.h: mdp_super_t), in the byte order of its machine."""
 
-    magic: Annotated[int, At(0, "I")]
-    major_version: Annotated[int, At(4, "I")]
-    minor_version: Annotated[int, At(8, "I")]
-    level: Annotated[int, At(28, "i")]
-    md_minor: Annotated[int, At(44, "I")]
+    magic: Annotated[int, Field(0, "I")]
+    major_version: Annotated[int, Field(4, "I")]
+    minor_version: Annotated[int, Field(8, "I")]
+    level: Annotated[int, Field(28, "i")]
+    md_minor: Annotated[int, Field(44, "I")]
 
 
 _MD = StructLayout(MdSuperblock1, "<")
@@ -173,11 +173,11 @@ _WEAK = (
     _Magic("MINIX", _F, (_KIB + 16, _KIB + 24),
            (b"\x7f\x13", b"\x8f\x13", b"\x68\x24", b"\x78\x24", b"\x5a\x4d")),
 )  # fmt: skip
-"""Signatures of two bytes: they count only where nothing else is known."""
+"""Signatures of two bytes, which other data may have by chance: used if nothing else fits."""
 
 
 def signatures(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield what begins here, what holds other things first."""
+    """Yield the signatures at the start, and of arrays at the end; wrappers come first."""
     for find in (_luks, _md_at_start, members):
         yield from find(device)
     for magic in _MAGICS:
@@ -187,18 +187,18 @@ def signatures(device: ReadableDevice) -> Iterator[Signature]:
 
 
 def weak_signatures(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield what may begin here, by signatures that anything may have by chance."""
+    """Yield signatures that other data may have by chance."""
     return (_seen(device, magic) for magic in _WEAK if _has(device, magic))
 
 
 def members(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield of what a disk is a member by what stands at its end; all else on it is one copy."""
+    """Yield the arrays of which a disk is a member, by superblocks at its end."""
     for find in (_md_at_end, _md_old, _firmware_raid, _drbd):
         yield from find(device)
 
 
 def text(raw: bytes) -> str:
-    """Return what stands before the first zero byte."""
+    """Decode what is before the first zero byte."""
     return raw.partition(b"\0")[0].decode("utf-8", "replace")
 
 

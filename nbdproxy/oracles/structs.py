@@ -3,8 +3,8 @@
 A structure is a `NamedTuple` whose fields say where they are, each of one value of `struct`:
 
     class MmpBlock(NamedTuple):
-        magic: Annotated[int, At(0x0, "I")]
-        checksum: Annotated[int, At(0x3FC, "I")]
+        magic: Annotated[int, Field(0x0, "I")]
+        checksum: Annotated[int, Field(0x3FC, "I")]
 
     MMP_BLOCK = StructLayout(MmpBlock, "<")
 
@@ -25,7 +25,7 @@ from nbdproxy.disks.device import ReadableDevice
 S = TypeVar("S", bound=tuple[Any, ...])
 
 
-class At(NamedTuple):
+class Field(NamedTuple):
     """Where a field is: bytes from the structure's start, and the format of its one value."""
 
     offset: int
@@ -42,7 +42,7 @@ class StructLayout(Generic[S]):
     def __init__(self, kind: type[S], order: Literal["<", ">"], size: int = 0) -> None:
         """Compile the fields of a `NamedTuple`; `order` is little or big endian, as in `struct`."""
         hints = get_type_hints(kind, include_extras=True)
-        places: dict[str, At] = {name: hint.__metadata__[0] for name, hint in hints.items()}
+        places: dict[str, Field] = {name: hint.__metadata__[0] for name, hint in hints.items()}
         self._fields = {name: struct.Struct(order + at.format) for name, at in places.items()}
         self._spans = {
             name: slice(at.offset, at.offset + self._fields[name].size)

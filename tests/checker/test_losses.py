@@ -69,7 +69,7 @@ def test_just_what_is_lacking_makes_the_file_whole(
     told = set()
     for file in (entry("b", CONTENT), entry("small", CONTENT[:300])):
         wanted = Manifest((file,))
-        follower = kernel.follow(wanted, earlier={}, mount=ONLY)
+        follower = kernel.prepare_check(wanted, earlier={}, mount=ONLY)
         [story] = stories(timeline, wanted, Tree(), oracle=kernel)
         flushed, sent = (story.courses[level] for level in (Level.FLUSHED, Level.RECEIVED))
         assert sent.since is not None and flushed.since is not None
@@ -109,7 +109,7 @@ def test_a_state_that_is_the_same_where_it_was_read_is_not_mounted_again(
     timeline: Timeline, kernel: KernelOracle
 ) -> None:
     wanted = Manifest((entry("b", CONTENT),))
-    follower = kernel.follow(wanted, earlier={}, mount=ONLY)
+    follower = kernel.prepare_check(wanted, earlier={}, mount=ONLY)
     disk = timeline.at(timeline.source.events)
     first = follower.check(disk, None)
     assert first.verdict is Verdict.PASS

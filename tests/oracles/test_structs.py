@@ -8,18 +8,18 @@ from typing import Annotated, NamedTuple
 import pytest
 
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 
 class Sample(NamedTuple):
-    magic: Annotated[bytes, At(2, "4s")]
-    flags: Annotated[int, At(8, "H")]
-    total: Annotated[int, At(10, "I")]
+    magic: Annotated[bytes, Field(2, "4s")]
+    flags: Annotated[int, Field(8, "H")]
+    total: Annotated[int, Field(10, "I")]
 
 
 class Overlapping(NamedTuple):
-    first: Annotated[int, At(0, "I")]
-    second: Annotated[int, At(2, "H")]
+    first: Annotated[int, Field(0, "I")]
+    second: Annotated[int, Field(2, "H")]
 
 
 LITTLE = StructLayout(Sample, "<", 16)

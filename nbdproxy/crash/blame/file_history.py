@@ -23,7 +23,7 @@ from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree
@@ -118,7 +118,7 @@ def stories(
         entry.path: {level: [] for level in LEVELS} for entry in manifest.entries
     }
     for level in LEVELS:
-        follower = TreeFollower(oracle, manifest, earlier, tree)
+        follower = TreeCheck(oracle, manifest, earlier, tree)
         last = None
         steps = list(_steps(timeline, level, options))
         for number, (position, changed) in enumerate(steps):
@@ -188,7 +188,7 @@ def carriers(
         return ()
     end = timeline.source.events
     disk = timeline.at(end)
-    follower = TreeFollower(oracle, Manifest((entry,)), {}, tree)
+    follower = TreeCheck(oracle, Manifest((entry,)), {}, tree)
     follower.check(disk, None)
     names = names_of(disk, entry, tree, oracle)
     found: dict[int, list[Owner]] = {}

@@ -19,11 +19,11 @@ from nbdproxy.crash.states.timeline import CrashDisk, Timeline
 from nbdproxy.delta_debugging import ddmin
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.composite import TreeFollower, content
+from nbdproxy.oracles.composite import TreeCheck, content
 from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree
-from nbdproxy.oracles.oracle import Follower, Oracle
+from nbdproxy.oracles.oracle import ManifestCheck, Oracle
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.index import BASE
@@ -81,7 +81,7 @@ def losses(
     oracle: Oracle = QUICK,
 ) -> Losses | None:
     """Return what a state lacks of a file; None if no state of its cut has it whole."""
-    follower = TreeFollower(oracle, Manifest((entry,)), {}, tree)
+    follower = TreeCheck(oracle, Manifest((entry,)), {}, tree)
     reference = _reference(timeline, follower, state)
     if reference is None or follower.reads is None:
         return None
@@ -125,7 +125,7 @@ def losses(
     return Losses(reference, ranges, tuple(lost))
 
 
-def _reference(timeline: Timeline, follower: Follower, state: StateId) -> StateId | None:
+def _reference(timeline: Timeline, follower: ManifestCheck, state: StateId) -> StateId | None:
     """Return the state of the least level that has the file whole; it is the last one judged."""
     levels = list(Level)
     for level in levels[levels.index(state.level) + 1 :]:
@@ -137,7 +137,7 @@ def _reference(timeline: Timeline, follower: Follower, state: StateId) -> StateI
 
 def _is_whole(
     timeline: Timeline,
-    follower: Follower,
+    follower: ManifestCheck,
     state: StateId,
     data: Sequence[tuple[int, MissingPiece]],
     way: Sequence[MissingPiece],

@@ -34,12 +34,12 @@ from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import Findings, Verdict, merge
-from nbdproxy.oracles.composite import TreeFollower, split
+from nbdproxy.oracles.composite import TreeCheck, split
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import ANYWHERE, Where, locate
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
-from nbdproxy.oracles.oracle import EarlierDigests, Follower, Oracle
+from nbdproxy.oracles.oracle import EarlierDigests, ManifestCheck, Oracle
 from nbdproxy.oracles.qcow2 import is_qcow2
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
@@ -163,7 +163,7 @@ def replay(
         if tree is None:
             tree, manifest = place(timeline, manifest, cut, where, oracle)
         earlier = earlier_digests(timeline, manifest, tree, oracle)
-        follower = TreeFollower(oracle, manifest, earlier, tree)
+        follower = TreeCheck(oracle, manifest, earlier, tree)
         judge = _Judge(timeline, manifest, tree, options, follower, progress)
         cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]
         below_qcow2 = is_qcow2(timeline.at(cut.position))
@@ -203,7 +203,7 @@ class _Judge:
     manifest: Manifest
     tree: Tree
     options: Options
-    follower: Follower
+    follower: ManifestCheck
     progress: Callable[[StateId], None]
     behind: dict[tuple[int, Mount], Unmapped] = field(default_factory=dict)
     known: dict[bytes, Findings] = field(default_factory=dict)

@@ -18,26 +18,26 @@ from nbdproxy.oracles.ext4.checksum import crc32c
 from nbdproxy.oracles.ext4.faults import UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 
 class EntryHead(NamedTuple):
     """struct ext4_dir_entry_2, without the name behind it."""
 
-    inode: Annotated[int, At(0, "I")]
-    rec_len: Annotated[int, At(4, "H")]
-    name_len: Annotated[int, At(6, "B")]
-    file_type: Annotated[int, At(7, "B")]
+    inode: Annotated[int, Field(0, "I")]
+    rec_len: Annotated[int, Field(4, "H")]
+    name_len: Annotated[int, Field(6, "B")]
+    file_type: Annotated[int, Field(7, "B")]
 
 
 class EntryTail(NamedTuple):
     """struct ext4_dir_entry_tail, which has the form of an entry without a name."""
 
-    inode: Annotated[int, At(0, "I")]
-    rec_len: Annotated[int, At(4, "H")]
-    name_len: Annotated[int, At(6, "B")]
-    file_type: Annotated[int, At(7, "B")]
-    checksum: Annotated[int, At(8, "I")]
+    inode: Annotated[int, Field(0, "I")]
+    rec_len: Annotated[int, Field(4, "H")]
+    name_len: Annotated[int, Field(6, "B")]
+    file_type: Annotated[int, Field(7, "B")]
+    checksum: Annotated[int, Field(8, "I")]
 
 
 ENTRY = StructLayout(EntryHead, "<")
@@ -49,7 +49,7 @@ BROKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
+class BlockSearch:
     """What the kernel's search of one block for a name gives, for all names at once.
 
     numbers   by the name, folded where the directory folds names, its first entry's inode or BROKEN
@@ -75,7 +75,7 @@ class Directory:
     is_plain: bool = True
 
 
-def search(sb: Superblock, block: bytes, *, is_folded: bool) -> Leaf:
+def search(sb: Superblock, block: bytes, *, is_folded: bool) -> BlockSearch:
     """Search a block, for all names that are in it at once."""
     numbers: dict[bytes, int] = {}
     doubtful: set[bytes] = set()
@@ -97,9 +97,9 @@ def search(sb: Superblock, block: bytes, *, is_folded: bool) -> Leaf:
                 is_valid = _is_valid(sb, size - at, number, length, name)
                 numbers[key] = number if is_valid else BROKEN
         if not length:
-            return Leaf(numbers, is_sound=False, doubtful=frozenset(doubtful))
+            return BlockSearch(numbers, is_sound=False, doubtful=frozenset(doubtful))
         at += length
-    return Leaf(numbers, is_sound=True, doubtful=frozenset(doubtful))
+    return BlockSearch(numbers, is_sound=True, doubtful=frozenset(doubtful))
 
 
 def record_length(length: int, size: int) -> int:

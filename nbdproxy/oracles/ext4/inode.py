@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple
 from nbdproxy.oracles.ext4.checksum import crc32c
 from nbdproxy.oracles.ext4.faults import CorruptError
 from nbdproxy.oracles.ext4.superblock import Incompat, RoCompat, Superblock
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 XATTR_MAGIC = 0xEA020000
 XATTR_SYSTEM = 7  # the name index of the "system." attributes
@@ -26,19 +26,19 @@ OLD_SIZE = 128
 class RawInode(NamedTuple):
     """struct ext4_inode, the fields that are used; its first 128 bytes."""
 
-    mode: Annotated[int, At(0x0, "H")]
-    size_lo: Annotated[int, At(0x4, "I")]
-    mtime: Annotated[int, At(0x10, "i")]
-    links_count: Annotated[int, At(0x1A, "H")]
-    blocks_lo: Annotated[int, At(0x1C, "I")]
-    flags: Annotated[int, At(0x20, "I")]
-    block: Annotated[bytes, At(0x28, "60s")]
-    generation: Annotated[int, At(0x64, "I")]
-    file_acl_lo: Annotated[int, At(0x68, "I")]
-    size_high: Annotated[int, At(0x6C, "I")]
-    blocks_high: Annotated[int, At(0x74, "H")]
-    file_acl_high: Annotated[int, At(0x76, "H")]
-    checksum_lo: Annotated[int, At(0x7C, "H")]
+    mode: Annotated[int, Field(0x0, "H")]
+    size_lo: Annotated[int, Field(0x4, "I")]
+    mtime: Annotated[int, Field(0x10, "i")]
+    links_count: Annotated[int, Field(0x1A, "H")]
+    blocks_lo: Annotated[int, Field(0x1C, "I")]
+    flags: Annotated[int, Field(0x20, "I")]
+    block: Annotated[bytes, Field(0x28, "60s")]
+    generation: Annotated[int, Field(0x64, "I")]
+    file_acl_lo: Annotated[int, Field(0x68, "I")]
+    size_high: Annotated[int, Field(0x6C, "I")]
+    blocks_high: Annotated[int, Field(0x74, "H")]
+    file_acl_high: Annotated[int, Field(0x76, "H")]
+    checksum_lo: Annotated[int, Field(0x7C, "H")]
 
 
 class RawInodeExtra(NamedTuple):
@@ -47,20 +47,20 @@ class RawInodeExtra(NamedTuple):
     `extra_isize` says how many bytes of them there are.
     """
 
-    extra_isize: Annotated[int, At(0x80, "H")]
-    checksum_hi: Annotated[int, At(0x82, "H")]
-    mtime_extra: Annotated[int, At(0x88, "I")]
+    extra_isize: Annotated[int, Field(0x80, "H")]
+    checksum_hi: Annotated[int, Field(0x82, "H")]
+    mtime_extra: Annotated[int, Field(0x88, "I")]
 
 
 class RawXattrEntry(NamedTuple):
     """struct ext4_xattr_entry, without the name behind it."""
 
-    name_len: Annotated[int, At(0, "B")]
-    name_index: Annotated[int, At(1, "B")]
-    value_offs: Annotated[int, At(2, "H")]
-    value_inum: Annotated[int, At(4, "I")]
-    value_size: Annotated[int, At(8, "I")]
-    hash: Annotated[int, At(12, "I")]
+    name_len: Annotated[int, Field(0, "B")]
+    name_index: Annotated[int, Field(1, "B")]
+    value_offs: Annotated[int, Field(2, "H")]
+    value_inum: Annotated[int, Field(4, "I")]
+    value_size: Annotated[int, Field(8, "I")]
+    hash: Annotated[int, Field(12, "I")]
 
 
 INODE = StructLayout(RawInode, "<", OLD_SIZE)

@@ -24,7 +24,7 @@ from nbdproxy.oracles.ext4.faults import CorruptError, RefusedError, refusal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.replayed import ReplayedDevice
 from nbdproxy.oracles.ext4.superblock import HAS_JOURNAL
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 MAGIC = b"\xc0\x3b\x39\x98"
 DESCRIPTOR, COMMIT, SUPERBLOCK_V1, SUPERBLOCK_V2, REVOKE = 1, 2, 3, 4, 5
@@ -46,78 +46,78 @@ FAST_COMMIT_HEAD = 9
 class BlockHeader(NamedTuple):
     """struct journal_header_s, which each block of the log begins with that is no copy."""
 
-    magic: Annotated[bytes, At(0, "4s")]
-    blocktype: Annotated[int, At(4, "I")]
-    sequence: Annotated[int, At(8, "I")]
+    magic: Annotated[bytes, Field(0, "4s")]
+    blocktype: Annotated[int, Field(4, "I")]
+    sequence: Annotated[int, Field(8, "I")]
 
 
 class JournalSuperblock(NamedTuple):
     """struct journal_superblock_s, the fields that are used."""
 
-    magic: Annotated[bytes, At(0x0, "4s")]
-    blocktype: Annotated[int, At(0x4, "I")]
-    blocksize: Annotated[int, At(0xC, "I")]
-    maxlen: Annotated[int, At(0x10, "I")]
-    first: Annotated[int, At(0x14, "I")]
-    sequence: Annotated[int, At(0x18, "I")]
-    start: Annotated[int, At(0x1C, "I")]
-    feature_compat: Annotated[int, At(0x24, "I")]
-    feature_incompat: Annotated[int, At(0x28, "I")]
-    feature_ro_compat: Annotated[int, At(0x2C, "I")]
-    uuid: Annotated[bytes, At(0x30, "16s")]
-    checksum_type: Annotated[int, At(0x50, "B")]
-    num_fc_blks: Annotated[int, At(0x54, "I")]
-    checksum: Annotated[int, At(0xFC, "I")]
+    magic: Annotated[bytes, Field(0x0, "4s")]
+    blocktype: Annotated[int, Field(0x4, "I")]
+    blocksize: Annotated[int, Field(0xC, "I")]
+    maxlen: Annotated[int, Field(0x10, "I")]
+    first: Annotated[int, Field(0x14, "I")]
+    sequence: Annotated[int, Field(0x18, "I")]
+    start: Annotated[int, Field(0x1C, "I")]
+    feature_compat: Annotated[int, Field(0x24, "I")]
+    feature_incompat: Annotated[int, Field(0x28, "I")]
+    feature_ro_compat: Annotated[int, Field(0x2C, "I")]
+    uuid: Annotated[bytes, Field(0x30, "16s")]
+    checksum_type: Annotated[int, Field(0x50, "B")]
+    num_fc_blks: Annotated[int, Field(0x54, "I")]
+    checksum: Annotated[int, Field(0xFC, "I")]
 
 
 class CommitHeader(NamedTuple):
     """struct commit_header, behind its `BlockHeader`."""
 
-    chksum_type: Annotated[int, At(12, "B")]
-    chksum_size: Annotated[int, At(13, "B")]
-    chksum: Annotated[int, At(16, "I")]
-    commit_sec: Annotated[int, At(48, "Q")]
+    chksum_type: Annotated[int, Field(12, "B")]
+    chksum_size: Annotated[int, Field(13, "B")]
+    chksum: Annotated[int, Field(16, "I")]
+    commit_sec: Annotated[int, Field(48, "Q")]
 
 
 class RevokeHeader(NamedTuple):
     """struct jbd2_journal_revoke_header_s, behind its `BlockHeader`; r_count is in bytes."""
 
-    used: Annotated[int, At(12, "I")]
+    used: Annotated[int, Field(12, "I")]
 
 
 class RawTag(NamedTuple):
     """struct journal_block_tag_s of a log with 32-bit block numbers."""
 
-    blocknr: Annotated[int, At(0, "I")]
-    checksum: Annotated[int, At(4, "H")]
-    flags: Annotated[int, At(6, "H")]
+    blocknr: Annotated[int, Field(0, "I")]
+    checksum: Annotated[int, Field(4, "H")]
+    flags: Annotated[int, Field(6, "H")]
 
 
 class RawTag64(NamedTuple):
     """struct journal_block_tag_s of a log with 64-bit block numbers."""
 
-    blocknr: Annotated[int, At(0, "I")]
-    checksum: Annotated[int, At(4, "H")]
-    flags: Annotated[int, At(6, "H")]
-    blocknr_high: Annotated[int, At(8, "I")]
+    blocknr: Annotated[int, Field(0, "I")]
+    checksum: Annotated[int, Field(4, "H")]
+    flags: Annotated[int, Field(6, "H")]
+    blocknr_high: Annotated[int, Field(8, "I")]
 
 
 class RawTag3(NamedTuple):
     """struct journal_block_tag3_s, of a log with checksums v3."""
 
-    blocknr: Annotated[int, At(0, "I")]
-    flags: Annotated[int, At(4, "I")]
-    blocknr_high: Annotated[int, At(8, "I")]
-    checksum: Annotated[int, At(12, "I")]
+    blocknr: Annotated[int, Field(0, "I")]
+    flags: Annotated[int, Field(4, "I")]
+    blocknr_high: Annotated[int, Field(8, "I")]
+    checksum: Annotated[int, Field(12, "I")]
 
 
 class FastCommitHead(NamedTuple):
     """struct ext4_fc_tl and, behind it, struct ext4_fc_head (fs/ext4/fast_commit.h)."""
 
-    tag: Annotated[int, At(0, "H")]
-    len: Annotated[int, At(2, "H")]
-    features: Annotated[int, At(4, "I")]
-    tid: Annotated[int, At(8, "I")]
+    tag: Annotated[int, Field(0, "H")]
+    len: Annotated[int, Field(2, "H")]
+    features: Annotated[int, Field(4, "I")]
+    tid: Annotated[int, Field(8, "I")]
 
 
 HEADER = StructLayout(BlockHeader, ">")

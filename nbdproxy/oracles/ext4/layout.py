@@ -1,8 +1,7 @@
-"""Where an ext4 keeps what is not file content, and where a file's content is: bytes of a device.
+"""Extents of the disk that an ext4's metadata, its journal or a file's content occupies.
 
-Covers what stays where mke2fs put it: superblock, descriptors, bitmaps, inode tables, journal.
-Not covered: directories, blocks of extent trees and of extended attributes, which come and go; and
-backups of the superblock.
+Covers what mke2fs allocates: superblock, descriptors, bitmaps, inode tables, journal. Not covered:
+directories, blocks of extent trees and of extended attributes; backups of the superblock.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from nbdproxy.oracles.ext4.checksum import crc32c
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
-from nbdproxy.oracles.structs import At, StructLayout
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.structs import Field, StructLayout
+from nbdproxy.oracles.watched import RangeSet
 
 EXTENT_MAGIC = 0xF30A
 WRITTEN_MAX = 32768  # a greater `len` stands for an unwritten extent of that many blocks less
@@ -33,28 +33,28 @@ NODES_ALWAYS, NODES_SHARE = 64, 16
 class ExtentHeader(NamedTuple):
     """struct ext4_extent_header, which a node of an extent tree begins with."""
 
-    magic: Annotated[int, At(0, "H")]
-    entries: Annotated[int, At(2, "H")]
-    max: Annotated[int, At(4, "H")]
-    depth: Annotated[int, At(6, "H")]
-    generation: Annotated[int, At(8, "I")]
+    magic: Annotated[int, Field(0, "H")]
+    entries: Annotated[int, Field(2, "H")]
+    max: Annotated[int, Field(4, "H")]
+    depth: Annotated[int, Field(6, "H")]
+    generation: Annotated[int, Field(8, "I")]
 
 
 class RawExtent(NamedTuple):
     """struct ext4_extent, an entry of a leaf."""
 
-    block: Annotated[int, At(0, "I")]
-    len: Annotated[int, At(4, "H")]
-    start_hi: Annotated[int, At(6, "H")]
-    start_lo: Annotated[int, At(8, "I")]
+    block: Annotated[int, Field(0, "I")]
+    len: Annotated[int, Field(4, "H")]
+    start_hi: Annotated[int, Field(6, "H")]
+    start_lo: Annotated[int, Field(8, "I")]
 
 
 class RawExtentIndex(NamedTuple):
     """struct ext4_extent_idx, an entry of an inner node."""
 
-    block: Annotated[int, At(0, "I")]
-    leaf_lo: Annotated[int, At(4, "I")]
-    leaf_hi: Annotated[int, At(8, "H")]
+    block: Annotated[int, Field(0, "I")]
+    leaf_lo: Annotated[int, Field(4, "I")]
+    leaf_hi: Annotated[int, Field(8, "H")]
 
 
 HEADER = StructLayout(ExtentHeader, "<")
@@ -97,7 +97,9 @@ class BlockTree:
     outside of the disk or in `fixed`, which are those that no file may have.
     """
 
-    def __init__(self, sb: Superblock, fixed: Reads, inode: Inode, read_block: ReadBlock) -> None:
+    def __init__(
+        self, sb: Superblock, fixed: RangeSet, inode: Inode, read_block: ReadBlock
+    ) -> None:
         self._sb = sb
         self._fixed = fixed
         self._inode = inode

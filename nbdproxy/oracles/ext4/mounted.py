@@ -17,7 +17,7 @@ from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.ext4.replayed import ReplayedDevice
 from nbdproxy.oracles.ext4.superblock import Incompat
 from nbdproxy.oracles.mounts import ONLY, Mount
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 MMP_MAGIC = 0x004D4D50
 MMP_FSCK = 0xE24D4D50
@@ -31,19 +31,19 @@ QUOTA_TREE = 1
 class MmpBlock(NamedTuple):
     """struct mmp_struct, the fields that are used."""
 
-    magic: Annotated[int, At(0x0, "I")]
-    seq: Annotated[int, At(0x4, "I")]
-    checksum: Annotated[int, At(0x3FC, "I")]
+    magic: Annotated[int, Field(0x0, "I")]
+    seq: Annotated[int, Field(0x4, "I")]
+    checksum: Annotated[int, Field(0x3FC, "I")]
 
 
 class QuotaHead(NamedTuple):
     """struct v2_disk_dqheader, and behind it struct v2_disk_dqinfo."""
 
-    magic: Annotated[int, At(0, "I")]
-    version: Annotated[int, At(4, "I")]
-    blocks: Annotated[int, At(20, "I")]
-    free_blk: Annotated[int, At(24, "I")]
-    free_entry: Annotated[int, At(28, "I")]
+    magic: Annotated[int, Field(0, "I")]
+    version: Annotated[int, Field(4, "I")]
+    blocks: Annotated[int, Field(20, "I")]
+    free_blk: Annotated[int, Field(24, "I")]
+    free_entry: Annotated[int, Field(28, "I")]
 
 
 MMP = StructLayout(MmpBlock, "<")

@@ -16,8 +16,8 @@ from typing import Annotated, NamedTuple
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.oracles.ext4.checksum import ONES, crc32c
 from nbdproxy.oracles.ext4.faults import NoFilesystemError, RefusedError, refusal
-from nbdproxy.oracles.structs import At, StructLayout
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.structs import Field, StructLayout
+from nbdproxy.oracles.watched import RangeSet
 
 OFFSET = 1024
 LENGTH = 1024
@@ -37,59 +37,59 @@ REVISION_0_INODE_SIZE, REVISION_0_FIRST_INODE = 128, 11
 class RawSuperblock(NamedTuple):
     """struct ext4_super_block, the fields that are used."""
 
-    inodes_count: Annotated[int, At(0x0, "I")]
-    blocks_count_lo: Annotated[int, At(0x4, "I")]
-    first_data_block: Annotated[int, At(0x14, "I")]
-    log_block_size: Annotated[int, At(0x18, "I")]
-    log_cluster_size: Annotated[int, At(0x1C, "I")]
-    blocks_per_group: Annotated[int, At(0x20, "I")]
-    inodes_per_group: Annotated[int, At(0x28, "I")]
-    magic: Annotated[int, At(0x38, "H")]
-    rev_level: Annotated[int, At(0x4C, "I")]
-    first_ino: Annotated[int, At(0x54, "I")]
-    inode_size: Annotated[int, At(0x58, "H")]
-    feature_compat: Annotated[int, At(0x5C, "I")]
-    feature_incompat: Annotated[int, At(0x60, "I")]
-    feature_ro_compat: Annotated[int, At(0x64, "I")]
-    uuid: Annotated[bytes, At(0x68, "16s")]
-    volume_name: Annotated[bytes, At(0x78, "16s")]
-    reserved_gdt_blocks: Annotated[int, At(0xCE, "H")]
-    journal_inum: Annotated[int, At(0xE0, "I")]
-    journal_dev: Annotated[int, At(0xE4, "I")]
-    hash_seed: Annotated[bytes, At(0xEC, "16s")]
-    desc_size: Annotated[int, At(0xFE, "H")]
-    first_meta_bg: Annotated[int, At(0x104, "I")]
-    blocks_count_hi: Annotated[int, At(0x150, "I")]
-    flags: Annotated[int, At(0x160, "I")]
-    mmp_block: Annotated[int, At(0x168, "Q")]
-    usr_quota_inum: Annotated[int, At(0x240, "I")]
-    grp_quota_inum: Annotated[int, At(0x244, "I")]
-    first_backup_bg: Annotated[int, At(0x24C, "I")]
-    last_backup_bg: Annotated[int, At(0x250, "I")]
-    prj_quota_inum: Annotated[int, At(0x26C, "I")]
-    checksum_seed: Annotated[int, At(0x270, "I")]
-    encoding: Annotated[int, At(0x27C, "H")]
-    encoding_flags: Annotated[int, At(0x27E, "H")]
-    orphan_file_inum: Annotated[int, At(0x280, "I")]
-    checksum: Annotated[int, At(0x3FC, "I")]
+    inodes_count: Annotated[int, Field(0x0, "I")]
+    blocks_count_lo: Annotated[int, Field(0x4, "I")]
+    first_data_block: Annotated[int, Field(0x14, "I")]
+    log_block_size: Annotated[int, Field(0x18, "I")]
+    log_cluster_size: Annotated[int, Field(0x1C, "I")]
+    blocks_per_group: Annotated[int, Field(0x20, "I")]
+    inodes_per_group: Annotated[int, Field(0x28, "I")]
+    magic: Annotated[int, Field(0x38, "H")]
+    rev_level: Annotated[int, Field(0x4C, "I")]
+    first_ino: Annotated[int, Field(0x54, "I")]
+    inode_size: Annotated[int, Field(0x58, "H")]
+    feature_compat: Annotated[int, Field(0x5C, "I")]
+    feature_incompat: Annotated[int, Field(0x60, "I")]
+    feature_ro_compat: Annotated[int, Field(0x64, "I")]
+    uuid: Annotated[bytes, Field(0x68, "16s")]
+    volume_name: Annotated[bytes, Field(0x78, "16s")]
+    reserved_gdt_blocks: Annotated[int, Field(0xCE, "H")]
+    journal_inum: Annotated[int, Field(0xE0, "I")]
+    journal_dev: Annotated[int, Field(0xE4, "I")]
+    hash_seed: Annotated[bytes, Field(0xEC, "16s")]
+    desc_size: Annotated[int, Field(0xFE, "H")]
+    first_meta_bg: Annotated[int, Field(0x104, "I")]
+    blocks_count_hi: Annotated[int, Field(0x150, "I")]
+    flags: Annotated[int, Field(0x160, "I")]
+    mmp_block: Annotated[int, Field(0x168, "Q")]
+    usr_quota_inum: Annotated[int, Field(0x240, "I")]
+    grp_quota_inum: Annotated[int, Field(0x244, "I")]
+    first_backup_bg: Annotated[int, Field(0x24C, "I")]
+    last_backup_bg: Annotated[int, Field(0x250, "I")]
+    prj_quota_inum: Annotated[int, Field(0x26C, "I")]
+    checksum_seed: Annotated[int, Field(0x270, "I")]
+    encoding: Annotated[int, Field(0x27C, "H")]
+    encoding_flags: Annotated[int, Field(0x27E, "H")]
+    orphan_file_inum: Annotated[int, Field(0x280, "I")]
+    checksum: Annotated[int, Field(0x3FC, "I")]
 
 
 class RawDescriptor(NamedTuple):
     """struct ext4_group_desc, the fields that are used; its first 32 bytes."""
 
-    block_bitmap_lo: Annotated[int, At(0x0, "I")]
-    inode_bitmap_lo: Annotated[int, At(0x4, "I")]
-    inode_table_lo: Annotated[int, At(0x8, "I")]
-    flags: Annotated[int, At(0x12, "H")]
-    checksum: Annotated[int, At(0x1E, "H")]
+    block_bitmap_lo: Annotated[int, Field(0x0, "I")]
+    inode_bitmap_lo: Annotated[int, Field(0x4, "I")]
+    inode_table_lo: Annotated[int, Field(0x8, "I")]
+    flags: Annotated[int, Field(0x12, "H")]
+    checksum: Annotated[int, Field(0x1E, "H")]
 
 
 class RawDescriptorHigh(NamedTuple):
     """struct ext4_group_desc, the upper halves that a descriptor of 64 bytes has."""
 
-    block_bitmap_hi: Annotated[int, At(0x20, "I")]
-    inode_bitmap_hi: Annotated[int, At(0x24, "I")]
-    inode_table_hi: Annotated[int, At(0x28, "I")]
+    block_bitmap_hi: Annotated[int, Field(0x20, "I")]
+    inode_bitmap_hi: Annotated[int, Field(0x24, "I")]
+    inode_table_hi: Annotated[int, Field(0x28, "I")]
 
 
 SUPERBLOCK = StructLayout(RawSuperblock, "<")
@@ -312,7 +312,7 @@ def parse(device: ReadableDevice) -> Superblock:
     return result
 
 
-def groups(device: ReadableDevice, sb: Superblock) -> tuple[list[int], Reads]:
+def groups(device: ReadableDevice, sb: Superblock) -> tuple[list[int], RangeSet]:
     """Return the first block of each group's inode table, and the blocks that no file may have.
 
     Those are the blocks that mke2fs allocated, except for the journal's. Verifies the checksums of
@@ -334,7 +334,7 @@ def groups(device: ReadableDevice, sb: Superblock) -> tuple[list[int], Reads]:
             fixed.append((start, start + 1 + count + sb.reserved_descriptors))
     if sb.incompat & Incompat.META_BG:
         fixed += [(block, block + 1) for block in descriptor_blocks(sb)]
-    return tables, Reads(fixed)
+    return tables, RangeSet(fixed)
 
 
 def descriptor_blocks(sb: Superblock) -> list[int]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.oracles.structs import At, StructLayout
+from nbdproxy.oracles.structs import Field, StructLayout
 
 SECTOR = 512
 SECTOR_SIZES = (512, 4096)
@@ -54,7 +54,7 @@ class Partition:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class PartitionTable:
     """The partitions of a disk; `doubt` says why a guest may see other ones, if so.
 
     `scheme` is GPT or MBR, and "" where there is no table, or none that Linux takes.
@@ -71,18 +71,18 @@ class BootRecord(NamedTuple):
     The disk's id is Linux' reading of these bytes (msdos.c), and Windows NT's.
     """
 
-    disk_id: Annotated[int, At(440, "I")]
-    entries: Annotated[bytes, At(446, "64s")]
-    signature: Annotated[bytes, At(510, "2s")]
+    disk_id: Annotated[int, Field(440, "I")]
+    entries: Annotated[bytes, Field(446, "64s")]
+    signature: Annotated[bytes, Field(510, "2s")]
 
 
 class MbrEntry(NamedTuple):
     """One of the four entries of a boot record; `first` and `length` are in sectors."""
 
-    active: Annotated[int, At(0, "B")]
-    kind: Annotated[int, At(4, "B")]
-    first: Annotated[int, At(8, "I")]
-    length: Annotated[int, At(12, "I")]
+    active: Annotated[int, Field(0, "B")]
+    kind: Annotated[int, Field(4, "B")]
+    first: Annotated[int, Field(8, "I")]
+    length: Annotated[int, Field(12, "I")]
 
     @property
     def is_extended(self) -> bool:
@@ -93,27 +93,27 @@ class MbrEntry(NamedTuple):
 class GptHeader(NamedTuple):
     """GPT's header (UEFI specification, section 5.3.2), the fields that are used; in sectors."""
 
-    signature: Annotated[bytes, At(0, "8s")]
-    header_size: Annotated[int, At(12, "I")]
-    header_crc32: Annotated[int, At(16, "I")]
-    my_lba: Annotated[int, At(24, "Q")]
-    first_usable_lba: Annotated[int, At(40, "Q")]
-    last_usable_lba: Annotated[int, At(48, "Q")]
-    partition_entry_lba: Annotated[int, At(72, "Q")]
-    number_of_entries: Annotated[int, At(80, "I")]
-    size_of_entry: Annotated[int, At(84, "I")]
-    entry_array_crc32: Annotated[int, At(88, "I")]
+    signature: Annotated[bytes, Field(0, "8s")]
+    header_size: Annotated[int, Field(12, "I")]
+    header_crc32: Annotated[int, Field(16, "I")]
+    my_lba: Annotated[int, Field(24, "Q")]
+    first_usable_lba: Annotated[int, Field(40, "Q")]
+    last_usable_lba: Annotated[int, Field(48, "Q")]
+    partition_entry_lba: Annotated[int, Field(72, "Q")]
+    number_of_entries: Annotated[int, Field(80, "I")]
+    size_of_entry: Annotated[int, Field(84, "I")]
+    entry_array_crc32: Annotated[int, Field(88, "I")]
 
 
 class GptEntry(NamedTuple):
     """An entry of GPT's table (section 5.3.3); the last sector is part of the partition."""
 
-    type_guid: Annotated[bytes, At(0, "16s")]
-    unique_guid: Annotated[bytes, At(16, "16s")]
-    starting_lba: Annotated[int, At(32, "Q")]
-    ending_lba: Annotated[int, At(40, "Q")]
-    attributes: Annotated[int, At(48, "Q")]
-    name: Annotated[bytes, At(56, "72s")]
+    type_guid: Annotated[bytes, Field(0, "16s")]
+    unique_guid: Annotated[bytes, Field(16, "16s")]
+    starting_lba: Annotated[int, Field(32, "Q")]
+    ending_lba: Annotated[int, Field(40, "Q")]
+    attributes: Annotated[int, Field(48, "Q")]
+    name: Annotated[bytes, Field(56, "72s")]
 
 
 BOOT_RECORD = StructLayout(BootRecord, "<")
@@ -122,19 +122,21 @@ GPT_HEADER = StructLayout(GptHeader, "<")
 GPT_ENTRY = StructLayout(GptEntry, "<")
 
 
-def read_table(device: ReadableDevice, begins: Callable[[ReadableDevice, int], bool]) -> Table:
+def read_table(
+    device: ReadableDevice, begins: Callable[[ReadableDevice, int], bool]
+) -> PartitionTable:
     """Return the partitions of a disk, in the order of their numbers; none without a table.
 
     `begins` tells whether something known begins at an offset.
     """
     mbr = _sector(device, 0)
     if mbr is None:
-        return Table()
+        return PartitionTable()
     entries = _entries(mbr)
     if any(entry.kind == PROTECTIVE for entry in entries):
-        return _gpt(device) if any(map(_is_protective, entries)) else Table()
+        return _gpt(device) if any(map(_is_protective, entries)) else PartitionTable()
     if any(entry.active not in _ACTIVE for entry in entries):
-        return Table()  # a boot sector's code
+        return PartitionTable()  # a boot sector's code
     return _mbr(device, mbr, begins)
 
 
@@ -156,7 +158,7 @@ def _entries(sector: bytes) -> list[MbrEntry]:
 
 def _mbr(
     device: ReadableDevice, mbr: bytes, begins: Callable[[ReadableDevice, int], bool]
-) -> Table:
+) -> PartitionTable:
     """Read an MBR in the unit, 512 or 4096 bytes, in which all partitions begin with known data."""
     small, large = (
         [part for part in _mbr_partitions(device, mbr, unit) if part.offset < device.size]
@@ -167,14 +169,14 @@ def _mbr(
         for found in (small, large)
     )
     if True not in is_large or len(small) > len(large):  # the larger unit goes beyond the disk
-        return Table(MBR, _cut(device, small))
+        return PartitionTable(MBR, _cut(device, small))
     if True not in is_small:
-        return Table(MBR, _cut(device, large))
+        return PartitionTable(MBR, _cut(device, large))
     if is_small == {True} != is_large:
-        return Table(MBR, _cut(device, small))
+        return PartitionTable(MBR, _cut(device, small))
     if is_large == {True} != is_small:
-        return Table(MBR, _cut(device, large))
-    return Table(
+        return PartitionTable(MBR, _cut(device, large))
+    return PartitionTable(
         MBR,
         _cut(device, small),
         "in units of 512 or of 4096 bytes, which its partition table leaves open",
@@ -239,15 +241,15 @@ def _logical(device: ReadableDevice, whole: MbrEntry, unit: int) -> Iterator[tup
         here, room = whole.first + link.first, link.length
 
 
-def _gpt(device: ReadableDevice) -> Table:
+def _gpt(device: ReadableDevice) -> PartitionTable:
     for is_backup in (False, True):
         for unit in SECTOR_SIZES:
             at = device.size // unit - 1 if is_backup else 1
             found = _gpt_table(device, unit, at)
             if found is not None:
                 doubt = "named by the copy of its GPT at the end only, which Linux does not look at"
-                return Table(GPT, found, doubt if is_backup else None)
-    return Table()
+                return PartitionTable(GPT, found, doubt if is_backup else None)
+    return PartitionTable()
 
 
 def _gpt_table(device: ReadableDevice, unit: int, at: int) -> tuple[Partition, ...] | None:

@@ -1,9 +1,9 @@
-"""`IncrementalCheck`: the oracle for many states that differ in few blocks.
+"""`IncrementalCheck`: judges many states that differ in few blocks.
 
-It says of every state exactly what `check` says, and keeps what it read to say it: the blocks of
-the mount, of each inode and directory on the way to a file, and of each file's content. Only what
-changed is read again. What it cannot follow so closely (a filesystem in pieces on the disk, a
-manifest of relative paths, an error inside the oracle) it leaves to `check`, every time.
+It gives for every state exactly the findings of `check`. It keeps the blocks that each answer was
+made from (the mount's, those of each inode and directory of a path, and of each file's content),
+and repeats only answers with a block that changed. `check` does the rest: filesystems that are not
+one range of the disk, manifests of relative paths, and states at which this code failed.
 
 Costs about as much as `check` for the first state, and memory for one entry per block of each file.
 Not thread-safe; use one for each worker.
@@ -15,7 +15,7 @@ import itertools
 import posixpath
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from functools import partial
 
 from nbdproxy.disks.device import ReadableDevice
@@ -34,47 +34,47 @@ from nbdproxy.oracles.check import (
 )
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.inode import Inode
-from nbdproxy.oracles.ext4.traced import AnswerKind, KeptError, TracedFilesystem
+from nbdproxy.oracles.ext4.traced import AnswerKind, CachedError, TracedFilesystem
+from nbdproxy.oracles.incremental_mount import IncrementalMount, NotIncrementalError
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import ONLY, Mount
-from nbdproxy.oracles.remount import Remount, SeveralError
-from nbdproxy.oracles.watched import EVERYTHING, ReadRange, Reads, WatchedDevice
+from nbdproxy.oracles.oracle import EarlierDigests
+from nbdproxy.oracles.watched import EVERYTHING, RangeSet, ReadRange, WatchedDevice
 
-PENDING_MAX = 4096  # changes kept for the mount's next update; a few states' worth
-Earlier = Mapping[str, Collection[str]]
+PENDING_MAX = 4096  # ranges kept for the next update of the mount; those of a few states
 
 
 class IncrementalCheck:
     """Tells the condition of the same files on one state after the other."""
 
     def __init__(
-        self, manifest: Manifest, *, earlier: Earlier | None = None, mount: Mount = ONLY
+        self, manifest: Manifest, *, earlier: EarlierDigests | None = None, mount: Mount = ONLY
     ) -> None:
         """Take what `check` takes."""
         self._manifest = manifest
         self._earlier = earlier or {}
-        self._at = mount
-        self._is_followable = all(path.startswith("/") for path in manifest.paths())
+        self._mount = mount
+        self._is_absolute = all(path.startswith("/") for path in manifest.paths())
         self._size = -1
-        self._mount = Remount(mount.partition)
-        self._files: _Files | None = None
+        self._incremental_mount = IncrementalMount(mount.partition)
+        self._files: _TrackedFiles | None = None
         self._has_mounted = False
         # What changed since the mount was last brought up to date.
         self._pending: list[ReadRange] = []
         self._findings: Findings | None = None
-        self._reads: Reads | None = EVERYTHING
+        self._reads: RangeSet | None = EVERYTHING
 
     @property
-    def reads(self) -> Reads:
-        """The bytes of the disk that the last verdict depends on.
+    def reads(self) -> RangeSet:
+        """The bytes of the disk that the last findings depend on.
 
-        Any state that equals the last one in these gets the same findings. Made when asked for,
-        in about a millisecond; it does not change with later calls. Everything, before the first
-        call and where the oracle itself failed.
+        Any state that equals the last one in these has the same findings. Made at the first access,
+        in about a millisecond; an object that does not change. Before the first call, and where the
+        oracle itself failed, that is everything.
         """
         if self._reads is None:
             assert self._files is not None
-            self._reads = self._mount.reads(self._files.known)
+            self._reads = self._incremental_mount.reads(self._files.known)
         return self._reads
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
@@ -88,13 +88,13 @@ class IncrementalCheck:
             self._forget()
             self._size = device.size
         else:
-            now = Reads((extent.offset, extent.offset + extent.length) for extent in changed)
+            now = RangeSet((extent.offset, extent.offset + extent.length) for extent in changed)
             self._pending += now.ranges()
             if len(self._pending) > PENDING_MAX:
                 self._pending = _fewer(self._pending)
             if self._findings is not None and not self._is_touched(now):
                 return self._findings
-        # Until the end nothing is known, whatever happens on the way.
+        # If anything fails below, nothing of the last state may be used.
         self._findings, self._reads = None, EVERYTHING
         found = self._judge(device)
         if self._reads is not EVERYTHING:
@@ -103,44 +103,46 @@ class IncrementalCheck:
 
     def _judge(self, device: ReadableDevice) -> Findings:
         try:
-            if self._is_followable:
+            if self._is_absolute:
                 return self._follow(device)
-        except SeveralError:
+        except NotIncrementalError:
             pass
         except FilesystemError as error:
             self._has_mounted = False
-            self._reads = self._mount.reads()
+            self._reads = self._incremental_mount.reads()
             return Findings(Verdict.UNKNOWN, reason=str(error))
         except Exception:
             self._forget()
-            return check(device, self._manifest, earlier=self._earlier, mount=self._at)
+            return check(device, self._manifest, earlier=self._earlier, mount=self._mount)
         self._forget()
         watched = WatchedDevice(device)
-        found = check(watched, self._manifest, earlier=self._earlier, mount=self._at)
+        found = check(watched, self._manifest, earlier=self._earlier, mount=self._mount)
         if found.conditions:  # else something failed, perhaps for once only
-            self._reads = Reads(watched.take())
+            self._reads = RangeSet(watched.take())
         return found
 
     def _follow(self, device: ReadableDevice) -> Findings:
         known = () if self._files is None else self._files.known
-        moved = self._mount.update(device, Reads(self._pending), known)
+        moved = self._incremental_mount.update(device, RangeSet(self._pending), known)
         self._pending = []
-        files, self._files = self._files, None  # half up to date would be wrong
+        files, self._files = self._files, None  # lost if an update fails half-way
         if files is None or moved is None:
-            files = _Files(self._mount.view, self._manifest, self._earlier, self._at)
+            files = _TrackedFiles(
+                self._incremental_mount.view, self._manifest, self._earlier, self._mount
+            )
         else:
             files.update(moved)
         found = files.findings()
         self._files, self._has_mounted, self._reads = files, True, None
         return found
 
-    def _is_touched(self, changed: Reads) -> bool:
+    def _is_touched(self, changed: RangeSet) -> bool:
         if self._has_mounted and self._files is not None:
-            return self._mount.touched(changed, self._files.known)
+            return self._incremental_mount.touched(changed, self._files.known)
         return not self.reads.isdisjoint(changed)
 
     def _forget(self) -> None:
-        self._mount = Remount(self._at.partition)
+        self._incremental_mount = IncrementalMount(self._mount.partition)
         self._files = None
         self._has_mounted = False
         self._pending = []
@@ -148,33 +150,34 @@ class IncrementalCheck:
 
 
 def _fewer(ranges: list[ReadRange]) -> list[ReadRange]:
-    """Return ranges that hold all of these, and are not many: more than these if need be."""
-    merged = Reads(ranges).ranges()
+    """Return fewer ranges that cover all of these; perhaps more bytes, which is always safe."""
+    merged = RangeSet(ranges).ranges()
     return merged if 2 * len(merged) <= PENDING_MAX else [(merged[0][0], merged[-1][1])]
 
 
-class _Files:
-    """The files of a manifest on a view whose blocks change; knows what each was judged from.
+class _TrackedFiles:
+    """The files of a manifest on a view whose blocks change, with the blocks each depends on.
 
-    A directory that is not there is followed once for all that were to be in it.
+    A missing directory is looked up once for all files in it: under a negative number in place of a
+    file's.
     """
 
     def __init__(
-        self, view: WatchedDevice, manifest: Manifest, earlier: Earlier, mount: Mount
+        self, view: WatchedDevice, manifest: Manifest, earlier: EarlierDigests, mount: Mount
     ) -> None:
         self._filesystem = TracedFilesystem(view, mount)
         self._view = view
         self._entries = manifest.entries
         self._earlier = earlier
         self._paths = list(manifest.paths())
-        self._nodes: list[Inode | KeptError | None] = [None] * len(self._paths)
+        self._nodes: list[Inode | CachedError | None] = [None] * len(self._paths)
         self._folders: defaultdict[str, array[int]] = defaultdict(lambda: array("Q"))
         for file, path in enumerate(self._paths):
             self._folders[posixpath.dirname(path)].append(file)
-        self._lost: dict[int, str] = {}
+        self._missing_directories: dict[int, str] = {}
         there = bytearray(len(self._paths))
         for number, folder in enumerate(self._folders, start=1):
-            self._lost[-number] = folder
+            self._missing_directories[-number] = folder
             for file in self._found(-number):
                 there[file] = True
         for file in itertools.compress(range(len(there)), there):
@@ -187,14 +190,14 @@ class _Files:
 
     @property
     def known(self) -> Collection[int]:
-        """The blocks of the view that anything was judged from; quick to search."""
-        return self._filesystem.index.at
+        """The blocks of the view that any answer depends on."""
+        return self._filesystem.index.by_block
 
     def update(self, moved: Iterable[int]) -> None:
-        """Judge again what was judged from any of these blocks of the view."""
-        astray, doubtful = self._filesystem.refresh(moved)
-        lost = self._lost.keys() & astray
-        for file in (astray - lost).union(*map(self._found, lost)):
+        """Judge again the files that depend on any of these blocks of the view."""
+        stale_paths, doubtful = self._filesystem.refresh(moved)
+        lost = self._missing_directories.keys() & stale_paths
+        for file in (stale_paths - lost).union(*map(self._found, lost)):
             node = self._follow(file)
             if node != self._nodes[file]:
                 self._nodes[file] = node
@@ -221,17 +224,19 @@ class _Files:
         return self._findings
 
     def _found(self, number: int) -> Collection[int]:
-        """Return the files of a directory that was not there, if it is by now."""
-        folder = self._lost[number]
-        if self._filesystem.follow(number, absolute(folder)) is None:
+        """Return the files of a missing directory, if it is there by now."""
+        folder = self._missing_directories[number]
+        if self._filesystem.resolve(number, absolute(folder)) is None:
             return ()
         self._filesystem.forget(number)
-        del self._lost[number]
+        del self._missing_directories[number]
         return self._folders[folder]
 
-    def _follow(self, file: int) -> Inode | KeptError | None:
+    def _follow(self, file: int) -> Inode | CachedError | None:
         entry = self._entries[file]
-        return self._filesystem.follow(file, absolute(entry.path), follow_last=entry.target is None)
+        return self._filesystem.resolve(
+            file, absolute(entry.path), follow_last=entry.target is None
+        )
 
     def _judge(self, file: int) -> FileCheck:
         entry = self._entries[file]
@@ -247,10 +252,10 @@ class _Files:
 
 def _condition(
     filesystem: TracedFilesystem,
-    node: Inode | KeptError | None,
+    node: Inode | CachedError | None,
     entry: Entry,
     earlier: Collection[str],
 ) -> Condition:
-    if isinstance(node, KeptError):
+    if isinstance(node, CachedError):
         raise node.error()
     return condition_of(filesystem, node, entry, earlier)
