@@ -262,6 +262,24 @@ def test_faults_stack_on_each(make: MakeStore, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", STORES, ids=lambda make: make.__name__)
+def test_a_write_that_is_done_heals_what_was_lost(make: MakeStore, tmp_path: Path) -> None:
+    policy = faults(tmp_path, "lose")
+
+    async def story(store: Store) -> None:
+        faulty = FaultyStore(store, policy)
+        await change(faulty, write(8, b"A" * 2 * SECTOR), by_rule(policy))
+        healing = write(8, b"B" * SECTOR)
+        if not faulty.try_change(healing, 0):
+            await change(faulty, healing)
+        assert faulty.shown_bytes == SECTOR
+        there = b"B" * SECTOR + CONTENT[9 * SECTOR : 10 * SECTOR]
+        assert await shown(faulty, 8 * SECTOR, 2 * SECTOR) == there
+        faulty.close()
+
+    run(make, story)
+
+
+@pytest.mark.parametrize("make", STORES, ids=lambda make: make.__name__)
 def test_what_is_promised_is_recorded_once_unless_the_power_went(make: MakeStore) -> None:
     async def story(store: Store) -> None:
         told: list[RequestFailure | None] = []
@@ -302,6 +320,20 @@ def test_a_cut_takes_what_a_cache_holds_and_leaves_what_was_flushed() -> None:
         assert await store.settled() == store.held_bytes == SECTOR
         assert await store.leave_survivors() == ""
         assert below.pread(0, 2 * SECTOR) == b"A" * SECTOR + CONTENT[SECTOR : 2 * SECTOR]
+
+    trio.run(main)
+
+
+def test_a_flush_that_fails_drops_what_a_cache_holds() -> None:
+    async def main() -> None:
+        below = MemoryDisk(CONTENT)
+        store = cache_over(below, "drop-unflushed", Power())
+        assert store.try_change(write(0, b"A" * SECTOR), 0)
+        failure = RequestFailure(NbdErrno.EIO, "so")
+        assert await store.flush(store.draw_line(), lambda one: one, failure)() == failure
+        await store.sync()
+        assert below.pread(0, SIZE) == CONTENT
+        assert await shown(store, 0, SECTOR) == b"A" * SECTOR
 
     trio.run(main)
 
