@@ -244,7 +244,7 @@ def _keep(plan: ExportPlan, export: Export) -> None:
 
 
 class _Held:
-    """The image's file, kept open (O_PATH) while its path may change; nothing for a server's disk."""
+    """The image's file, kept open (O_PATH) while its path may change; none for a server."""
 
     def __init__(self, plan: ExportPlan) -> None:
         self._path = Path(plan.image)

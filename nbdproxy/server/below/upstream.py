@@ -219,7 +219,7 @@ class Upstream:
                     raise ConnectionError("it is shutting down")
 
     def lose(self, reason: str) -> None:
-        """Give the server up: all that it has not answered fails with `LOST`, and all that comes."""
+        """Give the server up: what it has not answered fails with `LOST`, and all that comes."""
         if self.lost is None:
             self.lost = reason
             while self._pending:

@@ -8,7 +8,8 @@ import trio
 class Budget:
     """`total` units; who asks for more than are free waits.
 
-    More than `total` is granted when nothing else is taken, so that it does not wait for ever: `release` must be called with the same number.
+    More than `total` is granted when nothing else is taken, so that it does not wait for ever:
+    `release` must be called with the same number.
     """
 
     def __init__(self, total: int) -> None:
