@@ -1,4 +1,4 @@
-"""The shell: sockets, threads and signals. The only room that knows trio.
+"""The NBD server: sockets, threads and signals. With `state_server` the only room that uses trio.
 
 Its log goes to stderr in every process that imports it, workers too, from warnings on: stdout is
 for results. A command that serves says more, in its own way.

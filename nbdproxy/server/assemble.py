@@ -1,4 +1,4 @@
-"""Puts an export together: image, overlay, before-images, cache, policy, recording.
+"""Puts an export together: its store, its policy, its recording.
 
 The image is a raw file or block device, the disk of another NBD server, or the guest's view of a
 file of another format, which is the disk of a qemu-storage-daemon of ours.
@@ -74,7 +74,7 @@ class ExportPlan:
 
 @asynccontextmanager
 async def opened(plan: ExportPlan, power: Power) -> AsyncIterator[Export]:
-    """Have an export for as long as the block runs; it ends in order, and so does its recording.
+    """Open an export for as long as the block runs; then close it, and its recording, in order.
 
     Raises ImageError, UsageError or RecordingError with nothing left open.
     """
@@ -127,7 +127,7 @@ def _lose(plan: ExportPlan, export: Export, reason: str) -> None:
 
 
 async def _give_up(export: Export, upstream: Upstream) -> None:
-    """Do not let a server that hangs keep us from ending."""
+    """Give up a server below that does not answer `_END_S` after the ending began."""
     await export.ending.wait()
     await trio.sleep(_END_S)
     upstream.lose(f"it did not answer within {_END_S} s")
@@ -244,7 +244,7 @@ def _keep(plan: ExportPlan, export: Export) -> None:
 
 
 class _Held:
-    """The image's file, whatever its path comes to name; nothing for the disk of a server."""
+    """The image's file, kept open (O_PATH) while its path may change; none for a server."""
 
     def __init__(self, plan: ExportPlan) -> None:
         self._path = Path(plan.image)
@@ -260,7 +260,7 @@ class _Held:
         return os.path.samestat(os.fstat(self._fd), disk.status)
 
     def moved(self) -> str:
-        """Return a sentence if the path names another file by now, or none; else nothing."""
+        """Return a sentence if the path does not name the file any more; else an empty text."""
         try:
             if self._fd < 0 or os.path.samestat(os.fstat(self._fd), self._path.stat()):
                 return ""

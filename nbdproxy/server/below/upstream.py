@@ -219,7 +219,7 @@ class Upstream:
                     raise ConnectionError("it is shutting down")
 
     def lose(self, reason: str) -> None:
-        """Give the server up: all that it has not answered fails, now and from now on."""
+        """Give the server up: what it has not answered fails with `LOST`, and all that comes."""
         if self.lost is None:
             self.lost = reason
             while self._pending:
@@ -377,7 +377,7 @@ async def connected(uri: NbdUri, text: str) -> AsyncIterator[Upstream]:
 
 
 def _believed(uri: NbdUri) -> TrustedPeers:
-    """Return whose servers get the guest's data on a Unix socket without a certificate."""
+    """Return which users' servers are trusted on a Unix socket without a certificate."""
     user = None if uri.peer_user is None else user_number(uri.peer_user)
     advice = (
         "use a socket in a folder of your own, or write peer-user=USER into the URI if that user's "

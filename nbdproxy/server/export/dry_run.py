@@ -34,7 +34,7 @@ _OK = "ok"
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What became of one step: which rules matched, and what is not as the story says."""
+    """How one step ended: its outcome, its seconds, the rules that matched, and what is `wrong`."""
 
     step: Step
     outcome: str
@@ -45,7 +45,7 @@ class Played:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What became of a story; `wrong` is empty if all was as it says."""
+    """How an example ended; `wrong` is empty if all was as it says."""
 
     played: tuple[Played, ...]
     image: str
@@ -61,7 +61,7 @@ def dry_run(policy: Policy, example: Example) -> DryRun:
 
 @dataclass(slots=True)
 class _Answer:
-    """A request on its way: what came back so far."""
+    """The reply to a request, as far as it has come."""
 
     done: bool = False
     outcome: str = SILENCE

@@ -1,4 +1,4 @@
-"""What an export keeps of requests that have to wait, and of those that passed."""
+"""Requests that have to wait, the claims on their ranges, and the counters of all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spoils a reply on its way out: another magic or cookie, twice, garbage, or only its beginning."""
+"""Breaks a reply as a rule says: wrong magic or cookie, sent twice, garbage, or cut short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One client: bytes from its wire to the export in batches, and replies back.
+"""One client's connection: requests to the export in batches, and replies back.
 
 One wake-up reads what has arrived, parses every whole request in it, lets the export do what it
 can at once, and sends all replies with one call. Requests that have to wait run beside, as many as
@@ -290,7 +290,7 @@ class Session:
             size.release(job.cost)
 
     def _drop_link(self) -> None:
-        """End the connection as a broken link would: because a rule says so."""
+        """End the connection without a good-bye, as a broken link would."""
         self._dropped = True
         self._all.cancel()
 

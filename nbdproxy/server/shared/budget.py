@@ -6,10 +6,10 @@ import trio
 
 
 class Budget:
-    """`total` units; who wants more than are free waits.
+    """`total` units; who asks for more than are free waits.
 
-    A wish for more than `total` is granted when nothing else is out, so that it cannot wait for
-    ever: `release` must be called with the same number.
+    More than `total` is granted when nothing else is taken, so that it does not wait for ever:
+    `release` must be called with the same number.
     """
 
     def __init__(self, total: int) -> None:

@@ -1,6 +1,6 @@
-"""What is said in the log of clients and of a disk that fails, for every request perhaps.
+"""Warnings of the log that may come with every request, at a bounded rate.
 
-A flood of that must not fill the disk that the log is on.
+A client or a failing disk must not fill the disk that the log is on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Complaints:
         self._unsaid = 0
 
     def warn(self, what: str, reason: str, **where: object) -> None:
-        """Say what is wrong, and with which client or place; or count it."""
+        """Log a warning with its reason and where; count it where there are too many."""
         now = self._clock()
         self._left, self._at = min(self._burst, self._left + now - self._at), now
         if self._left < 1:
@@ -37,6 +37,6 @@ class Complaints:
 
 
 complaints = Complaints()
-"""What this process says of clients."""
+"""Warnings of what clients do."""
 disk_complaints = Complaints()
-"""What it says of disks: no flood of clients' faults hides that."""
+"""Warnings of disks: no flood of those of clients hides them."""

@@ -1,4 +1,4 @@
-"""The one power supply of all exports that are served together: a cut takes them all."""
+"""The power supply of all exports that are served together: a simulated cut takes them all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import trio
 
 
 class PowerLostError(Exception):
-    """The power went while something was at work; it only unwinds what was."""
+    """The power was cut while something was at work; ends that without an error to tell."""
 
 
 class Power:

@@ -87,7 +87,7 @@ class SocketWire:
 
 
 class TlsWire:
-    """TLS over a socket, which it owns. Errors of TLS are OSErrors with words in them."""
+    """TLS over a socket, which it owns. Errors of TLS are raised as OSError with OpenSSL's text."""
 
     def __init__(self, stream: trio.SSLStream[trio.SocketStream], power: Power) -> None:
         self._stream = stream
