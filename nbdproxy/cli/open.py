@@ -14,11 +14,12 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.case.case import Case
+from nbdproxy.case.states import StateChoice
 from nbdproxy.cli.choices import BaseOption
 from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
-from nbdproxy.crash.states.timeline import Timeline
+from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.disks.scratch import temporary_folder
@@ -78,9 +79,9 @@ def open_(
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:
-        timeline = Timeline(stack.enter_context(recorded(run, base)))
-        stack.callback(timeline.close)
-        chosen = choose(timeline, state, at, mode, failure)
+        source = stack.enter_context(recorded(run, base))
+        timeline = stack.enter_context(Case([source])).timeline
+        chosen = StateChoice(state, at, mode, failure).of(timeline)
         disk = timeline.open(chosen)
         timeline.base()
         if output is not None and command is not None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nbdproxy.case.case import Case, silent
 from nbdproxy.cli.console import err
 from nbdproxy.crash.states.recorded import RecordedSource
 
@@ -25,8 +26,24 @@ def recorded(
     """
     with RecordedSource(run, image=base) as source:
         if note and source.missing:
-            err.print(f"note: {f'{run}: ' if name else ''}{source.missing}", markup=False)
+            warn(f"{f'{run}: ' if name else ''}{source.missing}")
         yield source
+
+
+def warn(text: str) -> None:
+    """Say on stderr what an answer does not cover."""
+    err.print(f"note: {text}", markup=False)
+
+
+@contextmanager
+def telling(case: Case, what: str) -> Iterator[None]:
+    """Show on stderr, as long as a block runs, what is done for a case; at first it is `what`."""
+    with err.status(what) as status:
+        case.tell = status.update
+        try:
+            yield
+        finally:
+            case.tell = silent
 
 
 def code_at(source: RecordedSource, position: int, code: int = 0) -> int:

@@ -25,10 +25,6 @@ class ExplorationReport:
     plan: ExplorationPlan
     tally: Tally
     verdicts: Verdicts
-    again: str
-    """The options that ask the same of another command: what is checked, and with what."""
-    base: str
-    """The option that names the image, if it has to be named, for a command that opens a state."""
     missing: str | None
     """What the recording lacks, if anything."""
 
@@ -54,8 +50,12 @@ def exit_code(tally: Tally) -> int:
     return 2 if tally.verdicts[Verdict.UNKNOWN] else 0
 
 
-def lines(report: ExplorationReport, run: str) -> Iterator[str]:
-    """Yield the report for people."""
+def lines(report: ExplorationReport, run: str, again: str, base: str) -> Iterator[str]:
+    """Yield the report for people.
+
+    `again` are the options that ask the same of another command: what is checked, and with what.
+    `base` is the option that names the image, if it has to be named, for one that opens a state.
+    """
     plan, tally = report.plan, report.tally
     yield from _what_was_explored(report)
     yield ""
@@ -82,9 +82,9 @@ def lines(report: ExplorationReport, run: str) -> Iterator[str]:
     yield from _doubts(report)
     if failed:
         yield ""
-        opened = f"--state {failed[0].state}{report.base}"
+        opened = f"--state {failed[0].state}{base}"
         yield f"look at it:     nbdproxy open {run} {opened} -o state.img"
-        yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {report.again}"
+        yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {again}"
     if report.complete < len(plan.cuts):
         yield ""
         yield "not visited: " + "; ".join(_left_out(plan))

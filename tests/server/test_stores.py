@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdproxy.crash.states.recorded import RecordedSource
-from nbdproxy.dice import Lot
+from nbdproxy.dice import DrawKey
 from nbdproxy.disks.device import BlockDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
@@ -140,7 +140,7 @@ def faults(folder: Path, *actions: str) -> Policy:
 def by_rule(policy: Policy, number: int = 0) -> Decision:
     """What a rule of a policy decides."""
     rule = policy.rules[number]
-    return Decision(rule.action, Lot(0, rule.name, 1))
+    return Decision(rule.action, DrawKey(0, rule.name, 1))
 
 
 def write(sector: int, data: bytes, flags: int = 0) -> Request:

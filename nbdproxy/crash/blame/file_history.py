@@ -1,4 +1,4 @@
-"""Stories: from which instant on each file was sent, answered and flushed, and what carried it.
+"""File histories: since when each file was sent, answered and flushed, and what carried it.
 
 A file is looked for in the disks that keep what a level keeps, at one instant after the other: all
 at which that changes. `Level.FLUSHED` is what host power loss leaves under cache=none and
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nbdproxy.crash.blame.block_owners import names_of
+from nbdproxy.crash.blame.block_owners import RecordingOwners
 from nbdproxy.crash.blame.flushes import Blame, blame
-from nbdproxy.crash.blame.replay import earlier_digests
+from nbdproxy.crash.blame.replay import JudgedFiles
 from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import FilesystemError
@@ -26,10 +26,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Tree
-from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.owners import Owner
-from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
 from nbdproxy.recording.index import BASE, NEVER
 
@@ -49,8 +46,8 @@ class ConditionChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """What one level kept of a file over time; changes ascend, the first is at 0."""
+class LevelHistory:
+    """A file's condition in what one level keeps; changes ascend by position, the first is at 0."""
 
     changes: tuple[ConditionChange, ...]
 
@@ -81,14 +78,15 @@ class FileHistory:
     """What became of one file, level by level."""
 
     entry: Entry
-    courses: Mapping[Level, Course]
+    levels: Mapping[Level, LevelHistory]
 
 
 @dataclass(frozen=True, slots=True)
-class Carrier:
-    """A request whose bytes show in what a file hangs on, and what they are there.
+class CarryingRequest:
+    """A request that holds, in the end, some of a file or of what leads to it, and what that is.
 
-    Instants are nanoseconds since the recording began.
+    `seq` is its number in the recording, `received_ns` nanoseconds since the recording began,
+    `request` its bytes on the disk.
     """
 
     seq: int
@@ -98,27 +96,24 @@ class Carrier:
     blame: Blame
 
 
-def stories(
-    timeline: Timeline,
-    manifest: Manifest,
-    tree: Tree,
+def histories(
+    files: JudgedFiles,
     *,
     options: Options = DEFAULTS,
     progress: Callable[[StateId, int, int], None] = lambda _state, _done, _total: None,
-    oracle: Oracle = QUICK,
 ) -> tuple[FileHistory, ...]:
-    """Return the story of each file of a manifest with absolute paths.
+    """Return the history of each file.
 
     `progress` gets the state looked at next, and how many of a level's instants were. Where a
     filesystem cannot be judged, its files cannot be told; raises FilesystemError if that is so at
     the end of all that was sent.
     """
-    earlier = earlier_digests(timeline, manifest, tree, oracle)
+    timeline, manifest = files.timeline, files.manifest
     found: dict[str, dict[Level, list[ConditionChange]]] = {
         entry.path: {level: [] for level in LEVELS} for entry in manifest.entries
     }
     for level in LEVELS:
-        follower = TreeCheck(oracle, manifest, earlier, tree)
+        follower = TreeCheck(files.oracle, manifest, files.earlier, files.tree)
         last = None
         steps = list(_steps(timeline, level, options))
         for number, (position, changed) in enumerate(steps):
@@ -138,7 +133,9 @@ def stories(
         if level is Level.RECEIVED and last is not None and not last.conditions:
             raise FilesystemError(f"what was sent cannot be read in the end: {last.reason}")
     return tuple(
-        FileHistory(entry, {level: Course(tuple(found[entry.path][level])) for level in LEVELS})
+        FileHistory(
+            entry, {level: LevelHistory(tuple(found[entry.path][level])) for level in LEVELS}
+        )
         for entry in manifest.entries
     )
 
@@ -169,28 +166,24 @@ def _steps(
         yield moment + 1, table.extents(some)
 
 
-def carriers(
-    timeline: Timeline,
-    entry: Entry,
-    tree: Tree,
-    *,
-    options: Options = DEFAULTS,
-    oracle: Oracle = QUICK,
-) -> tuple[Carrier, ...]:
-    """Return the requests that a file hangs on in the end, in the order received.
+def carrying_requests(
+    owners: RecordingOwners, entry: Entry, *, options: Options = DEFAULTS
+) -> tuple[CarryingRequest, ...]:
+    """Return the requests that a file is made of in the end, in the order received.
 
     Those are the ones that show in the file's content and in what leads to it: its inode, its
     extents, its directories (only its content, where the filesystem is not of the ext family). What
-    all files of the disk hang on is left out, and the journal; none is returned if the file itself
-    is nowhere, or where it is cannot be told.
+    all files of the disk need is left out, and the journal; none is returned if the file itself is
+    nowhere, or where it is cannot be told.
     """
+    timeline, tree = owners.timeline, owners.tree
     if isinstance(tree.of(entry.path), str):
         return ()
     end = timeline.source.events
     disk = timeline.at(end)
-    follower = TreeCheck(oracle, Manifest((entry,)), {}, tree)
+    follower = TreeCheck(owners.oracle, Manifest((entry,)), {}, tree)
     follower.check(disk, None)
-    names = names_of(disk, entry, tree, oracle)
+    names = owners.of(disk.state).names_of(entry)
     found: dict[int, list[Owner]] = {}
     for extent in follower.reads or ():
         stop = min(extent.end, timeline.source.size)
@@ -202,7 +195,7 @@ def carriers(
         return ()
     table, source = timeline.table, timeline.source
     return tuple(
-        Carrier(
+        CarryingRequest(
             int(table.seq[row]),
             source.time_of(int(table.seq[row])),
             table.extent(row),

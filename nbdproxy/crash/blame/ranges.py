@@ -1,10 +1,10 @@
 """Why a file is not whole in a crash state, byte range by byte range.
 
-The state is compared with one of the same cut that keeps more and has the file whole: whatever the
-file hangs on there, and the state lacks, was lost. What it hangs on is what the oracle read to find
-it whole: its data, its inode, extents and directories, the journal's transactions, and the tables
-of a qcow2 file. Only the ext family is followed so closely. Of other filesystems data is told by
-its content, and of all else those requests without which the file is not whole.
+The state is compared with one of the same cut that keeps more and has the file whole. What the
+oracle read there to find it whole, and the state does not have, was lost: data, inode, extents,
+directories, transactions of the journal, tables of a qcow2 file. Only the ext family is followed so
+closely. Of other filesystems data is told by its content, and of all else those requests without
+which the file is not whole.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from nbdproxy.crash.blame.block_owners import names_of
+from nbdproxy.crash.blame.block_owners import RecordingOwners
 from nbdproxy.crash.blame.flushes import Blame, blame
 from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.crash.states.timeline import CrashDisk, Timeline
@@ -22,9 +22,7 @@ from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import TreeCheck, content
 from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Tree
-from nbdproxy.oracles.oracle import ManifestCheck, Oracle
-from nbdproxy.oracles.quick import QUICK
+from nbdproxy.oracles.oracle import ManifestCheck
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.index import BASE
 
@@ -73,14 +71,9 @@ class Losses:
     way: tuple[MissingPiece, ...]
 
 
-def losses(
-    timeline: Timeline,
-    entry: Entry,
-    state: StateId,
-    tree: Tree,
-    oracle: Oracle = QUICK,
-) -> Losses | None:
+def losses(owners: RecordingOwners, entry: Entry, state: StateId) -> Losses | None:
     """Return what a state lacks of a file; None if no state of its cut has it whole."""
+    timeline, tree, oracle = owners.timeline, owners.tree, owners.oracle
     follower = TreeCheck(oracle, Manifest((entry,)), {}, tree)
     reference = _reference(timeline, follower, state)
     if reference is None or follower.reads is None:
@@ -90,7 +83,7 @@ def losses(
     shown, should = (content(oracle, d, entry, tree) for d in (here, there))
     if should is None:
         return None
-    names = names_of(there, entry, tree, oracle)
+    names = owners.of(reference).names_of(entry)
     data: list[tuple[int, MissingPiece]] = []
     way: dict[tuple[int, str], MissingPiece] = {}
     apart = ExtentSet()

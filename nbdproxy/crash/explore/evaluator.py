@@ -57,10 +57,13 @@ class Judged(NamedTuple):
 
 
 class StateEvaluator:
-    """Judges states; `source` is the caller's."""
+    """Judges states; `source` is the caller's, and so is its timeline if that is open already."""
 
-    def __init__(self, source: Source, job: EvaluatorSetup) -> None:
-        self.timeline = Timeline(source)
+    def __init__(
+        self, source: Source, job: EvaluatorSetup, timeline: Timeline | None = None
+    ) -> None:
+        self.timeline = timeline or Timeline(source)
+        self._owns_timeline = timeline is None
         self._builder = CrashSpaceBuilder(self.timeline, job.level, job.options)
         self._plan = job.judge
         # One for the states near each end of a cut: between two of these less changes.
@@ -135,7 +138,8 @@ class StateEvaluator:
         """Release judges and timeline."""
         for judge in self._judges.values():
             judge.close()
-        self.timeline.close()
+        if self._owns_timeline:
+            self.timeline.close()
 
 
 def open_evaluator(job: EvaluatorSetup) -> StateEvaluator:

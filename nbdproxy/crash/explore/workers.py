@@ -29,6 +29,7 @@ from nbdproxy.crash.explore.evaluator import (
     open_evaluator,
 )
 from nbdproxy.crash.explore.judging import Judgement
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.signals import held_back, told_to_end
@@ -61,10 +62,14 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """Judges in this process, one unit after the other."""
+    """Judges in this process, one unit after the other; on a timeline that is open, if any is."""
 
-    def __init__(self, job: EvaluatorSetup) -> None:
-        self._evaluator = open_evaluator(job)
+    def __init__(self, job: EvaluatorSetup, timeline: Timeline | None = None) -> None:
+        self._evaluator = (
+            open_evaluator(job)
+            if timeline is None
+            else StateEvaluator(timeline.source, job, timeline)
+        )
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit."""
@@ -244,7 +249,12 @@ def _judge(unit: Unit) -> list[Judged]:
             _end_after(_IDLE_S)
 
 
-def make_runner(job: EvaluatorSetup, workers: int | None) -> Runner:
-    """Return a runner of this machine; None is a worker for each CPU that we may use."""
+def make_runner(
+    job: EvaluatorSetup, workers: int | None, timeline: Timeline | None = None
+) -> Runner:
+    """Return a runner of this machine; None is a worker for each CPU that we may use.
+
+    Who judges in this process does so on `timeline`, if it is given.
+    """
     count = workers if workers is not None else len(os.sched_getaffinity(0))
-    return LocalRunner(job) if count <= 1 else PoolRunner(job, count)
+    return LocalRunner(job, timeline) if count <= 1 else PoolRunner(job, count)

@@ -1,13 +1,12 @@
-"""The stories of files, in words: when each was sent and safe, what carried it, who lost it."""
+"""Histories of files, in words: when each was sent and safe, what carried it, who lost it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from nbdproxy.crash.blame.causes import CAUSES, Cause
-from nbdproxy.crash.blame.file_history import LEVELS, Carrier, Course, FileHistory
-from nbdproxy.crash.blame.ranges import Losses
+from nbdproxy.crash.blame.explain import FileExplanation
+from nbdproxy.crash.blame.file_history import LEVELS, CarryingRequest, FileHistory, LevelHistory
 from nbdproxy.crash.blame.replay import Cell, Replay
 from nbdproxy.crash.states.cuts import Cut
 from nbdproxy.crash.states.source import Source
@@ -19,7 +18,7 @@ from nbdproxy.printable import printable
 from nbdproxy.report import lost
 from nbdproxy.sizes import plural
 
-CARRIERS_SHOWN = 6
+REQUESTS_SHOWN = 6
 """So many requests are listed; --json has all."""
 INSTANTS_SHOWN = 12
 """So many instants of an overview are listed, evenly spread; --json has all."""
@@ -31,49 +30,36 @@ _CALLED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class FileReport:
-    """One file's story, what it hangs on, and the table of the cut for it alone.
-
-    `losses` says what of it the states lack in which it is not whole, by their ids.
-    """
-
-    story: FileHistory
-    carriers: tuple[Carrier, ...]
-    replay: Replay
-    losses: Mapping[str, Losses]
-
-
-def lines(told: FileReport, source: Source) -> Iterator[str]:
-    """Yield a story for people, about one screen."""
-    story = told.story
-    size = f", {story.entry.size:,} bytes" if story.entry.size is not None else ""
-    yield f"{printable(story.entry.path)}{size}{_place(told)}"
+def lines(told: FileExplanation, source: Source) -> Iterator[str]:
+    """Yield a history for people, about one screen."""
+    history = told.history
+    size = f", {history.entry.size:,} bytes" if history.entry.size is not None else ""
+    yield f"{printable(history.entry.path)}{size}{_place(told)}"
     yield ""
-    if (created := story.courses[Level.RECEIVED].created) is not None:
+    if (created := history.levels[Level.RECEIVED].created) is not None:
         yield f"  created   {_at(created, source)}"
     for level in LEVELS:
-        yield f"  {_CALLED[level]:<10}{_course(story.courses[level], source)}"
+        yield f"  {_CALLED[level]:<10}{_whole_when(history.levels[level], source)}"
     yield ""
-    yield from _carried(told.carriers)
-    yield from _protection(story, source, told.replay)
+    yield from _carried(told.requests)
+    yield from _protection(history, source, told.replay)
     yield ""
     yield from _verdict(told, source)
 
 
-def _place(told: FileReport) -> str:
+def _place(told: FileExplanation) -> str:
     """Say which filesystem the file is on, if there are several."""
     tree = told.replay.tree
-    mount = tree.of(told.story.entry.path)
+    mount = tree.of(told.history.entry.path)
     if isinstance(mount, str):
         return f"; {mount}"
     return f", on {mount.words}" if len(tree.mounts) > 1 else ""
 
 
-def _course(course: Course, source: Source) -> str:
-    first, since = course.first, course.since
+def _whole_when(level: LevelHistory, source: Source) -> str:
+    first, since = level.first, level.since
     if first is None:
-        seen = [change for change in course.changes if change.condition is not Condition.MISSING]
+        seen = [change for change in level.changes if change.condition is not Condition.MISSING]
         if not seen:
             return "never"
         if any(change.condition is Condition.CANNOT_BE_TOLD for change in seen):
@@ -81,7 +67,7 @@ def _course(course: Course, source: Source) -> str:
         last = seen[-1]
         return f"never whole; {last.condition.value} from {_at(last.position, source)} on"
     if since is None:
-        last = course.changes[-1]
+        last = level.changes[-1]
         return (
             f"whole first at {_at(first, source)}, and {last.condition.value} "
             f"from {_at(last.position, source)} on"
@@ -96,51 +82,51 @@ def _at(position: int, source: Source) -> str:
     return f"{source.time_of(position - 1) / 1e9:.3f} s (seq {position - 1})"
 
 
-def _carried(carriers: Sequence[Carrier]) -> Iterator[str]:
-    """Yield the requests that the file hangs on in the end."""
-    for number, carrier in enumerate(carriers[:CARRIERS_SHOWN]):
+def _carried(requests: Sequence[CarryingRequest]) -> Iterator[str]:
+    """Yield the requests that hold the file in the end."""
+    for number, one in enumerate(requests[:REQUESTS_SHOWN]):
         head = "  carried by" if not number else "            "
         yield (
-            f"{head} request {carrier.seq} at {carrier.received_ns / 1e9:.3f} s, "
-            f"{carrier.request.length:,} bytes: {'; '.join(_kinds(carrier))}"
+            f"{head} request {one.seq} at {one.received_ns / 1e9:.3f} s, "
+            f"{one.request.length:,} bytes: {'; '.join(_kinds(one))}"
         )
-        yield f"               {carrier.blame.in_the_end()}"
-    if len(carriers) > CARRIERS_SHOWN:
-        yield f"             and {len(carriers) - CARRIERS_SHOWN:,} more; --json lists them"
-    if carriers:
+        yield f"               {one.blame.in_the_end()}"
+    if len(requests) > REQUESTS_SHOWN:
+        yield f"             and {len(requests) - REQUESTS_SHOWN:,} more; --json lists them"
+    if requests:
         yield ""
 
 
-def _kinds(carrier: Carrier) -> list[str]:
-    return list(dict.fromkeys(str(owner.kind) for owner in carrier.owners))
+def _kinds(one: CarryingRequest) -> list[str]:
+    return list(dict.fromkeys(str(owner.kind) for owner in one.owners))
 
 
-def protected_since(story: FileHistory, mode: CacheMode) -> int | None:
+def protected_since(history: FileHistory, mode: CacheMode) -> int | None:
     """Return from which position on host power loss leaves the file whole under a mode."""
     level = guarantee(mode, Failure.HOST_POWER_LOSS)
-    if level in story.courses:
-        return story.courses[level].since
+    if level in history.levels:
+        return history.levels[level].since
     # Nothing that was sent is kept: only what nobody touched is safe.
-    untouched = all(len(course.changes) == 1 for course in story.courses.values())
-    return 0 if untouched and story.courses[Level.RECEIVED].since == 0 else None
+    untouched = all(len(level.changes) == 1 for level in history.levels.values())
+    return 0 if untouched and history.levels[Level.RECEIVED].since == 0 else None
 
 
-def _is_doubtful(story: FileHistory, mode: CacheMode) -> bool:
+def _is_doubtful(history: FileHistory, mode: CacheMode) -> bool:
     """Tell whether it is unknown if host power loss leaves the file whole in the end."""
     level = guarantee(mode, Failure.HOST_POWER_LOSS)
-    if level in story.courses:
-        return story.courses[level].changes[-1].condition is Condition.CANNOT_BE_TOLD
-    courses = story.courses.values()
-    return all(c.changes[-1].condition is Condition.CANNOT_BE_TOLD for c in courses)
+    if level in history.levels:
+        return history.levels[level].changes[-1].condition is Condition.CANNOT_BE_TOLD
+    levels = history.levels.values()
+    return all(c.changes[-1].condition is Condition.CANNOT_BE_TOLD for c in levels)
 
 
-def _protection(story: FileHistory, source: Source, replay: Replay) -> Iterator[str]:
+def _protection(history: FileHistory, source: Source, replay: Replay) -> Iterator[str]:
     """Say from when on each mode protects it, and how long it was at risk until then."""
-    sent = story.courses[Level.RECEIVED].since
+    sent = history.levels[Level.RECEIVED].since
     alike: dict[tuple[int | None, bool], list[str]] = {}
     for mode in CacheMode:
         if mode not in replay.left_out:
-            told = protected_since(story, mode), _is_doubtful(story, mode)
+            told = protected_since(history, mode), _is_doubtful(history, mode)
             alike.setdefault(told, []).append(mode.value)
     head = "  protected"
     for (since, doubtful), modes in alike.items():
@@ -154,9 +140,9 @@ def _protection(story: FileHistory, source: Source, replay: Replay) -> Iterator[
         head = ""
 
 
-def _verdict(told: FileReport, source: Source) -> Iterator[str]:
+def _verdict(told: FileExplanation, source: Source) -> Iterator[str]:
     """Say what the cut leaves of it under each mode, who lost it, and what helps."""
-    path = told.story.entry.path
+    path = told.history.entry.path
     advice: dict[Cause, Cut] = {}
     for failure in dict.fromkeys(cell.failure for cell in told.replay.cells):
         cells = [cell for cell in told.replay.cells if cell.failure is failure]
@@ -176,12 +162,12 @@ def _verdict(told: FileReport, source: Source) -> Iterator[str]:
         yield from lost.lines(next(iter(told.losses.values())))
     for cause, cut in advice.items():
         yield ""
-        yield f"  {cause.value}: {_advice(cause, cut, told.story, source)}"
+        yield f"  {cause.value}: {_advice(cause, cut, told.history, source)}"
 
 
-def _advice(cause: Cause, cut: Cut, story: FileHistory, source: Source) -> str:
+def _advice(cause: Cause, cut: Cut, history: FileHistory, source: Source) -> str:
     """Say what is behind a cause, and what helps."""
-    sent = story.courses[Level.RECEIVED].first
+    sent = history.levels[Level.RECEIVED].first
     if cause is Cause.NEVER_SENT and sent is not None and sent > cut.position:
         later_ms = (source.time_of(sent - 1) - cut.time_ns(source)) / 1e6
         return (
@@ -204,14 +190,14 @@ def _fate(cell: Cell, path: str) -> str:
     return text
 
 
-def overview(stories: Sequence[FileHistory]) -> list[tuple[int, dict[Level, int]]]:
+def overview(histories: Sequence[FileHistory]) -> list[tuple[int, dict[Level, int]]]:
     """Return how many files each level keeps whole, from each position on at which that changes."""
-    moments = sorted({c.position for s in stories for k in LEVELS for c in s.courses[k].changes})
+    moments = sorted({c.position for s in histories for k in LEVELS for c in s.levels[k].changes})
     deltas: dict[int, dict[Level, int]] = {position: {} for position in moments}
-    for story in stories:
+    for history in histories:
         for level in LEVELS:
             was = 0
-            for change in story.courses[level].changes:
+            for change in history.levels[level].changes:
                 now = int(change.condition is Condition.WHOLE)
                 found = deltas[change.position]
                 found[level] = found.get(level, 0) + now - was
@@ -224,10 +210,10 @@ def overview(stories: Sequence[FileHistory]) -> list[tuple[int, dict[Level, int]
     return told
 
 
-def overview_lines(stories: Sequence[FileHistory], source: Source, taken: Taken) -> Iterator[str]:
+def overview_lines(histories: Sequence[FileHistory], source: Source, taken: Taken) -> Iterator[str]:
     """Yield when everything is safe, for people; `taken` says of which modes that can be told."""
-    rows = overview(stories)
-    yield f"of {plural(len(stories), 'file')}, so many are whole in what was"
+    rows = overview(histories)
+    yield f"of {plural(len(histories), 'file')}, so many are whole in what was"
     yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
     steps = range(len(rows))
     if len(rows) > INSTANTS_SHOWN:
@@ -247,70 +233,70 @@ def overview_lines(stories: Sequence[FileHistory], source: Source, taken: Taken)
         if not set(modes) & set(taken.tells):
             yield f"Of {names} nothing can be told: {taken.why}."
             continue
-        since = [story.courses[level].since for story in stories]
+        since = [history.levels[level].since for history in histories]
         safe = [position for position in since if position is not None]
-        if len(safe) == len(stories):
+        if len(safe) == len(histories):
             yield f"Under {names} everything is safe from {_at(max(safe), source)} on."
         else:
-            yield f"Under {names} {plural(len(stories) - len(safe), 'file')} never became safe."
+            yield f"Under {names} {plural(len(histories) - len(safe), 'file')} never became safe."
     if taken.remark:
         yield f"Note: {taken.remark}."
 
 
-def overview_json(stories: Sequence[FileHistory], source: Source) -> dict[str, object]:
+def overview_json(histories: Sequence[FileHistory], source: Source) -> dict[str, object]:
     """Return when everything is safe, as `nbdproxy explain --files --json` prints it."""
     return {
-        "files": len(stories),
+        "files": len(histories),
         "instants": [
             {**(_instant(position, source) or {}), **{_CALLED[k]: counts[k] for k in LEVELS}}
-            for position, counts in overview(stories)
+            for position, counts in overview(histories)
         ],
     }
 
 
-def to_json(told: FileReport, source: Source) -> dict[str, object]:
-    """Return a story as `nbdproxy explain --json` prints it."""
-    story = told.story
-    mount = told.replay.tree.of(story.entry.path)
+def to_json(told: FileExplanation, source: Source) -> dict[str, object]:
+    """Return a history as `nbdproxy explain --json` prints it."""
+    history = told.history
+    mount = told.replay.tree.of(history.entry.path)
     return {
-        "path": story.entry.path,
-        "size": story.entry.size,
+        "path": history.entry.path,
+        "size": history.entry.size,
         "partition": mount.partition if isinstance(mount, Mount) else None,
-        "created": _instant(story.courses[Level.RECEIVED].created, source),
+        "created": _instant(history.levels[Level.RECEIVED].created, source),
         "levels": {
             _CALLED[level]: {
-                "whole_first": _instant(story.courses[level].first, source),
-                "whole_since": _instant(story.courses[level].since, source),
+                "whole_first": _instant(history.levels[level].first, source),
+                "whole_since": _instant(history.levels[level].since, source),
                 "changes": [
                     {"condition": c.condition.value, **(_instant(c.position, source) or {})}
-                    for c in story.courses[level].changes
+                    for c in history.levels[level].changes
                 ],
             }
             for level in LEVELS
         },
         "protected_since": {
-            mode.value: _instant(protected_since(story, mode), source)
+            mode.value: _instant(protected_since(history, mode), source)
             for mode in CacheMode
             if mode not in told.replay.left_out
         },
         "carried_by": [
             {
-                "request": carrier.seq,
-                "received_s": carrier.received_ns / 1e9,
-                "offset": carrier.request.offset,
-                "length": carrier.request.length,
-                "what": [owner.words() for owner in carrier.owners],
-                "flush": carrier.blame.flush,
-                "safety": carrier.blame.safety.value,
+                "request": one.seq,
+                "received_s": one.received_ns / 1e9,
+                "offset": one.request.offset,
+                "length": one.request.length,
+                "what": [owner.words() for owner in one.owners],
+                "flush": one.blame.flush,
+                "safety": one.blame.safety.value,
             }
-            for carrier in told.carriers
+            for one in told.requests
         ],
         "cells": [
             {
                 "mode": cell.mode.value,
                 "failure": cell.failure.value,
                 "state": str(cell.worst.state),
-                "fate": _fate(cell, story.entry.path),
+                "fate": _fate(cell, history.entry.path),
             }
             for cell in told.replay.cells
         ],
