@@ -38,7 +38,7 @@ class BlockOwners:
         self._disk = disk
         self._tree = tree
         self._oracle = oracle
-        self._logs: dict[PartitionName, _Log] = {}
+        self._logs: dict[PartitionName, _JournalCopies] = {}
 
     @cached_property
     def _owners(self) -> OwnerMap:
@@ -58,7 +58,7 @@ class BlockOwners:
             content = self._oracle.content(self._disk, entry, mount=mount) or b""
             return OtherNames(self._disk, kind, entry, self._tree, content)
         if part.key not in self._logs:
-            self._logs[part.key] = _Log(part, self._owners)
+            self._logs[part.key] = _JournalCopies(part, self._owners)
         return ExtNames(self._owners, self._logs[part.key], entry)
 
 
@@ -109,7 +109,7 @@ class ExtNames:
 
     is_exact = True
 
-    def __init__(self, owners: OwnerMap, log: _Log, entry: Entry) -> None:
+    def __init__(self, owners: OwnerMap, log: _JournalCopies, entry: Entry) -> None:
         self._owners = owners
         self._block = log.block_size
         self._logged = log.words_for(entry)
@@ -131,7 +131,7 @@ class ExtNames:
         return None
 
 
-class _Log:
+class _JournalCopies:
     """The journal of one filesystem: which of its blocks carry what; empty if it cannot be read."""
 
     def __init__(self, part: Slice, owners: OwnerMap) -> None:
