@@ -14,7 +14,7 @@ import pytest
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.crash.blame.block_owners import RecordingOwners
 from nbdproxy.crash.blame.file_history import carrying_requests, histories
-from nbdproxy.crash.blame.ranges import Losses, losses
+from nbdproxy.crash.blame.ranges import Losses, LossFinder
 from nbdproxy.crash.blame.replay import JudgedFiles
 from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.crash.states.recorded import RecordedSource
@@ -68,9 +68,10 @@ def test_just_what_is_lacking_makes_the_file_whole(
     timeline: Timeline, kernel: KernelOracle
 ) -> None:
     """And of what is no data nothing that is named is needless."""
-    owners = RecordingOwners(timeline, Tree(), kernel)
+    files = (entry("b", CONTENT), entry("small", CONTENT[:300]))
+    finder = LossFinder(RecordingOwners(timeline, Tree(), kernel), Manifest(files))
     told = set()
-    for file in (entry("b", CONTENT), entry("small", CONTENT[:300])):
+    for file in files:
         wanted = Manifest((file,))
         follower = kernel.prepare_check(wanted, earlier={}, mount=ONLY)
         [history] = histories(JudgedFiles(timeline, wanted, Tree(), kernel))
@@ -80,7 +81,7 @@ def test_just_what_is_lacking_makes_the_file_whole(
         unflushed = StateId(flushed.since - 1, Level.FLUSHED, Choice.MUST)
         for state in (unflushed, StateId(timeline.source.events, Level.NOTHING, Choice.MUST)):
             assert follower.check(timeline.open(state), None).verdict is Verdict.FAIL
-            found = losses(owners, file, state)
+            found = finder.losses(file, state)
             assert found is not None
             whole = timeline.open(restored(state, found))
             assert follower.check(whole, None).verdict is Verdict.PASS, str(state)

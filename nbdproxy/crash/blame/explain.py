@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nbdproxy.crash.blame.block_owners import RecordingOwners
 from nbdproxy.crash.blame.file_history import CarryingRequest, FileHistory, carrying_requests
-from nbdproxy.crash.blame.ranges import Losses, losses
+from nbdproxy.crash.blame.ranges import Losses, LossFinder
 from nbdproxy.crash.blame.replay import JudgedFiles, Replay, ReplayOptions, replay
 from nbdproxy.oracles.composite import split
 from nbdproxy.oracles.condition import Condition
@@ -46,11 +46,12 @@ def explain(
         for path in share.manifest.paths()
     }
     owners = RecordingOwners(files.timeline, files.tree, files.oracle)
+    finder = LossFinder(owners, files.manifest)
     found = []
     for history in histories:
         table = tables[history.entry.path]
         requests = carrying_requests(owners, history.entry)
-        lacking = _losses(owners, history.entry, table)
+        lacking = _losses(finder, history.entry, table)
         found.append(FileExplanation(history, requests, table, lacking))
     return found
 
@@ -65,7 +66,7 @@ def _followed_together(files: JudgedFiles) -> Iterator[JudgedFiles]:
         )
 
 
-def _losses(owners: RecordingOwners, entry: Entry, table: Replay) -> dict[str, Losses]:
+def _losses(finder: LossFinder, entry: Entry, table: Replay) -> dict[str, Losses]:
     """Return what the worst states of the cells lack of a file, each state once."""
     found: dict[str, Losses] = {}
     for cell in table.cells:
@@ -73,7 +74,7 @@ def _losses(owners: RecordingOwners, entry: Entry, table: Replay) -> dict[str, L
         state = cell.worst.state
         if outcome is None or outcome.condition is Condition.WHOLE or str(state) in found:
             continue
-        lost = losses(owners, entry, state)
+        lost = finder.losses(entry, state)
         if lost is not None:
             found[str(state)] = lost
     return found

@@ -20,9 +20,9 @@ from nbdproxy.delta_debugging import ddmin
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.composite import TreeCheck, content
+from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.oracle import ManifestCheck
 from nbdproxy.persistence.model import Level
 from nbdproxy.recording.index import BASE
 
@@ -71,75 +71,101 @@ class Losses:
     way: tuple[MissingPiece, ...]
 
 
-def losses(owners: RecordingOwners, entry: Entry, state: StateId) -> Losses | None:
-    """Return what a state lacks of a file; None if no state of its cut has it whole."""
-    timeline, tree, oracle = owners.timeline, owners.tree, owners.oracle
-    follower = TreeCheck(oracle, Manifest((entry,)), {}, tree)
-    reference = _reference(timeline, follower, state)
-    if reference is None or follower.reads is None:
+class LossFinder:
+    """Tells what states lack of some files; a state is looked at once for all of them."""
+
+    def __init__(self, owners: RecordingOwners, manifest: Manifest) -> None:
+        self._owners = owners
+        self._timeline = owners.timeline
+        self._all = TreeCheck(owners.oracle, manifest, {}, owners.tree)
+        self._whole: dict[StateId, frozenset[str]] = {}
+        self._reads: dict[tuple[str, StateId], list[Extent]] = {}
+
+    def losses(self, entry: Entry, state: StateId) -> Losses | None:
+        """Return what a state lacks of a file; None if no state of its cut has it whole."""
+        timeline, tree, oracle = self._timeline, self._owners.tree, self._owners.oracle
+        reference = self._reference(entry, state)
+        reads = self._read_of(entry, reference) if reference is not None else []
+        if reference is None or not reads:
+            return None
+        here, there = timeline.open(state), timeline.open(reference)
+        shown, should = (content(oracle, d, entry, tree) for d in (here, there))
+        if should is None:
+            return None
+        names = self._owners.of(reference).names_of(entry)
+        data: list[tuple[int, MissingPiece]] = []
+        way: dict[tuple[int, str], MissingPiece] = {}
+        apart = ExtentSet()
+        size = timeline.source.size
+        for extent in reads:
+            stop = min(extent.end, size)
+            read = Extent.between(extent.offset, stop)
+            for owner in () if names.is_exact else names.of(read):
+                if owner.kind is OwnerKind.FILE_DATA:
+                    apart.add(owner.offset or 0, (owner.offset or 0) + owner.extent.length)
+            for start, end, row in _lacking(here, there, extent.offset, stop):
+                for owner in names.of(Extent.between(start, end)):
+                    what = names.words(owner)
+                    if what is None:
+                        continue
+                    piece = _piece(timeline, row, owner.extent, what, state)
+                    if owner.kind is OwnerKind.FILE_DATA and entry.path in owner.paths:
+                        data.append((owner.offset or 0, piece))
+                    else:
+                        way.setdefault((row, what), piece)
+        ranges = tuple(
+            one
+            if one.data or shown is None
+            else replace(one, is_whole=shown[one.start : one.end] == should[one.start : one.end])
+            for one in _ranges(len(should), data, None if names.is_exact else apart)
+        )
+        is_found = shown is not None and len(shown) == len(should)
+        needs_way = not is_found or not all(one.data or one.is_whole for one in ranges)
+        lost: Sequence[MissingPiece] = list(way.values()) if needs_way else []
+        if not names.is_exact:
+            lost = _needed(lost, lambda some: self._is_whole(entry, state, data, some))
+        return Losses(reference, ranges, tuple(lost))
+
+    def _reference(self, entry: Entry, state: StateId) -> StateId | None:
+        """Return the state of the least level that has a file whole."""
+        levels = list(Level)
+        for level in levels[levels.index(state.level) + 1 :]:
+            fuller = StateId(state.position, level, Choice.MUST, state.options)
+            if fuller not in self._whole:
+                found = self._all.check(self._timeline.open(fuller), None).conditions
+                self._whole[fuller] = frozenset(
+                    path for path, condition in found.items() if condition is Condition.WHOLE
+                )
+            if entry.path in self._whole[fuller]:
+                return fuller
         return None
-    reads = list(follower.reads)
-    here, there = timeline.open(state), timeline.open(reference)
-    shown, should = (content(oracle, d, entry, tree) for d in (here, there))
-    if should is None:
-        return None
-    names = owners.of(reference).names_of(entry)
-    data: list[tuple[int, MissingPiece]] = []
-    way: dict[tuple[int, str], MissingPiece] = {}
-    apart = ExtentSet()
-    size = timeline.source.size
-    for extent in reads:
-        stop = min(extent.end, size)
-        read = Extent.between(extent.offset, stop)
-        for owner in () if names.is_exact else names.of(read):
-            if owner.kind is OwnerKind.FILE_DATA:
-                apart.add(owner.offset or 0, (owner.offset or 0) + owner.extent.length)
-        for start, end, row in _lacking(here, there, extent.offset, stop):
-            for owner in names.of(Extent.between(start, end)):
-                what = names.words(owner)
-                if what is None:
-                    continue
-                piece = _piece(timeline, row, owner.extent, what, state)
-                if owner.kind is OwnerKind.FILE_DATA and entry.path in owner.paths:
-                    data.append((owner.offset or 0, piece))
-                else:
-                    way.setdefault((row, what), piece)
-    ranges = tuple(
-        one
-        if one.data or shown is None
-        else replace(one, is_whole=shown[one.start : one.end] == should[one.start : one.end])
-        for one in _ranges(len(should), data, None if names.is_exact else apart)
-    )
-    is_found = shown is not None and len(shown) == len(should)
-    needs_way = not is_found or not all(one.data or one.is_whole for one in ranges)
-    lost: Sequence[MissingPiece] = list(way.values()) if needs_way else []
-    if not names.is_exact:
-        lost = _needed(lost, lambda some: _is_whole(timeline, follower, state, data, some))
-    return Losses(reference, ranges, tuple(lost))
 
+    def _read_of(self, entry: Entry, state: StateId) -> list[Extent]:
+        """Return what of the disk a file was read from where it is whole; empty if it is not."""
+        key = entry.path, state
+        if key not in self._reads:
+            follower = self._follow(entry)
+            found = follower.check(self._timeline.open(state), None)
+            is_whole = found.verdict is Verdict.PASS
+            self._reads[key] = list(follower.reads or ()) if is_whole else []
+        return self._reads[key]
 
-def _reference(timeline: Timeline, follower: ManifestCheck, state: StateId) -> StateId | None:
-    """Return the state of the least level that has the file whole; it is the last one judged."""
-    levels = list(Level)
-    for level in levels[levels.index(state.level) + 1 :]:
-        fuller = StateId(state.position, level, Choice.MUST, state.options)
-        if follower.check(timeline.open(fuller), None).verdict is Verdict.PASS:
-            return fuller
-    return None
+    def _is_whole(
+        self,
+        entry: Entry,
+        state: StateId,
+        data: Sequence[tuple[int, MissingPiece]],
+        way: Sequence[MissingPiece],
+    ) -> bool:
+        """Tell whether a state with some requests put back has a file whole."""
+        seqs = {piece.seq for _, piece in data} | {piece.seq for piece in way}
+        parts = tuple(RequestPart(seq) for seq in sorted(seqs))
+        more = StateId(state.position, state.level, Choice.ONLY, state.options, parts)
+        found = self._follow(entry).check(self._timeline.open(more), None)
+        return found.verdict is Verdict.PASS
 
-
-def _is_whole(
-    timeline: Timeline,
-    follower: ManifestCheck,
-    state: StateId,
-    data: Sequence[tuple[int, MissingPiece]],
-    way: Sequence[MissingPiece],
-) -> bool:
-    """Tell whether a state with some requests put back has the file whole."""
-    seqs = {piece.seq for _, piece in data} | {piece.seq for piece in way}
-    parts = tuple(RequestPart(seq) for seq in sorted(seqs))
-    more = StateId(state.position, state.level, Choice.ONLY, state.options, parts)
-    return follower.check(timeline.open(more), None).verdict is Verdict.PASS
+    def _follow(self, entry: Entry) -> TreeCheck:
+        return TreeCheck(self._owners.oracle, Manifest((entry,)), {}, self._owners.tree)
 
 
 def _needed(
