@@ -33,7 +33,7 @@ from nbdproxy.crash.explore.judging import JudgePlan, ManifestPlan
 from nbdproxy.crash.explore.minimize import minimize
 from nbdproxy.crash.explore.verdicts import Verdicts
 from nbdproxy.crash.states.cuts import Cut, resolve
-from nbdproxy.crash.states.naming import StateId
+from nbdproxy.crash.states.naming import StateId, parse_state_id
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.taken import taken_under
 from nbdproxy.crash.states.timeline import Timeline
@@ -60,7 +60,13 @@ def silent(_: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """Histories of all files that were asked about, and of single ones all that can be told."""
+    """Histories of all files that were asked about, and of single ones all that can be told.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     told = case.explain()
+    >>> [history.levels[Level.FLUSHED].since is not None for history in told.histories]
+    [True, False]
+    """
 
     histories: tuple[FileHistory, ...]
     files: list[FileExplanation]
@@ -81,6 +87,10 @@ class Case:
 
     A case is closed by `close`, or at the end of a `with` block, and with it what it returned that
     reads a disk. The sources stay the caller's, unless `open` opened them.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     print(case.replay([CacheMode.UNSAFE], [Failure.QEMU_KILL]).table.cells[0].verdict)
+    pass
     """
 
     def __init__(
@@ -125,6 +135,10 @@ class Case:
         """Open recordings of one guest's disks, and return the case, which closes them.
 
         Raises RecordingError for what is no recording, and UsageError for `base` with several.
+
+        >>> with Case.open("run1") as case:
+        ...     case.source.size
+        8388608
         """
         if base is not None and len(runs) > 1:
             raise UsageError("base is the image of one recording; name one recording, or drop it")
@@ -241,6 +255,11 @@ class Case:
     ) -> Together:
         """Tell which files each cache mode and failure would leave whole, and who lost the others.
 
+        >>> with Case.open("run1", files="files.sha256") as case:
+        ...     (cell,) = case.replay([CacheMode.NONE], [Failure.HOST_POWER_LOSS]).table.cells
+        >>> {path: str(one.cause) for path, one in cell.worst.files.items()}
+        {'/flushed.bin': 'None', '/unflushed.bin': 'Cause.UNFLUSHED'}
+
         `modes` None means all that the recordings tell of. Raises ProjectionError if one is asked
         for that they do not, and what `placed` and `cuts` raise.
         """
@@ -273,6 +292,11 @@ class Case:
     ) -> Explained:
         """Tell of single files when they were sent, answered and flushed, and who lost them.
 
+        >>> with Case.open("run1") as case:
+        ...     (told,) = case.explain(["/unflushed.bin"], [CacheMode.NONE]).files
+        >>> told.history.levels[Level.COMPLETED].since is not None
+        True
+
         Without `paths` only the histories of all files are told. Without a manifest a file should
         be what it was in the end; UsageError if it was not there, or is not listed.
         """
@@ -290,7 +314,13 @@ class Case:
         return Explained(told, explain(files, told, options) if paths else [])
 
     def state(self, choice: StateChoice | None = None) -> DiskState:
-        """Return the disk in a state, by default with all that had been sent by the end."""
+        """Return the disk in a state, by default with all that had been sent by the end.
+
+        >>> with Case.open("run1") as case:
+        ...     state = case.state(StateChoice(at="seq:0"))
+        ...     len(state.disk.pread(0, 4096))
+        4096
+        """
         if choice is None or choice.is_empty:
             choice = StateChoice(at="end")
         chosen = choice.of(self.timeline)
@@ -300,6 +330,10 @@ class Case:
     def check(self, state: DiskState | StateChoice | None = None, *, fsck: bool = True) -> Checked:
         """Tell of a state whether it mounts, what fsck finds, and what the case's files are in it.
 
+        >>> with Case.open("run1", files="files.sha256") as case:
+        ...     case.check(fsck=False).verdict.value
+        'pass'
+
         Raises FilesystemError or ManifestError if what `where` names is not there.
         """
         state = state if isinstance(state, DiskState) else self.state(state)
@@ -308,6 +342,10 @@ class Case:
 
     def plan(self, request: ExploreRequest, check: Check = THE_FILES) -> PlannedExploration:
         """Look at the cuts, and return an exploration that is ready to be run.
+
+        >>> with Case.open("run1", files="files.sha256") as case:
+        ...     case.plan(ExploreRequest(states=20, workers=1)).plan.visits
+        20
 
         `check` says what a state has to pass. Raises UsageError for what excludes each other,
         ProjectionError for a mode that the recording does not tell of, and what `placed` raises.
@@ -341,14 +379,27 @@ class Case:
         *,
         progress: Callable[[Tally], None] = lambda _: None,
     ) -> ExplorationReport:
-        """Look for states that a crash may leave and that fail a check; raises what `plan` does."""
+        """Look for states that a crash may leave and that fail a check; raises what `plan` does.
+
+        >>> with Case.open("run1", files="files.sha256") as case:
+        ...     found = case.explore(ExploreRequest(states=20, workers=1))
+        >>> found.tally.verdicts[Verdict.FAIL] > 0
+        True
+        """
         return self.plan(request, check).run(progress)
 
-    def minimize(self, state: StateId, check: Check = THE_FILES) -> MinimumReport:
+    def minimize(self, state: StateId | str, check: Check = THE_FILES) -> MinimumReport:
         """Find the fewest writes that have to be missing for a state to fail a check.
+
+        >>> with Case.open("run1", files="files.sha256") as case:
+        ...     found = case.explore(ExploreRequest(states=20, workers=1))
+        ...     least = case.minimize(found.failing()[0])
+        >>> len(least.missing)
+        1
 
         Raises UsageError if the state does not fail, and what `placed` raises.
         """
+        state = parse_state_id(state) if isinstance(state, str) else state
         self.timeline.open(state)
         at = f"seq:{state.position - 1}" if state.position else "end"
         judge = self._judge(check, at)
@@ -370,6 +421,10 @@ class Case:
 
     def audit(self, store: str, form: ImageFormat | None = None) -> AuditReport:
         """Compare a store, a path or an NBD URI, with what was acknowledged to its client.
+
+        >>> with Case.open("run1") as case:
+        ...     case.audit("recorded.img").code
+        0
 
         `form` is what a file is, by default what was recorded. Raises UsageError if they cannot be
         compared, ImageError if the store cannot be read.

@@ -59,6 +59,9 @@ class ExploreRequest:
     workers        processes that check, None is one a CPU; or `dask`, the address of a cluster
     share          share verdicts between states that differ only where the check did not read
     db, resume     the file where verdicts are kept, and whether to go on with it
+
+    >>> ExploreRequest(every=Every.FLUSH, states=2000).asked
+    'flush'
     """
 
     mode: CacheMode = CacheMode.NONE
@@ -120,7 +123,13 @@ class ExploreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a state has to pass: the case's files, or a shell command and its time limit."""
+    """What a state has to pass: the case's files, or a shell command and its limit in seconds.
+
+    The command looks at `$uri`, `$image`, `$fs` or `$dir`, as `nbdproxy explore --check` says.
+
+    >>> Check('test -s "$dir/app/data.db"').time_limit_s
+    60.0
+    """
 
     command: str | None = None
     time_limit_s: float = TIME_LIMIT_S

@@ -28,6 +28,9 @@ class StateChoice:
 
     At a cut alone it is the disk with all that had been sent by then, with mode and failure the
     worst state that these allow.
+
+    >>> StateChoice(at="before-exit", mode=CacheMode.NONE, failure=Failure.HOST_POWER_LOSS).is_empty
+    False
     """
 
     state: str | None = None

@@ -34,6 +34,11 @@ class AuditReport:
     """One audit: of which store, against which recording, and what `owners` were hit.
 
     `owners` has the words for who lives in a fault, and how many faults it has.
+
+    >>> with Case.open("run1") as case:
+    ...     report = case.audit("disk.img")
+    >>> report.code, report.changed_since
+    (1, False)
     """
 
     recording: Recording

@@ -19,7 +19,14 @@ SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class ExplorationReport:
-    """One exploration: what was asked for, what was planned, and what came of it."""
+    """One exploration: what was asked for, what was planned, and what came of it.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     found = case.explore(ExploreRequest(states=20, workers=1))
+    ...     failing = found.failing()
+    >>> found.tally.visited, len(failing) > 0
+    (20, True)
+    """
 
     about: About
     plan: ExplorationPlan
@@ -27,6 +34,10 @@ class ExplorationReport:
     verdicts: Verdicts
     missing: str | None
     """What the recording lacks, if anything."""
+
+    def failing(self, limit: int = 100) -> list[str]:
+        """Return the ids of states that fail, those that tell most first, at most so many."""
+        return [row.state for row in self.verdicts.telling(limit)]
 
     @property
     def complete(self) -> int:

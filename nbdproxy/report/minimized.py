@@ -43,7 +43,14 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class MinimumReport:
-    """A minimum, and all that can be said of what is missing in it."""
+    """A minimum, and all that can be said of what is missing in it.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     found = case.explore(ExploreRequest(states=20, workers=1))
+    ...     report = case.minimize(found.failing()[0])
+    >>> report.missing[0].blame.safety.value
+    'never-flushed'
+    """
 
     minimum: Minimum
     missing: tuple[Missing, ...]

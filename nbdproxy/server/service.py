@@ -86,10 +86,10 @@ def serve(
     try:
         return trio.run(_serve, openers, setting, on_ready)
     except BaseExceptionGroup as group:
-        raise _first_of(group) from None
+        raise first_of(group) from None
 
 
-def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return what went wrong first; an error of ours is what the user can do something about."""
     ours = group.subgroup(NbdproxyError)
     found: BaseException = ours if ours is not None else group

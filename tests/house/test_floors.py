@@ -48,6 +48,7 @@ FLOOR = {
     "report": 6,
     "checker": 8,
     "case": 9,
+    "library": 10,
     "cli": 10,
 }
 """The rooms, and how high each is; a room within a room has a line of its own."""

@@ -24,6 +24,11 @@ class FileExplanation:
 
     The table is that of all files which were followed together. `losses` says what of the file the
     states lack in which it is not whole, by their ids.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     (told,) = case.explain(["/unflushed.bin"], [CacheMode.NONE]).files
+    >>> [len(lost.ranges) > 0 for lost in told.losses.values()]
+    [True]
     """
 
     history: FileHistory

@@ -54,7 +54,11 @@ from nbdproxy.recording.index import Mask, RequestTable
 
 @dataclass(frozen=True, slots=True)
 class FileOutcome:
-    """What became of one file; `cause` is None if it is whole, or if that cannot be told."""
+    """What became of one file; `cause` is None if it is whole, or if that cannot be told.
+
+    >>> FileOutcome(Condition.ZEROED, Cause.UNFLUSHED).is_whole
+    False
+    """
 
     condition: Condition
     cause: Cause | None
@@ -67,7 +71,13 @@ class FileOutcome:
 
 @dataclass(frozen=True, slots=True)
 class StateOutcome:
-    """What a crash state holds; `files` is empty if that cannot be told, for `reason`."""
+    """What a crash state holds; `files` is empty if that cannot be told, for `reason`.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     worst = case.replay([CacheMode.NONE], [Failure.STORAGE_LOSS]).table.cells[0].worst
+    >>> dict(worst.conditions)
+    {<Condition.MISSING: 'missing'>: 2}
+    """
 
     state: StateId
     verdict: Verdict
@@ -92,7 +102,13 @@ class StateOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cache mode, one failure, and the ends of what it may leave."""
+    """One cache mode, one failure, and the ends of what it may leave.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     (cell,) = case.replay([CacheMode.NONE], [Failure.HOST_POWER_LOSS]).table.cells
+    >>> cell.worst.verdict.value, cell.best.verdict.value
+    ('fail', 'pass')
+    """
 
     mode: CacheMode
     failure: Failure
@@ -109,6 +125,11 @@ class Replay:
     `below_qcow2` tells whether the disk that was recorded is a qcow2 file. `left_out` are the modes
     that this recording tells nothing about, and `why` says why; `remark` says what was taken for
     granted of the cache mode that it was recorded under.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     table = case.replay().table
+    >>> table.cut.text, len(table.manifest.entries), table.left_out
+    ('before-exit', 2, ())
     """
 
     manifest: Manifest

@@ -40,6 +40,11 @@ class Together:
 
     The table's `recorded_under` are the modes under which all of them can have been taken. Its
     words, and the notes of its cuts, name the recording where they are not the same of all.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     together = case.replay()
+    >>> len(together.each), len(together.table.cells)
+    (1, 25)
     """
 
     table: Replay
