@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -109,6 +109,8 @@ class Case:
     ) -> None:
         self.sources = tuple(sources)
         self.files = files
+        if where.root is not None:  # a file has one name, from the guest's root
+            where = replace(where, root=explaining.absolute(where.root))
         self.where = where
         self.at = at
         self.model = model

@@ -15,7 +15,7 @@ from nbdproxy.oracles.oracle import Oracle
 
 def absolute(path: str) -> str:
     """Return a path as it is named in the guest: from its root, without detours."""
-    return "/" + posixpath.normpath(path).lstrip("/")
+    return posixpath.normpath("/" + path.lstrip("/"))
 
 
 def listed(manifest: Manifest, paths: Sequence[str]) -> Manifest:
@@ -41,6 +41,7 @@ def as_in_the_end(
 
 def _chosen(manifest: Manifest, paths: Sequence[str], where: str) -> Manifest:
     known = {absolute(entry.path): entry for entry in manifest.entries}
+    known |= {entry.path: entry for entry in manifest.entries}
     asked = list(dict.fromkeys(map(absolute, paths)))
     lost = [path for path in asked if path not in known]
     if lost:

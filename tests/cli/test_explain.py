@@ -166,3 +166,17 @@ def test_of_a_file_that_cannot_be_told_no_never_is_said() -> None:
     said = list(lines(told, cast(Source, None)))
     assert not [line for line in said if "never" in line]
     assert len([line for line in said if line.endswith("cannot be told")]) == 4
+
+
+@pytest.mark.parametrize("root", ["/", "//", "/.", "/lost+found/..", ""])
+def test_a_file_has_one_name_in_all_answers(recorded: Made, root: str) -> None:
+    """Its absolute path in the guest, however the root is written."""
+    words = ("--files", recorded.manifest, "--root", root, "--mode", "none")
+    [told] = explain(recorded.run, UNFLUSHED, *words, code=1)
+    assert told["path"] == f"/{UNFLUSHED}"
+    failure = ("--failure", "host-power-loss", "--list", "--json")
+    [cell] = json.loads(nbdproxy("replay", recorded.run, *words, *failure, code=1).stdout)["cells"]
+    assert list(cell["worst"]["files"]) == [told["path"]]
+    state = ("--failure", "host-power-loss", "--at", "before-exit")
+    checked = nbdproxy("check", recorded.run, *words, *state, "--list", "--json", code=1).stdout
+    assert list(json.loads(checked)["lost"]) == [told["path"]]
