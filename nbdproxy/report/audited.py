@@ -1,4 +1,4 @@
-"""What an audit found, for people and for programs: who kept what was promised."""
+"""The report of an audit, as text and as JSON: who kept what was promised."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from nbdproxy.recording.reader import Recording, command_name
 from nbdproxy.sizes import plural, size_text
 
 SHOWN = 5
-"""So many faults are listed; --json lists a thousand places of every fate but as-sent."""
+"""Faults that the text lists; --json lists up to `LISTED` places of every fate but as-sent."""
 LISTED = 1000
 PATHS_SHOWN = 8
 MOSTLY = 2
-"""Of what was compared, more than one in so many that is foreign hints at the wrong store."""
+"""If more than one byte in so many is foreign, the store may be the wrong one."""
 LOOKED_UP = 256
-"""Of so many faults the owners are looked up."""
+"""Faults whose owners are looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class AuditReport:
 
 
 def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
-    """Return who lives where a fault is, by the disk with all that was sent."""
+    """Count the owners of the bytes with a fault, as the disk with all that was sent has them."""
     faults = [finding for finding in audit.findings if finding.fate in FAULTS]
     found: Counter[str] = Counter()
     if faults:
@@ -161,7 +161,7 @@ def _held(report: AuditReport, finding: Finding) -> str:
 
 
 def _request(report: AuditReport, row: int) -> str:
-    """Say what a row is, or what else a place holds."""
+    """Name the request of a row, or say what else a place holds."""
     if row in _HELD:
         return _HELD[row]
     table = report.timeline.table
@@ -179,7 +179,7 @@ _HELD = {
 
 
 def _verdict(report: AuditReport) -> Iterator[str]:
-    """Say who is convicted and who is cleared."""
+    """Yield the sentences that say whether a promise was broken, and by whom."""
     sizes = report.audit.sizes
     if report.is_empty:
         what = "nothing that was written is in the recording"
@@ -222,7 +222,7 @@ def _verdict(report: AuditReport) -> Iterator[str]:
 
 
 def _cleared(report: AuditReport) -> Iterator[str]:
-    """Say why nobody below is to blame."""
+    """Yield why nothing below nbdproxy is to blame."""
     if report.recording.is_damaged:
         yield (
             "No promise that can still be read was broken; whether one was of those that are lost "

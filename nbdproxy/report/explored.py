@@ -14,7 +14,7 @@ from nbdproxy.crash.explore.verdicts import CHECKED, SAME_CONTENT, SAME_READS, A
 from nbdproxy.oracles.check import Verdict
 
 SHOWN = 5
-"""So many failing states are listed; the database has all of them."""
+"""Failing states that the text lists; the database has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def lines(report: ExplorationReport, run: str, again: str, base: str) -> Iterato
 
 
 def _never_sent(fullest: Mapping[int, Verdict]) -> Iterator[str]:
-    """Say where no lost write is to blame."""
+    """Yield at how many cuts a state fails though nothing that was sent is missing."""
     bad = list(fullest.values()).count(Verdict.FAIL)
     known = bad + list(fullest.values()).count(Verdict.PASS)
     if bad:
@@ -112,7 +112,7 @@ def _never_sent(fullest: Mapping[int, Verdict]) -> Iterator[str]:
 
 
 def _doubts(report: ExplorationReport) -> Iterator[str]:
-    """Say what makes the verdicts worth little."""
+    """Yield what speaks against the check itself."""
     verdicts = report.tally.verdicts
     if not report.verdicts.looked():
         yield "           The check read nothing of any state, so this proves nothing: let it"

@@ -19,9 +19,9 @@ from nbdproxy.report import lost
 from nbdproxy.sizes import plural
 
 REQUESTS_SHOWN = 6
-"""So many requests are listed; --json has all."""
+"""Requests that the text lists; --json has all."""
 INSTANTS_SHOWN = 12
-"""So many instants of an overview are listed, evenly spread; --json has all."""
+"""Instants that the text of an overview lists, evenly spread; --json has all."""
 
 _CALLED = {
     Level.RECEIVED: "sent",
@@ -166,7 +166,7 @@ def _verdict(told: FileExplanation, source: Source) -> Iterator[str]:
 
 
 def _advice(cause: Cause, cut: Cut, history: FileHistory, source: Source) -> str:
-    """Say what is behind a cause, and what helps."""
+    """Say what a cause means for this file, and what would have prevented the loss."""
     sent = history.levels[Level.RECEIVED].first
     if cause is Cause.NEVER_SENT and sent is not None and sent > cut.position:
         later_ms = (source.time_of(sent - 1) - cut.time_ns(source)) / 1e6
@@ -211,7 +211,7 @@ def overview(histories: Sequence[FileHistory]) -> list[tuple[int, dict[Level, in
 
 
 def overview_lines(histories: Sequence[FileHistory], source: Source, taken: Taken) -> Iterator[str]:
-    """Yield when everything is safe, for people; `taken` says of which modes that can be told."""
+    """Yield since when all files are safe; `taken` says of which modes that can be told."""
     rows = overview(histories)
     yield f"of {plural(len(histories), 'file')}, so many are whole in what was"
     yield f"  {'from':<24}{'sent':>10}{'answered':>10}{'flushed':>10}"
@@ -244,7 +244,7 @@ def overview_lines(histories: Sequence[FileHistory], source: Source, taken: Take
 
 
 def overview_json(histories: Sequence[FileHistory], source: Source) -> dict[str, object]:
-    """Return when everything is safe, as `nbdproxy explain --files --json` prints it."""
+    """Return how many files were whole since when, as `nbdproxy explain --files --json` has it."""
     return {
         "files": len(histories),
         "instants": [

@@ -19,7 +19,7 @@ from nbdproxy.recording.reader import command_name
 from nbdproxy.sizes import plural
 
 OWNERS_MAX = 8
-"""So many owners of one missing piece are listed."""
+"""Owners of one missing piece that the text lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class MinimumReport:
 
 
 def tell(timeline: Timeline, minimum: Minimum, tree: Tree | None = None) -> MinimumReport:
-    """Find out about each missing piece; the owners are those of the disk that lacks nothing.
+    """Describe each missing piece; the owners are those of the disk that lacks nothing.
 
     `tree` says where in the guest they show, if that is known; else its fstab is looked for.
     """
@@ -99,7 +99,7 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
 
 
 def lines(told: MinimumReport, run: str, base: str) -> Iterator[str]:
-    """Yield it for people; `base` is the option that names the image to `open`, if it needs one."""
+    """Yield the report as text; `base` is the option that names the image to `open`, if needed."""
     minimum = told.minimum
     judged = minimum.judged.judgement
     counts = [f"{n:,} {name}" for name, n in judged.counts.items() if name != "whole"]
@@ -138,7 +138,7 @@ def _lines(missing: Missing) -> Iterator[str]:
 
 
 def to_json(told: MinimumReport, run: str) -> dict[str, object]:
-    """Return it as `nbdproxy minimize --json` prints it."""
+    """Return the report as `nbdproxy minimize --json` prints it."""
     minimum = told.minimum
     return {
         "recording": run,

@@ -61,9 +61,9 @@ class FileRange:
 class Losses:
     """What a state lacks of a file; `reference` is the state that has it whole.
 
-    `ranges` cover the file; those without data of their own, such as holes, count as there. `way`
-    is what is lost of all that leads to the data; empty where the file is found all the same, at
-    its full length, with all of its data that was not lost.
+    `ranges` cover the file in bytes; those without data of their own, such as holes, count as
+    there. `way` are the lost pieces of metadata that lead to the data. It is empty where the state
+    shows the file at its full length, with all of its data that was not lost.
     """
 
     reference: StateId
