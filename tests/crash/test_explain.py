@@ -24,6 +24,7 @@ from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.report.histories import to_json
 from nbdproxy.requests import Command
 from tests.crash.test_unmapped import CLUSTER, FILE, Stored, differing
+from tests.support import ext4
 from tests.support.exploring import ext4_case
 from tests.support.memory_source import MemorySource
 from tests.support.persistence_reference import Completed, Received, table_of
@@ -41,6 +42,18 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Timeline,
     assert isinstance(case.judge, ManifestPlan)
     with RecordedSource(case.run) as source, closing(Timeline(source)) as timeline:
         yield timeline, Manifest((*case.judge.manifest.entries, NEVER, AWAY))
+
+
+def led_to(after: bytes, before: bytes) -> MemorySource:
+    """A recording that led from one content to another, a request a cluster, without a flush."""
+    log: list[Received | Completed] = []
+    payload = bytearray()
+    for number in differing(before, after):
+        log += [Received(Command.WRITE, number * 8, 8), Completed(len(log))]
+        payload += after[number * CLUSTER :][:CLUSTER]
+    return MemorySource(
+        table_of(log), len(after), len(log), lambda: MemoryDisk(before), bytes(payload)
+    )
 
 
 def explained(files: JudgedFiles) -> list[FileExplanation]:
@@ -61,6 +74,19 @@ def test_of_each_file_the_same_is_said_as_if_it_were_alone(
     assert len(fates) > 2
 
 
+def test_of_a_state_that_cannot_be_judged_the_reason_is_said(tmp_path: Path) -> None:
+    """Also beside a file that is elsewhere, of which it is known that it cannot be told."""
+    after = ext4.stages(tmp_path)[1]
+    source = led_to(after, b"garbage!" * (len(after) // 8))
+    with closing(Timeline(source)) as timeline:
+        together = explained(JudgedFiles(timeline, Manifest((FILE, AWAY)), TREE))
+        for entry, one in zip((FILE, AWAY), together, strict=True):
+            (alone,) = explained(JudgedFiles(timeline, Manifest((entry,)), TREE))
+            assert to_json(one, source) == to_json(alone, source)
+        cells = to_json(together[0], source)["cells"]
+        assert "unknown (no filesystem found" in str(cells)
+
+
 def test_a_state_is_judged_once_for_all_files_of_a_mount(
     opened: tuple[Timeline, Manifest],
 ) -> None:
@@ -78,13 +104,7 @@ def test_below_qcow2_what_is_known_of_one_file_says_nothing_of_another(
     """Who looks for a file's clusters remembers what others had, and holes in their way."""
     stored = Stored(tmp_path)
     after = stored.without(stored.data)
-    before = stored.before.ljust(len(after), b"\0")
-    log: list[Received | Completed] = []
-    payload = b""
-    for number in differing(before, after):
-        log += [Received(Command.WRITE, number * 8, 8), Completed(len(log))]
-        payload += after[number * CLUSTER :][:CLUSTER]
-    source = MemorySource(table_of(log), len(after), len(log), lambda: MemoryDisk(before), payload)
+    source = led_to(after, stored.before.ljust(len(after), b"\0"))
     options = ReplayOptions([CacheMode.NONE], [Failure.QEMU_KILL])
     asked: list[list[str]] = []
 
