@@ -46,7 +46,7 @@ class ServedInThread:
         self._power = Power()
         self._exports: list[Export] = []
         self._failure: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="nbdproxy serves", daemon=True)
 
     @property
     def uri(self) -> str:
