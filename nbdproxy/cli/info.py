@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from nbdproxy.case.case import Case
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.cli.recorded import recorded
+from nbdproxy.crash.states.taken import taken_under
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.persistence.modes import CacheMode, Taken
 from nbdproxy.printable import printable
 from nbdproxy.recording.index import NEVER
@@ -41,8 +43,8 @@ def info(
         if verify:
             with err.status("checking payloads"):
                 recording.verify()
-        with Case([recording]) as case:
-            taken = case.taken
+        with closing(Timeline(recording)) as timeline:
+            taken = taken_under(timeline)
         facts = _facts(recording, taken)
         if json:
             print_json(facts)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nbdproxy.case.case import Case, silent
 from nbdproxy.cli.console import err
 from nbdproxy.crash.states.recorded import RecordedSource
+
+if TYPE_CHECKING:  # it takes most of a second, and not all commands ask one
+    from nbdproxy.case.case import Case
 
 
 @contextmanager
@@ -39,11 +42,11 @@ def warn(text: str) -> None:
 def telling(case: Case, what: str) -> Iterator[None]:
     """Show on stderr, as long as a block runs, what is done for a case; at first it is `what`."""
     with err.status(what) as status:
-        case.tell = status.update
+        before, case.tell = case.tell, status.update
         try:
             yield
         finally:
-            case.tell = silent
+            case.tell = before
 
 
 def code_at(source: RecordedSource, position: int, code: int = 0) -> int:

@@ -43,4 +43,5 @@ def test_no_oracle_is_asked_for_its_class(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_timelines_are_opened_by_cases(path: Path) -> None:
-    assert "nbdproxy.crash.states.timeline.Timeline" not in imported(ast.parse(path.read_text()))
+    is_imported = "nbdproxy.crash.states.timeline.Timeline" in imported(ast.parse(path.read_text()))
+    assert is_imported == (path.stem == "info")  # it is quick, and asks no case
