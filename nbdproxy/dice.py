@@ -45,8 +45,8 @@ def _digest(seed: int, words: tuple[str | int, ...]) -> int:
     return xxh3_64_intdigest("\0".join(map(str, words)).encode(), seed % _RANGE)
 
 
-class Lot(NamedTuple):
-    """What a rule draws lots with for one request: the seed, its name, and the request's number."""
+class DrawKey(NamedTuple):
+    """Makes the draws of a rule for one request: the seed, its name, and the request's number."""
 
     seed: int
     rule: str

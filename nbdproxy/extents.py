@@ -1,4 +1,4 @@
-"""Interval algebra over byte ranges: `Extent`, `ExtentMap`.
+"""Interval algebra over byte ranges: `Extent`, `ExtentMap`, `ExtentSet`, neighbours joined.
 
 All extents are half-open, [offset, offset + length), in bytes.
 """
@@ -6,9 +6,13 @@ All extents are half-open, [offset, offset + length), in bytes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, NamedTuple, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
 V = TypeVar("V")
 
 
@@ -22,6 +26,53 @@ class Extent(NamedTuple):
     def end(self) -> int:
         """The first byte behind the extent."""
         return self.offset + self.length
+
+    @classmethod
+    def between(cls, start: int, end: int) -> Self:
+        """Return the bytes [start, end)."""
+        return cls(start, end - start)
+
+    def joined(self, behind: Extent) -> Extent | None:
+        """Return both as one; None if there is a gap. `behind` begins where this does, or later."""
+        if behind.offset > self.end:
+            return None
+        return Extent.between(self.offset, max(self.end, behind.end))
+
+
+def join_neighbours(items: Iterable[T], join: Callable[[T, T], T | None]) -> Iterator[T]:
+    """Yield items in order, neighbours as one; `join` returns two as one, or None if they stay two.
+
+    Of extents that ascend `Extent.joined` makes the disjoint ones that cover the same bytes.
+    """
+    pending: T | None = None
+    for item in items:
+        both = join(pending, item) if pending is not None else item
+        if both is None:
+            assert pending is not None
+            yield pending
+        pending = item if both is None else both
+    if pending is not None:
+        yield pending
+
+
+def runs(numbers: Iterable[int] | NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return whole numbers, each given once, as runs [first, end) without gaps, ascending."""
+    array = numbers if isinstance(numbers, np.ndarray) else np.fromiter(numbers, np.int64)
+    found = np.sort(array)
+    if not len(found):
+        return []
+    gaps = np.flatnonzero(np.diff(found) != 1)
+    starts = np.concatenate((found[:1], found[gaps + 1])).tolist()
+    lasts = np.concatenate((found[gaps], found[-1:])).tolist()
+    return [(start, last + 1) for start, last in zip(starts, lasts, strict=True)]
+
+
+def expand(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return start, start + 1, ... for each start, `count` of them, one after the other."""
+    total = int(counts.sum())
+    skipped = np.cumsum(counts) - counts
+    found: NDArray[np.int64] = np.arange(total) + np.repeat(starts - skipped, counts)
+    return found
 
 
 class ExtentMap(Generic[V]):
@@ -106,18 +157,20 @@ class ExtentMap(Generic[V]):
 
 
 class ExtentSet:
-    """A set of bytes, kept as disjoint, merged extents."""
+    """A set of bytes, kept as disjoint, merged extents; at first those of `extents`."""
 
-    def __init__(self) -> None:
+    def __init__(self, extents: Iterable[Extent] = ()) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
+        for extent in extents:
+            self.add(extent.offset, extent.end)
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __iter__(self) -> Iterator[Extent]:
         for start, end in zip(list(self._starts), list(self._ends), strict=True):
-            yield Extent(start, end - start)
+            yield Extent.between(start, end)
 
     def total(self) -> int:
         """Return the bytes in the set."""
@@ -145,15 +198,14 @@ class ExtentSet:
         first = bisect_right(self._ends, start)
         last = bisect_right(self._starts, end - 1, lo=first)
         for i in range(first, last):
-            low, high = max(start, self._starts[i]), min(end, self._ends[i])
-            yield Extent(low, high - low)
+            yield Extent.between(max(start, self._starts[i]), min(end, self._ends[i]))
 
     def missing(self, start: int, end: int) -> Iterator[Extent]:
         """Yield the parts of [start, end) that are not in the set, ascending."""
         at = start
         for part in self.overlapping(start, end):
             if at < part.offset:
-                yield Extent(at, part.offset - at)
+                yield Extent.between(at, part.offset)
             at = part.end
         if at < end:
-            yield Extent(at, end - at)
+            yield Extent.between(at, end)

@@ -1,4 +1,4 @@
-"""Folders that others can lay no hands on, and what is made in them: by descriptor, and durable.
+"""Folders that no other user can change, and files made in them: by descriptor, and durable.
 
 `open_folder` goes along a path name by name and refuses what another user could exchange: a folder
 or link on the way that belongs to neither root nor us, and a folder that others can write to. In a

@@ -1,4 +1,4 @@
-"""Standard output and error that fail as their readers need, and never as an exception in between.
+"""Standard output and error, where a reader that is gone or slow raises nothing in between.
 
 Standard error is for people to read beside the work: a line that cannot be written there is
 counted, and said when one can be written again; nothing raises. Of standard output, a reader that

@@ -1,4 +1,4 @@
-"""`ExtentMap` and `ExtentSet` against a list with one entry for each byte.
+"""`ExtentMap`, `ExtentSet` and joining against a list with one entry for each byte.
 
 The values of a map are positions that move along with the bytes, or words that do not. Ranges are
 never empty here: nobody asks for nothing.
@@ -11,7 +11,8 @@ from itertools import groupby, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.extents import Extent, ExtentMap, ExtentSet
+from nbdproxy.extents import Extent, ExtentMap, ExtentSet, join_neighbours
+from nbdproxy.extents import runs as runs_of
 
 SIZE = 24
 
@@ -129,3 +130,18 @@ def test_extents_that_touch_are_one() -> None:
 
 def test_an_extent_ends_behind_its_last_byte() -> None:
     assert Extent(3, 4).end == 7
+
+
+@given(st.lists(ranges))
+@settings(max_examples=200, deadline=None)
+def test_joined_neighbours_and_runs_are_what_the_set_has(drawn: list[tuple[int, int]]) -> None:
+    extents = [Extent.between(*one) for one in sorted(drawn)]
+    held = list(ExtentSet(extents))
+    assert list(join_neighbours(extents, Extent.joined)) == held
+    numbers = {number for one in extents for number in range(one.offset, one.end)}
+    assert runs_of(numbers) == [(one.offset, one.end) for one in held]
+
+
+def test_what_cannot_be_joined_stays_apart() -> None:
+    same = join_neighbours(["a", "b", "b", "a"], lambda one, other: one if one == other else None)
+    assert list(same) == ["a", "b", "a"]

@@ -1,8 +1,9 @@
 """`BothOracles`: the quick oracle and the kernel on every state, and where they differ.
 
-A file that one of them calls whole and the other does not cannot be told; nor can what only the
-quick oracle tells, as the kernel is what it is compared with. That the quick oracle cannot tell is
-no difference: the kernel's word counts then, and where both call a file lost in different words.
+A file that only one of them calls whole cannot be told; nor can a file that only the quick oracle
+could judge, as the kernel is what it is compared with. That the quick oracle cannot tell is no
+difference: the kernel's condition counts then, and also where both call a file lost in different
+words.
 """
 
 from __future__ import annotations
@@ -16,20 +17,20 @@ from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 from nbdproxy.lab.guest.cache import silent
-from nbdproxy.oracles.browse import ShownMount
+from nbdproxy.oracles.browse import MountBrowser
 from nbdproxy.oracles.check import FileCheck, Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.oracle import EarlierDigests, Follower
+from nbdproxy.oracles.oracle import EarlierDigests, ManifestCheck
 from nbdproxy.oracles.quick import QUICK
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
 
 class Difference(NamedTuple):
-    """One file of one state, on which the two do not agree."""
+    """One file of one state for which the two have different conditions."""
 
     state: str
     path: str
@@ -38,11 +39,11 @@ class Difference(NamedTuple):
 
 
 class BothOracles:
-    """Satisfies `Oracle`.
+    """An `Oracle`.
 
-    state        what the caller calls the state that it is about to ask of
+    state        the name of the next state, set by the caller, for `differences`
     compared     how many states both could judge
-    differences  what they said differently
+    differences  where their conditions differ
     """
 
     def __init__(self, progress: Callable[[str], None] = silent) -> None:
@@ -51,12 +52,14 @@ class BothOracles:
         self.differences: list[Difference] = []
         self._kernel = KernelOracle(progress)
 
-    def follow(self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount) -> Follower:
-        """Return what judges the files of a manifest, absolute paths that a mount has."""
-        return Pair(
+    def prepare_check(
+        self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
+    ) -> ManifestCheck:
+        """Return the check of a manifest's files; its paths are absolute, all on one mount."""
+        return BothChecks(
             self,
-            QUICK.follow(manifest, earlier=earlier, mount=mount),
-            self._kernel.follow(manifest, earlier=earlier, mount=mount),
+            QUICK.prepare_check(manifest, earlier=earlier, mount=mount),
+            self._kernel.prepare_check(manifest, earlier=earlier, mount=mount),
         )
 
     def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
@@ -83,7 +86,9 @@ class BothOracles:
         """Return what a file holds, or where a symbolic link points; None if none is there."""
         return self._kernel.content(device, entry, mount=mount)
 
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[ShownMount]:
+    def browse(
+        self, device: ReadableDevice, *, mount: Mount
+    ) -> AbstractContextManager[MountBrowser]:
         """Open a mount to go through its files, as the kernel reads them."""
         return self._kernel.browse(device, mount=mount)
 
@@ -94,7 +99,7 @@ class BothOracles:
         return self._kernel.examine(device, partition=partition, fsck=fsck)
 
     def note(self, quick: Findings, kernel: Findings) -> list[Difference]:
-        """Compare what the two say of a state, and return where they differ."""
+        """Compare the findings on a state, enter and return the differences."""
         if not quick.conditions or not kernel.conditions:
             return []
         self.compared += 1
@@ -112,21 +117,21 @@ class BothOracles:
         self._kernel.close()
 
 
-class Pair:
-    """Judges each state twice."""
+class BothChecks:
+    """A `ManifestCheck` that judges each state by both oracles."""
 
-    def __init__(self, both: BothOracles, quick: Follower, kernel: Follower) -> None:
+    def __init__(self, both: BothOracles, quick: ManifestCheck, kernel: ManifestCheck) -> None:
         self._both = both
         self._quick = quick
         self._kernel = kernel
 
     @property
-    def reads(self) -> Reads | None:
-        """What either read; None if one cannot tell."""
+    def reads(self) -> RangeSet | None:
+        """The bytes that either read; None if that is not known of one."""
         quick, kernel = self._quick.reads, self._kernel.reads
         if quick is None or kernel is None:
             return None
-        return Reads((*quick.ranges(), *kernel.ranges()))
+        return RangeSet((*quick.ranges(), *kernel.ranges()))
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file on `device`."""
@@ -137,7 +142,7 @@ class Pair:
 
 
 def agreed(quick: Findings, kernel: Findings, differences: Sequence[Difference]) -> Findings:
-    """Return what both stand for: the kernel's findings, but for what only one of them says."""
+    """Return the kernel's findings, where the quick oracle does not contradict them."""
     if not differences and (kernel.conditions or not quick.conditions):
         return kernel
     if not kernel.conditions:

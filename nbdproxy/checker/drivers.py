@@ -1,12 +1,12 @@
-"""What the guest mounts each filesystem with, and what its refusal to mount means.
+"""How the guest mounts each kind of filesystem, and what a mount that fails means.
 
 A state is mounted as its own machine would after a reboot: for writing, so that logs, fast commits
-and orphans are dealt with, but for what Linux mounts for reading only. What an option keeps away is
-work that changes no file: times of access, tables made in advance, discards, a balance that goes
-on.
+and orphans are processed, except for what Linux mounts read-only. Options switch off work that
+changes no file: times of access, tables that are initialized in the background, discards, a balance
+that is resumed.
 
-A refusal is a verdict only where the driver says, by errno and in words that are listed here, that
-it finds the filesystem broken. Every other refusal tells nothing of the disk: a feature or a size
+A failed mount is a verdict only if the driver says, by errno and in words that are listed here,
+that the filesystem is broken. Every other failure says nothing of the disk: a feature or a size
 that this kernel does not have, parts on other devices, a guest in trouble.
 """
 
@@ -24,18 +24,19 @@ from nbdproxy.errors import FilesystemError, LabError
 from nbdproxy.lab.guest.kernel import MOUNT_PROGRAMS
 from nbdproxy.oracles.browse import NotMountedError
 from nbdproxy.oracles.ext4 import superblock
+from nbdproxy.oracles.ext4.superblock import SUPERBLOCK
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of
 
 
 class Driver(NamedTuple):
     """How the guest handles a kind.
 
-    broken       words in which the kernel says that it finds a filesystem broken
+    broken       a pattern of kernel messages that mean a broken filesystem
     fsck         the checker and its options, none if the lab has none
-    probe        what tells first, by its status, whether a mount for writing would be right
-    refusals     which statuses of a probe or mount program mean a broken filesystem
-    top_level    the option that shows all of a filesystem, if a plain mount may show a part of it
-    keeps_modes  whether permissions are kept, and not made up by the driver
+    probe        a program that is run before the mount; its exit status says whether to mount
+    refusals     exit statuses of a probe or mount program that mean a broken filesystem
+    top_level    the option that mounts the top level, if the default may be a part of it
+    keeps_modes  whether the filesystem has permissions, and the driver does not invent them
     """
 
     name: str
@@ -49,7 +50,7 @@ class Driver(NamedTuple):
 
     @property
     def program(self) -> str | None:
-        """What mounts it instead of the kernel."""
+        """The program that mounts it, if the kernel does not."""
         return MOUNT_PROGRAMS.get(self.name)
 
 
@@ -117,18 +118,26 @@ _LIMITS = re.compile(
     r"|[Oo]nly pagesize|without CONFIG_|[Cc]an(?:'t|not) load|already",
     re.IGNORECASE,
 )
-"""Words of a kernel that does not know something, whatever else it says."""
+"""Kernel messages about features that are not supported; they win over `Driver.broken`."""
 _STRUCTURES = {errno.EUCLEAN, errno.EBADMSG}
-"""What drivers return for nothing but a structure that is broken (EFSCORRUPTED, EFSBADCRC)."""
+"""What drivers return only for a broken structure (EFSCORRUPTED, EFSBADCRC)."""
 _ANY_FAULT = {errno.EINVAL, errno.EIO, errno.ENOENT, errno.ESTALE, errno.EFBIG, errno.ERANGE}
-"""What they return for broken structures as well as for other reasons: the words decide."""
+"""What they return for broken structures and for other reasons: `Driver.broken` decides."""
 _PASSING = {
-    *(errno.EBUSY, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ENXIO, errno.EPERM),
-    *(errno.ENODEV, errno.ENOTBLK, errno.ENFILE, errno.EMFILE, errno.EFAULT),
+    errno.EBUSY,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.ENXIO,
+    errno.EPERM,
+    errno.ENODEV,
+    errno.ENOTBLK,
+    errno.ENFILE,
+    errno.EMFILE,
+    errno.EFAULT,
 }
-"""What comes of the guest, and need not come again in another one."""
-_EXT_COMPAT_AT, _FAST_COMMIT = superblock.OFFSET + 0x5C, 0x400
-_EXT_INCOMPAT_AT = superblock.OFFSET + 0x60
+"""Errors of the guest, which another guest need not have."""
+_FAST_COMMIT = 0x400  # a compatible feature of ext4
 
 
 class RefusedByKernelError(NotMountedError):
@@ -141,18 +150,18 @@ def driver_of(device: ReadableDevice) -> Driver:
 
 
 def has_ciphers(device: ReadableDevice) -> bool:
-    """Tell whether folders may be encrypted, so that a name in them is not found without a key."""
+    """Tell whether directories may be encrypted, so that names are not found without a key."""
     if kind_of(device) is not FilesystemKind.EXT:
         return False
-    incompat = int.from_bytes(device.pread(_EXT_INCOMPAT_AT, 4), "little")
+    incompat = SUPERBLOCK.read_field(device, superblock.OFFSET, "feature_incompat")
     return bool(incompat & superblock.Incompat.ENCRYPT)
 
 
 def replays_for_writing_only(device: ReadableDevice) -> bool:
-    """Tell whether a mount for reading leaves something of the log: fast commits of ext4."""
+    """Tell whether a read-only mount does not replay all of the log: ext4 with fast commits."""
     if kind_of(device) is not FilesystemKind.EXT:
         return False
-    compat = int.from_bytes(device.pread(_EXT_COMPAT_AT, 4), "little")
+    compat = SUPERBLOCK.read_field(device, superblock.OFFSET, "feature_compat")
     return bool(compat & _FAST_COMMIT)
 
 
@@ -164,18 +173,22 @@ def refusal(driver: Driver, code: int, said: Sequence[str]) -> FilesystemError |
     """
     lines = [line.strip() for line in said if line.strip()]
     if driver.program is not None:
-        told = "; ".join(lines[-2:])
+        message = "; ".join(lines[-2:])
         if code in driver.refusals:
-            return RefusedByKernelError(f"{driver.program} refuses to mount it: {told}")
-        return FilesystemError(f"{driver.program} cannot tell what a mount would show: {told}")
+            return RefusedByKernelError(f"{driver.program} refuses to mount it: {message}")
+        return FilesystemError(f"{driver.program} cannot tell what a mount would show: {message}")
     name = errno.errorcode.get(code, str(code))
     limits = [line for line in lines if _LIMITS.search(line)]
-    told = f"{'; '.join((limits or lines)[-2:]) or os.strerror(code)} ({name})"
+    message = f"{'; '.join((limits or lines)[-2:]) or os.strerror(code)} ({name})"
     if code in _PASSING:
-        return GuestError(f"the checker guest cannot mount anything: {told}")
+        return GuestError(f"the checker guest cannot mount anything: {message}")
     if limits:
-        return FilesystemError(f"the kernel of the lab does not know all of the filesystem: {told}")
+        return FilesystemError(
+            f"the kernel of the lab does not know all of the filesystem: {message}"
+        )
     faults = any(re.search(driver.broken, line) for line in lines)
     if code in _STRUCTURES or (code in _ANY_FAULT and faults):
-        return RefusedByKernelError(f"the kernel refuses to mount it: {told}")
-    return FilesystemError(f"the kernel of the lab does not mount it, and why is not clear: {told}")
+        return RefusedByKernelError(f"the kernel refuses to mount it: {message}")
+    return FilesystemError(
+        f"the kernel of the lab does not mount it, and why is not clear: {message}"
+    )

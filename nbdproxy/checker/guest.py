@@ -1,12 +1,12 @@
 """The checker guest: one boot, and then any number of disks of any size, one after the other.
 
-What is *behind* its disk is exchanged between two mounts, and a partition of the new one's length
-is made on it, of which Linux knows nothing yet. `ask` hands a command to the guest's agent
+The data behind its disk is exchanged between two mounts, and a new partition of the new length is
+made on it, of which Linux has nothing cached. `ask` sends a command to the guest's agent
 (`agent.js`).
 
-Guarantees: commands and answers are numbered. An answer that is late, out of step or no answer, a
-disk that could not be read here, and a kernel that stumbled raise `GuestError`; the guest is gone
-then, and nothing that it said is used. Plain blocking code.
+Guarantees: commands and answers are numbered. An answer that is late, out of order or invalid, a
+disk that could not be read here, and a kernel that reported a fault of its own raise `GuestError`;
+the guest is ended then, and no answer of it is used. Plain blocking code.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.lab.guest import accel, cpio, initramfs
 from nbdproxy.lab.guest.build import Lab
 from nbdproxy.policy import loader
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.state_server.background import ThreadedServer
@@ -44,7 +45,7 @@ _PROGRAMS = [Path(__file__).with_name(name) for name in ("agent.js", "attach.pl"
 _RETRY_S = 0.05
 _GLANCE_S = 1.0
 _ANSWER_MAX = MEMORY_MIB << 20
-"""Bytes of an answer: the guest made it in its memory."""
+"""Bytes of an answer at most: the guest has it in its memory."""
 
 _RUN = """n=0; until [ -b /dev/vda ] && [ -b /dev/vdb ]; do
   n=$((n+1)); [ $n -gt 200 ] && exit; sleep 0.05
@@ -62,19 +63,19 @@ _STUMBLED = re.compile(
     r"|page allocation failure"
     r"| error, dev vd[a-z]+, sector"  # the disk answered that: it is not what a filesystem found
 )
-"""What a kernel says when what it tells afterwards is not of the disk alone."""
+"""Messages of a kernel whose later answers need not depend on the disk alone."""
 
 
 class GuestError(LabError):
-    """The checker guest did not start, did not answer rightly, or ended; it tells nothing."""
+    """The checker guest did not start, gave no valid answer, or ended; no verdict follows."""
 
 
 class AgentPort:
-    """The line to the guest's agent: numbered commands, and an answer to each.
+    """The connection to the guest's agent: numbered commands, and an answer to each.
 
-    `starved` tells for how many seconds so far the agent wanted a processor and had none.
+    `starved` returns for how many seconds so far the guest waited for a processor.
 
-    said  what the guest's kernel said while it did the last command, line by line
+    said  the guest's kernel messages during the last command, line by line
     """
 
     def __init__(self, connected: socket.socket, starved: Callable[[], float]) -> None:
@@ -151,7 +152,7 @@ class CheckerGuest:
                     tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
                 )
             )
-            export = Export("state", self._disk, loader.load("passthrough").policy)
+            export = Export("state", ImageStore(self._disk), loader.load("passthrough").policy)
             stack.callback(export.close)
             server = stack.enter_context(ThreadedServer(FixedExports([export])))
             command = _command(lab, server.uri("state"), folder / "port")

@@ -1,13 +1,12 @@
-"""`KernelOracle`: what a real Linux kernel says of crash states, in a disposable guest.
+"""`KernelOracle`: judges crash states by a real Linux kernel, in a disposable guest.
 
 The part of the disk that holds the filesystem is found here (`oracles.partitions`); it alone is
-what the guest gets as its disk, so a partition table is not read by the kernel. It is mounted for
-writing, as its own machine would after a reboot; what that writes goes into an overlay that is then
-forgotten.
+the guest's disk, so the kernel reads no partition table. It is mounted for writing, as its own
+machine would after a reboot; what that writes goes into an overlay that is discarded.
 
-A state that the kernel does not mount has lost all its files, if that is the disk's own fault (see
-`drivers`). Whatever goes wrong with the guest itself leaves a state *unknown*, and the next one
-gets a new guest. NTFS is mounted by ntfs-3g, which replays no log: a state whose log Windows would
+A state that the kernel does not mount has lost all its files, if the disk is at fault (see
+`drivers`). Any failure of the guest itself leaves a state *unknown*, and the next one gets a new
+guest. NTFS is mounted by ntfs-3g, which replays no log: a state whose log Windows would
 replay is unknown. Not thread-safe.
 """
 
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from nbdproxy.checker.browse import BROKEN, ShownByGuest
+from nbdproxy.checker.browse import BROKEN, GuestBrowser
 from nbdproxy.checker.drivers import (
     NO_TIMES,
     READ_ONLY,
@@ -51,19 +50,19 @@ from nbdproxy.oracles.manifest import SHA256, Entry, Manifest, link_entry
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, EarlierDigests
 from nbdproxy.oracles.partitions import Slice
-from nbdproxy.oracles.watched import Reads, WatchedDevice
+from nbdproxy.oracles.watched import RangeSet, WatchedDevice
 
 _ELSEWHERE = "EXDEV"
-"""What the agent answers where a path leads out of its mount."""
+"""The agent's error code for a path that leads out of its mount."""
 _SUBVOLUME = re.compile(r"^ID \d+ gen \d+ .*?\bpath ", re.MULTILINE)
 ROOTS_MAX, SNAPSHOTS_MAX = 64, 8
-"""So many subvolumes of a Btrfs, and so many snapshots, are offered as a root."""
+"""Subvolumes of a Btrfs, and snapshots, that `roots` returns at most."""
 READ_RATE = 4 << 20
-"""Bytes a second that a guest reads and digests at least."""
+"""Bytes per second that a guest reads and digests at least, in software emulation."""
 
 
 class KernelOracle:
-    """Satisfies `Oracle`; the guest is booted when it is first needed, and ends with `close`."""
+    """An `Oracle`; the guest is booted when it is first needed, and ends with `close`."""
 
     def __init__(self, progress: Callable[[str], None] = silent) -> None:
         self._progress = progress
@@ -71,11 +70,11 @@ class KernelOracle:
         self._guest: CheckerGuest | None = None
         self._known: dict[int, Manifest] = {}
 
-    def follow(
+    def prepare_check(
         self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
-    ) -> KernelFollower:
-        """Return what judges the files of a manifest, absolute paths that a mount has."""
-        return KernelFollower(self, manifest, earlier, mount)
+    ) -> KernelCheck:
+        """Return the check of a manifest's files; its paths are absolute, all on one mount."""
+        return KernelCheck(self, manifest, earlier, mount)
 
     def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
         """Return the directories that a mount of a filesystem may show at its point.
@@ -132,23 +131,23 @@ class KernelOracle:
             with self.mounted(place, root=mount.root) as guest:
                 found = guest.ask(
                     "read",
-                    path=_sent(quick.absolute(entry.path)),
-                    place=_where(mount),
+                    path=_to_agent(quick.absolute(entry.path)),
+                    place=_agent_mount(mount),
                     link=entry.target is not None,
                     limit=CONTENT_MAX,
-                    limit_s=_patience(place),
+                    limit_s=_time_limit_s(place),
                 )["data"]
         except (FilesystemError, GuestError):
             return None
         return None if found is None else base64.b64decode(found)
 
     @contextmanager
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownByGuest]:
-        """Open a mount to go through its files."""
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[GuestBrowser]:
+        """Open a mount, to walk through its directories."""
         place = self.place(device, mount.partition)
         try:
             with self.mounted(place, root=mount.root) as guest:
-                yield ShownByGuest(guest, place, _where(mount))
+                yield GuestBrowser(guest, place, _agent_mount(mount))
         except GuestError as error:
             raise FilesystemError(str(error)) from None
 
@@ -225,7 +224,7 @@ class KernelOracle:
                 load=driver.name in FILESYSTEM_MODULES,
                 program=driver.program,
                 probe=driver.probe,
-                limit_s=_patience(place),
+                limit_s=_time_limit_s(place),
             )
             if done["code"]:
                 raise refusal(driver, done["code"], done["said"].splitlines() or guest.said)
@@ -236,7 +235,7 @@ class KernelOracle:
             raise
         try:
             yield guest
-            if code := guest.ask("umount", limit_s=_patience(place))["code"]:
+            if code := guest.ask("umount", limit_s=_time_limit_s(place))["code"]:
                 raise GuestError(f"the checker guest cannot unmount the state: {os.strerror(code)}")
         except BaseException:  # something may still be mounted
             self.close()
@@ -248,7 +247,7 @@ class KernelOracle:
             if known is manifest:
                 return number
         number = len(self._known)
-        entries = [_asked(entry) for entry in manifest.entries]
+        entries = [_request(entry) for entry in manifest.entries]
         guest.ask("manifest", manifest=number, entries=entries)
         self._known[number] = manifest
         return number
@@ -269,7 +268,7 @@ class KernelOracle:
         self._booted()
         self._require("btrfs")
         with self.mounted(place, root="/") as guest:
-            said = guest.ask("subvolumes", limit_s=_patience(place))
+            said = guest.ask("subvolumes", limit_s=_time_limit_s(place))
         for done in said.values():
             if done["code"]:
                 raise FilesystemError(f"btrfs cannot list the subvolumes: {done['said'].strip()}")
@@ -287,18 +286,18 @@ class KernelOracle:
         with self.mounted(place, root=mount.root) as guest:
             found = guest.ask(
                 "walk",
-                under=_sent(quick.absolute(under)).rstrip("/") or "/",
-                place=_where(mount),
+                under=_to_agent(quick.absolute(under)).rstrip("/") or "/",
+                place=_agent_mount(mount),
                 digests=digests,
                 limit=place.length,
                 holes=HOLES_MAX,
-                limit_s=_patience(place),
+                limit_s=_time_limit_s(place),
             )
         entries = [entry for entry in map(_entry, found["files"]) if not without(entry.path)]
         entries.sort(key=lambda entry: entry.path.split("/"))
-        if errors := [one for one in found["errors"] if not without(_shown(one[0]))]:
+        if errors := [one for one in found["errors"] if not without(_from_agent(one[0]))]:
             path, code = min(errors)
-            what = _shown(path) or "/"
+            what = _from_agent(path) or "/"
             if digests:
                 raise FilesystemError(f"{what} cannot be read ({code})")
             raise quick.PartlyListedError(what, [entry.path for entry in entries])
@@ -316,7 +315,7 @@ class KernelOracle:
         try:
             self._require(program[0])
             argv = [f"/tools/bin/{program[0]}", *program[1:]]
-            done = guest.ask("fsck", argv=argv, limit_s=_patience(place))
+            done = guest.ask("fsck", argv=argv, limit_s=_time_limit_s(place))
         except FilesystemError as error:
             return Fsck(None, str(error))
         except GuestError as error:
@@ -333,8 +332,8 @@ class KernelOracle:
             )
 
 
-class KernelFollower:
-    """Judges the same files in one state after the other."""
+class KernelCheck:
+    """A `ManifestCheck` by the kernel."""
 
     def __init__(
         self, oracle: KernelOracle, manifest: Manifest, earlier: EarlierDigests, mount: Mount
@@ -344,7 +343,7 @@ class KernelFollower:
         self._earlier = earlier
         self._mount = mount
         self._last: Findings | None = None
-        self.reads: Reads | None = None
+        self.reads: RangeSet | None = None
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file on `device`.
@@ -356,7 +355,7 @@ class KernelFollower:
         watched = WatchedDevice(device)
         try:
             self._last = self._look(watched)
-            self.reads = Reads(watched.take())
+            self.reads = RangeSet(watched.take())
         except GuestError as error:
             self._last = self.reads = None
             return Findings(Verdict.UNKNOWN, reason=str(error))
@@ -370,10 +369,10 @@ class KernelFollower:
                 found = guest.ask(
                     "judge",
                     manifest=number,
-                    place=_where(self._mount),
+                    place=_agent_mount(self._mount),
                     limit=place.length,
                     holes=HOLES_MAX,
-                    limit_s=_patience(place),
+                    limit_s=_time_limit_s(place),
                 )["files"]
         except RefusedByKernelError as error:
             lost = {entry.path: Condition.UNREADABLE for entry in self._manifest.entries}
@@ -418,16 +417,16 @@ def chosen(said: Mapping[str, str]) -> tuple[list[str], list[str]]:
 def _listed(said: str) -> list[str]:
     """Return the paths of a list of subvolumes; a name may have line breaks."""
     found = _SUBVOLUME.split(said)[1:]
-    return [_shown("/" + path.removesuffix("\n")) for path in found]
+    return [_from_agent("/" + path.removesuffix("\n")) for path in found]
 
 
-def _patience(place: Slice) -> float:
+def _time_limit_s(place: Slice) -> float:
     """Return how many seconds the guest may read: all of a disk, in software emulation."""
     return ANSWER_LIMIT_S + place.length / READ_RATE
 
 
 def _doubt(entry: Entry, found: Any, *, hides: bool) -> str | None:
-    """Say why the agent's word on a file tells nothing, if so; `hides` if folders have ciphers."""
+    """Say why an agent's answer decides nothing; `hides` if directories may be encrypted."""
     if found == 1:
         return None
     if found["kind"] == "error" and found["code"] == _ELSEWHERE:
@@ -443,7 +442,7 @@ def _doubt(entry: Entry, found: Any, *, hides: bool) -> str | None:
 
 
 def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes: bool) -> Condition:
-    """Return what the agent's word on a file means."""
+    """Return the condition by an agent's answer on a file."""
     if found == 1:
         return Condition.WHOLE
     kind = found["kind"]
@@ -458,7 +457,10 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
         return classify(entry, len(target), [target], set(earlier))
     result = (
         conclude(
-            *(entry, found["size"], found["digests"], set(earlier)),
+            entry,
+            found["size"],
+            found["digests"],
+            set(earlier),
             all_zero=found["allZero"],
             zero_block=found["zeroBlock"],
         )
@@ -470,33 +472,33 @@ def _condition(entry: Entry, found: Any, earlier: Iterable[str], *, keeps_modes:
 
 
 def _entry(found: Any) -> Entry:
-    """Return the entry of a file or link that the agent came across."""
-    path = _shown(found["path"])
+    """Return the entry of a file or link in an agent's answer."""
+    path = _from_agent(found["path"])
     if "target" in found:
-        return link_entry(path, _shown(found["target"]))
+        return link_entry(path, _from_agent(found["target"]))
     return Entry(path, found.get("digests", {}).get(SHA256, ""), found["size"], found["mode"])
 
 
-def _asked(entry: Entry) -> dict[str, object]:
-    path, is_link = _sent(quick.absolute(entry.path)), entry.target is not None
-    asked = {"path": path, "link": is_link, "mode": entry.mode}
-    return {**asked, "algorithms": entry.algorithms, "digest": entry.digest}
+def _request(entry: Entry) -> dict[str, object]:
+    path, is_link = _to_agent(quick.absolute(entry.path)), entry.target is not None
+    request = {"path": path, "link": is_link, "mode": entry.mode}
+    return {**request, "algorithms": entry.algorithms, "digest": entry.digest}
 
 
-def _where(mount: Mount) -> dict[str, object]:
-    """Write a mount as the agent wants it: without a slash at the end."""
+def _agent_mount(mount: Mount) -> dict[str, object]:
+    """Return a mount in the agent's form: paths without a slash at the end."""
 
     def sent(path: str) -> str:
-        return _sent(quick.absolute(path)).rstrip("/")
+        return _to_agent(quick.absolute(path)).rstrip("/")
 
     covered = [sent(point) for point in mount.covered]
     return {"point": sent(mount.point), "root": sent(mount.root), "covered": covered}
 
 
-def _sent(path: bytes) -> str:
-    """Write bytes as the agent wants them: a character each."""
+def _to_agent(path: bytes) -> str:
+    """Encode bytes for the agent: as one character each."""
     return path.decode("latin-1")
 
 
-def _shown(text: str) -> str:
+def _from_agent(text: str) -> str:
     return quick.shown(text.encode("latin-1"))

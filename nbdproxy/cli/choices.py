@@ -36,6 +36,7 @@ Root = Annotated[
         show_default="found by looking for the files",
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RecordedAs = Annotated[
     CacheMode | None,
     typer.Option(help="The cache mode QEMU had, if it cannot be told from the recording."),

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nbdproxy.cli.choices import JsonOption
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.errors import UsageError
 from nbdproxy.peers import TrustedPeers
@@ -23,7 +24,6 @@ ExportOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Only this export.", show_default="all of them"),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()

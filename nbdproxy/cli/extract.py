@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.cli.check import state_disk
+from nbdproxy.case.case import Case
+from nbdproxy.case.oracles import OracleName
+from nbdproxy.case.states import StateChoice
 from nbdproxy.cli.choices import BaseOption, Mounts, PartitionOption, where_of
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
-from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, tree_of_disk
+from nbdproxy.cli.oracles import OracleChoice
+from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, disk_state
 from nbdproxy.errors import UsageError
-from nbdproxy.oracles.browse import FileType, Found
+from nbdproxy.oracles.browse import BrowsedEntry, FileType
 from nbdproxy.oracles.check import shown
 from nbdproxy.oracles.extract import Extracted
 from nbdproxy.oracles.extract import extract as extract_files
@@ -66,11 +68,11 @@ def extract(
     if output is None:
         raise UsageError("where to? name a new folder with -o DIR")
     with (
-        state_disk(where, (state, at, mode, failure), base) as (name, disk, timeline, fine),
+        disk_state(where, StateChoice(state, at, mode, failure), base) as (source, fine),
         err.status("looking at the filesystem") as status,
-        opened(oracle, status.update) as reader,
+        Case(oracle=oracle, tell=status.update) as case,
     ):
-        tree = tree_of_disk(reader, disk, timeline, where_of(None, partition, mount))
+        tree = source.tree(case.oracle, where_of(None, partition, mount))
         _make_folder(output)
         last = time.monotonic()
 
@@ -80,14 +82,14 @@ def extract(
                 last = now
                 status.update(f"extracting: {_counts(found)}")
 
-        found = extract_files(reader, disk, tree, paths or ["/"], output, tell=tell)
+        found = extract_files(case.oracle, source.disk, tree, paths or ["/"], output, tell=tell)
     if json:
-        print_json(_to_json(name, output, found))
+        print_json(_to_json(source.name, output, found))
     else:
         for word, ones in _left_out(found):
             for path, why in ones:
                 out.print(f"{word:9}{printable(path)}: {printable(why)}", markup=False)
-        out.print(f"wrote {_counts(found)} of {name} to {output}", markup=False)
+        out.print(f"wrote {_counts(found)} of {source.name} to {output}", markup=False)
     raise typer.Exit(1 if found.lost else 2 if found.doubtful else fine)
 
 
@@ -127,7 +129,7 @@ def _to_json(name: str, output: Path, found: Extracted) -> dict[str, object]:
     }
 
 
-def _entry(one: Found) -> dict[str, object]:
+def _entry(one: BrowsedEntry) -> dict[str, object]:
     return {
         "path": shown(one.path),
         "kind": one.kind.value,

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from nbdproxy import streams
@@ -102,7 +101,7 @@ def _note(note: Note) -> dict[str, Any]:
 
 
 def _request(source: RecordedSource, event: Event) -> dict[str, Any]:
-    row = int(np.searchsorted(source.table.seq, event.seq))
+    row = source.table.rows_before(event.seq)
     completed, error = int(source.table.completed[row]), int(source.table.error[row])
     answered = completed != NEVER
     item: dict[str, Any] = {

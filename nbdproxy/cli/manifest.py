@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.case.case import Case
+from nbdproxy.case.oracles import OracleName
 from nbdproxy.cli.choices import Mounts, PartitionOption, where_of
 from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.oracles import OracleChoice, OracleName, opened
+from nbdproxy.cli.oracles import OracleChoice
 from nbdproxy.cli.recorded import code_at, recorded
 from nbdproxy.crash.states.cuts import resolve
 from nbdproxy.crash.states.naming import Choice, StateId
@@ -116,11 +118,11 @@ def manifest(
         with (
             _disk(where, base) as (disk, fine),
             err.status("reading") as status,
-            opened(oracle, status.update) as asked,
+            Case(oracle=oracle, tell=status.update) as case,
         ):
-            tree = survey_tree(asked, disk, where_of(None, partition, mount))
+            tree = survey_tree(case.oracle, disk, where_of(None, partition, mount))
             left_out = tree.left_out(posixpath.normpath(posixpath.join("/", under or "")))
-            found = scan(asked, disk, under or "/", tree, modes=modes, without=without)
+            found = scan(case.oracle, disk, under or "/", tree, modes=modes, without=without)
     for why in dict.fromkeys(left_out.values()):
         err.print(f"left out: {printable(why)}", markup=False)
     if not found.entries:

@@ -7,16 +7,15 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.case.case import Case
+from nbdproxy.case.exploring import TIME_LIMIT_S, Check
+from nbdproxy.case.oracles import OracleName
+from nbdproxy.cli.checks import CheckCommand, Files, TimeLimit, option_of_base
 from nbdproxy.cli.choices import BaseOption, Mounts, PartitionOption, Root, where_of
-from nbdproxy.cli.console import err, out, print_json
-from nbdproxy.cli.explore import TIME_LIMIT_S, Check, Files, TimeLimit, make_judge, option_of_base
-from nbdproxy.cli.oracles import OracleChoice, OracleName
-from nbdproxy.cli.recorded import recorded
-from nbdproxy.crash.explore.evaluator import EvaluatorSetup, StateEvaluator
-from nbdproxy.crash.explore.judging import ManifestPlan
-from nbdproxy.crash.explore.minimize import minimize as minimize_state
+from nbdproxy.cli.console import out, print_json
+from nbdproxy.cli.oracles import OracleChoice
+from nbdproxy.cli.recorded import recorded, telling, warn
 from nbdproxy.crash.states.naming import parse_state_id
-from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.report import minimized
 
 
@@ -24,7 +23,7 @@ def minimize(
     run: Annotated[Path, typer.Argument(help="A recording.")],
     state: Annotated[str, typer.Option(metavar="ID", help="A state that fails.")],
     files: Files = None,
-    check: Check = None,
+    check: CheckCommand = None,
     time_limit: TimeLimit = TIME_LIMIT_S,
     root: Root = None,
     partition: PartitionOption = None,
@@ -47,28 +46,16 @@ def minimize(
     """
     chosen = parse_state_id(state)
     with recorded(run, base) as source:
-        timeline = Timeline(source)
-        timeline.open(chosen)
-        at = f"seq:{chosen.position - 1}" if chosen.position else "end"
-        judge = make_judge(
-            timeline, files, check, at, where_of(root, partition, mount), time_limit, oracle
+        case = Case(
+            [source],
+            files=files,
+            where=where_of(root, partition, mount),
+            base=base,
+            oracle=oracle,
+            warn=warn,
         )
-        job = EvaluatorSetup(run.absolute(), base, chosen.level, chosen.options, judge)
-        bench = StateEvaluator(source, job)
-        try:
-            with err.status("minimizing") as status:
-                found = minimize_state(
-                    bench,
-                    chosen,
-                    progress=lambda left, checks: status.update(
-                        f"minimizing: {left:,} pieces left after {checks:,} checks"
-                    ),
-                )
-                tree = judge.tree if isinstance(judge, ManifestPlan) else None
-                told = minimized.tell(bench.timeline, found, tree)
-        finally:
-            bench.close()
-            timeline.close()
+        with case, telling(case, "minimizing"):
+            told = case.minimize(chosen, Check(check, time_limit))
     if json:
         print_json(minimized.to_json(told, str(run)))
     else:

@@ -14,21 +14,23 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.case.case import Case
+from nbdproxy.case.states import StateChoice
 from nbdproxy.cli.choices import BaseOption
 from nbdproxy.cli.console import err, out, set_up_logging
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode, choose
-from nbdproxy.crash.states.timeline import Timeline
+from nbdproxy.cli.states import State, StateAt, StateFailure, StateMode
 from nbdproxy.disks.copying import write_sparse
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.errors import NbdproxyError, UsageError
 from nbdproxy.policy import loader
 from nbdproxy.private import New, new_file
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.endpoints import listen_unix
-from nbdproxy.server.power import Power
 from nbdproxy.server.service import Setting, serve
+from nbdproxy.server.shared.power import Power
 from nbdproxy.sizes import size_text
 
 
@@ -77,9 +79,9 @@ def open_(
     """
     set_up_logging(verbose=False)
     with ExitStack() as stack:
-        timeline = Timeline(stack.enter_context(recorded(run, base)))
-        stack.callback(timeline.close)
-        chosen = choose(timeline, state, at, mode, failure)
+        source = stack.enter_context(recorded(run, base))
+        timeline = stack.enter_context(Case([source])).timeline
+        chosen = StateChoice(state, at, mode, failure).of(timeline)
         disk = timeline.open(chosen)
         timeline.base()
         if output is not None and command is not None:
@@ -111,10 +113,9 @@ def open_(
         async def opened(power: Power) -> AsyncIterator[Export]:
             export = Export(
                 "",
-                OverlayDisk(disk),
+                ImageStore(OverlayDisk(disk), power),
                 loader.load("passthrough").policy,
                 description=f"state {chosen} of {run}",
-                power=power,
             )
             try:
                 yield export

@@ -8,15 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from nbdproxy.cli.choices import JsonOption
 from nbdproxy.cli.console import err, out, print_json
 from nbdproxy.policy.loader import PolicyFile, load, names
 from nbdproxy.policy.words import sentences
 from nbdproxy.printable import visible
-from nbdproxy.server.export.dry_run import DryRun, explain, rehearse
+from nbdproxy.server.export.dry_run import DryRun, dry_run, explain
 from nbdproxy.sizes import plural
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.callback()
@@ -97,7 +97,7 @@ def check(
 
 def _rehearsals(file: PolicyFile) -> Iterator[tuple[int, DryRun]]:
     for number, example in enumerate(file.examples, 1):
-        yield number, rehearse(file.with_settings(example.settings), example)
+        yield number, dry_run(file.with_settings(example.settings), example)
 
 
 def _result(file: PolicyFile, found: list[tuple[int, DryRun]]) -> dict[str, Any]:

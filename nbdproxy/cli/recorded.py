@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbdproxy.cli.console import err
 from nbdproxy.crash.states.recorded import RecordedSource
+
+if TYPE_CHECKING:  # it takes most of a second, and not all commands ask one
+    from nbdproxy.case.case import Case
 
 
 @contextmanager
@@ -25,8 +29,24 @@ def recorded(
     """
     with RecordedSource(run, image=base) as source:
         if note and source.missing:
-            err.print(f"note: {f'{run}: ' if name else ''}{source.missing}", markup=False)
+            warn(f"{f'{run}: ' if name else ''}{source.missing}")
         yield source
+
+
+def warn(text: str) -> None:
+    """Say on stderr what an answer does not cover."""
+    err.print(f"note: {text}", markup=False)
+
+
+@contextmanager
+def telling(case: Case, what: str) -> Iterator[None]:
+    """Show on stderr, as long as a block runs, what is done for a case; at first it is `what`."""
+    with err.status(what) as status:
+        before, case.tell = case.tell, status.update
+        try:
+            yield
+        finally:
+            case.tell = before
 
 
 def code_at(source: RecordedSource, position: int, code: int = 0) -> int:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from nbdproxy.checker.both import BothOracles
+from nbdproxy.case.case import Case
+from nbdproxy.case.oracles import OracleName
 from nbdproxy.cli.choices import (
     At,
     BaseOption,
@@ -23,17 +24,9 @@ from nbdproxy.cli.choices import (
     where_of,
 )
 from nbdproxy.cli.console import err, out, print_fields, print_json
-from nbdproxy.cli.oracles import (
-    EXIT,
-    OracleChoice,
-    OracleName,
-    differences_json,
-    opened,
-    tell_differences,
-)
+from nbdproxy.cli.oracles import EXIT, OracleChoice, differences_json, tell_differences
 from nbdproxy.cli.recorded import code_at, recorded
-from nbdproxy.crash.blame.together import Together, replay_together
-from nbdproxy.crash.states.naming import StateId
+from nbdproxy.crash.blame.together import Together
 from nbdproxy.crash.states.recorded import RecordedSource, is_recording
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles import manifest
@@ -109,29 +102,26 @@ def replay(
     with ExitStack() as stack:
         several = len(found) > 1
         sources = [stack.enter_context(recorded(run, base, name=several)) for run in found]
-        with err.status("judging crash states") as status, opened(oracle, status.update) as judge:
-
-            def about_to_judge(state: StateId) -> None:
-                status.update(f"judging crash state {state}")
-                if isinstance(judge, BothOracles):
-                    judge.state = str(state)
-
-            together = replay_together(
-                sources,
-                wanted,
-                modes=parse_list(mode, CacheMode, "--mode"),
-                failures=parse_list(failure, Failure, "--failure") or tuple(Failure),
-                at=at,
-                options=Options(coverage=covers),
-                recorded_as=recorded_as,
-                where=where_of(root, partition, mount),
-                progress=about_to_judge,
-                oracle=judge,
+        with err.status("judging crash states") as status:
+            modes = parse_list(mode, CacheMode, "--mode")
+            failures = parse_list(failure, Failure, "--failure") or tuple(Failure)
+            case = stack.enter_context(
+                Case(
+                    sources,
+                    files=wanted,
+                    where=where_of(root, partition, mount),
+                    at=at,
+                    model=Options(coverage=covers),
+                    recorded_as=recorded_as,
+                    oracle=oracle,
+                    tell=status.update,
+                )
             )
-        tell_differences(judge)
+            together = case.replay(modes, failures)
+        tell_differences(case.comparison)
         if json:
             told = to_json(together, sources, [str(run) for run in found], files=list_files)
-            print_json({**told, **differences_json(judge)})
+            print_json({**told, **differences_json(case.comparison)})
         else:
             _print(together, sources[0], list_files=list_files)
     code = EXIT[merge({cell.verdict for cell in together.table.cells})]

@@ -27,7 +27,7 @@ from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.endpoints import Endpoint, is_loopback, listen_tcp, listen_unix
 from nbdproxy.server.service import Setting
 from nbdproxy.server.service import serve as serve_exports
-from nbdproxy.server.tls import ServerTls, server_tls
+from nbdproxy.server.shared.tls import ServerTls, server_tls
 from nbdproxy.sizes import plural, size_text
 
 
@@ -192,7 +192,12 @@ def serve(
         raise UsageError("--bake writes to the image, which --read-only and --overlay forbid")
     plans = [
         ExportPlan(
-            *(image, policies, name, image_format, read_only, overlay),
+            image,
+            policies,
+            name,
+            image_format,
+            read_only,
+            overlay,
             record=_folder(record, name, alone=len(images) == 1),
             sync_recording=sync_recording,
             seed=seed,
@@ -204,7 +209,7 @@ def serve(
     security = server_tls(TlsMode[tls.name], tls_certificates, verify_peer=tls_verify_peer)
     with ExitStack() as stack:
         endpoint = _endpoint(
-            *(socket, listen, security, stack), insecure=insecure, read_only=read_only
+            socket, listen, security, stack, insecure=insecure, read_only=read_only
         )
         taken = None if control is None else listen_unix(control, option="--control")
         if taken is not None:

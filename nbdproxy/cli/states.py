@@ -1,25 +1,23 @@
-"""Which state of a recording a user means: its id, or an instant and what struck then."""
+"""Options that name a state, and the disk that they mean: of a recording, or an image as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, TypeVar
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from nbdproxy.crash.blame.replay import level_at
-from nbdproxy.crash.states.cuts import resolve
-from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
-from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.errors import FilesystemError, ManifestError, UsageError
-from nbdproxy.oracles.locate import Where, survey_tree
-from nbdproxy.oracles.mounts import Tree
-from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.persistence.model import Level
+from nbdproxy.case.case import Case
+from nbdproxy.case.states import DiskState, StateChoice
+from nbdproxy.cli.recorded import code_at, recorded
+from nbdproxy.crash.states.recorded import is_recording
+from nbdproxy.disks.file import FileDisk
+from nbdproxy.disks.formats import refuse_foreign
+from nbdproxy.errors import UsageError
 from nbdproxy.persistence.modes import CacheMode, Failure
-
-T = TypeVar("T")
+from nbdproxy.recording.reader import no_recording
 
 State = Annotated[
     str | None, typer.Option(metavar="ID", help="A state's id, as replay --json tells it.")
@@ -29,58 +27,23 @@ StateMode = Annotated[CacheMode | None, typer.Option(help="The worst state of th
 StateFailure = Annotated[Failure | None, typer.Option(help="...and this failure.")]
 
 
-def choose(
-    timeline: Timeline,
-    state: str | None,
-    at: str | None,
-    mode: CacheMode | None,
-    failure: Failure | None,
-) -> StateId:
-    """Return the state that a command's options name; UsageError if they do not name one."""
-    if state is not None:
-        if at is not None or mode is not None or failure is not None:
-            raise UsageError("--state says all; drop --at, --mode and --failure")
-        return parse_state_id(state)
-    if at is None:
-        raise UsageError("which state? name it with --state ID or --at CUT")
-    if (mode is None) != (failure is None):
-        raise UsageError("--mode and --failure go together; give both or neither")
-    position = resolve(timeline.source, at).position
-    if mode is None or failure is None:
-        return StateId(position, Level.RECEIVED, Choice.ALL)
-    level = level_at(timeline.table, position, mode, failure)
-    return StateId(position, level, Choice.MUST)
+@contextmanager
+def disk_state(
+    where: Path, choice: StateChoice, base: Path | None
+) -> Iterator[tuple[DiskState, int]]:
+    """Yield the disk in the state that is meant, and the exit code where all is well with it.
 
-
-def tree_of_disk(
-    oracle: Oracle, disk: ReadableDevice, timeline: Timeline | None, where: Where
-) -> Tree:
-    """Return the guest's tree: where the most is there, at the end, or else in the state itself.
-
-    Raises FilesystemError if there is none, or it is not clear what is mounted where.
+    That is 2 if it is the state at an end that is lost.
     """
-    return at_the_end_or_here(
-        disk, timeline, lambda one, other: survey_tree(oracle, one, where, other)
-    )
-
-
-def at_the_end_or_here(
-    disk: ReadableDevice,
-    timeline: Timeline | None,
-    find: Callable[[ReadableDevice, ReadableDevice | None], T],
-) -> T:
-    """Return what is found when all has been sent, or else in the state itself.
-
-    `find` is given the one to look at, and the other. Raises what it raises: FilesystemError or
-    ManifestError.
-    """
-    if timeline is None:
-        return find(disk, None)
-    end = timeline.at(timeline.source.events)
-    try:
-        return find(end, disk)
-    except (FilesystemError, ManifestError) as at_the_end:
-        try:
-            return find(disk, end)
-        except (FilesystemError, ManifestError):
-            raise at_the_end from None
+    if where.is_dir() and not is_recording(where):
+        raise no_recording(where)
+    if not is_recording(where):
+        if not choice.is_empty or base is not None:
+            raise UsageError(f"{where} is no recording: it has one state only; drop the options")
+        with closing(FileDisk(where, read_only=True)) as disk:
+            refuse_foreign(disk)
+            yield DiskState(str(where), disk), 0
+        return
+    with recorded(where, base) as source, Case([source]) as case:
+        state = case.state(choice)
+        yield state, code_at(source, state.position or 0)

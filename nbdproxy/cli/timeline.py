@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
+from nbdproxy.case.case import Case
 from nbdproxy.cli.choices import BaseOption
 from nbdproxy.cli.console import err, out, print_json, set_up_logging
 from nbdproxy.cli.recorded import recorded
-from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.front.endpoints import listen_unix
 from nbdproxy.state_server.server import StateExports, cut_names, serve_states
@@ -46,8 +46,7 @@ def timeline(
     set_up_logging(verbose=False)
     with ExitStack() as stack:
         source = stack.enter_context(recorded(run, base))
-        opened = Timeline(source)
-        stack.callback(opened.close)
+        opened = stack.enter_context(Case([source])).timeline
         opened.base()
         if socket is None:
             folder = stack.enter_context(

@@ -1,7 +1,7 @@
-"""What a volatile cache holds: one write, and the history of all that have not landed.
+"""What a volatile cache holds: one write, and the history of all that were not destaged.
 
-Among the held writes the order is that in which they came. A write that lands before an older one
-covers it: the older one never comes over it any more, whoever lands it (rule 6 of the model).
+Among the held writes the order is that in which they came. A write that is destaged before an older
+one covers it: that never comes over it any more, whoever destages it (rule 6 of the model).
 Does not cover: where the data is, and what reads show; that is `nbdproxy.disks.volatile`.
 """
 
@@ -58,16 +58,16 @@ def held_map() -> ExtentMap[Held]:
 
 
 class History:
-    """Every held write of which something may still land, those that were overwritten included.
+    """Every held write of which something may still be destaged, overwritten ones included.
 
-    `may_land` may run in a thread beside `add`, `writes` and `find`.
+    `not_covered` may run in a thread beside `add`, `writes` and `find`.
     """
 
     def __init__(self) -> None:
         # By order number, ascending. Of a plain dict the first would be slow to find again after
         # many others went from its front.
         self._writes: OrderedDict[int, Ticket] = OrderedDict()
-        # Where writes landed while older ones were held: the order number of the newest of them.
+        # Where writes were destaged before older ones: the order number of the newest of them.
         self._covers: ExtentMap[int] = ExtentMap()
         self._prune_at = _PRUNE_AT_LEAST
 
@@ -76,7 +76,7 @@ class History:
         self._writes[ticket.held.order] = ticket
 
     def writes(self) -> list[Ticket]:
-        """Return the writes of which something may still land, oldest first: O(all)."""
+        """Return the writes of which something may still be destaged, oldest first: O(all)."""
         if len(self._covers):
             for ticket in [one for one in self._writes.values() if self._is_covered(one)]:
                 del self._writes[ticket.held.order]
@@ -90,10 +90,10 @@ class History:
         return ticket
 
     def _is_covered(self, ticket: Ticket) -> bool:
-        return next(self.may_land(ticket, ticket.offset, ticket.end), None) is None
+        return next(self.not_covered(ticket, ticket.offset, ticket.end), None) is None
 
-    def may_land(self, ticket: Ticket, start: int, end: int) -> Iterator[tuple[int, int, Held]]:
-        """Yield what of [start, end) of a write may land, as pieces (start, end, held)."""
+    def not_covered(self, ticket: Ticket, start: int, end: int) -> Iterator[tuple[int, int, Held]]:
+        """Yield what of [start, end) of a write may be destaged, as pieces (start, end, held)."""
         order = ticket.held.order
         if order not in self._writes or start >= end:
             return
@@ -101,8 +101,8 @@ class History:
             if cover is None or cover < order:
                 yield piece_start, piece_end, shift(ticket.held, piece_start - ticket.offset)
 
-    def landed(self, ticket: Ticket) -> bool:
-        """Forget a write that has landed, which covers older ones; False if it was not there."""
+    def destaged(self, ticket: Ticket) -> bool:
+        """Forget a write that was destaged, which covers older ones; False if it was not there."""
         order = ticket.held.order
         if self._writes.pop(order, None) is None:
             return False
@@ -117,7 +117,7 @@ class History:
         return True
 
     def forget_through(self, order: int) -> None:
-        """Forget all writes up to `order`: they landed, or never will."""
+        """Forget all writes up to `order`: they were destaged, or never will be."""
         while self._writes and next(iter(self._writes)) <= order:
             self._writes.popitem(last=False)
         if len(self._covers):

@@ -18,10 +18,10 @@ def data_extents(fd: int, offset: int, length: int) -> Iterator[Extent]:
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return
-            yield Extent(at, end - at)
+            yield Extent.between(at, end)
             return
         if start >= end:
             return
         stop = min(end, os.lseek(fd, start, os.SEEK_HOLE))
-        yield Extent(start, stop - start)
+        yield Extent.between(start, stop)
         at = stop

@@ -37,3 +37,17 @@ class Past:
         """Forget everything; closing twice is harmless."""
         scratch, self._scratch = self._scratch, -1
         close_scratch(scratch)
+
+
+class NoPast:
+    """That of a disk of which no read gets stale data: nothing is kept."""
+
+    def keep(self, offset: int, old: bytes) -> None:
+        """Do nothing."""
+
+    def patch(self, offset: int, buffer: memoryview) -> bool:  # noqa: ARG002 - as `Past`
+        """Put nothing into it."""
+        return False
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -25,11 +25,8 @@ class TracedDisk:
     @property
     def reads(self) -> ExtentSet:
         """What was read so far; a copy."""
-        found = ExtentSet()
         with self._lock:
-            for extent in self._reads:
-                found.add(extent.offset, extent.end)
-        return found
+            return ExtentSet(self._reads)
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""

@@ -1,22 +1,22 @@
 """A disk with a volatile write cache: what was not flushed is held here, and a power cut drops it.
 
 Reads see the newest write. `freeze` at the instant a flush is received puts a line under what it
-covers; `copy_down` writes everything above the lines to the disk below and syncs it; `landed`
-then forgets it here, or `drop` keeps it from ever landing and lets reads show it; the `ticket`
-calls land a single write, for FUA or because the cache writes it back on its own. The copying and
-`pread_into` may run in threads while reads and writes go on; everything else belongs to one
-thread, and there is one landing (copying, then forgetting) at a time, whose place `drop` and
-`land_pieces` take. Every write has an order number, so that a write that lands first removes what
-is older than it, and nothing newer, and one whose flush landed first is not written again over
-what is newer.
+covers; `copy_down` writes everything above the lines to the disk below and syncs it; `destaged`
+then forgets it here, or `drop` keeps it from ever being destaged and lets reads show it; the
+`ticket` calls destage a single write, for FUA or because the cache writes it back on its own. The
+copying and `pread_into` may run in threads while reads and writes go on; everything else belongs to
+one thread, and there is one destaging (copying, then forgetting) at a time, whose place `drop` and
+`destage_pieces` take. Every write has an order number, so that a write that is destaged first
+removes what is older than it, and nothing newer, and one whose flush was destaged first is not
+written again over what is newer.
 
-With a history every held write that has not landed is known, also what others of its layer have
-overwritten, and a power cut can let any part of any of them survive: `land_pieces`. It costs
-memory for each write until that has landed, so nothing of it is kept without.
+With a history every held write that was not destaged is known, also what others of its layer have
+overwritten, and a power cut can let any part of any of them survive: `destage_pieces`. It costs
+memory for each write until that is destaged, so nothing of it is kept without.
 
-A process that is killed leaves on the disk below what was landed: the held data is in an unnamed
+A process that is killed leaves on the disk below what was destaged: the held data is in an unnamed
 scratch file. Does not cover: which writes a flush covers; that is decided by who calls `freeze`;
-nor what a landing that failed half-way left below: that is on the disk, and still held.
+nor what a destaging that failed half-way left below: that is on the disk, and still held.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Layer:
 
 
 class VolatileDisk:
-    """`below` behind a volatile cache, as a `BlockDevice` whose `sync` lands everything.
+    """`below` behind a volatile cache, as a `BlockDevice` whose `sync` destages everything.
 
     `history` keeps all held writes, for `writes`, for `land_pieces`, and for writing back.
     """
@@ -65,9 +65,9 @@ class VolatileDisk:
         self._newest = held_map()
         self._open = Layer(0)
         self._frozen: list[Layer] = []
-        # Layers that landed or were dropped.
+        # Layers that were destaged or dropped.
         self._over = 0
-        # What each FUA ticket still has to land, by its order.
+        # What each FUA ticket still has to write below, by its order.
         self._tickets: dict[int, ExtentMap[Held]] = {}
         self._history = History() if history else None
         # The newest write that was dropped, and the runs of the scratch file that hold the data.
@@ -87,9 +87,10 @@ class VolatileDisk:
         return self._order
 
     def writes(self) -> list[Ticket]:
-        """Return the held writes of which something may still land, ascending; needs a history.
+        """Return the held writes of which something may still be destaged, ascending.
 
-        Overwritten ones are among them, and one that is on its way down until it has landed.
+        Overwritten ones are among them, and one that is on its way down until it is there. Needs a
+        history.
         """
         assert self._history is not None
         return self._history.writes()
@@ -167,10 +168,10 @@ class VolatileDisk:
         self._open.pieces.set(offset, offset + length, held)
 
     def issue_ticket(self, order: int | None = None) -> Ticket:
-        """Return a ticket for landing one write alone: the newest one, right after it came (FUA).
+        """Return a ticket for destaging one write alone: the newest one, right after it came (FUA).
 
         With `order` it is that one of `writes`, for writing it back; raises KeyError if it is not
-        among them any more. FUA tickets outlive `drop`; for the others nothing lands after it.
+        among them any more. FUA tickets outlive `drop`, the others do not.
         """
         if order is not None:
             assert self._history is not None
@@ -201,7 +202,7 @@ class VolatileDisk:
                 self._put(start, end - start, held)
         self._below.sync()
 
-    def landed(self, layer: int) -> None:
+    def destaged(self, layer: int) -> None:
         """Forget all layers up to number `layer`: they are on the disk below."""
         gone = self._take_layers(layer)
         if not gone:
@@ -219,10 +220,10 @@ class VolatileDisk:
             self._give_back([(one.start, one.end) for one in gone])
 
     def drop(self, layer: int) -> None:
-        """Keep all layers up to number `layer` from ever landing: the flush of them failed.
+        """Keep all layers up to number `layer` from ever being destaged: the flush of them failed.
 
         Reads show what is in them until it is overwritten. FUA tickets stay valid. Takes the
-        place of a landing: none may be at work, but one whose copying failed is over.
+        place of a destaging: none may be at work, but one whose copying failed is over.
         """
         gone = self._take_layers(layer)
         if not gone:
@@ -234,7 +235,7 @@ class VolatileDisk:
             self._give_back(self._take_unshown())
 
     def _take_layers(self, layer: int) -> list[Layer]:
-        """Remove all layers up to number `layer` from what will land, and return them."""
+        """Remove all layers up to number `layer` from what will be destaged, and return them."""
         count = max(0, layer - self._over)
         gone = self._frozen[:count]
         del self._frozen[:count]
@@ -271,7 +272,7 @@ class VolatileDisk:
             if len(self._dropped):
                 self._dropped = ExtentSet()
             if self._history is not None:
-                # Where a write is held and nothing is to be read, a newer one has landed.
+                # Where a write is held and nothing is to be read, a newer one was destaged.
                 self._history.clear()
             return
         for start, end in runs:
@@ -287,17 +288,17 @@ class VolatileDisk:
         """
         pieces: Iterable[tuple[int, int, Held]] | None = self._tickets.get(ticket.held.order)
         if pieces is None and self._history is not None:
-            pieces = self._history.may_land(ticket, ticket.offset, ticket.end)
+            pieces = self._history.not_covered(ticket, ticket.offset, ticket.end)
         for start, end, held in pieces or ():
             self._put(start, end - start, held)
         if sync:
             self._below.sync()
 
-    def ticket_landed(self, ticket: Ticket) -> None:
+    def ticket_destaged(self, ticket: Ticket) -> None:
         """Forget that write, and within its range everything older."""
         held = ticket.held
         known = self._tickets.pop(held.order, None) is not None
-        if self._history is not None and self._history.landed(ticket):
+        if self._history is not None and self._history.destaged(ticket):
             known = True
         if not known:
             return
@@ -311,17 +312,17 @@ class VolatileDisk:
             data = held.kind is HeldKind.DATA
             self._give_back([(held.position, held.position + ticket.length)] if data else [])
 
-    def land_pieces(self, pieces: Iterable[tuple[Ticket, int, int]]) -> None:
-        """Land what survives a power cut: of each of these writes the bytes [start, end); blocks.
+    def destage_pieces(self, pieces: Iterable[tuple[Ticket, int, int]]) -> None:
+        """Destage what survives a power cut: of each of these writes bytes [start, end); blocks.
 
-        It happens in the order of the writes, and nothing comes over a newer write that landed
-        before; what was dropped stays dropped. The cache must not be used afterwards. Needs a
-        history. Raises OSError from the disk below.
+        It happens in the order of the writes, and nothing comes over a newer write that was
+        destaged before; what was dropped stays dropped. The cache must not be used afterwards.
+        Needs a history. Raises OSError from the disk below.
         """
         assert self._history is not None
         for ticket, start, end in sorted(pieces, key=lambda piece: piece[0].held.order):
             assert ticket.offset <= start and end <= ticket.end
-            for piece_start, piece_end, held in self._history.may_land(ticket, start, end):
+            for piece_start, piece_end, held in self._history.not_covered(ticket, start, end):
                 self._put(piece_start, piece_end - piece_start, held)
         self._below.sync()
 
@@ -353,13 +354,13 @@ class VolatileDisk:
             if held is None:
                 yield from self._below.data_extents(start, end - start)
             elif held.kind is HeldKind.DATA:
-                yield Extent(start, end - start)
+                yield Extent.between(start, end)
 
     def sync(self) -> None:
-        """Land everything that is held; blocks."""
+        """Destage everything that is held; blocks."""
         layer = self.freeze()
         self.copy_down(layer)
-        self.landed(layer)
+        self.destaged(layer)
 
     def release(self) -> None:
         """Drop what is held, and leave the disk below to its owner."""

@@ -1,4 +1,4 @@
-"""The client's end of an NBD connection, without I/O, for a server that nobody trusts.
+"""The client's end of an NBD connection, without I/O; nothing that a server says is trusted.
 
 `ClientConnection.receive` takes what has arrived and returns how many bytes of it were used and
 the events they meant. It keeps no bytes: what was not used must be handed in again with more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from nbdproxy.nbd.constants import (
     EXTENDED_REQUEST_MAGIC,
@@ -174,12 +174,6 @@ def request(
     if extended:
         return EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length)
     return REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
-
-
-def status_filter(length: int, contexts: Iterable[int]) -> bytes:
-    """Return the payload of a BLOCK_STATUS that asks for some contexts only."""
-    ids = list(contexts)
-    return struct.pack(f">Q{len(ids)}I", length, *ids)
 
 
 def parse_status_filter(payload: memoryview) -> tuple[int, tuple[int, ...]] | None:

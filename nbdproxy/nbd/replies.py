@@ -151,13 +151,18 @@ class Replies:
     ) -> None:
         if self._extended:
             EXTENDED_REPLY.pack_into(
-                *(self._current, place, EXTENDED_REPLY_MAGIC, flags, kind),
-                *(request.cookie, request.offset, length),
+                self._current,
+                place,
+                EXTENDED_REPLY_MAGIC,
+                flags,
+                kind,
+                request.cookie,
+                request.offset,
+                length,
             )
         else:
             STRUCTURED_REPLY.pack_into(
-                *(self._current, place, STRUCTURED_REPLY_MAGIC, flags, kind),
-                *(request.cookie, length),
+                self._current, place, STRUCTURED_REPLY_MAGIC, flags, kind, request.cookie, length
             )
 
     def _put_data(self, end: int, request: Request, offset: int, length: int, flags: int) -> None:

@@ -1,4 +1,4 @@
-"""A disk that reads all zeroes: no oracle can read it, and yet what is on it is certain."""
+"""Disks and partitions that read all zeroes: they have no files, though no oracle opens them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from nbdproxy.oracles.partitions import slices
 _READ = 1 << 20
 
 
-def certain(findings: Findings, disk: ReadableDevice, manifest: Manifest, mount: Mount) -> Findings:
-    """Return findings, or what is certain where nothing could be told: a blank disk has no file.
-
-    Nor has a blank partition, where it is the mount's.
-    """
+def missing_if_blank(
+    findings: Findings, disk: ReadableDevice, manifest: Manifest, mount: Mount
+) -> Findings:
+    """Return the findings; all files missing, if there are none and disk or partition is blank."""
     cannot_tell = findings.verdict is Verdict.UNKNOWN and not findings.conditions
     if not cannot_tell:
         return findings

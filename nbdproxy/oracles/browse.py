@@ -1,8 +1,8 @@
-"""A filesystem of a state as folders and files to be gone through, whoever reads it.
+"""Directories and files of a mounted crash state, independent of the oracle that reads them.
 
-`ShownMount` is one mount of it, by the guest's paths; no link is followed but on the way to a path
-that is asked for. Where something cannot be read, CorruptError says that the guest's kernel could
-not read it either, UnsupportedError that it cannot be told here.
+A `MountBrowser` shows one mount, by the guest's paths; no symbolic link is followed but in the
+directories of a path that is looked up. Where something cannot be read, CorruptError says that the
+guest's kernel could not read it either, UnsupportedError that only a kernel could.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nbdproxy.oracles.mounts import Mount
 
 
 class FileType(StrEnum):
-    """What a name stands for."""
+    """The type of a directory entry, as far as `extract` distinguishes it."""
 
     FILE = "file"
     FOLDER = "folder"
@@ -39,14 +39,15 @@ _NAMES = {
 }
 
 
-class Found(NamedTuple):
-    """One name in a filesystem.
+class BrowsedEntry(NamedTuple):
+    """One path of a mount.
 
-    path      the guest's, in bytes
+    path      the guest's path
     mode      type and permissions, as in stat(2)
-    mtime_ns  when it was changed last, in nanoseconds since 1970
-    node      how `ShownMount` knows it
-    key       the same for all names of one thing
+    size      in bytes
+    mtime_ns  when its content was changed last, in nanoseconds since 1970
+    node      a handle of the `MountBrowser` that returned it
+    key       identifies the inode: equal for all hard links
     """
 
     path: bytes
@@ -68,42 +69,42 @@ class Found(NamedTuple):
 
     @property
     def what(self) -> str:
-        """What it is, in words, if it is of no kind that can be written to a folder."""
+        """What it is, in words, if it is of no type that `extract` can write."""
         return _NAMES.get(stat.S_IFMT(self.mode), "of an unknown type")
 
 
-class ShownMount(Protocol):
+class MountBrowser(Protocol):
     """One mount of a state."""
 
-    def find(self, path: bytes) -> Found | None:
-        """Return what stands at a guest's absolute path, a last link not followed; None if nothing.
+    def find(self, path: bytes) -> BrowsedEntry | None:
+        """Return what is at an absolute path, a link at its end not followed; None if nothing.
 
         Raises CorruptError or UnsupportedError.
         """
         ...
 
-    def below(self, folder: Found) -> Iterator[Found | tuple[bytes, FilesystemError]]:
-        """Yield what is in a folder, what other mounts cover left out; or a path and its fault.
+    def below(self, folder: BrowsedEntry) -> Iterator[BrowsedEntry | tuple[bytes, FilesystemError]]:
+        """Yield the entries of a directory, without mount points; or a path and its error.
 
-        A fault of the folder's own path is that names may be missing.
+        An error for the directory's own path means that entries may be missing.
         """
         ...
 
-    def target(self, link: Found) -> bytes:
+    def target(self, link: BrowsedEntry) -> bytes:
         """Return where a symbolic link points."""
         ...
 
-    def pieces(self, file: Found) -> Iterator[tuple[int, bytes]]:
-        """Yield what of a file may be more than zeroes, ascending, each with its offset."""
+    def pieces(self, file: BrowsedEntry) -> Iterator[tuple[int, bytes]]:
+        """Yield the parts of a file that may be other than zeroes, by ascending offset in bytes."""
         ...
 
 
 class NotMountedError(FilesystemError):
-    """A kernel does not mount the filesystem: all of its files are lost."""
+    """The kernel refuses to mount the filesystem: all of its files are lost."""
 
 
-class ShownExt:
-    """Satisfies `ShownMount` for what is read here, the ext family."""
+class ExtBrowser:
+    """A `MountBrowser` of an ext2, ext3 or ext4 filesystem, read without a kernel."""
 
     def __init__(self, device: ReadableDevice, mount: Mount) -> None:
         """Raise FilesystemError if there is nothing that can be read."""
@@ -113,12 +114,12 @@ class ShownExt:
         self._filesystem = filesystem
         self._covered = {absolute(point) for point in mount.covered}
 
-    def find(self, path: bytes) -> Found | None:
+    def find(self, path: bytes) -> BrowsedEntry | None:
         """Return what stands at a path."""
         node = self._filesystem.lookup(path, follow_last=False)
         return None if node is None else _found(path, node)
 
-    def below(self, folder: Found) -> Iterator[Found | tuple[bytes, FilesystemError]]:
+    def below(self, folder: BrowsedEntry) -> Iterator[BrowsedEntry | tuple[bytes, FilesystemError]]:
         """Yield what is in a folder."""
         try:
             names = self._filesystem.listing(folder.node)
@@ -138,14 +139,14 @@ class ShownExt:
         if not names.is_complete:
             yield folder.path, CorruptError("a part of the folder is broken, with the names in it")
 
-    def target(self, link: Found) -> bytes:
+    def target(self, link: BrowsedEntry) -> bytes:
         """Return where a symbolic link points."""
         return self._filesystem.symlink_target(link.node)
 
-    def pieces(self, file: Found) -> Iterator[tuple[int, bytes]]:
+    def pieces(self, file: BrowsedEntry) -> Iterator[tuple[int, bytes]]:
         """Yield what of a file is stored."""
         return self._filesystem.pieces(file.node)
 
 
-def _found(path: bytes, node: Inode) -> Found:
-    return Found(path, node.mode, node.size, node.mtime_ns, node, (node.number,))
+def _found(path: bytes, node: Inode) -> BrowsedEntry:
+    return BrowsedEntry(path, node.mode, node.size, node.mtime_ns, node, (node.number,))

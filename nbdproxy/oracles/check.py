@@ -1,11 +1,11 @@
-"""The oracle: what became of each file of a manifest on a block device.
+"""`check`: the condition of each file of a manifest on a block device.
 
 Never a false verdict: *pass* means that every file was read, through a filesystem that a kernel
-would mount, and has the right digest; *fail* that at least one certainly is not whole; everything
-doubtful is *unknown*, with the reason. On a device without any filesystem the verdict is unknown
-as well: only the caller knows whether there should be one.
+would mount, and has the right digest; *fail* that at least one is certainly not whole; everything
+else is *unknown*, with the reason. On a device without any filesystem the verdict is unknown as
+well: only the caller knows whether there should be one.
 
-Which filesystems are read here, and which are left to a kernel, is in `filesystems`.
+`filesystems` says which filesystems are read here, and which need a kernel.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """The verdict, the condition of each file by its path in the manifest, and what is doubtful.
+    """What a check found.
 
-    `conditions` is empty if the filesystem as a whole could not be judged. `reason` says why a
-    verdict is unknown, why a single file is, or what a kernel said that did not mount it, which
-    loses all files.
+    verdict     of all files together
+    conditions  by path; empty if the filesystem as a whole could not be judged
+    reason      why the verdict, or the first file's, is unknown; or, where all files are lost, what
+                a kernel said that did not mount the filesystem
     """
 
     verdict: Verdict
@@ -69,7 +70,7 @@ class PartlyListedError(FilesystemError):
 
 
 class FileCheck(NamedTuple):
-    """What became of one file; `doubt` says why, where that cannot be told."""
+    """The condition of one file; `doubt` is the reason of CANNOT_BE_TOLD."""
 
     condition: Condition
     doubt: str | None = None
@@ -85,7 +86,7 @@ class FileCheck(NamedTuple):
 
 _OUTCOMES = {condition: FileCheck(condition) for condition in Condition}
 MISSING = _OUTCOMES[Condition.MISSING]
-"""Millions of files have the same."""
+"""One object for all missing files, of which there may be millions."""
 
 
 def merge(verdicts: Collection[Verdict]) -> Verdict:
@@ -186,7 +187,7 @@ def paths(device: ReadableDevice, *, mount: Mount = ONLY) -> list[str]:
 
 
 def outcome(entry: Entry, judge: Callable[[], Condition]) -> FileCheck:
-    """Return what `judge` says about a file, or what its failure to read the file means."""
+    """Return what `judge` returns, or what its CorruptError or UnsupportedError means."""
     try:
         return _OUTCOMES[judge()]
     except CorruptError:

@@ -1,9 +1,10 @@
-"""All filesystems of a tree together: each file is asked of the mount that has it.
+"""One check for all mounts of a guest's tree: each file is judged on the mount that has its path.
 
-Guarantees: a file is called what the oracle says of it on its own filesystem; where that cannot be
-judged as a whole, or it is not known where the file is, it is *cannot-be-told*, with the reason.
-With one mount that has every file, the findings are the oracle's own. What a disk or a part of it
-that reads all zeroes holds is certain, though no oracle can read it: no file.
+Guarantees: a file's condition is what the oracle says of it on its own filesystem. It is
+*cannot-be-told*, with the reason, where that filesystem cannot be judged as a whole, or it is not
+known which filesystem has the file. With one mount that has every file, the findings are the
+oracle's own. Of a disk or partition that reads all zeroes, which no oracle can read, all files are
+missing.
 """
 
 from __future__ import annotations
@@ -15,43 +16,43 @@ from collections.abc import Iterable
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.blank import certain
+from nbdproxy.oracles.blank import missing_if_blank
 from nbdproxy.oracles.check import Findings, Verdict, merge
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entries, Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree, is_below
-from nbdproxy.oracles.oracle import EarlierDigests, Follower, Oracle
-from nbdproxy.oracles.watched import ReadRange, Reads
+from nbdproxy.oracles.oracle import EarlierDigests, ManifestCheck, Oracle
+from nbdproxy.oracles.watched import RangeSet, ReadRange
 from nbdproxy.sizes import plural
 
 
-class TreeFollower:
-    """Judges the files of a manifest in one state after the other, wherever in a tree they are."""
+class TreeCheck:
+    """A `ManifestCheck` of files on any mounts of a tree."""
 
     def __init__(
         self, oracle: Oracle, manifest: Manifest, earlier: EarlierDigests, tree: Tree
     ) -> None:
         parts, self._unknown = split(manifest, tree)
         self._manifest = manifest
-        self._parts: list[tuple[Mount, Manifest, Follower]] = [
-            (mount, part, oracle.follow(part, earlier=earlier, mount=mount))
+        self._parts: list[tuple[Mount, Manifest, ManifestCheck]] = [
+            (mount, part, oracle.prepare_check(part, earlier=earlier, mount=mount))
             for mount, part in parts.items()
         ]
         self._last: list[Findings] = []
         self._findings: Findings | None = None
 
     @property
-    def reads(self) -> Reads | None:
-        """What of the disk the last findings depend on; None if that cannot be told."""
+    def reads(self) -> RangeSet | None:
+        """The bytes of the disk that the last findings depend on; None if that is not known."""
         found: list[ReadRange] = []
         for (_, _, follower), said in zip(self._parts, self._last, strict=True):
-            # That a disk is blank is not seen in what the oracle read.
+            # The oracle did not read all bytes of a disk that is blank.
             reads = follower.reads if said.conditions else None
             if reads is None:
                 return None
             found += reads.ranges()
-        return Reads(found)
+        return RangeSet(found)
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file; findings that did not change are the same object."""
@@ -63,7 +64,7 @@ class TreeFollower:
         self._last = said
         if not is_same or self._findings is None:
             found = [
-                certain(one, device, part, mount)
+                missing_if_blank(one, device, part, mount)
                 for one, (mount, part, _) in zip(said, self._parts, strict=True)
             ]
             self._findings = self._merged(found)
@@ -86,7 +87,7 @@ class TreeFollower:
 
 
 def split(manifest: Manifest, tree: Tree) -> tuple[dict[Mount, Manifest], dict[str, str]]:
-    """Return the files that each mount has, and why it cannot be told where the others are."""
+    """Return the files of each mount, and of the others why their mount is not known."""
     places: dict[Mount, array[int]] = {}
     unknown: dict[str, str] = {}
     for at, path in enumerate(manifest.paths()):
@@ -122,7 +123,7 @@ def scan(
     asked = below if isinstance(here, str) else [here, *below]
     found: list[Entry] = []
     for mount in asked:
-        found += oracle.scan(*(device, under), mount=mount, modes=modes, without=without).entries
+        found += oracle.scan(device, under, mount=mount, modes=modes, without=without).entries
     return Manifest(tuple(found))
 
 

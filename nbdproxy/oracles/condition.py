@@ -66,7 +66,10 @@ def classify(
         zeroes.add(chunk)
     zeroes.end()
     return conclude(
-        *(expected, size, {name: one.hexdigest() for name, one in hashes.items()}, earlier),
+        expected,
+        size,
+        {name: one.hexdigest() for name, one in hashes.items()},
+        earlier,
         all_zero=zeroes.all_zero,
         zero_block=zeroes.zero_block,
     )

@@ -1,8 +1,9 @@
-"""Where a file's bytes are, told by what they are: for filesystems that only a kernel reads.
+"""Finds a file's bytes on the disk by their content: for filesystems that only a kernel reads.
 
-Sectors of the disk are compared with the file's. So data is found wherever it stands as it is: not
-where it is compressed, nor what is kept within metadata, as of small files on Btrfs and NTFS. What
-looks like the file's data counts as its own; ask only of ranges that were read to find the file.
+Sectors of the disk are compared with the file's. Found is data that is stored as it is: not if it
+is compressed, nor what is kept within metadata, as of small files on Btrfs and NTFS. Any sector
+with the file's content counts as the file's, so only ranges that an oracle read to find the file
+may be looked up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _ZEROES = bytes(_SECTOR)
 
 
 class ContentMap:
-    """An `OwnerMap` that also finds one file's data, by its content."""
+    """An `OwnerMap` that also finds the data of one file, by its content."""
 
     def __init__(self, device: ReadableDevice, path: str, content: bytes, tree: Tree) -> None:
         self._owners = OwnerMap(device, tree)
@@ -39,15 +40,15 @@ class ContentMap:
 
     def of(self, extent: Extent) -> list[Owner]:
         """Return the owners of all bytes of an extent, in order."""
-        return [part for owner in self._owners.of(extent) for part in self._told(owner)]
+        return [part for owner in self._owners.of(extent) for part in self._with_content(owner)]
 
-    def _told(self, owner: Owner) -> Iterator[Owner]:
+    def _with_content(self, owner: Owner) -> Iterator[Owner]:
         if owner.kind is not OwnerKind.UNKNOWN:
             yield owner
             return
         start, end = owner.extent.offset, owner.extent.end
         for number, low, high in self._runs(start, end):
-            extent = Extent(low, high - low)
+            extent = Extent.between(low, high)
             if number is None:
                 yield replace(owner, extent=extent)
             else:

@@ -1,7 +1,4 @@
-"""What is to be said of a filesystem as a whole: does it mount, what does its journal change, fsck.
-
-The types that every oracle answers with.
-"""
+"""The examination of a filesystem as a whole: whether it mounts, what its journal changes, fsck."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Gets files and folders out of a state and writes them below a folder of this machine.
+"""Copies files and directories of a crash state into a directory of this machine.
 
-Content with its holes, permissions, times of change, and symbolic links, which are written and
-never followed. Whatever a broken or hostile disk says, nothing is written outside the folder: each
-name is made new, below folders that were opened without following links. Left out, each with a
-sentence: device nodes, FIFOs and sockets. Owners, extended attributes, the bits for another user's
-rights (set-uid) and that two names are one file are not kept; the owner may always read.
+Copied are content with its holes, permissions, modification times, and symbolic links, which are
+never followed. Whatever a broken or forged disk holds, nothing is written outside the directory:
+each name is created new, in directories that were opened without following links. Left out, each
+with a message: device nodes, FIFOs and sockets. Not kept are owners, extended attributes, set-uid
+and set-gid bits, and hard links; the owner may always read.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from nbdproxy.disks.copying import write_blocks
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, UsageError
 from nbdproxy.oracles.blank import what_is_blank
-from nbdproxy.oracles.browse import FileType, Found, NotMountedError, ShownMount
+from nbdproxy.oracles.browse import BrowsedEntry, FileType, MountBrowser, NotMountedError
 from nbdproxy.oracles.check import absolute, shown
 from nbdproxy.oracles.ext4.faults import CorruptError
 from nbdproxy.oracles.mounts import Tree, is_below
 from nbdproxy.oracles.oracle import Oracle
 
 DEPTH_MAX = 200
-"""Folders in folders; more are only found where a folder is within itself."""
+"""Directories in directories; deeper only a directory goes that contains itself."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE}
-"""What is wrong with the folder, and not with one name."""
+"""Errors that concern the whole directory, and not one name."""
 
 
 @dataclass
 class Extracted:
-    """What was written, and what was not: paths of the guest, and why.
+    """What was written, and what was not: the guest's paths, each with the reason.
 
-    written   files, folders and links
+    written   files, directories and symbolic links
     lost      what the guest's kernel could not read either, or what is not there
-    doubtful  what cannot be told, or cannot be written here
+    doubtful  what only a kernel could read, or what cannot be written here
     skipped   what is left out on purpose
-    refused   why a kernel does not mount a filesystem, blank ones too: all of it is lost
+    refused   why a kernel does not mount a filesystem, or that it is blank: all of it is lost
     """
 
-    written: list[Found] = field(default_factory=list)
+    written: list[BrowsedEntry] = field(default_factory=list)
     lost: list[tuple[str, str]] = field(default_factory=list)
     doubtful: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Extracted:
         return sum(one.size for one in self.written if one.kind is FileType.FILE)
 
     def note(self, path: bytes | str, error: Exception) -> None:
-        """Take note of what could not be read."""
+        """Enter what could not be read, as lost or as doubtful."""
         path = path if isinstance(path, str) else shown(path)
         if isinstance(error, NotMountedError):
             self.refused = str(error)
@@ -78,16 +78,16 @@ def extract(
     *,
     tell: Callable[[Extracted], None] = lambda _: None,
 ) -> Extracted:
-    """Write what stands at some of the guest's paths into a folder, which is empty.
+    """Write what is at some of the guest's paths into a directory, which is empty.
 
-    `tell` hears of each file. Raises UsageError if the folder cannot be written; what is there by
-    then is not all.
+    `tell` is called after each file. Raises UsageError if the directory cannot be written, with a
+    part of the files in it.
     """
     found = Extracted()
     wanted = [shown(absolute(os.path.normpath(path))) for path in dict.fromkeys(paths)]
     fd = os.open(folder, _FOLDER)
     try:
-        writer = _Writer(fd, found, tell, tree.loose)
+        writer = _Writer(fd, found, tell, tree.unplaced)
         for mount in tree.mounts:
             mine = [path for path in wanted if mount.holds(path) or is_below(mount.point, path)]
             if not mine:
@@ -95,7 +95,7 @@ def extract(
             try:
                 with oracle.browse(device, mount=mount) as view:
                     for path in mine:
-                        # What is below another one comes with that.
+                        # What is below another path is written with that.
                         comes = any(is_below(path, one) for one in mine if one != path)
                         point = path if mount.holds(path) else mount.point
                         writer.take(view, point, only_look=comes)
@@ -115,11 +115,11 @@ def extract(
 
 
 def _note_away(found: Extracted, tree: Tree, wanted: Sequence[str]) -> None:
-    """Say what is on filesystems that cannot be read."""
+    """Enter the paths and mount points that are on filesystems which cannot be read."""
     for path in wanted:
         if isinstance(why := tree.of(path), str):
             found.doubtful.append((path, why))
-        for point, why in tree.away.items():
+        for point, why in tree.unreadable.items():
             if point != path and is_below(point, path):
                 is_known = why in tree.diskless
                 (found.skipped if is_known else found.doubtful).append((point, why))
@@ -127,17 +127,17 @@ def _note_away(found: Extracted, tree: Tree, wanted: Sequence[str]) -> None:
 
 class _Writer:
     def __init__(
-        self, fd: int, found: Extracted, tell: Callable[[Extracted], None], loose: str
+        self, fd: int, found: Extracted, tell: Callable[[Extracted], None], unplaced: str
     ) -> None:
         self._fd = fd
-        self._loose = loose
+        self._loose = unplaced
         self._found = found
         self._tell = tell
-        self._made: list[Found] = []
+        self._made: list[BrowsedEntry] = []
         self._met: set[tuple[int, ...]] = set()
 
-    def take(self, view: ShownMount, path: str, *, only_look: bool) -> None:
-        """Write what stands at a path, and all below it, or only say if it is not there."""
+    def take(self, view: MountBrowser, path: str, *, only_look: bool) -> None:
+        """Write what is at a path and below; with `only_look` only note if it is missing."""
         try:
             top = view.find(absolute(path))
         except FilesystemError as error:
@@ -168,13 +168,13 @@ class _Writer:
                 os.fchmod(fd, one.mode & 0o777 | 0o700)
                 os.utime(fd, ns=(one.mtime_ns, one.mtime_ns))
 
-    def _below(self, view: ShownMount, folder: Found) -> Iterator[Found]:
+    def _below(self, view: MountBrowser, folder: BrowsedEntry) -> Iterator[BrowsedEntry]:
         if folder.key in self._met or len(_names(folder.path)) > DEPTH_MAX:
             self._found.doubtful.append((shown(folder.path), "it is a folder within itself"))
             return
         self._met.add(folder.key)
         for one in view.below(folder):
-            if isinstance(one, Found):
+            if isinstance(one, BrowsedEntry):
                 name = one.path[len(folder.path.rstrip(b"/")) + 1 :]
                 if name in {b"", b".", b".."} or b"/" in name or b"\0" in name:
                     broken = CorruptError(f"there is a name {shown(name)!r}, which cannot be")
@@ -184,7 +184,7 @@ class _Writer:
             else:
                 self._found.note(*one)
 
-    def _write(self, view: ShownMount, one: Found) -> bool:
+    def _write(self, view: MountBrowser, one: BrowsedEntry) -> bool:
         """Write one name; tell whether it is there."""
         if one.kind is FileType.OTHER:
             self._found.skipped.append((shown(one.path), f"it is {one.what}"))
@@ -215,7 +215,7 @@ class _Writer:
         self._tell(self._found)
         return True
 
-    def _write_file(self, view: ShownMount, one: Found, name: bytes, folder: int) -> None:
+    def _write_file(self, view: MountBrowser, one: BrowsedEntry, name: bytes, folder: int) -> None:
         fd = os.open(name, _NEW, 0o600, dir_fd=folder)
         try:
             os.ftruncate(fd, one.size)
@@ -224,13 +224,13 @@ class _Writer:
             os.fchmod(fd, one.mode & 0o777 | 0o400)
             os.utime(fd, ns=(one.mtime_ns, one.mtime_ns))
         except BaseException:
-            os.unlink(name, dir_fd=folder)  # a part of a file would pass for one
+            os.unlink(name, dir_fd=folder)  # no part of a file is left
             raise
         finally:
             os.close(fd)
 
     def _make_way(self, path: bytes) -> None:
-        """Make the folders above a path that was asked for."""
+        """Make the parent directories of a path."""
         names = _names(path)[:-1]
         for length, name in enumerate(names):
             with self._opened(names[:length]) as fd:

@@ -1,22 +1,23 @@
-"""Which filesystem begins at a place, and how the quick oracle gets into it.
+"""Which kind of filesystem begins at an offset, and how the quick oracle opens it.
 
-A kind is told by the signature that its kernel driver looks for, and nothing more is verified: what
-a signature promises may still be broken. A partition table is never taken for FAT, although both
-end their first sector in the same two bytes.
+The kind is detected by the signature that its kernel driver looks for, and nothing else is
+verified: the filesystem may still be broken. A partition table is never taken for FAT, although
+both end their first sector in the same two bytes.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.ext4.mounted import open_filesystem as open_ext
+from nbdproxy.oracles.ext4.superblock import SUPERBLOCK
 from nbdproxy.oracles.mounts import ONLY, Mount
+from nbdproxy.oracles.structs import Field, StructLayout
 
 BOOT_SECTOR = 512
 _SECTOR_SIZES = {512, 1024, 2048, 4096}
@@ -52,11 +53,47 @@ _SIGNATURES = (
 )
 
 
-_XFS_SUPERBLOCK = struct.Struct(">16xQ24xQ")  # blocks of its realtime device; where the log is
-_BTRFS_DEVICES_AT = 0x10088
-_BTRFS_FLAGS_AT, _BTRFS_SEEDING = 0x10038, 1 << 32
-_EXT_JOURNAL = struct.Struct("<II")  # its inode, its device
-_EXT_JOURNAL_AT = superblock.OFFSET + 0xE0
+class XfsSuperblock(NamedTuple):
+    """struct xfs_dsb (Linux, fs/xfs/libxfs/xfs_format.h), the fields that are used."""
+
+    rblocks: Annotated[int, Field(16, "Q")]
+    uuid: Annotated[bytes, Field(32, "16s")]
+    logstart: Annotated[int, Field(48, "Q")]
+    fname: Annotated[bytes, Field(108, "12s")]
+
+
+class BtrfsSuperblock(NamedTuple):
+    """struct btrfs_super_block (Linux, uapi/linux/btrfs_tree.h), the fields that are used."""
+
+    fsid: Annotated[bytes, Field(0x20, "16s")]
+    flags: Annotated[int, Field(0x38, "Q")]
+    num_devices: Annotated[int, Field(0x88, "Q")]
+    label: Annotated[bytes, Field(0x12B, "256s")]
+
+
+class FatBootSector(NamedTuple):
+    """The BIOS parameter block of FAT (Microsoft, FAT32 File System Specification 1.03).
+
+    The fields from `fat_size_32` on are those of FAT32 only.
+    """
+
+    bytes_per_sector: Annotated[int, Field(11, "H")]
+    sectors_per_cluster: Annotated[int, Field(13, "B")]
+    reserved_sectors: Annotated[int, Field(14, "H")]
+    fats: Annotated[int, Field(16, "B")]
+    root_entries: Annotated[int, Field(17, "H")]
+    media: Annotated[int, Field(21, "B")]
+    fat_size_16: Annotated[int, Field(22, "H")]
+    fat_size_32: Annotated[int, Field(36, "I")]
+    root_cluster: Annotated[int, Field(44, "I")]
+    signature: Annotated[bytes, Field(510, "2s")]
+
+
+XFS_SUPERBLOCK = StructLayout(XfsSuperblock, ">")
+BTRFS_SUPERBLOCK = StructLayout(BtrfsSuperblock, "<")
+BTRFS_OFFSET = 0x10000
+FAT_BOOT_SECTOR = StructLayout(FatBootSector, "<")
+_BTRFS_SEEDING = 1 << 32
 
 
 class KernelOnlyError(FilesystemError):
@@ -83,14 +120,17 @@ def kinds_of(device: ReadableDevice) -> list[FilesystemKind]:
 def elsewhere(device: ReadableDevice, kind: FilesystemKind) -> str | None:
     """Say what of a filesystem is not on this device, by its superblock; None if nothing is."""
     if kind is FilesystemKind.XFS:
-        realtime, log = _XFS_SUPERBLOCK.unpack(device.pread(0, _XFS_SUPERBLOCK.size))
-        return "it has its log" if not log else "it has a part" if realtime else None
+        if not XFS_SUPERBLOCK.read_field(device, 0, "logstart"):
+            return "it has its log"
+        return "it has a part" if XFS_SUPERBLOCK.read_field(device, 0, "rblocks") else None
     if kind is FilesystemKind.BTRFS:
-        devices = int.from_bytes(device.pread(_BTRFS_DEVICES_AT, 8), "little")
+        devices = BTRFS_SUPERBLOCK.read_field(device, BTRFS_OFFSET, "num_devices")
         return "it has a part" if devices > 1 else None
     if kind is FilesystemKind.EXT:
-        raw = device.pread(_EXT_JOURNAL_AT, _EXT_JOURNAL.size)
-        inode, number = _EXT_JOURNAL.unpack(raw)
+        inode, number = (
+            SUPERBLOCK.read_field(device, superblock.OFFSET, name)
+            for name in ("journal_inum", "journal_dev")
+        )
         return "it has its journal" if number and not inode else None
     return None
 
@@ -99,21 +139,22 @@ def is_seed(device: ReadableDevice) -> bool:
     """Tell whether a filesystem is a seed of Btrfs, from which others may have grown (btrfs(5))."""
     if kind_of(device) is not FilesystemKind.BTRFS:
         return False
-    return bool(int.from_bytes(device.pread(_BTRFS_FLAGS_AT, 8), "little") & _BTRFS_SEEDING)
+    flags = BTRFS_SUPERBLOCK.read_field(device, BTRFS_OFFSET, "flags")
+    return bool(flags & _BTRFS_SEEDING)
 
 
-def _is_fat(boot: bytes) -> bool:
+def _is_fat(raw: bytes) -> bool:
     """Tell whether a boot sector has what Linux wants of a FAT: sizes, FATs, and a media byte."""
-    sector_size = int.from_bytes(boot[11:13], "little")
-    per_cluster, reserved, fats, media = boot[13], boot[14:16], boot[16], boot[21]
+    boot = FAT_BOOT_SECTOR.unpack_from(raw)
+    per_cluster = boot.sectors_per_cluster
     return (
-        boot[510:] == b"\x55\xaa"
-        and sector_size in _SECTOR_SIZES
+        boot.signature == b"\x55\xaa"
+        and boot.bytes_per_sector in _SECTOR_SIZES
         and per_cluster > 0
         and not per_cluster & (per_cluster - 1)
-        and reserved != b"\0\0"
-        and fats > 0
-        and media in _MEDIA
+        and boot.reserved_sectors > 0
+        and boot.fats > 0
+        and boot.media in _MEDIA
     )
 
 

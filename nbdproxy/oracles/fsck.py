@@ -1,7 +1,7 @@
-"""The filesystem's own checker, run on a copy: e2fsck, for the ext family.
+"""Runs e2fsck, the checker of the ext family, on a copy of a filesystem.
 
-First the journal is replayed, and only that (`-E journal_only` without `-f`, which would repair);
-then everything is looked at and nothing changed (`-fn`).
+First only the journal is replayed (`-E journal_only`, without `-f`, which would repair); then
+everything is checked and nothing changed (`-fn`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def e2fsck(device: ReadableDevice) -> Fsck:
 
 
 def concluded(program: str, code: int, said: str) -> Fsck:
-    """Return what a checker found, or that it failed itself, from its exit code and its words."""
+    """Interpret a checker's exit code and output: its findings, or that it failed itself."""
     lines = [line for line in said.splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(f"{program} ")][-LINES:]
     if code == 0 or _found_errors(program, code):

@@ -1,7 +1,7 @@
-r"""fstab(5) and crypttab(5): what a guest mounts where, in its own words.
+r"""Parses fstab(5) and crypttab(5): what a guest mounts where.
 
-A field's blanks are written as octal escapes (`\040`), and a tag's value may stand in quotes. What
-is no line of either is passed over, as the guest's own programs do.
+Blanks of a field are octal escapes (`\040`), and a tag's value may be in quotes. Lines that are
+not valid are skipped, as the guest's own programs do.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NUMBERED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One line of fstab: what is mounted, where, as what kind, with which options."""
+class FstabLine:
+    """One line of fstab: device, mount point, type of filesystem, options."""
 
     spec: str
     point: str
@@ -42,27 +42,27 @@ class Line:
 
     @property
     def is_device(self) -> bool:
-        """Whether `spec` names a disk or a part of one, or a dataset of ZFS, which is on some."""
+        """Whether `spec` names a disk, a part of one, or a dataset of ZFS."""
         is_named = _DEVICE.match(self.spec) is not None or self.kind == "zfs"
         return is_named and not self.is_bind
 
     @property
     def is_diskless(self) -> bool:
-        """Whether what is mounted is surely no filesystem of a disk, or not as it is there."""
+        """Whether the type is one in memory or over a network, or an overlay."""
         return self.kind in _NETWORK | _IN_MEMORY
 
     @property
     def is_any(self) -> bool:
-        """Whether `spec` says no more than that it is what the guest began with."""
+        """Whether `spec` stands for the root that the kernel was started with, whatever that is."""
         return self.spec in _INITIAL and not self.is_diskless
 
     @property
     def is_optional(self) -> bool:
-        """Whether it is mounted only when somebody asks for it."""
+        """Whether it has the option noauto."""
         return "noauto" in self.options
 
     def elsewhere(self) -> str:
-        """Say where its files are, if that is no disk."""
+        """Say where its files are, of a line that mounts no disk."""
         if self.kind in _NETWORK:
             return f"{self.point} is {self.spec}, reached over a network"
         return f"{self.point} is a {self.kind}, and not on any disk that was recorded"
@@ -70,7 +70,7 @@ class Line:
     def root(self) -> str | None:
         """Return the directory of the filesystem that is mounted.
 
-        "" is what its driver chooses; None, if only a number says which subvolume it is.
+        "" is the driver's default; None means a subvolume that is given only by its number.
         """
         if (subvolume := self.options.get("subvol")) is not None:
             return posixpath.normpath("/" + subvolume.lstrip("/"))
@@ -82,9 +82,9 @@ class Line:
         return "/" if number in {"0", "5"} else None  # 5 is the top level, and 0 its alias
 
 
-def lines(raw: bytes) -> list[Line]:
-    """Return what an fstab mounts; without swap, and of a point named twice the last line."""
-    found: dict[str, Line] = {}
+def lines(raw: bytes) -> list[FstabLine]:
+    """Return the lines of an fstab; without swap, and of several for one point the last."""
+    found: dict[str, FstabLine] = {}
     for fields in _fields(raw):
         if len(fields) < 3 or not fields[1].startswith("/") or fields[2] in {"swap", "ignore"}:
             continue
@@ -93,12 +93,12 @@ def lines(raw: bytes) -> list[Line]:
             option.partition("=")[::2]
             for option in (fields[3] if len(fields) > 3 else "defaults").split(",")
         )
-        found[point] = Line(unquoted(spec), point, kind, options)
+        found[point] = FstabLine(unquoted(spec), point, kind, options)
     return list(found.values())
 
 
 def ciphers(raw: bytes) -> dict[str, str]:
-    """Return what a crypttab opens: the name below /dev/mapper, and what that is made from."""
+    """Return by node below /dev/mapper the device that crypttab makes it from."""
     return {
         f"/dev/mapper/{fields[0]}": unquoted(fields[1])
         for fields in _fields(raw)
@@ -107,9 +107,9 @@ def ciphers(raw: bytes) -> dict[str, str]:
 
 
 def numbered(spec: str) -> tuple[str, int] | None:
-    """Return a disk's name in its guest and a partition's number, 0 for all of it.
+    """Split a name such as /dev/sda1 into the disk's and the partition's number, 0 for none.
 
-    For names that depend on the order of a guest's disks, such as /dev/sda1; None for all others.
+    None for names that do not depend on the order of a guest's disks.
     """
     found = _NUMBERED.fullmatch(spec)
     if found is None:

@@ -1,8 +1,8 @@
-"""Patterns of files that are left out of a list, as `tar --exclude` has them.
+"""Patterns of paths that are left out of a manifest, with the syntax of `tar --exclude`.
 
-A pattern means a file, or a folder with all that is in it. One that begins with `/` is the whole
-path from the top of the list; any other may begin at each name of a path. `*`, `?` and `[...]`
-match slashes too.
+A pattern matches a file, or a directory with all that is in it. One that begins with `/` is matched
+against the whole path from the top of the list; any other may begin at each name of a path. `*`,
+`?` and `[...]` match slashes too.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import re
 from collections.abc import Callable, Sequence
 
 Matcher = Callable[[str], bool]
-"""Tells of a path whether it is meant."""
+"""Tells whether a path matches."""
 
 
 def no_file(path: str) -> bool:  # noqa: ARG001 - a Matcher
-    """Mean nothing at all."""
+    """Match nothing."""
     return False
 
 
 def matcher(globs: Sequence[str]) -> Matcher:
-    """Return what tells whether a path, with or without a slash in front, is meant by a pattern."""
+    """Return a matcher for any of the patterns; it takes paths with or without a leading slash."""
     if not globs:
         return no_file
     pattern = re.compile("|".join(map(_translated, globs)), re.DOTALL)

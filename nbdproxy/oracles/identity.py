@@ -1,19 +1,27 @@
-"""The names that a filesystem gives itself: its UUID and its label, as blkid prints them.
+"""A filesystem's UUID and label by its superblock, as blkid prints them.
 
-Covers the kinds that some oracle reads. Nothing is verified: a torn superblock has the names that
-stand in it. Sources: each format's description of its superblock or boot sector.
+Covers the kinds that some oracle reads. Nothing is verified: of a torn superblock it is what its
+bytes say. Sources: each format's specification, named at its structure here or in `filesystems`.
 """
 
 from __future__ import annotations
 
-import struct
 import uuid
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.oracles.filesystems import BOOT_SECTOR, FilesystemKind
+from nbdproxy.oracles.ext4 import superblock
+from nbdproxy.oracles.filesystems import (
+    BOOT_SECTOR,
+    BTRFS_OFFSET,
+    BTRFS_SUPERBLOCK,
+    FAT_BOOT_SECTOR,
+    XFS_SUPERBLOCK,
+    FilesystemKind,
+)
 from nbdproxy.oracles.signatures import read, text
+from nbdproxy.oracles.structs import Field, StructLayout
 
 
 class Identity(NamedTuple):
@@ -23,17 +31,58 @@ class Identity(NamedTuple):
     label: str = ""
 
 
-_EXT, _EXT_AT = struct.Struct("<16s16s"), 1024 + 0x68
-_XFS = struct.Struct(">32x16s60x12s")
-_BTRFS, _BTRFS_AT = struct.Struct("<32x16s251x256s"), 0x10000
-_FAT = struct.Struct("<11xHBHBHHxH8xII4xI")
-_FAT16_NAMES, _FAT32_NAMES = (struct.Struct("<I11s"), 39), (struct.Struct("<I11s"), 67)
+class FatVolumeId(NamedTuple):
+    """BS_VolID and BS_VolLab of a FAT's boot sector, which are behind one another."""
+
+    serial: Annotated[int, Field(0, "I")]
+    label: Annotated[bytes, Field(4, "11s")]
+
+
+class ExfatBootSector(NamedTuple):
+    """exFAT's main boot sector (Microsoft, exFAT file system specification, section 3.1)."""
+
+    fat_offset: Annotated[int, Field(80, "I")]
+    cluster_heap_offset: Annotated[int, Field(88, "I")]
+    root_cluster: Annotated[int, Field(96, "I")]
+    volume_serial: Annotated[int, Field(100, "I")]
+    bytes_per_sector_shift: Annotated[int, Field(108, "B")]
+    sectors_per_cluster_shift: Annotated[int, Field(109, "B")]
+
+
+class NtfsBootSector(NamedTuple):
+    """NTFS' boot sector (ntfs-3g, include/ntfs-3g/layout.h: NTFS_BOOT_SECTOR)."""
+
+    bytes_per_sector: Annotated[int, Field(11, "H")]
+    sectors_per_cluster: Annotated[int, Field(13, "B")]
+    mft_lcn: Annotated[int, Field(48, "Q")]
+    clusters_per_mft_record: Annotated[int, Field(64, "b")]
+    volume_serial: Annotated[int, Field(72, "Q")]
+
+
+class NtfsRecord(NamedTuple):
+    """A record of NTFS' master file table (layout.h: MFT_RECORD)."""
+
+    magic: Annotated[bytes, Field(0, "4s")]
+    attrs_offset: Annotated[int, Field(20, "H")]
+
+
+class NtfsAttribute(NamedTuple):
+    """A resident attribute of a record (layout.h: ATTR_RECORD)."""
+
+    type: Annotated[int, Field(0, "I")]
+    length: Annotated[int, Field(4, "I")]
+    value_length: Annotated[int, Field(16, "I")]
+    value_offset: Annotated[int, Field(20, "H")]
+
+
+_FAT_VOLUME_ID, _EXFAT = StructLayout(FatVolumeId, "<"), StructLayout(ExfatBootSector, "<")
+_FAT16_VOLUME_ID_AT, _FAT32_VOLUME_ID_AT = 39, 67
 _FAT_LABEL, _FAT_LONG_NAME, _FAT_DELETED = 0x08, 0x0F, 0xE5
 _FAT_NO_LABEL = "NO NAME"
-_EXFAT = struct.Struct("<80xI4xI4xII4xBB")
 _FAT32_BITS, _EXFAT_BITS = 0x0FFFFFFF, 0xFFFFFFFF
 _EXFAT_LABEL = 0x83
-_NTFS = struct.Struct("<11xHB34xQ8xb7xQ")
+_NTFS, _NTFS_RECORD = StructLayout(NtfsBootSector, "<"), StructLayout(NtfsRecord, "<")
+_NTFS_ATTRIBUTE = StructLayout(NtfsAttribute, "<", 24)
 _NTFS_VOLUME, _NTFS_VOLUME_NAME, _NTFS_LAST = 3, 0x60, 0xFFFFFFFF
 _ENTRY = 32
 _CHAIN_MAX = 64  # clusters of a root directory that are looked through
@@ -45,33 +94,40 @@ def identity(device: ReadableDevice, kind: FilesystemKind) -> Identity:
 
 
 def _ext(device: ReadableDevice) -> Identity:
-    ident, label = _EXT.unpack(device.pread(_EXT_AT, _EXT.size))
+    ident, label = (
+        superblock.SUPERBLOCK.read_field(device, superblock.OFFSET, name)
+        for name in ("uuid", "volume_name")
+    )
     return Identity(str(uuid.UUID(bytes=ident)), text(label))
 
 
 def _xfs(device: ReadableDevice) -> Identity:
-    ident, label = _XFS.unpack(read(device, 0, _XFS.size).ljust(_XFS.size, b"\0"))
-    return Identity(str(uuid.UUID(bytes=ident)), text(label))
+    size = XFS_SUPERBLOCK.size
+    raw = XFS_SUPERBLOCK.unpack_from(read(device, 0, size).ljust(size, b"\0"))
+    return Identity(str(uuid.UUID(bytes=raw.uuid)), text(raw.fname))
 
 
 def _btrfs(device: ReadableDevice) -> Identity:
-    raw = read(device, _BTRFS_AT, _BTRFS.size).ljust(_BTRFS.size, b"\0")
-    ident, label = _BTRFS.unpack(raw)
-    return Identity(str(uuid.UUID(bytes=ident)), text(label))
+    size = BTRFS_SUPERBLOCK.size
+    raw = BTRFS_SUPERBLOCK.unpack_from(read(device, BTRFS_OFFSET, size).ljust(size, b"\0"))
+    return Identity(str(uuid.UUID(bytes=raw.fsid)), text(raw.label))
 
 
 def _fat(device: ReadableDevice) -> Identity:
     """Prefer the label in the root directory, as Linux and Windows do."""
-    boot = device.pread(0, BOOT_SECTOR)
-    sector, per_cluster, reserved, fats, roots, _, small, _, large, root = _FAT.unpack_from(boot)
-    names, at = _FAT16_NAMES if small else _FAT32_NAMES
-    serial, label = names.unpack_from(boot, at)
-    data = (reserved + fats * (small or large)) * sector
-    if small:
-        entries = read(device, data, roots * _ENTRY)
+    raw = device.pread(0, BOOT_SECTOR)
+    boot = FAT_BOOT_SECTOR.unpack_from(raw)
+    is_small = boot.fat_size_16 > 0
+    at = _FAT16_VOLUME_ID_AT if is_small else _FAT32_VOLUME_ID_AT
+    serial, label = _FAT_VOLUME_ID.unpack_from(raw, at)
+    sectors = boot.reserved_sectors + boot.fats * (boot.fat_size_16 or boot.fat_size_32)
+    data = sectors * boot.bytes_per_sector
+    if is_small:
+        entries = read(device, data, boot.root_entries * _ENTRY)
     else:
-        chain = _chain(device, reserved * sector, root, _FAT32_BITS)
-        width = per_cluster * sector
+        table = boot.reserved_sectors * boot.bytes_per_sector
+        chain = _chain(device, table, boot.root_cluster, _FAT32_BITS)
+        width = boot.sectors_per_cluster * boot.bytes_per_sector
         entries = b"".join(read(device, data + (n - 2) * width, width) for n in chain)
     shown = next(_fat_labels(entries), "") or label.decode("cp437").rstrip()
     ident = f"{serial >> 16:04X}-{serial & 0xFFFF:04X}"
@@ -90,13 +146,15 @@ def _fat_labels(entries: bytes) -> Iterator[str]:
 
 def _exfat(device: ReadableDevice) -> Identity:
     raw = read(device, 0, BOOT_SECTOR).ljust(BOOT_SECTOR, b"\0")
-    table, heap, root, serial, sector_bits, cluster_bits = _EXFAT.unpack_from(raw)
-    ident = f"{serial >> 16:04X}-{serial & 0xFFFF:04X}"
+    boot = _EXFAT.unpack_from(raw)
+    ident = f"{boot.volume_serial >> 16:04X}-{boot.volume_serial & 0xFFFF:04X}"
+    sector_bits, cluster_bits = boot.bytes_per_sector_shift, boot.sectors_per_cluster_shift
     if sector_bits > 12 or cluster_bits > 25 - sector_bits:
         return Identity(ident)
     width = 1 << sector_bits + cluster_bits
-    for number in _chain(device, table << sector_bits, root, _EXFAT_BITS):
-        entries = read(device, (heap << sector_bits) + (number - 2) * width, width)
+    table, heap = boot.fat_offset << sector_bits, boot.cluster_heap_offset << sector_bits
+    for number in _chain(device, table, boot.root_cluster, _EXFAT_BITS):
+        entries = read(device, heap + (number - 2) * width, width)
         for at in range(0, len(entries) - _ENTRY + 1, _ENTRY):
             if entries[at] == _EXFAT_LABEL:
                 count = min(entries[at + 1], 11)
@@ -117,26 +175,29 @@ def _chain(device: ReadableDevice, table: int, first: int, bits: int) -> Iterato
 
 def _ntfs(device: ReadableDevice) -> Identity:
     raw = read(device, 0, BOOT_SECTOR).ljust(BOOT_SECTOR, b"\0")
-    sector, per_cluster, table, size, serial = _NTFS.unpack_from(raw)
-    cluster = sector * (per_cluster if per_cluster <= 128 else 1 << 256 - per_cluster)
+    boot = _NTFS.unpack_from(raw)
+    per_cluster, size = boot.sectors_per_cluster, boot.clusters_per_mft_record
+    sectors = per_cluster if per_cluster <= 128 else 1 << 256 - per_cluster
+    cluster = boot.bytes_per_sector * sectors
     width = 1 << -size if size < 0 else size * cluster
-    record = read(device, table * cluster + _NTFS_VOLUME * width, min(width, 1 << 16))
-    return Identity(f"{serial:016X}", _ntfs_label(record))
+    record = read(device, boot.mft_lcn * cluster + _NTFS_VOLUME * width, min(width, 1 << 16))
+    return Identity(f"{boot.volume_serial:016X}", _ntfs_label(record))
 
 
 def _ntfs_label(record: bytes) -> str:
     """Return the $VOLUME_NAME of the file record of $Volume."""
     if not record.startswith(b"FILE"):
         return ""
-    at = int.from_bytes(record[20:22], "little")
-    while at + 24 <= len(record):
-        kind, length = struct.unpack_from("<II", record, at)
-        if kind == _NTFS_LAST or length < 24:
+    at = _NTFS_RECORD.unpack_from(record.ljust(_NTFS_RECORD.size, b"\0")).attrs_offset
+    while at + _NTFS_ATTRIBUTE.size <= len(record):
+        attribute = _NTFS_ATTRIBUTE.unpack_from(record, at)
+        if attribute.type == _NTFS_LAST or attribute.length < _NTFS_ATTRIBUTE.size:
             return ""
-        if kind == _NTFS_VOLUME_NAME:
-            size, start = struct.unpack_from("<IH", record, at + 16)
-            return record[at + start : at + start + size].decode("utf-16-le", "replace")
-        at += length
+        if attribute.type == _NTFS_VOLUME_NAME:
+            start = at + attribute.value_offset
+            value = record[start : start + attribute.value_length]
+            return value.decode("utf-16-le", "replace")
+        at += attribute.length
     return ""
 
 

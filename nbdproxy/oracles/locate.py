@@ -1,12 +1,12 @@
-"""Where the files of a manifest are: the guest's tree, found on a good state of its disks.
+"""`locate`: the guest's tree and the paths of a manifest in it, found on a good state of its disks.
 
-It is what the user told; else what the guest's own /etc/fstab says; else what the files themselves
-show, see `guesses`. What is found once serves to judge all other states.
+The tree is the user's options, or else the guest's own /etc/fstab, or else inferred from the files
+(`mount_inference`). It is found once and used to judge all other states.
 
-Guarantees: a file is said to be on a filesystem only if the user, an fstab, or the content of files
-of its directory say so, or if all that the disks hold can be read. Whatever may lie in something
-that cannot be read (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told,
-and the reason names it; see `doubts`. A file that is on none of the filesystems that can be read
+Guarantees: a file is assigned to a filesystem only by the user, by an fstab, or by the content of
+files of its directory, or if everything on the disks can be read. Files that may be in something
+unreadable (LUKS, a thin volume, a filesystem for which a kernel is needed) cannot be told, and the
+reason names it (`uncertain_locations`). A file that is on none of the filesystems that can be read
 was certainly not sent.
 """
 
@@ -19,25 +19,31 @@ from functools import partial
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError, ManifestError
-from nbdproxy.oracles import check, guesses, moves, partitions, rivals
-from nbdproxy.oracles.doubts import loose, with_doubts
+from nbdproxy.oracles import check, location_ranking, mount_inference, moves, partitions
+from nbdproxy.oracles.guest_disks import GuestDisks
+from nbdproxy.oracles.location_ranking import CandidateLocation
 from nbdproxy.oracles.manifest import Entries, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName, Tree
 from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.plans import GivenMount, MountPlan, by_fstab, completed, told
+from nbdproxy.oracles.plans import (
+    GivenMount,
+    MountPlan,
+    completed_from_fstab,
+    plan_from_options,
+    plans_from_fstab,
+)
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.oracles.resolutions import Resolution, resolutions
-from nbdproxy.oracles.rivals import Place
-from nbdproxy.oracles.stores import Disks
+from nbdproxy.oracles.uncertain_locations import trees_with_doubts, unplaced
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """What the user knows of where files are.
+    """The user's options on where files are.
 
     root       the directory that a manifest's paths begin at
     partition  the partition that all of them are on; 0 is the whole disk
-    mounts     what is mounted where; with one at / that is all there is, but for its fstab
+    mounts     what is mounted where; one at / makes this complete, with the fstab that is there
     """
 
     root: str | None = None
@@ -75,7 +81,7 @@ def locate_all(
     *,
     names: Sequence[str] = (),
 ) -> tuple[list[Tree], Manifest]:
-    """Do what `locate` does for all disks of one guest: for each its part of the guest's tree.
+    """Do what `locate` does, for all disks of one guest; returns each disk's part of the tree.
 
     `names` are what a user calls the disks.
     """
@@ -87,18 +93,20 @@ def locate_all(
         tree = Tree((Mount(partition=where.partition),))
         doubtful = _left_out(oracle, devices[0], manifest, where.partition)
         return [replace(tree, doubtful=doubtful)], manifest
-    disks = Disks(oracle, devices, others, names)
-    given = told(disks, where.mounts)
-    if "/" in given.away:
-        raise FilesystemError(f"nothing can be judged: {given.away['/']}")
-    if "/" in given.spots:
-        plan = completed(disks, given, frozenset(manifest.paths()))
+    disks = GuestDisks(oracle, devices, others, names)
+    given = plan_from_options(disks, where.mounts)
+    if "/" in given.unreadable:
+        raise FilesystemError(f"nothing can be judged: {given.unreadable['/']}")
+    if "/" in given.mounts_at:
+        plan = completed_from_fstab(disks, given, frozenset(manifest.paths()))
         manifest = _resolved(plan, disks, manifest, where, as_named=True)
         if not plan.from_fstab:
             return plan.trees(disks), manifest
-        return with_doubts(disks, guesses.by_files(disks, plan, manifest), manifest), manifest
+        return trees_with_doubts(
+            disks, mount_inference.with_inferred_mounts(disks, plan, manifest), manifest
+        ), manifest
     plan, manifest = _best(disks, given, manifest, where)
-    return with_doubts(disks, plan, manifest), manifest
+    return trees_with_doubts(disks, plan, manifest), manifest
 
 
 def survey_tree(
@@ -107,38 +115,38 @@ def survey_tree(
     where: Where = ANYWHERE,
     other: ReadableDevice | None = None,
 ) -> Tree:
-    """Return the tree of a disk of which no files are known; `other` as in `locate`.
+    """Return the tree of a disk without a manifest; `other` as in `locate`.
 
     Raises FilesystemError if it is not clear what is mounted where.
     """
     if where.partition is not None:
         return Tree((Mount(partition=where.partition),))
-    disks = Disks(oracle, [device], [] if other is None else [other])
-    given = told(disks, where.mounts)
-    if "/" in given.away:
-        raise FilesystemError(given.away["/"])
-    if "/" in given.spots:
-        plan = completed(disks, given, frozenset())
+    disks = GuestDisks(oracle, [device], [] if other is None else [other])
+    given = plan_from_options(disks, where.mounts)
+    if "/" in given.unreadable:
+        raise FilesystemError(given.unreadable["/"])
+    if "/" in given.mounts_at:
+        plan = completed_from_fstab(disks, given, frozenset())
         (tree,) = plan.trees(disks)
-        unread = loose(disks, plan) if plan.from_fstab else []
-        return replace(tree, loose=", ".join(map(str, unread)))
-    plans = by_fstab(disks, given, frozenset())
+        unreadable_text = unplaced(disks, plan) if plan.from_fstab else []
+        return replace(tree, unplaced=", ".join(map(str, unreadable_text)))
+    plans = plans_from_fstab(disks, given, frozenset())
     if len(plans) > 1:
         raise FilesystemError(
             "several systems are on the disk, each with an fstab of its own; say what is mounted "
             "where with --mount"
         )
-    if plans or given.spots:
+    if plans or given.mounts_at:
         plan = plans[0] if plans else given
     else:
         top = Mount(partition=check.only(check.candidates(device, None), or_mount=True).key)
-        plan = replace(given, spots={"/": (0, top)})
+        plan = replace(given, mounts_at={"/": (0, top)})
     (tree,) = plan.trees(disks)
-    return replace(tree, loose=", ".join(map(str, loose(disks, plan))))
+    return replace(tree, unplaced=", ".join(map(str, unplaced(disks, plan))))
 
 
 def tree_by_fstab(device: ReadableDevice) -> Tree | None:
-    """Return the tree of a disk, to name what is on it; None if it is not clear."""
+    """Return the tree of a disk, for descriptions; None if it is ambiguous or unreadable."""
     try:
         return survey_tree(QUICK, device)
     except FilesystemError:
@@ -163,23 +171,29 @@ def _on_one(oracle: Oracle, device: ReadableDevice, manifest: Manifest, where: W
     except check.PartlyListedError as error:
         there = error.paths
     found = resolutions(manifest, frozenset(there))
-    disks = Disks(oracle, [device])
+    disks = GuestDisks(oracle, [device])
     sure = moves.fitting(lambda path: disks.has_folder(0, mount, path), manifest, found)
     if found and not sure:
         raise _elsewhere(found)
-    return rivals.manifest_of(oracle, [device], [Tree((mount,))], manifest, sure)
+    return location_ranking.resolved_manifest(oracle, [device], [Tree((mount,))], manifest, sure)
 
 
 def _left_out(
     oracle: Oracle, device: ReadableDevice, manifest: Manifest, partition: int
 ) -> dict[str, str]:
-    """Return the files that fstab puts elsewhere than on the only partition asked, and why.
+    """Return the files that fstab assigns to another partition than `partition`, and why.
 
-    Not those that the partition has as the manifest describes them: they are seen there.
+    Not those that are whole on `partition`.
     """
-    disks = Disks(oracle, [device])
-    top = next((s for s in disks.parts if partition in {_number(device, s.part), s.part}), None)
-    plans = [p for p in by_fstab(disks, MountPlan(), frozenset()) if top and p.top == (0, top.part)]
+    disks = GuestDisks(oracle, [device])
+    top = next(
+        (s for s in disks.filesystems if partition in {_number(device, s.part), s.part}), None
+    )
+    plans = [
+        p
+        for p in plans_from_fstab(disks, MountPlan(), frozenset())
+        if top and p.top == (0, top.part)
+    ]
     if top is None or len(plans) != 1:
         return {}
     (tree,) = plans[0].trees(disks)
@@ -190,8 +204,8 @@ def _left_out(
         if isinstance(place, Mount):
             if place.partition == top.part:
                 continue
-            stores = (*disks.parts, *disks.closed)
-            name = next(s.name for s in stores if s.part == place.partition)
+            filesystems = (*disks.filesystems, *disks.unreadable_filesystems)
+            name = next(s.name for s in filesystems if s.part == place.partition)
             why = f"{place.point} is on {name} (by fstab)"
         else:
             why = f"{place} (by fstab)"
@@ -207,11 +221,11 @@ def _number(device: ReadableDevice, key: PartitionName) -> int | None:
 
 
 def _resolved(
-    plan: MountPlan, disks: Disks, manifest: Manifest, where: Where, *, as_named: bool = False
+    plan: MountPlan, disks: GuestDisks, manifest: Manifest, where: Where, *, as_named: bool = False
 ) -> Manifest:
     """Return a manifest with the paths that its files have under a plan.
 
-    `as_named` is for where the guest's tree is known, or could be any: absolute paths stand.
+    `as_named` leaves absolute paths unchanged: where the guest's tree is known, or could be any.
     """
     if where.root is not None:
         return manifest
@@ -224,38 +238,43 @@ def _resolved(
     ]
     if found and not sure:
         raise _elsewhere(found)
-    return rivals.manifest_of(disks.oracle, disks.devices, plan.trees(disks), manifest, sure)
+    return location_ranking.resolved_manifest(
+        disks.oracle, disks.devices, plan.trees(disks), manifest, sure
+    )
 
 
 def _best(
-    disks: Disks, given: MountPlan, manifest: Manifest, where: Where
+    disks: GuestDisks, given: MountPlan, manifest: Manifest, where: Where
 ) -> tuple[MountPlan, Manifest]:
     """Return the plan under which most of the files are there, and the manifest with its paths."""
     names = frozenset(manifest.paths())
     is_absolute = all(path.startswith("/") for path in names)
-    plans = by_fstab(disks, given, names)
+    plans = plans_from_fstab(disks, given, names)
     if plans and (found := _most(disks, plans, manifest, where, as_named=True)) is not None:
-        return guesses.by_files(disks, *found), found[1]
-    if plans and all("/" in plan.away for plan in plans):
-        raise FilesystemError(f"nothing can be judged: {plans[0].away['/']}")
+        return mount_inference.with_inferred_mounts(disks, *found), found[1]
+    if plans and all("/" in plan.unreadable for plan in plans):
+        raise FilesystemError(f"nothing can be judged: {plans[0].unreadable['/']}")
     if plans:
-        if len(plans) == len(disks.parts) == 1 and not disks.hidden:
+        if len(plans) == len(disks.filesystems) == 1 and not disks.unreadable:
             _resolved(plans[0], disks, manifest, where, as_named=True)  # says what there is
         raise _matches_nothing(disks)
-    if not disks.parts:
-        if where.root is not None and len(disks.hidden) == len(disks.closed) <= 1:
+    if not disks.filesystems:
+        if (
+            where.root is not None
+            and len(disks.unreadable) == len(disks.unreadable_filesystems) <= 1
+        ):
             return MountPlan({"/": (0, Mount())}), manifest  # as soon as there is any, it is that
         raise _nothing_readable(disks)
-    singles = [MountPlan({"/": p.mount("/", root)}) for p in disks.parts for root in p.roots]
-    if len(singles) == 1 and not disks.hidden and not given.spots:
+    singles = [MountPlan({"/": p.mount("/", root)}) for p in disks.filesystems for root in p.roots]
+    if len(singles) == 1 and not disks.unreadable and not given.mounts_at:
         return _on_the_only_one(disks, singles[0], manifest, where)
     if is_absolute:
-        plan = guesses.by_files(disks, given, manifest)
-        if plan.spots:
+        plan = mount_inference.with_inferred_mounts(disks, given, manifest)
+        if plan.mounts_at:
             return plan, manifest
-    if where.root is not None and len(disks.parts) > 1:
-        raise FilesystemError(disks.several())
-    if where.root is not None or (is_absolute and disks.hidden):
+    if where.root is not None and len(disks.filesystems) > 1:
+        raise FilesystemError(disks.ambiguity())
+    if where.root is not None or (is_absolute and disks.unreadable):
         raise _matches_nothing(disks)  # what has the names only may be a copy of what is hidden
     found = _most(disks, singles, manifest, where, as_named=is_absolute)
     if found is None:
@@ -264,7 +283,7 @@ def _best(
 
 
 def _on_the_only_one(
-    disks: Disks, single: MountPlan, manifest: Manifest, where: Where
+    disks: GuestDisks, single: MountPlan, manifest: Manifest, where: Where
 ) -> tuple[MountPlan, Manifest]:
     """Return the plan of the only filesystem that there is, and the manifest with its paths.
 
@@ -276,14 +295,14 @@ def _on_the_only_one(
         raise
     except ManifestError:
         if all(entry.path.startswith("/") for entry in manifest.entries):
-            plan = guesses.by_files(disks, MountPlan(), manifest)
-            if plan.spots:
+            plan = mount_inference.with_inferred_mounts(disks, MountPlan(), manifest)
+            if plan.mounts_at:
                 return plan, manifest
         raise
 
 
 def _most(
-    disks: Disks,
+    disks: GuestDisks,
     plans: Sequence[MountPlan],
     manifest: Manifest,
     where: Where,
@@ -291,7 +310,7 @@ def _most(
     as_named: bool = False,
 ) -> tuple[MountPlan, Manifest] | None:
     """Return the plan with most of the files; None if none has any, but for a --root."""
-    places: list[tuple[MountPlan, Place]] = []
+    places: list[tuple[MountPlan, CandidateLocation]] = []
     for plan in plans:
         known = plan.known(disks)
         try:
@@ -299,10 +318,10 @@ def _most(
         except ManifestError:
             continue
         count = sum(path in known for path in resolved.paths())
-        places.append((plan, Place(plan.trees(disks), resolved, count)))
+        places.append((plan, CandidateLocation(plan.trees(disks), resolved, count)))
     if not places:
         return None
-    found = rivals.best(disks.oracle, disks.devices, [place for _, place in places])
+    found = location_ranking.best(disks.oracle, disks.devices, [place for _, place in places])
     best = [(plan, place.manifest) for plan, place in places if place in found]
     # Of one filesystem's subvolumes, without an fstab, the default one counts, or the first.
     if len(best) > 1 and (best[0][0].from_fstab or len({plan.top for plan, _ in best}) > 1):
@@ -314,7 +333,7 @@ def _most(
 
 
 class ElsewhereError(ManifestError):
-    """Nothing is where the paths of a manifest lead, and what is elsewhere may be a copy."""
+    """No file is at its path in the manifest, and those elsewhere may be a copy."""
 
 
 def _elsewhere(found: Sequence[Resolution]) -> ElsewhereError:
@@ -326,18 +345,18 @@ def _elsewhere(found: Sequence[Resolution]) -> ElsewhereError:
     )
 
 
-def _nothing_readable(disks: Disks) -> FilesystemError:
-    if not disks.hidden:
+def _nothing_readable(disks: GuestDisks) -> FilesystemError:
+    if not disks.unreadable:
         for device in disks.devices:
             check.candidates(device, None)  # says what it looked for
-    return FilesystemError(f"nothing can be read: {disks.unread()}")
+    return FilesystemError(f"nothing can be read: {disks.unreadable_text()}")
 
 
-def _matches_nothing(disks: Disks) -> FilesystemError | ManifestError:
-    if disks.hidden:
+def _matches_nothing(disks: GuestDisks) -> FilesystemError | ManifestError:
+    if disks.unreadable:
         return FilesystemError(
             f"no file of the manifest is whole where its path leads, but not all can be read: "
-            f"{disks.unread()}"
+            f"{disks.unreadable_text()}"
         )
     return ManifestError(
         "the manifest matches nothing on any of these filesystems: if none of its files was ever "

@@ -1,53 +1,93 @@
 """LVM's volumes on one disk: where the linear ones are, and why others cannot be read.
 
-Read is the committed metadata text of the format LVM2, with all its checksums right; of all areas
-of all physical volumes of a group on this disk, the newest. A volume can be read if its segments
-are linear (`striped` with one stripe), and on physical volumes of this disk. Thin and cached ones,
-RAID, snapshots and what is on other disks are named with an obstacle, and so is a volume that a
-snapshot is being merged into: what the kernel shows of it is elsewhere until that is done.
-Source: lvm2's lib/format_text and "LVM2 metadata" (lvmsystemid(7), vgcfgbackup(8) show the text).
+Read is the committed metadata text of the format LVM2, if all its checksums are right; of all
+metadata areas of a group's physical volumes on this disk, the newest. A volume can be read if its
+segments are linear (`striped` with one stripe), on physical volumes of this disk. An obstacle is
+given for thin and cached ones, RAID, snapshots and what is on other disks, and for a volume that a
+snapshot is being merged into, as the kernel shows other data of it until that is done.
+Source: lvm2's lib/label/label.h, lib/format_text/layout.h and import_vsn1.c; lvmsystemid(7) and
+vgcfgbackup(8) show the text.
 """
 
 from __future__ import annotations
 
 import re
-import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.structs import Field, StructLayout
 
 SECTOR = 512
 LABEL_SECTORS = 4
-_LABEL = struct.Struct("<8sQII8s")
-_ID_SIZE = 32
-_AREA = struct.Struct("<QQ")
-_MDA = struct.Struct("<I16sIQQ")
-_LOCATION = struct.Struct("<QQII")
+
+
+class LabelHeader(NamedTuple):
+    """struct label_header (lvm2, lib/label/label.h); offsets in bytes from its sector's start."""
+
+    magic: Annotated[bytes, Field(0, "8s")]
+    sector: Annotated[int, Field(8, "Q")]
+    crc: Annotated[int, Field(16, "I")]
+    offset: Annotated[int, Field(20, "I")]
+    type: Annotated[bytes, Field(24, "8s")]
+
+
+class PvHeader(NamedTuple):
+    """struct pv_header (lib/format_text/layout.h), without the areas behind it."""
+
+    uuid: Annotated[bytes, Field(0, "32s")]
+    device_size: Annotated[int, Field(32, "Q")]
+
+
+class DiskArea(NamedTuple):
+    """struct disk_locn: an area of the physical volume, in bytes; all zero ends a list of them."""
+
+    offset: Annotated[int, Field(0, "Q")]
+    size: Annotated[int, Field(8, "Q")]
+
+
+class MetadataHeader(NamedTuple):
+    """struct mda_header, with the first of its raw_locns: the committed text, from `start` on."""
+
+    crc: Annotated[int, Field(0, "I")]
+    magic: Annotated[bytes, Field(4, "16s")]
+    version: Annotated[int, Field(20, "I")]
+    start: Annotated[int, Field(24, "Q")]
+    text_offset: Annotated[int, Field(40, "Q")]
+    text_size: Annotated[int, Field(48, "Q")]
+    text_crc: Annotated[int, Field(56, "I")]
+    text_flags: Annotated[int, Field(60, "I")]
+
+
+_LABEL = StructLayout(LabelHeader, "<")
+_PV_HEADER = StructLayout(PvHeader, "<")
+_AREA = StructLayout(DiskArea, "<")
+_NO_AREA = DiskArea(0, 0)
+_MDA = StructLayout(MetadataHeader, "<")
 _MDA_MAGIC = b" LVM2 x[5A%r0N*>"
 _MDA_SIZE = 512
 _TEXT_MAX = 512 << 10
-"""Bytes of a commit: a thousand volumes; an area has 1 MiB, for two commits."""
+"""Bytes of a metadata text, for some thousand volumes; an area of 1 MiB has room for two."""
 _DEPTH_MAX = 8
-"""Sections in sections; a segment is the fourth."""
+"""Nested sections; a segment is the fourth level."""
 _IGNORED = 1
 _TOKEN = re.compile(r'"((?:[^"\\]|\\.)*)"|([\w.+-]+)|([{}=\[\],"])|#[^\n]*|\s+')
 _LINEAR = "striped"
 _SHOW_NOTHING = {"snapshot", "thin-pool", "cache-pool", "vdo-pool"}
-"""Types of the volumes that only serve others, though LVM lists some of them."""
+"""Types of volumes that are part of others, though LVM lists some of them."""
 _PLAIN_STATUS = {"READ", "WRITE", "VISIBLE", "FIXED_MINOR"}
 
 
 @dataclass(frozen=True, slots=True)
-class Volume:
-    """A volume that people see, by its names, and its pieces of the disk in order.
+class LogicalVolume:
+    """A visible logical volume, and its pieces of the disk in order.
 
-    ident     the ids of its group and of itself, as device mapper has them: 64 characters
-    obstacle  what it is that keeps its pieces from being what the kernel shows, if so
+    ident     the ids of its group and its own, as device mapper has them: 64 characters
+    obstacle  why its pieces are not what the kernel shows; None if they are
     """
 
     group: str
@@ -62,8 +102,8 @@ class Volume:
         return f"{self.group}/{self.short}"
 
 
-class _Commit(NamedTuple):
-    """One commit of a group's metadata."""
+class _MetadataCommit(NamedTuple):
+    """A committed metadata text of a group: its seqno, the group's name and sections."""
 
     number: int
     group: str
@@ -71,38 +111,39 @@ class _Commit(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Physical:
-    """A physical volume at an offset of the disk, with what it knows of its group.
+class PhysicalVolume:
+    """A physical volume at an offset of the disk, with the metadata of its group.
 
-    `commit` is None where the volume is in no group, and where `is_broken`: its own metadata is
-    broken, or it keeps none, which LVM allows where another volume of the group does.
+    `commit` is None if the volume is in no group, and if `is_broken`: its metadata is broken, or it
+    has no metadata area, which LVM allows if another volume of the group has one.
     """
 
     offset: int
     size: int
     ident: str
-    commit: _Commit | None
+    commit: _MetadataCommit | None
     is_broken: bool
 
 
-def physical(device: ReadableDevice, offset: int = 0) -> Physical | None:
-    """Return the physical volume that a device is; None if it is not one."""
+def physical_volume(device: ReadableDevice, offset: int = 0) -> PhysicalVolume | None:
+    """Read the label of a physical volume and its metadata; None without a label."""
     for sector in range(LABEL_SECTORS):
         if device.size < (sector + 1) * SECTOR:
             break
         raw = device.pread(sector * SECTOR, SECTOR)
-        magic, number, crc, at, kind = _LABEL.unpack_from(raw)
-        if magic == b"LABELONE" and number == sector:
-            is_sound = crc == _crc(raw[20:]) and kind == b"LVM2 001"
-            if not is_sound or not _LABEL.size <= at <= SECTOR - _ID_SIZE - 8:
-                return Physical(offset, device.size, "", None, is_broken=True)
-            ident = raw[at : at + _ID_SIZE].decode("ascii", "replace")
-            commit, is_broken = _newest(device, raw, at + _ID_SIZE + 8)
-            return Physical(offset, device.size, ident, commit, is_broken)
+        label = _LABEL.unpack_from(raw)
+        if label.magic == b"LABELONE" and label.sector == sector:
+            covered = raw[_LABEL.offset("offset") :]
+            is_sound = label.crc == _crc(covered) and label.type == b"LVM2 001"
+            if not is_sound or not _LABEL.size <= label.offset <= SECTOR - _PV_HEADER.size:
+                return PhysicalVolume(offset, device.size, "", None, is_broken=True)
+            ident = _PV_HEADER.unpack_from(raw, label.offset).uuid.decode("ascii", "replace")
+            commit, is_broken = _newest_commit(device, raw, label.offset + _PV_HEADER.size)
+            return PhysicalVolume(offset, device.size, ident, commit, is_broken)
     return None
 
 
-def volumes(found: Iterable[Physical]) -> list[Volume]:
+def logical_volumes(found: Iterable[PhysicalVolume]) -> list[LogicalVolume]:
     """Return the visible volumes of all groups on these, in the order of groups and names.
 
     Pieces are those of the disk that the physical volumes' offsets count on.
@@ -110,7 +151,7 @@ def volumes(found: Iterable[Physical]) -> list[Volume]:
     every = list(found)
     times = Counter(one.ident for one in every)
     there = {one.ident: one for one in every if times[one.ident] == 1}
-    newest: dict[str, _Commit] = {}
+    newest: dict[str, _MetadataCommit] = {}
     for one in every:
         if (commit := one.commit) is not None:
             ident = commit.about["id"]
@@ -119,18 +160,20 @@ def volumes(found: Iterable[Physical]) -> list[Volume]:
     return [volume for commit in newest.values() for volume in _volumes(commit, there)]
 
 
-def unread(found: Iterable[Physical]) -> list[Physical]:
-    """Return those that are in a group of which nothing is known here."""
+def in_unknown_groups(found: Iterable[PhysicalVolume]) -> list[PhysicalVolume]:
+    """Return the physical volumes whose group has no readable metadata here."""
     there = list(found)
     commits = [one.commit for one in there if one.commit is not None]
     members = {
-        _plain(pv["id"]) for commit in commits for pv in commit.about["physical_volumes"].values()
+        _without_dashes(pv["id"])
+        for commit in commits
+        for pv in commit.about["physical_volumes"].values()
     }
     return [one for one in there if one.is_broken and one.ident not in members]
 
 
 class LinearDevice:
-    """Pieces of a disk, one behind the other, as a disk; closing it leaves the disk open."""
+    """Extents of a disk, concatenated; closing it leaves the disk open."""
 
     def __init__(self, base: ReadableDevice, pieces: tuple[Extent, ...]) -> None:
         self._base = base
@@ -175,13 +218,15 @@ class LinearDevice:
         """Do nothing: the disk below belongs to whoever opened it."""
 
 
-def _newest(device: ReadableDevice, raw: bytes, at: int) -> tuple[_Commit | None, bool]:
-    """Return the newest commit of a label's areas; else whether there is one that is broken.
+def _newest_commit(
+    device: ReadableDevice, raw: bytes, at: int
+) -> tuple[_MetadataCommit | None, bool]:
+    """Return the newest commit of a physical volume's metadata areas, and whether it is broken.
 
-    A commit that was cut off is in one area, and not yet in the other.
+    It is broken if there is no commit and an area is. A crash leaves at most one broken area.
     """
     areas = list(_areas(raw, at))
-    split = areas.index((0, 0)) if (0, 0) in areas else len(areas)
+    split = areas.index(_NO_AREA) if _NO_AREA in areas else len(areas)
     best, is_broken = None, not areas[split + 1 :]
     for offset, size in areas[split + 1 :]:
         text = _text(device, offset, size)
@@ -197,42 +242,45 @@ def _newest(device: ReadableDevice, raw: bytes, at: int) -> tuple[_Commit | None
     return best, is_broken and best is None
 
 
-def _areas(raw: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """Yield the data areas, an empty one, and the metadata areas."""
+def _areas(raw: bytes, at: int) -> Iterator[DiskArea]:
+    """Yield the data areas, one that ends their list, and the metadata areas."""
     ends = 0
     while at + _AREA.size <= len(raw) and ends < 2:
-        offset, size = _AREA.unpack_from(raw, at)
-        if not offset:
+        area = _AREA.unpack_from(raw, at)
+        if not area.offset:
             ends += 1
         if ends < 2:
-            yield offset, size
+            yield area
         at += _AREA.size
 
 
 def _text(device: ReadableDevice, offset: int, size: int) -> str | None:
-    """Return the committed metadata of an area, "" if it has none; None if it is not sound."""
+    """Return the committed text of an area, "" if it has none; None if a checksum is wrong."""
     if offset + max(size, _MDA_SIZE) > device.size:
         return None
     raw = device.pread(offset, _MDA_SIZE)
-    crc, magic, version, start, _ = _MDA.unpack_from(raw)
-    at, length, text_crc, flags = _LOCATION.unpack_from(raw, _MDA.size)
-    if (magic, version, start) != (_MDA_MAGIC, 1, offset) or crc != _crc(raw[4:]):
+    header = _MDA.unpack_from(raw)
+    is_here = (header.magic, header.version, header.start) == (_MDA_MAGIC, 1, offset)
+    if not is_here or header.crc != _crc(raw[_MDA.offset("magic") :]):
         return None
-    if (at, length) == (0, 0):
+    at, length = header.text_offset, header.text_size
+    if not at and not length:
         return ""  # in no group
-    if flags & _IGNORED:
+    if header.text_flags & _IGNORED:
         return None
     if not _MDA_SIZE <= at < size or not 0 < length <= min(size, _TEXT_MAX):
         return None
     first = min(length, size - at)
     found = device.pread(offset + at, first)
-    if first < length:  # the text goes round the end of its area
+    if first < length:  # the area is a ring: the text goes on at its begin
         found += device.pread(offset + _MDA_SIZE, length - first)
-    return found.rstrip(b"\0").decode("utf-8", "replace") if _crc(found) == text_crc else None
+    return (
+        found.rstrip(b"\0").decode("utf-8", "replace") if _crc(found) == header.text_crc else None
+    )
 
 
 def _crc(data: bytes) -> int:
-    """LVM's own start value, and no inversion."""
+    """Return LVM's CRC-32: with its own initial value, and without the final inversion."""
     return zlib.crc32(data, 0xF597A6CF ^ 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
@@ -277,21 +325,23 @@ def _value(tokens: list[Any], at: int) -> tuple[Any, int]:
     return found, at + 1
 
 
-def _commit(text: str) -> _Commit:
-    """Read a commit, and all of it, so that nothing that LVM does not write is used."""
+def _commit(text: str) -> _MetadataCommit:
+    """Parse a text and all its volumes, so that whatever LVM does not write raises an error."""
     (found,) = ((name, value) for name, value in _parse(text).items() if isinstance(value, dict))
     group, about = found
-    commit = _Commit(_whole(about["seqno"]), group, about)
+    commit = _MetadataCommit(_integer(about["seqno"]), group, about)
     for _ in _volumes(commit, {}):
         pass
     return commit
 
 
-def _volumes(commit: _Commit, there: Mapping[str, Physical]) -> Iterator[Volume]:
+def _volumes(
+    commit: _MetadataCommit, there: Mapping[str, PhysicalVolume]
+) -> Iterator[LogicalVolume]:
     about = commit.about
-    group_id = _plain(about["id"])
+    group_id = _without_dashes(about["id"])
     members = {
-        name: (there.get(_plain(pv["id"])), _whole(pv["pe_start"]) * SECTOR)
+        name: (there.get(_without_dashes(pv["id"])), _integer(pv["pe_start"]) * SECTOR)
         for name, pv in about["physical_volumes"].items()
         if "MISSING" not in pv.get("flags", ())  # if it is here after all, it is not up to date
     }
@@ -311,12 +361,12 @@ def _volumes(commit: _Commit, there: Mapping[str, Physical]) -> Iterator[Volume]
                 if pieces
                 else "an LVM volume whose physical volumes are not all here, once each"
             )
-        ident = group_id + _plain(volume["id"])
-        yield Volume(commit.group, name, ident, pieces, obstacle)
+        ident = group_id + _without_dashes(volume["id"])
+        yield LogicalVolume(commit.group, name, ident, pieces, obstacle)
 
 
 def _snapshots(listed: Mapping[str, Any]) -> tuple[dict[str, str], set[str]]:
-    """Return what is to be said of volumes that take part in snapshots, and which are merged."""
+    """Return by volume the obstacles that snapshots are, and the snapshots being merged."""
     shows: dict[str, str] = {}
     merged = set()
     for volume in listed.values():
@@ -346,18 +396,18 @@ def _obstacle(about: Mapping[str, Any], volume: Mapping[str, Any], types: set[st
 def _pieces(
     about: Mapping[str, Any],
     volume: Mapping[str, Any],
-    members: Mapping[str, tuple[Physical | None, int]],
+    members: Mapping[str, tuple[PhysicalVolume | None, int]],
 ) -> tuple[Extent, ...]:
     """Return where the segments of a linear volume are, none if one is not on this disk."""
-    extent = _whole(about["extent_size"]) * SECTOR
+    extent = _integer(about["extent_size"]) * SECTOR
     pieces: list[Extent] = []
     length, is_here = 0, True
     for segment in _segments(volume):
         where, first = segment["stripes"]
         home, start = members.get(where, (None, 0))  # a volume that pvmove moves is on another one
-        at = start + _whole(first) * extent
-        size = _whole(segment["extent_count"]) * extent
-        is_next = _whole(segment["start_extent"]) * extent == length
+        at = start + _integer(first) * extent
+        size = _integer(segment["extent_count"]) * extent
+        is_next = _integer(segment["start_extent"]) * extent == length
         length += size
         if home is None or at + size > home.size or not is_next:
             is_here = False  # the rest is still looked at: all of it must be what LVM writes
@@ -367,7 +417,7 @@ def _pieces(
 
 
 def _segments(volume: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [volume[f"segment{n}"] for n in range(1, _whole(volume["segment_count"]) + 1)]
+    return [volume[f"segment{n}"] for n in range(1, _integer(volume["segment_count"]) + 1)]
 
 
 def _type(segment: Mapping[str, Any]) -> str:
@@ -376,12 +426,12 @@ def _type(segment: Mapping[str, Any]) -> str:
     return kind
 
 
-def _plain(ident: str) -> str:
+def _without_dashes(ident: str) -> str:
     return ident.replace("-", "")
 
 
-def _whole(value: object) -> int:
-    """Return a whole number; what else stands there would be multiplied, too."""
+def _integer(value: object) -> int:
+    """Return an integer; TypeError for others, as a string could be multiplied too."""
     if not isinstance(value, int):
         raise TypeError
     return value

@@ -138,8 +138,12 @@ class Entries(Sequence[Entry]):
             folder, name = entry.path[:start], entry.path[start:]
             raw = bytes.fromhex(entry.digest)
             kind = _Kind(
-                *(len(raw), entry.size is None, entry.mode, entry.target),
-                *(entry.algorithm, entry.is_guessed),
+                width=len(raw),
+                is_sizeless=entry.size is None,
+                mode=entry.mode,
+                target=entry.target,
+                algorithm=entry.algorithm,
+                is_guessed=entry.is_guessed,
             )
             self._folder.append(folders.setdefault(folder, len(folders)))
             self._kind.append(kinds.setdefault(kind, len(kinds)))
@@ -167,7 +171,10 @@ class Entries(Sequence[Entry]):
             self._folders[self._folder[at]] + name,
             raw[: kind.width].hex(),
             None if kind.is_sizeless else self._sizes[at],
-            *(kind.mode, kind.target, kind.algorithm, kind.is_guessed),
+            mode=kind.mode,
+            target=kind.target,
+            algorithm=kind.algorithm,
+            is_guessed=kind.is_guessed,
         )
 
     def __iter__(self) -> Iterator[Entry]:
@@ -303,16 +310,16 @@ def _entries(
     lines: Iterable[str], source: str, *, raw: bool, from_root: bool
 ) -> Iterator[tuple[int, Entry]]:
     """Yield what lines say, and their numbers."""
-    told = _NOTHING_TOLD
+    comments = _NO_COMMENTS
     for number, line in enumerate(lines, start=1):
         entry = None
         if line.startswith("#"):
-            told = _told(line.rstrip(), told)
+            comments = _with_comment(line.rstrip(), comments)
             entry = _link(line.rstrip(), f"{source}:{number}")
         else:
             if raw or line.strip():
-                entry = _entry(line, told, (source, number), raw=raw)
-            told = _NOTHING_TOLD
+                entry = _entry(line, comments, (source, number), raw=raw)
+            comments = _NO_COMMENTS
         if entry is not None:
             if from_root:
                 entry = replace(entry, path="/" + entry.path.lstrip("/"), is_guessed=False)
@@ -379,17 +386,17 @@ _TAG_OF = {name: tag for tag, name in TAGS.items()}
 _BY_TAG = {tag.upper(): name for tag, name in TAGS.items()}
 
 
-class _Told(NamedTuple):
+class _Comments(NamedTuple):
     """What comments have said of the entry in the next line."""
 
     size: int | None = None
     mode: int | None = None
 
 
-_NOTHING_TOLD = _Told()
+_NO_COMMENTS = _Comments()
 
 
-def _told(comment: str, before: _Told) -> _Told:
+def _with_comment(comment: str, before: _Comments) -> _Comments:
     """Return what is known of the next entry with one more comment."""
     if size := SIZE.fullmatch(comment):
         return before._replace(size=int(size[1]))
@@ -414,9 +421,10 @@ def _link(comment: str, where: str) -> Entry | None:
         ) from None
 
 
-def _entry(line: str, told: _Told, at: tuple[str, int], *, raw: bool) -> Entry | None:
+def _entry(line: str, comments: _Comments, at: tuple[str, int], *, raw: bool) -> Entry | None:
     """Return the entry of a line; None if it lists what is no file. `raw` names have no escapes."""
-    where = "{}:{}".format(*at)
+    source, number = at
+    where = f"{source}:{number}"
     if not raw and not line.startswith("\\"):
         line = line.removesuffix("\r")
     if line.startswith("/") and (listed := RPM.fullmatch(line)):
@@ -441,9 +449,15 @@ def _entry(line: str, told: _Told, at: tuple[str, int], *, raw: bool) -> Entry |
     while name.startswith("./"):
         name = name[2:]
     # A size stands in the lines of our own manifests, whose algorithm is known.
-    is_guessed = plain is not None and told.size is None
-    values = (name, found.lower(), told.size, told.mode)
-    return Entry(*values, algorithm=algorithm, is_guessed=is_guessed)
+    is_guessed = plain is not None and comments.size is None
+    return Entry(
+        path=name,
+        digest=found.lower(),
+        size=comments.size,
+        mode=comments.mode,
+        algorithm=algorithm,
+        is_guessed=is_guessed,
+    )
 
 
 def _no_line(line: str, where: str) -> ManifestError:

@@ -1,9 +1,9 @@
-"""Where filesystems show in the guest's tree of files: a mount is one, a tree is all of them.
+"""Mounts in the guest's tree of files: a `Mount` is one, a `Tree` all of them.
 
-Paths of a manifest are the guest's: `/boot/vmlinuz`, wherever it is on which disk. A `Mount` says
-which filesystem has a path, and what the path is there. A `Tree` says which mount has a path, or
-why that cannot be told: something on the disk cannot be read, or the filesystem is on none of the
-disks that were recorded. See mount_namespaces(7) and fstab(5).
+Paths of a manifest are the guest's: `/boot/vmlinuz`, on whichever disk. A `Mount` translates them
+to paths of its filesystem. A `Tree` gives the mount of a path, or says why it is not known: part of
+a disk cannot be read, or the filesystem is on none of the recorded disks. See mount_namespaces(7)
+and fstab(5).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 PartitionName = int | str | None
-"""A part of a disk: by the number of its `partitions.Slice`; an LVM volume by its name, as numbers
-are others when the group has other volumes. None: the only one that has a filesystem."""
+"""A part of a disk: the number of its `partitions.Slice`, or the name of an LVM volume, since
+numbers change with the volumes of a group. None: the only part that has a filesystem."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Mount:
 
     @property
     def words(self) -> str:
-        """Say what is mounted where."""
+        """Describe the mount, for messages."""
         if isinstance(self.partition, str):
             part = f"volume {self.partition}"
         else:
@@ -70,20 +70,21 @@ ONLY = Mount()
 class Tree:
     """The guest's tree of files.
 
-    mounts    what can be read here; no two have the same point
-    away      mount points of what cannot, and why
-    doubtful  paths of which it is not known where they are, and why
-    nowhere   why a path that is below no mount point cannot be told
-    loose     what cannot be read and is mounted nobody knows where: what is not there may be in it.
-              Only of a tree that was made for no manifest; else `doubtful` says it of its files
-    diskless  reasons of `away` that are no disk's: kept in memory, or reached over a network
+    mounts            those that can be read; no two have the same point
+    unreadable        mount points of what cannot, and why
+    doubtful          paths of which it is not known on which filesystem they are, and why
+    unmounted_reason  why a path that is below no mount point cannot be told
+    unplaced          what cannot be read and may be mounted anywhere, with files that are missed.
+                      Only of a tree that was made without a manifest; else see `doubtful`
+    diskless          the reasons in `unreadable` that concern no disk: a filesystem in memory, or
+                      one that is reached over a network
     """
 
     mounts: tuple[Mount, ...] = (ONLY,)
-    away: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     doubtful: Mapping[str, str] = field(default_factory=dict)
-    nowhere: str = "no filesystem is known that shows there; name it with --mount"
-    loose: str = ""
+    unmounted_reason: str = "no filesystem is known that shows there; name it with --mount"
+    unplaced: str = ""
     diskless: frozenset[str] = frozenset()
 
     def of(self, path: str) -> Mount | str:
@@ -91,16 +92,16 @@ class Tree:
         if (why := self.doubtful.get(path)) is not None:
             return why
         points: dict[str, Mount | str] = {mount.point: mount for mount in self.mounts}
-        points |= self.away
+        points |= self.unreadable
         path = "/" + path.lstrip("/")
         here = [point for point in points if is_below(path, point)]
-        return points[max(here, key=len)] if here else self.nowhere
+        return points[max(here, key=len)] if here else self.unmounted_reason
 
     def left_out(self, under: str) -> dict[str, str]:
-        """Return the points in a directory that are on disks, and are not read, and why."""
+        """Return the unreadable mount points below a directory that are on disks, and why."""
         return {
             point: why
-            for point, why in self.away.items()
+            for point, why in self.unreadable.items()
             if is_below(point, under) and why not in self.diskless
         }
 
@@ -110,10 +111,10 @@ class Tree:
         return [one for one in found if one is not None]
 
 
-def tree_of(mounts: Iterable[Mount], away: Mapping[str, str] | None = None) -> Tree:
+def tree_of(mounts: Iterable[Mount], unreadable: Mapping[str, str] | None = None) -> Tree:
     """Return the tree of some mounts: each is covered by whatever is mounted below it."""
-    mounts, away = tuple(mounts), away or {}
-    points = sorted({*(mount.point for mount in mounts), *away})
+    mounts, unreadable = tuple(mounts), unreadable or {}
+    points = sorted({*(mount.point for mount in mounts), *unreadable})
     return Tree(
         tuple(
             replace(
@@ -122,7 +123,7 @@ def tree_of(mounts: Iterable[Mount], away: Mapping[str, str] | None = None) -> T
             )
             for mount in sorted(mounts, key=lambda mount: mount.point)
         ),
-        away,
+        unreadable,
     )
 
 

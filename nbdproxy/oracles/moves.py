@@ -1,12 +1,12 @@
-"""Whether files may be meant that are in another directory than a manifest says.
+"""Whether a manifest's files may belong in another directory than its paths say.
 
 A manifest that was made in a guest names a data disk's files below the disk's mount point, and one
 of relative paths leaves open where they begin. But a copy of lost files, in a backup, has the same
-names and contents, and is not what was asked for. Guarantees: a change of the leading directory is
-refused where the filesystem shows that the files were to be on it as they are named, or shows a
-place for another mount point: it is the root of a system, or has a directory that leads to them.
-Not covered: files that were lost with all directories above them, and of which the only copy begins
-at the top of a filesystem that is no system's root.
+names and contents, and must not be taken for them. Guarantees: a change of the leading directory is
+refused if the filesystem shows that the files were to be at their own paths, or at another mount
+point: it is the root of a system, or has a directory that leads to them. Not covered: files that
+were lost with all directories above them, and of which the only copy begins at the top of a
+filesystem that is no system's root.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from nbdproxy.oracles.mounts import above
 from nbdproxy.oracles.resolutions import Resolution
 
 _BESIDE_ETC = ("/usr", "/bin", "/sbin", "/lib", "/proc", "/sys", "/dev")
-"""What a system's root has beside /etc: file-hierarchy(7)."""
+"""Directories of a system's root beside /etc: file-hierarchy(7)."""
 
 HasFolder = Callable[[str], bool]
-"""Tells whether a filesystem has a directory, by its path from the top; true if nobody knows."""
+"""Tells whether a filesystem has a directory, by its path from the top; true if not known."""
 
 
 def is_system(has: HasFolder) -> bool:
@@ -32,7 +32,7 @@ def is_system(has: HasFolder) -> bool:
 
 
 def may_show_at(has: HasFolder, point: str, files: Iterable[str]) -> bool:
-    """Tell whether a filesystem may be mounted at a point, for all that is known of it.
+    """Tell whether a filesystem may be mounted at a point.
 
     Not if it is a system's root, nor if it has a directory that it would have if it were mounted
     above: `/backup`, if files of `/mnt/backup` are to be at its top. `files` are those that it has
@@ -47,7 +47,7 @@ def may_show_at(has: HasFolder, point: str, files: Iterable[str]) -> bool:
 
 
 def fits(has: HasFolder, manifest: Manifest, found: Resolution) -> bool:
-    """Tell whether a manifest's paths may be meant to be where a resolution puts them."""
+    """Tell whether a manifest's files may belong where a resolution puts them."""
     if found.place == "":
         return True
     if found.place == "/":
@@ -60,7 +60,7 @@ def fits(has: HasFolder, manifest: Manifest, found: Resolution) -> bool:
 
 
 def fitting(has: HasFolder, manifest: Manifest, found: Sequence[Resolution]) -> list[Resolution]:
-    """Return the resolutions of a manifest that may be meant."""
+    """Return the resolutions that `fits` allows."""
     return [one for one in found if fits(has, manifest, one)]
 
 

@@ -1,8 +1,8 @@
-"""What an oracle is: it says what became of files, and of their filesystem, in any state of a disk.
+"""`Oracle`: the interface of what judges files and filesystems in any state of a disk.
 
-There are two: `quick`, which reads without a kernel and says *unknown* where it would have to
-guess, and the kernel itself (`nbdproxy.checker`). Each knows one filesystem at a time, at its place
-in the guest's tree; `composite` asks for all of a tree. All paths are the guest's.
+There are two: `quick`, which reads without a kernel and says *unknown* where a kernel's answer is
+not certain, and the kernel itself (`nbdproxy.checker`). Each call is about one filesystem, at its
+mount point in the guest's tree; `composite` covers a whole tree. All paths are the guest's.
 """
 
 from __future__ import annotations
@@ -13,43 +13,45 @@ from typing import Protocol
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.browse import ShownMount
+from nbdproxy.oracles.browse import MountBrowser
 from nbdproxy.oracles.check import Findings
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.globs import Matcher, no_file
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
 CONTENT_MAX = 64 << 20
-"""So many bytes of a file a guest hands out at once."""
+"""Bytes of a file that `Oracle.content` returns at most."""
 
 EarlierDigests = Mapping[str, Collection[str]]
-"""Of each path the SHA-256 digests that the file had earlier."""
+"""By path, the SHA-256 digests in hex of a file's earlier versions."""
 
 
-class Follower(Protocol):
-    """Judges the same files in one state after the other."""
+class ManifestCheck(Protocol):
+    """The check of one manifest's files, repeated for one state after the other."""
 
     def check(self, device: ReadableDevice, changed: Iterable[Extent] | None) -> Findings:
         """Tell the condition of every file; `changed` as in `IncrementalCheck.check`."""
         ...
 
     @property
-    def reads(self) -> Reads | None:
-        """What of the disk the last findings depend on; None if that cannot be told."""
+    def reads(self) -> RangeSet | None:
+        """The bytes of the disk that the last findings depend on; None if that is not known."""
         ...
 
 
 class Oracle(Protocol):
-    """Knows filesystems.
+    """Judges files and filesystems.
 
-    A link or `..` that leads out of a mount, into another filesystem, leaves its file
+    A symbolic link or `..` that leads out of a mount, into another filesystem, makes its file
     *cannot-be-told*; an absolute link that leads into the mount is followed from its point.
     """
 
-    def follow(self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount) -> Follower:
-        """Return what judges the files of a manifest, absolute paths that a mount has."""
+    def prepare_check(
+        self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
+    ) -> ManifestCheck:
+        """Return the check of a manifest's files; its paths are absolute, all on one mount."""
         ...
 
     def roots(self, device: ReadableDevice, partition: PartitionName) -> tuple[str, ...]:
@@ -73,9 +75,10 @@ class Oracle(Protocol):
         modes: bool = False,
         without: Matcher = no_file,
     ) -> Manifest:
-        """Describe a mount's files below a directory, with `modes` if wanted and kept there.
+        """Return a manifest of a mount's files below a directory.
 
-        Files of the paths that `without` means are not read.
+        `modes` adds permissions, where the filesystem keeps them. Paths that `without` matches are
+        left out.
         """
         ...
 
@@ -86,8 +89,10 @@ class Oracle(Protocol):
         """
         ...
 
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[ShownMount]:
-        """Open a mount to go through its files.
+    def browse(
+        self, device: ReadableDevice, *, mount: Mount
+    ) -> AbstractContextManager[MountBrowser]:
+        """Open a mount, to walk through its directories.
 
         Raises NotMountedError if a kernel would not mount it, other FilesystemErrors if that cannot
         be told or a guest failed.
@@ -97,7 +102,7 @@ class Oracle(Protocol):
     def examine(
         self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True
     ) -> Examination:
-        """Tell of a filesystem as a whole; without `fsck` that is not run."""
+        """Examine a filesystem as a whole; its checker is run only with `fsck`."""
         ...
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Whose bytes are these: what lives in some ranges of a disk, in words.
+"""The owners of ranges of a disk: which file or structure a byte belongs to.
 
-For telling people what a missing write was: "file data of /app/a.js, bytes 0-4095". It describes,
-it does not judge: a disk that cannot be read is unknown, never an error. Only the ext family is
-read here; see `ext4.owners` for what it does not tell apart.
+For describing a missing write: "file data of /app/a.js, bytes 0-4095". It describes and does not
+judge: a disk that cannot be read has owners of kind UNKNOWN, never an error. Only the ext family is
+read here; `ext4.owners` says what it does not distinguish.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent, ExtentMap
 from nbdproxy.oracles.check import candidates
-from nbdproxy.oracles.ext4.owners import Atlas, OwnerKind, chart
+from nbdproxy.oracles.ext4.owners import FilesystemMap, OwnerKind, map_filesystem
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.partitions import Slice, slices
 from nbdproxy.oracles.qcow2 import Qcow2Device, is_qcow2
@@ -48,7 +48,7 @@ class Owner:
         return self.paths[0] if self.paths else None
 
     def words(self) -> str:
-        """Say it: `inode table (/a, /b and 3 more)`, `file data of /a, bytes 0-4095`."""
+        """Describe it: `inode table (/a, /b and 3 more)`, `file data of /a, bytes 0-4095`."""
         named = ", ".join(self.paths[:NAMED_MAX])
         if len(self.paths) > NAMED_MAX:
             named += f" and {len(self.paths) - NAMED_MAX} more"
@@ -62,34 +62,37 @@ class Owner:
 
 
 class OwnerMap:
-    """Who owns what on one disk: looked up once for the whole disk, then asked for any range.
+    """The owners on one disk: read once for the whole disk, then looked up for any range.
 
-    Of a qcow2 file the owners are those in the guest's disk, and the file's own tables.
+    The owners of bytes of a qcow2 file are those of the guest's disk inside, and the file's tables.
     """
 
     def __init__(self, device: ReadableDevice, tree: Tree | None = None) -> None:
         """Read all names and inodes; paths are those of the guest's `tree`, if it is known.
 
-        What does not show in it is named with its partition, if there are several filesystems.
+        Paths on filesystems outside of the tree are given with their partition, if several
+        filesystems are there.
         """
-        self._parts: list[_Part] = []
-        self._inside: _Inside | None = None
+        self._parts: list[_MappedFilesystem] = []
+        self._qcow2: _Qcow2Owners | None = None
         try:
             if is_qcow2(device):
-                self._inside = _Inside(Qcow2Device(device), tree)
+                self._qcow2 = _Qcow2Owners(Qcow2Device(device), tree)
                 return
             found = _readable(device, tree)
         except FilesystemError:
-            self._parts.append(_Part(0, device.size, None, 0, _as_it_is))
+            self._parts.append(_MappedFilesystem(0, device.size, None, 0, _unchanged))
             return
         for part in found:
-            atlas = None
+            filesystem_map = None
             shown = partial(_shown, tree, part, len(found) > 1)
-            with suppress(Exception):  # it only describes: what it stumbles over is unknown
-                atlas = chart(part.device)
+            with suppress(Exception):  # any failure of a description is kind UNKNOWN
+                filesystem_map = map_filesystem(part.device)
             at = 0
             for piece in part.on_disk(0, part.length):
-                self._parts.append(_Part(piece.offset, piece.end, atlas, at, shown))
+                self._parts.append(
+                    _MappedFilesystem(piece.offset, piece.end, filesystem_map, at, shown)
+                )
                 at += piece.length
 
     def of(self, extent: Extent) -> list[Owner]:
@@ -97,33 +100,32 @@ class OwnerMap:
         result: list[Owner] = []
         for owner in self._pieces(extent.offset, extent.end):
             last = result[-1] if result else None
-            if last is not None and _is_one(last, owner):
-                length = last.extent.length + owner.extent.length
+            if last is not None and _is_same_owner(last, owner):
                 both = dict.fromkeys((*last.paths, *owner.paths))
-                extended = Extent(last.extent.offset, length)
+                extended = Extent.between(last.extent.offset, owner.extent.end)
                 result[-1] = replace(last, extent=extended, paths=tuple(both))
             else:
                 result.append(owner)
         return result
 
     def _pieces(self, start: int, end: int) -> Iterator[Owner]:
-        if self._inside is not None:
-            yield from self._inside.pieces(start, end)
+        if self._qcow2 is not None:
+            yield from self._qcow2.pieces(start, end)
             return
         while start < end:
-            # Where two filesystems claim to be, the first one is asked.
+            # Of two filesystems that overlap the first one counts.
             here = next((part for part in self._parts if part.low <= start < part.high), None)
             if here is None:
                 stop = min([end, *(part.low for part in self._parts if part.low > start)])
-                yield Owner(Extent(start, stop - start), OwnerKind.OUTSIDE)
+                yield Owner(Extent.between(start, stop), OwnerKind.OUTSIDE)
                 start = stop
                 continue
             stop = min(end, here.high)
-            if here.atlas is None:
-                yield Owner(Extent(start, stop - start), OwnerKind.UNKNOWN)
+            if here.filesystem_map is None:
+                yield Owner(Extent.between(start, stop), OwnerKind.UNKNOWN)
             else:
                 shift = here.low - here.at
-                for piece in here.atlas.pieces(start - shift, stop - shift):
+                for piece in here.filesystem_map.pieces(start - shift, stop - shift):
                     extent = Extent(shift + piece.start, piece.end - piece.start)
                     is_content = piece.kind in {OwnerKind.FILE_DATA, OwnerKind.DIRECTORY}
                     offset = piece.offset if is_content else None
@@ -144,14 +146,14 @@ def _readable(device: ReadableDevice, tree: Tree | None) -> list[Slice]:
     return found
 
 
-def _as_it_is(paths: tuple[str, ...]) -> tuple[str, ...]:
+def _unchanged(paths: tuple[str, ...]) -> tuple[str, ...]:
     return paths
 
 
 def _shown(
     tree: Tree | None, part: Slice, is_one_of_many: bool, paths: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return the guest's paths of a filesystem's."""
+    """Translate paths of a filesystem to the guest's."""
     found: list[str] = []
     for path in paths:
         seen = tree.shown(part.key, path) if tree is not None else []
@@ -161,21 +163,21 @@ def _shown(
     return tuple(found)
 
 
-class _Part(NamedTuple):
+class _MappedFilesystem(NamedTuple):
     """Bytes [low, high) of the disk hold a filesystem's bytes from `at` on."""
 
     low: int
     high: int
-    atlas: Atlas | None
+    filesystem_map: FilesystemMap | None
     at: int
     shown: Callable[[tuple[str, ...]], tuple[str, ...]]
 
 
-class _Inside:
+class _Qcow2Owners:
     """Who owns the bytes of a qcow2 file."""
 
     def __init__(self, file: Qcow2Device, tree: Tree | None) -> None:
-        # Behind a plain device, so that places are told on the guest's disk and not in the file.
+        # A plain device hides that it is qcow2, so that owners are by offsets of the guest's disk.
         self._owners = OwnerMap(WatchedDevice(file), tree)
         self._claims = ExtentMap[_Claim](lambda claim, by: claim._replace(at=claim.at + by))
         for run in file.runs(0, file.size):
@@ -190,7 +192,7 @@ class _Inside:
         for low, high, claim in self._claims.segments(start, end):
             if claim is None or claim.kind is not None:
                 kind = OwnerKind.UNREFERENCED if claim is None else claim.kind
-                yield Owner(Extent(low, high - low), kind or OwnerKind.UNKNOWN)
+                yield Owner(Extent.between(low, high), kind or OwnerKind.UNKNOWN)
                 continue
             for owner in self._owners.of(Extent(claim.at, high - low)):
                 at = low + owner.extent.offset - claim.at
@@ -207,17 +209,17 @@ class _Claim(NamedTuple):
 def owners(
     device: ReadableDevice, extents: Iterable[Extent], tree: Tree | None = None
 ) -> list[Owner]:
-    """Tell what lives in ranges of a disk, as a mount would show it: their owners in order.
+    """Return the owners of ranges of a disk, journal replayed, in order.
 
-    Together the owners of an extent cover exactly its bytes. Whoever asks often makes an
-    `OwnerMap`, as most of the time goes into that. Raises nothing for what is on the disk.
+    The owners of an extent cover exactly its bytes. For many calls make one `OwnerMap`, which takes
+    most of the time. No content of the disk raises an error.
     """
     found = OwnerMap(device, tree)
     return [owner for extent in extents for owner in found.of(extent)]
 
 
-def _is_one(last: Owner, owner: Owner) -> bool:
-    """Tell whether two neighbours are one piece of the same thing."""
+def _is_same_owner(last: Owner, owner: Owner) -> bool:
+    """Tell whether two neighbours are one run of the same owner."""
     if last.kind is not owner.kind:
         return False
     if last.kind is OwnerKind.INODE_TABLE:

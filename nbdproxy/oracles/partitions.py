@@ -1,8 +1,8 @@
-"""Where on a disk a filesystem may begin: the disk, its partitions, and the volumes in either.
+"""Where on a disk a filesystem may begin: the disk itself, its partitions, and logical volumes.
 
-Partitions are in `table`, volumes in `lvm`, and of a qcow2 file the guest's disk inside is looked
-at, see `qcow2`. Not covered is what only a guest can put together: RAID, LUKS, pools; `survey` says
-that it is there.
+Partitions are read by `partition_table`, volumes by `lvm`; of a qcow2 file the guest's disk inside
+is used, see `qcow2`. Not covered is what only a guest can assemble: RAID, LUKS, pools; `survey`
+detects these.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from nbdproxy.disks.formats import refuse_foreign
 from nbdproxy.extents import Extent
 from nbdproxy.oracles import lvm, qcow2
 from nbdproxy.oracles.filesystems import kind_of
-from nbdproxy.oracles.lvm import LinearDevice, Physical, Volume
+from nbdproxy.oracles.lvm import LinearDevice, LogicalVolume, PhysicalVolume
+from nbdproxy.oracles.partition_table import Partition, read_table
 from nbdproxy.oracles.signatures import signatures
-from nbdproxy.oracles.table import Partition, read_table
 
 VOLUMES = 1001
 
@@ -38,11 +38,11 @@ class Slice:
     device: ReadableDevice
     is_direct: bool = True
     partition: Partition | None = None
-    volume: Volume | None = None
+    volume: LogicalVolume | None = None
 
     @property
     def key(self) -> int | str:
-        """What names it in all states of a disk: its number, or the name of a volume."""
+        """Its name in all states of a disk: its number, or the name of a volume."""
         return self.number if self.volume is None else self.volume.name
 
     def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
@@ -50,7 +50,7 @@ class Slice:
         return _below(self.device, offset, length)
 
 
-class Layout(NamedTuple):
+class DiskLayout(NamedTuple):
     """How a disk is divided.
 
     slices     what may hold a filesystem
@@ -61,8 +61,8 @@ class Layout(NamedTuple):
 
     slices: list[Slice]
     doubt: str | None
-    physicals: dict[int, Physical]
-    closed: list[Volume]
+    physical_volumes: dict[int, PhysicalVolume]
+    unreadable_volumes: list[LogicalVolume]
 
 
 class SliceDevice:
@@ -115,26 +115,26 @@ def slices(device: ReadableDevice) -> list[Slice]:
 
     Raises Qcow2Error for a qcow2 file that cannot be read, ForeignFormatError for other images.
     """
-    return look(device).slices
+    return disk_layout(device).slices
 
 
-def look(device: ReadableDevice) -> Layout:
+def disk_layout(device: ReadableDevice) -> DiskLayout:
     """Return how a disk is divided; raises Qcow2Error and ForeignFormatError as `slices` does."""
-    refuse_foreign(device, footers=False)  # no verdict is to hang on a disk's last sector
+    refuse_foreign(device, footers=False)  # a verdict must not depend on a disk's last sector
     is_qcow2 = qcow2.is_qcow2(device)
     if is_qcow2:
         device = qcow2.Qcow2Device(device)
     found, doubt = _found(device)
-    physicals = {
+    physical_volumes = {
         part.number: one
         for part in found
-        if (one := lvm.physical(part.device, part.offset)) is not None
+        if (one := lvm.physical_volume(part.device, part.offset)) is not None
     }
-    closed = []
+    unreadable_volumes = []
     number = VOLUMES
-    for volume in lvm.volumes(physicals.values()):
+    for volume in lvm.logical_volumes(physical_volumes.values()):
         if volume.obstacle is not None:
-            closed.append(volume)
+            unreadable_volumes.append(volume)
             continue
         is_direct = len(volume.pieces) == 1
         offset = volume.pieces[0].offset if is_direct else 0
@@ -144,11 +144,11 @@ def look(device: ReadableDevice) -> Layout:
         number += 1
     if is_qcow2:
         found = [replace(part, is_direct=False) for part in found]
-    return Layout(found, doubt, physicals, closed)
+    return DiskLayout(found, doubt, physical_volumes, unreadable_volumes)
 
 
 def _below(device: ReadableDevice, offset: int, length: int) -> Iterator[Extent]:
-    """Yield where a range of a device is on the disk that it stands on in the end."""
+    """Yield where a range of a device is on the disk below all windows and volumes."""
     if isinstance(device, (SliceDevice, LinearDevice, qcow2.Qcow2Device)):
         yield from device.on_disk(offset, length)
     else:
@@ -156,7 +156,7 @@ def _below(device: ReadableDevice, offset: int, length: int) -> Iterator[Extent]
 
 
 def _found(device: ReadableDevice) -> tuple[list[Slice], str | None]:
-    """Return the whole disk and its partitions, and what is doubtful about these."""
+    """Return the whole disk and its partitions, and the doubt about the table."""
     found = [Slice(0, "whole disk", 0, device.size, device)]
     table = read_table(device, _begins)
     for partition in table.partitions:
@@ -169,8 +169,8 @@ def _found(device: ReadableDevice) -> tuple[list[Slice], str | None]:
 
 
 def _begins(device: ReadableDevice, offset: int) -> bool:
-    """Tell whether something known begins at a place of a disk."""
+    """Tell whether a filesystem, physical volume or other signature is at an offset."""
     rest = SliceDevice(device, offset, device.size - offset)
-    if kind_of(rest) is not None or lvm.physical(rest) is not None:
+    if kind_of(rest) is not None or lvm.physical_volume(rest) is not None:
         return True
     return next(signatures(rest), None) is not None

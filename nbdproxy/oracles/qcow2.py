@@ -1,13 +1,13 @@
-"""`Qcow2Device`: the guest's disk that a qcow2 file describes, as the file stands at this moment.
+"""`Qcow2Device`: the guest's disk in a qcow2 file, read-only.
 
-For recordings from below qcow2: each crash state is a file whose tables may be behind its data. An
-entry that was never written reads as zeroes, as it does for QEMU. Source: QEMU's "The qcow2 image
+For recordings from below qcow2: each crash state is a file whose tables may be older than its data.
+An L2 entry that was never written reads as zeroes, as for QEMU. Source: QEMU's "The qcow2 image
 format" (docs/interop/qcow2.txt).
 
 Read are versions 2 and 3 with any cluster size, zero clusters, and clusters compressed with zlib.
 Refused are backing files, encryption, external data, extended L2 entries and zstd. Refcounts are
-not looked at: QEMU does not need them to read. What lies behind the file's end reads as zeroes, as
-for QEMU: that is what a guest gets of a file that lost its length.
+not used, as QEMU does not use them to read. Bytes behind the file's end read as zeroes, as for
+QEMU: that is what a guest gets of a file that lost its length.
 """
 
 from __future__ import annotations
@@ -18,19 +18,49 @@ import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
+from nbdproxy.oracles.structs import Field, StructLayout
 
 MAGIC = b"QFI\xfb"
-_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")
-_HEADER_3 = struct.Struct(">QQQII")
-_V3_AT = 72
-_COMPRESSION_AT = 104
+
+
+class Qcow2Header(NamedTuple):
+    """The header of both versions, the fields that are used."""
+
+    magic: Annotated[bytes, Field(0, "4s")]
+    version: Annotated[int, Field(4, "I")]
+    backing_file_offset: Annotated[int, Field(8, "Q")]
+    cluster_bits: Annotated[int, Field(20, "I")]
+    size: Annotated[int, Field(24, "Q")]
+    crypt_method: Annotated[int, Field(32, "I")]
+    l1_size: Annotated[int, Field(36, "I")]
+    l1_table_offset: Annotated[int, Field(40, "Q")]
+    refcount_table_offset: Annotated[int, Field(48, "Q")]
+    refcount_table_clusters: Annotated[int, Field(56, "I")]
+    snapshots_offset: Annotated[int, Field(64, "Q")]
+
+
+class Qcow2HeaderV3(NamedTuple):
+    """The fields that version 3 adds; in files of version 2 other things are in their place."""
+
+    incompatible_features: Annotated[int, Field(72, "Q")]
+    refcount_order: Annotated[int, Field(96, "I")]
+    header_length: Annotated[int, Field(100, "I")]
+    compression_type: Annotated[int, Field(104, "B")]
+
+
+_HEADER = StructLayout(Qcow2Header, ">")
+_HEADER_V3 = StructLayout(Qcow2HeaderV3, ">", 112)
+_V2_FEATURES = Qcow2HeaderV3(
+    incompatible_features=0, refcount_order=4, header_length=104, compression_type=0
+)
+"""What version 2 has, in the terms of version 3."""
 _EXTERNAL_DATA, _COMPRESSION, _EXTENDED_L2 = 0x4, 0x8, 0x10
 _REFUSED = {
     _EXTERNAL_DATA: "its data is in another file",
@@ -58,7 +88,7 @@ class Qcow2Error(FilesystemError):
 
 
 class Structure(StrEnum):
-    """What a qcow2 file consists of, besides data."""
+    """The structures of a qcow2 file."""
 
     HEADER = "qcow2 header"
     L1 = "qcow2 L1 table"
@@ -67,10 +97,11 @@ class Structure(StrEnum):
 
 
 class MappedRun(NamedTuple):
-    """A piece of the guest's disk: where it is in the file, or that it reads as zeroes.
+    """Bytes [start, end) of the guest's disk.
 
-    `entry` is where in the file the L2 entry of its first cluster is, or would be; None if there is
-    no L2 table. `packed` holds the length of compressed data.
+    host    their offset in the file; None if they read as zeroes
+    entry   the offset of their first cluster's L2 entry in the file; None without an L2 table
+    packed  the bytes of compressed data at `host`; 0 if they are not compressed
     """
 
     start: int
@@ -91,37 +122,44 @@ class Qcow2Device:
     def __init__(self, base: ReadableDevice) -> None:
         """Read the header and the L1 table; raises Qcow2Error for what is not read here."""
         self._base = base
-        raw = base.pread(0, min(base.size, 112)).ljust(112, b"\0")
-        _, version, backing, _, bits, size, crypt, l1_size, l1_at, *rest = _HEADER.unpack_from(raw)
-        if raw[:4] != MAGIC or version not in {2, 3} or bits not in _CLUSTER_BITS:
+        raw = base.pread(0, min(base.size, _HEADER_V3.size)).ljust(_HEADER_V3.size, b"\0")
+        header = _HEADER.unpack_from(raw)
+        version, bits, size = header.version, header.cluster_bits, header.size
+        if header.magic != MAGIC or version not in {2, 3} or bits not in _CLUSTER_BITS:
             raise Qcow2Error("the qcow2 header is broken")
-        incompatible = _HEADER_3.unpack_from(raw, _V3_AT)[0] if version == 3 else 0
+        more = _HEADER_V3.unpack_from(raw) if version == 3 else _V2_FEATURES
         for bit, why in _REFUSED.items():
-            if incompatible & bit and (bit != _COMPRESSION or raw[_COMPRESSION_AT]):
+            is_set = more.incompatible_features & bit
+            if is_set and (bit != _COMPRESSION or more.compression_type):
                 raise Qcow2Error(f"the qcow2 file is not read here: {why}")
-        if incompatible & ~_KNOWN:
+        if more.incompatible_features & ~_KNOWN:
             raise Qcow2Error("the qcow2 file is not read here: it has features that are not known")
-        if backing or crypt:
-            why = "it has a backing file" if backing else "it is encrypted"
+        if header.backing_file_offset or header.crypt_method:
+            why = "it has a backing file" if header.backing_file_offset else "it is encrypted"
             raise Qcow2Error(f"the qcow2 file is not read here: {why}")
-        order, length = _HEADER_3.unpack_from(raw, _V3_AT)[3:] if version == 3 else (4, 104)
-        if order > _REFCOUNT_ORDER_MAX or length < _LENGTH_3_MIN or rest[0] % (1 << bits):
+        is_broken = (
+            more.refcount_order > _REFCOUNT_ORDER_MAX
+            or more.header_length < _LENGTH_3_MIN
+            or header.refcount_table_offset % (1 << bits)
+        )
+        if is_broken:
             raise Qcow2Error("the qcow2 header is broken")
         self.size = size
         self.cluster = 1 << bits
         self._bits = bits
-        self._refcounts = (rest[0], rest[1] << bits)
+        refcounts = header.refcount_table_clusters << bits
+        self._refcounts = Extent(header.refcount_table_offset, refcounts)
         self._has_zero = version == 3
-        self._l1_at = l1_at
+        self._l1_offset = header.l1_table_offset
         per_table = self.cluster // 8
         needed = -(-size // (per_table * self.cluster))
-        if l1_size < needed or l1_size * 8 > _L1_MAX:
+        if header.l1_size < needed or header.l1_size * 8 > _L1_MAX:
             raise Qcow2Error("the qcow2 header is broken: its L1 table has an impossible size")
-        self._l1 = struct.unpack(f">{needed}Q", self._read(l1_at, needed * 8, "L1 table"))
+        self._l1 = struct.unpack(f">{needed}Q", self._read(self._l1_offset, needed * 8, "L1 table"))
         tables = [entry & _OFFSET for entry in self._l1 if entry & _OFFSET]
         if len(set(tables)) < len(tables):
             raise Qcow2Error("the qcow2 file's L1 table leads to one L2 table twice")
-        # A file that lost its end may have lost tables; walking more than these takes for ever.
+        # A file that lost its end may have lost tables; reading more than these takes too long.
         if len(tables) * self.cluster > max(base.size, _TABLES_LOST_MAX):
             raise Qcow2Error("the qcow2 file's L1 table leads to more L2 tables than it can have")
         self._l2: dict[int, array[int]] = {}
@@ -154,7 +192,7 @@ class Qcow2Device:
             if run.host is None:
                 continue
             if run.packed:
-                yield Extent(run.start, run.end - run.start)
+                yield Extent.between(run.start, run.end)
                 continue
             there = self._there(run.host, run.end - run.start)
             for extent in self._base.data_extents(run.host, there) if there else ():
@@ -177,7 +215,7 @@ class Qcow2Device:
             yield pending
 
     def on_disk(self, offset: int, length: int) -> Iterator[Extent]:
-        """Yield where in the file a piece of the guest's disk is, as far as it is anywhere."""
+        """Yield where in the file a range of the guest's disk is, without what reads as zeroes."""
         for run in self.runs(offset, offset + length):
             if run.host is not None:
                 there = self._there(run.host, run.packed or run.end - run.start)
@@ -185,16 +223,16 @@ class Qcow2Device:
                     yield Extent(run.host, there)
 
     def structures(self) -> Iterator[tuple[Structure, Extent]]:
-        """Yield what of the file are its own structures, in whole clusters."""
+        """Yield the structures of the file with their extents, in whole clusters."""
         yield Structure.HEADER, Extent(0, self.cluster)
         length = -(-len(self._l1) * 8 // self.cluster) * self.cluster
-        yield Structure.L1, Extent(self._l1_at, length)
+        yield Structure.L1, Extent(self._l1_offset, length)
         for entry in self._l1:
             if entry & _OFFSET:
                 yield Structure.L2, Extent(entry & _OFFSET, self.cluster)
         at, length = self._refcounts
-        yield Structure.REFCOUNTS, Extent(at, length)
-        # One block counts 64 clusters at least; no reader of the disk needs them to be right.
+        yield Structure.REFCOUNTS, self._refcounts
+        # One block has the counts of 64 clusters at least; what is read must be bounded.
         most = self._base.size // (64 * self.cluster) + _REFCOUNTS_LOST_MAX
         length = self._there(at, min(length, 8 * most))
         raw = self._base.pread(at, length) if length else b""
@@ -251,9 +289,10 @@ class Qcow2Device:
         return found
 
     def _count(self, table: bytes) -> None:
-        """Refuse tables that lead to clusters again and again, so that all of them is too much.
+        """Raise Qcow2Error for L2 tables with far more entries than the file has clusters.
 
-        A few may be named twice, by a table that is behind another.
+        Reading the guest's disk would take too long. After a crash a few clusters may have two
+        entries, as one table can be older than another.
         """
         entries = np.frombuffer(table, ">u8")
         is_packed = entries & _COMPRESSED != 0
@@ -300,7 +339,7 @@ class Qcow2Device:
 
 
 def _follows(one: MappedRun, other: MappedRun) -> bool:
-    """Tell whether a piece goes on where another ends, in the file too."""
+    """Tell whether two neighbours are also neighbours in the file."""
     if one.packed or other.packed:
         return False
     if one.host is None or other.host is None:

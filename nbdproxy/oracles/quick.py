@@ -9,14 +9,14 @@ from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles import check
-from nbdproxy.oracles.browse import ShownExt
+from nbdproxy.oracles.browse import ExtBrowser
 from nbdproxy.oracles.examine import Examination
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.filesystems import FilesystemKind, kind_of, open_filesystem
 from nbdproxy.oracles.fsck import e2fsck
 from nbdproxy.oracles.globs import Matcher, no_file
-from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.incremental_check import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, PartitionName
 from nbdproxy.oracles.oracle import CONTENT_MAX, EarlierDigests
@@ -26,12 +26,12 @@ _NOT_RUN = "it is run for the ext family only; ask with --oracle kernel"
 
 
 class QuickOracle:
-    """Satisfies `Oracle`; keeps nothing between calls."""
+    """An `Oracle`; keeps nothing between calls."""
 
-    def follow(
+    def prepare_check(
         self, manifest: Manifest, *, earlier: EarlierDigests, mount: Mount
     ) -> IncrementalCheck:
-        """Return what judges the files of a manifest, absolute paths that a mount has."""
+        """Return the check of a manifest's files; its paths are absolute, all on one mount."""
         return IncrementalCheck(manifest, earlier=earlier, mount=mount)
 
     def roots(
@@ -74,9 +74,9 @@ class QuickOracle:
             return None
 
     @contextmanager
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ShownExt]:
-        """Open a mount to go through its files."""
-        yield ShownExt(device, mount)
+    def browse(self, device: ReadableDevice, *, mount: Mount) -> Iterator[ExtBrowser]:
+        """Open a mount, to walk through its directories."""
+        yield ExtBrowser(device, mount)
 
     def examine(
         self, device: ReadableDevice, *, partition: PartitionName, fsck: bool = True

@@ -1,6 +1,6 @@
-"""Where a manifest's names begin: its paths in a filesystem that has some of its files.
+"""Resolves a manifest's paths against a filesystem that has some of its files.
 
-They may be absolute, stand below some directory of it, or be those of a guest that mounts it.
+They may be absolute, relative to some directory of it, or those of a guest that mounts it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from nbdproxy.errors import ManifestError
 from nbdproxy.oracles.manifest import Entries, Manifest
 
 RESOLUTIONS_MAX = 16
-"""So many places of a manifest's files are compared."""
+"""Resolutions that are compared."""
 PAIRS = 200_000
-"""Pairs of an entry and a file of its name that propose where a manifest belongs; all vote."""
+"""Pairs of an entry and a file of its name that are looked at for proposals."""
 
 
 def resolve(manifest: Manifest, paths: Collection[str]) -> Manifest:
     """Return the manifest with the absolute paths of a filesystem that has the files `paths`.
 
-    Of the changes that `resolutions` tells the one counts under which most entries exist. Raises
+    Taken is the resolution under which most entries exist. Raises
     ManifestError if nothing matches anywhere, or if two places match equally well.
     """
     found = resolutions(manifest, paths)
@@ -61,7 +61,7 @@ def resolutions(manifest: Manifest, paths: Collection[str]) -> list[Resolution]:
     if any(path.startswith("/") and path in known for path in manifest.paths()):
         return [_resolution(manifest, known, ("", ""))]
     found = [_resolution(manifest, known, change) for change in _proposals(manifest, known)]
-    # Equally good ones are told in the order of their places, so that it is always the same.
+    # Equally good ones are sorted by place, so that the order is always the same.
     return sorted(found, key=lambda one: (-one.count, one.place))[:RESOLUTIONS_MAX]
 
 

@@ -1,29 +1,29 @@
-"""What a disk or a part of it begins with, where it is no filesystem that is read here.
+"""Signatures of what a disk or a part of it holds, other than filesystems that are read here.
 
-Told apart is what util-linux' libblkid tells apart, as far as virtual machines have it: what holds
-filesystems of its own (LUKS, RAID, caches, pools), filesystems that no oracle reads, tables within
-parts, and what holds no files at all (swap). A signature is all that is looked at, so what is said
-is what it claims to be. Source: libblkid/src/superblocks and the formats' own headers.
+Detected is what util-linux' libblkid detects, as far as virtual machines have it: what contains
+filesystems (LUKS, RAID, caches, pools), filesystems that no oracle reads, tables within parts, and
+what holds no files (swap). Only signatures are looked at, nothing is verified. Source:
+libblkid/src/superblocks and the formats' own headers.
 """
 
 from __future__ import annotations
 
-import struct
 import uuid
 from collections.abc import Iterator
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.oracles.structs import Field, StructLayout
 
 _KIB, _MIB = 1 << 10, 1 << 20
 _SECTOR = 512
 
 
 class Usage(Enum):
-    """What something is to whoever looks for files.
+    """Whether something may hold files.
 
-    WRAPPER     holds filesystems, or one copy of them; what else seems to begin there does not
+    WRAPPER     contains filesystems, or a copy of them; other signatures there do not count
     FILESYSTEM  holds files
     TABLE       divides its part again
     NO_FILES    holds none
@@ -36,9 +36,9 @@ class Usage(Enum):
 
 
 class Signature(NamedTuple):
-    """What was seen: what it is, as said behind "is", and its names: UUID, label, nodes in /dev.
+    """A detected signature: `what` in words, UUID, label, and nodes in /dev.
 
-    `at` is where a member of an array says that it is one, in bytes.
+    `at` is the offset of the superblock of a member of an array, in bytes.
     """
 
     what: str
@@ -63,35 +63,45 @@ class _Magic(NamedTuple):
     label: tuple[int, int] | None = None
 
 
-class _Luks(NamedTuple):
-    """The fields that both versions have at one place (LUKS On-Disk Format Specification)."""
+class LuksHeader(NamedTuple):
+    """The fields that both versions have in one place (LUKS On-Disk Format Specification)."""
 
-    magic: bytes
-    version: int
-    label: bytes
-    ident: bytes
-    at: int
+    magic: Annotated[bytes, Field(0, "6s")]
+    version: Annotated[int, Field(6, "H")]
+    label: Annotated[bytes, Field(24, "48s")]
+    uuid: Annotated[bytes, Field(168, "40s")]
+    hdr_offset: Annotated[int, Field(256, "Q")]
 
 
-_LUKS = struct.Struct(">6sH16x48s96x40s48xQ")
+_LUKS = StructLayout(LuksHeader, ">")
 _LUKS_MAGIC, _LUKS_SECOND = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 _LUKS_SECOND_AT = tuple(0x4000 << n for n in range(9))  # LUKS2's second header, by the first's size
 
 
-class _Md(NamedTuple):
+class MdSuperblock1(NamedTuple):
     """A member of version 1 (md.4, include/uapi/linux/raid/md_p.h: struct mdp_superblock_1)."""
 
-    magic: int
-    major: int
-    ident: bytes
-    name: bytes
-    level: int
-    super_offset: int
+    magic: Annotated[int, Field(0, "I")]
+    major_version: Annotated[int, Field(4, "I")]
+    set_uuid: Annotated[bytes, Field(16, "16s")]
+    set_name: Annotated[bytes, Field(32, "32s")]
+    level: Annotated[int, Field(72, "i")]
+    super_offset: Annotated[int, Field(144, "Q")]
 
 
-_MD = struct.Struct("<II8x16s32s8xi68xQ")
+class MdSuperblock0(NamedTuple):
+    """A member of version 0.90 (md_p.h: mdp_super_t), in the byte order of its machine."""
+
+    magic: Annotated[int, Field(0, "I")]
+    major_version: Annotated[int, Field(4, "I")]
+    minor_version: Annotated[int, Field(8, "I")]
+    level: Annotated[int, Field(28, "i")]
+    md_minor: Annotated[int, Field(44, "I")]
+
+
+_MD = StructLayout(MdSuperblock1, "<")
+_MD_OLD = (StructLayout(MdSuperblock0, "<"), StructLayout(MdSuperblock0, ">"))
 _MD_MAGIC = 0xA92B4EFC
-_MD_OLD = "III16xi12xI"  # magic, major, minor, level, minor number; in its machine's byte order
 _MD_OLD_UNIT = 64 * _KIB
 _LEVELS = {-4: "multipath", -1: "linear", 0: "RAID0", 1: "RAID1"}
 _DRBD_BACK, _DRBD_MAGIC_AT = 4096, 60  # of the versions 8, 8.4 and 9
@@ -163,11 +173,11 @@ _WEAK = (
     _Magic("MINIX", _F, (_KIB + 16, _KIB + 24),
            (b"\x7f\x13", b"\x8f\x13", b"\x68\x24", b"\x78\x24", b"\x5a\x4d")),
 )  # fmt: skip
-"""Signatures of two bytes: they count only where nothing else is known."""
+"""Signatures of two bytes, which other data may have by chance: used if nothing else fits."""
 
 
 def signatures(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield what begins here, what holds other things first."""
+    """Yield the signatures at the start, and of arrays at the end; wrappers come first."""
     for find in (_luks, _md_at_start, members):
         yield from find(device)
     for magic in _MAGICS:
@@ -177,18 +187,18 @@ def signatures(device: ReadableDevice) -> Iterator[Signature]:
 
 
 def weak_signatures(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield what may begin here, by signatures that anything may have by chance."""
+    """Yield signatures that other data may have by chance."""
     return (_seen(device, magic) for magic in _WEAK if _has(device, magic))
 
 
 def members(device: ReadableDevice) -> Iterator[Signature]:
-    """Yield of what a disk is a member by what stands at its end; all else on it is one copy."""
+    """Yield the arrays of which a disk is a member, by superblocks at its end."""
     for find in (_md_at_end, _md_old, _firmware_raid, _drbd):
         yield from find(device)
 
 
 def text(raw: bytes) -> str:
-    """Return what stands before the first zero byte."""
+    """Decode what is before the first zero byte."""
     return raw.partition(b"\0")[0].decode("utf-8", "replace")
 
 
@@ -220,10 +230,10 @@ def _luks(device: ReadableDevice) -> Iterator[Signature]:
             return
         if not raw.startswith(_LUKS_SECOND if at else _LUKS_MAGIC):
             continue
-        found = _Luks._make(_LUKS.unpack(raw))
-        if at and found.at != at:
+        found = _LUKS.unpack_from(raw)
+        if at and found.hdr_offset != at:
             continue
-        ident = text(found.ident)
+        ident = text(found.uuid)
         label = text(found.label) if found.version > 1 else ""
         nodes = (f"/dev/mapper/luks-{ident}",)
         yield Signature(f"LUKS{found.version}", Usage.WRAPPER, ident, label, nodes)
@@ -242,23 +252,22 @@ def _md_at_end(device: ReadableDevice) -> Iterator[Signature]:
 def _md_at(device: ReadableDevice, at: int) -> Iterator[Signature]:
     if not (raw := read(device, at, _MD.size)):
         return
-    found = _Md._make(_MD.unpack(raw))
-    if (found.magic, found.major, found.super_offset * _SECTOR) != (_MD_MAGIC, 1, at):
+    found = _MD.unpack_from(raw)
+    if (found.magic, found.major_version, found.super_offset * _SECTOR) != (_MD_MAGIC, 1, at):
         return
-    name = text(found.name).rpartition(":")[2]
+    name = text(found.set_name).rpartition(":")[2]
     nodes = (f"/dev/md/{name}", *((f"/dev/md{name}",) if name.isdecimal() else ()))
-    yield _member(found.level, str(uuid.UUID(bytes=found.ident)), nodes if name else (), at)
+    yield _member(found.level, str(uuid.UUID(bytes=found.set_uuid)), nodes if name else (), at)
 
 
 def _md_old(device: ReadableDevice) -> Iterator[Signature]:
     at = (device.size & -_MD_OLD_UNIT) - _MD_OLD_UNIT
-    for order in "<>":
-        layout = struct.Struct(order + _MD_OLD)
+    for layout in _MD_OLD:
         if not (raw := read(device, at, layout.size)):
             return
-        magic, major, minor, level, number = layout.unpack(raw)
-        if (magic, major, minor) == (_MD_MAGIC, 0, 90):
-            yield _member(level, "", (f"/dev/md{number}",), at)
+        found = layout.unpack_from(raw)
+        if (found.magic, found.major_version, found.minor_version) == (_MD_MAGIC, 0, 90):
+            yield _member(found.level, "", (f"/dev/md{found.md_minor}",), at)
 
 
 def _member(level: int, ident: str, nodes: tuple[str, ...], at: int) -> Signature:

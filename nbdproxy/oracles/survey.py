@@ -1,12 +1,12 @@
 """`survey`: everything on a disk that holds files, or may hold some that cannot be read here.
 
-A file that is not found is lost only if there is no place left where it may be. So each filesystem
-is told with the names that it has in fstab(5), and whatever is not read (LUKS, a thin volume, a
-member of an array, a filesystem that no oracle knows, data that nobody knows) is told as hidden.
-What holds no files is left out: swap, boot loaders' partitions, and parts that read all zeroes.
+A file that is not found is lost only if nothing else can have it. So each filesystem is returned
+with its names in fstab(5), and whatever is not read (LUKS, a thin volume, a member of an array, a
+filesystem that no oracle knows, unknown data) as unreadable. Left out is what holds no files: swap,
+boot loaders' partitions, and parts that read all zeroes.
 
-What is said of a part is what its signatures claim (see `signatures`); where two contradict each
-other it is hidden. Not covered: what lies between partitions, and detached headers.
+A part is what its signatures claim (see `signatures`); with contradicting ones it is unreadable.
+Not covered: what lies between partitions, and detached headers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from nbdproxy.oracles.blank import is_blank
 from nbdproxy.oracles.ext4 import superblock
 from nbdproxy.oracles.filesystems import NAMES, FilesystemKind, elsewhere, kinds_of
 from nbdproxy.oracles.identity import identity
-from nbdproxy.oracles.lvm import Volume
-from nbdproxy.oracles.partitions import Layout, Slice, SliceDevice, look
+from nbdproxy.oracles.lvm import LogicalVolume
+from nbdproxy.oracles.partition_table import GPT, SECTOR, read_table
+from nbdproxy.oracles.partitions import DiskLayout, Slice, SliceDevice, disk_layout
 from nbdproxy.oracles.signatures import (
     Signature,
     Usage,
@@ -30,7 +31,6 @@ from nbdproxy.oracles.signatures import (
     signatures,
     weak_signatures,
 )
-from nbdproxy.oracles.table import GPT, SECTOR, read_table
 
 _NO_FILES = {
     "21686148-6449-6e6f-744e-656564454649",  # BIOS boot
@@ -40,7 +40,7 @@ _NO_FILES = {
     "0x41",  # PReP
     "0x82",  # swap
 }
-"""What partitions are meant for that hold no files, whatever is in them."""
+"""Types of partitions that hold no files, whatever is in them."""
 _ROUNDS = 4
 _DYNAMIC = {"0x42", "af9b60a0-1431-4f62-bc68-3311714a69ad"}
 """What partitions of a Windows dynamic disk are for: volumes begin and go on anywhere in them."""
@@ -52,7 +52,7 @@ _UDEV_SAFE = frozenset("#+-.:=@_")
 
 @dataclass(frozen=True, slots=True)
 class FoundFilesystem:
-    """A filesystem that can be read, and every way to name it in fstab that is known here.
+    """A filesystem that some oracle reads, and its names in fstab.
 
     `specs` are as in the first field of fstab, quotes and escapes undone: UUID=, LABEL=, PARTUUID=,
     PARTLABEL=, /dev/disk/by-..., and LVM's names below /dev. Names that depend on a guest's order
@@ -65,8 +65,8 @@ class FoundFilesystem:
 
 
 @dataclass(frozen=True, slots=True)
-class Hidden:
-    """Something that may hold files and is not read; `str` says where it is and what it is."""
+class FoundUnreadable:
+    """Something that may hold files and is not read; `str` describes it."""
 
     where: str
     what: str
@@ -78,73 +78,73 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What holds files on a disk, in the order of its slices, and what may hold some."""
+    """What has files on a disk, in the order of its slices, and what may have some."""
 
-    parts: tuple[FoundFilesystem, ...]
-    hidden: tuple[Hidden, ...]
+    filesystems: tuple[FoundFilesystem, ...]
+    unreadable: tuple[FoundUnreadable, ...]
 
 
-class _Found:
+class _SurveyBuilder:
     """A survey in the making."""
 
     def __init__(self, device: ReadableDevice) -> None:
-        self.parts: list[FoundFilesystem] = []
-        self.hidden: list[Hidden] = []
+        self.filesystems: list[FoundFilesystem] = []
+        self.unreadable: list[FoundUnreadable] = []
         self.left = _ROUNDS * device.size
-        """Bytes that are read to see whether they are zeroes."""
+        """Bytes that may still be read to look for others than zeroes."""
 
-    def hide(self, where: str, what: str, specs: Iterable[str] = ()) -> None:
-        self.hidden.append(Hidden(where, what, frozenset(specs)))
+    def add_unreadable(self, where: str, what: str, specs: Iterable[str] = ()) -> None:
+        self.unreadable.append(FoundUnreadable(where, what, frozenset(specs)))
 
 
 def survey(device: ReadableDevice) -> Survey:
-    """Look at every part of a disk; raises Qcow2Error for a qcow2 file that cannot be read."""
-    layout = look(device)
+    """Classify every part of a disk; raises Qcow2Error for a qcow2 file that cannot be read."""
+    layout = disk_layout(device)
     whole, *inner = layout.slices
-    found = _Found(device)
+    found = _SurveyBuilder(device)
     has_table = any(part.partition is not None for part in inner)
     doubt = layout.doubt
     if has_table and (member := _member(whole, inner)) is not None:
-        found.hide(whole.name, member)
+        found.add_unreadable(whole.name, member)
         doubt = f"on a disk that is {member}"
-    if not has_table or whole.number in layout.physicals or kinds_of(whole.device):
+    if not has_table or whole.number in layout.physical_volumes or kinds_of(whole.device):
         inner.insert(0, whole)
     elif beside := list(_beside(whole, inner)):
         what = f"{' and '.join(one.what for one in beside)}, and has partitions"
-        found.hide(whole.name, what, set().union(*map(_signature_specs, beside)))
-    unread = lvm.unread(layout.physicals.values())
+        found.add_unreadable(whole.name, what, set().union(*map(_signature_specs, beside)))
+    in_unknown_groups = lvm.in_unknown_groups(layout.physical_volumes.values())
     for part in inner:
-        physical = layout.physicals.get(part.number)
+        physical = layout.physical_volumes.get(part.number)
         if physical is None:
-            _look(found, part, doubt or _below(layout, part))
+            _classify(found, part, doubt or _below(layout, part))
         elif odd := _no_plain_physical(layout, part):
-            found.hide(part.name, odd, _place_specs(part))
-        elif physical in unread:
-            found.hide(part.name, f"{_PHYSICAL} whose metadata cannot be read")
-    for volume in layout.closed:
+            found.add_unreadable(part.name, odd, _place_specs(part))
+        elif physical in in_unknown_groups:
+            found.add_unreadable(part.name, f"{_PHYSICAL} whose metadata cannot be read")
+    for volume in layout.unreadable_volumes:
         assert volume.obstacle is not None
-        found.hide(f"volume {volume.name}", volume.obstacle, _volume_specs(volume))
-    return Survey(tuple(found.parts), tuple(found.hidden))
+        found.add_unreadable(f"volume {volume.name}", volume.obstacle, _volume_specs(volume))
+    return Survey(tuple(found.filesystems), tuple(found.unreadable))
 
 
 def _member(whole: Slice, inner: Iterable[Slice]) -> str | None:
-    """Say what the whole disk is a member of, if what says so is in none of its partitions."""
+    """Say what array the whole disk is a member of, by a superblock behind all partitions."""
     end = max(part.offset + part.length for part in inner if part.partition is not None)
     return next((one.what for one in members(whole.device) if one.at >= end), None)
 
 
 def _beside(whole: Slice, inner: Iterable[Slice]) -> Iterator[Signature]:
-    """Yield what a disk says it is, in front of its partitions: one of the two is out of date."""
+    """Yield the signatures in front of the partitions: they or the table are out of date."""
     first = min(part.offset for part in inner if part.partition is not None)
     head = SliceDevice(whole.device, 0, first)
     return (one for one in signatures(head) if one.usage is not Usage.NO_FILES)
 
 
-def _below(layout: Layout, volume: Slice) -> str | None:
-    """Say why a volume is only a copy of what a guest sees: it lies on a member of an array."""
+def _below(layout: DiskLayout, volume: Slice) -> str | None:
+    """Say why a volume is only a copy of what a guest sees: it is on a member of an array."""
     if volume.volume is None:
         return None
-    for number in layout.physicals:
+    for number in layout.physical_volumes:
         part = next(part for part in layout.slices if part.number == number)
         inside = Extent(part.offset, part.length)
         if any(inside.offset <= e.offset < inside.end for e in volume.volume.pieces) and (
@@ -154,7 +154,7 @@ def _below(layout: Layout, volume: Slice) -> str | None:
     return None
 
 
-def _no_plain_physical(layout: Layout, part: Slice) -> str | None:
+def _no_plain_physical(layout: DiskLayout, part: Slice) -> str | None:
     """Say what else a physical volume of LVM is; None if LVM surely takes it for one.
 
     LVM passes over a disk with partitions, and what is a member of an array.
@@ -172,12 +172,12 @@ def _wrapper(seen: Iterable[Signature]) -> str | None:
     return next((one.what for one in seen if one.usage is Usage.WRAPPER), None)
 
 
-def _look(found: _Found, part: Slice, doubt: str | None) -> None:
-    """Tell what a part is."""
+def _classify(found: _SurveyBuilder, part: Slice, doubt: str | None) -> None:
+    """Enter a part as a filesystem, as unreadable, or not at all."""
     kinds = kinds_of(part.device)
     seen = list(signatures(part.device))
     if kinds == [FilesystemKind.EXT] and superblock.is_journal(part.device):
-        return  # of another filesystem, which is told that it has one elsewhere
+        return  # that of another filesystem, which is entered with the journal elsewhere
     if not kinds and not seen:
         # Parts that overlap are not read again and again.
         found.left -= part.length
@@ -192,9 +192,9 @@ def _look(found: _Found, part: Slice, doubt: str | None) -> None:
         specs |= _tags("UUID", names.ident) | _tags("LABEL", names.label)
     what = _obstacle(part, seen, kinds) or (doubt if kinds else None)
     if what is not None:
-        found.hide(part.name, what, specs)
+        found.add_unreadable(part.name, what, specs)
     elif kinds:
-        found.parts.append(FoundFilesystem(part, kinds[0], frozenset(specs)))
+        found.filesystems.append(FoundFilesystem(part, kinds[0], frozenset(specs)))
 
 
 def _obstacle(part: Slice, seen: list[Signature], kinds: list[FilesystemKind]) -> str | None:
@@ -213,7 +213,7 @@ def _obstacle(part: Slice, seen: list[Signature], kinds: list[FilesystemKind]) -
 
 
 def _by_chance(device: ReadableDevice) -> Signature:
-    """Return what something is that begins with no sure signature."""
+    """Return what a part without a reliable signature may be."""
     if read_table(device, lambda *_: False).partitions:
         return _DIVIDED
     return next(weak_signatures(device), _UNKNOWN)
@@ -232,7 +232,7 @@ def _holds_no_files(part: Slice) -> bool:
 
 
 def _place_specs(part: Slice) -> set[str]:
-    """Return the names of a part that its filesystem does not give."""
+    """Return the names of a part by its partition or volume."""
     specs: set[str] = set()
     if part.partition is not None:
         specs |= _tags("PARTUUID", part.partition.ident) | _tags("PARTLABEL", part.partition.label)
@@ -242,11 +242,11 @@ def _place_specs(part: Slice) -> set[str]:
 
 
 def _signature_specs(seen: Signature) -> set[str]:
-    """Return the names that something has that is not read."""
+    """Return the names by a signature's UUID, label and nodes in /dev."""
     return _tags("UUID", seen.ident) | _tags("LABEL", seen.label) | {*seen.nodes}
 
 
-def _volume_specs(volume: Volume) -> set[str]:
+def _volume_specs(volume: LogicalVolume) -> set[str]:
     """Return the names of an LVM volume; device mapper doubles dashes (lvm(8), VALID NAMES)."""
     mapped = "-".join(name.replace("-", "--") for name in (volume.group, volume.short))
     return {
@@ -258,7 +258,7 @@ def _volume_specs(volume: Volume) -> set[str]:
 
 
 def _tags(tag: str, value: str) -> set[str]:
-    """Return both ways to name something by a tag; none if it has no such tag."""
+    """Return both names by a tag of fstab; none for an empty value."""
     if not value:
         return set()
     return {f"{tag}={value}", f"/dev/disk/by-{tag.lower()}/{_udev(value)}"}

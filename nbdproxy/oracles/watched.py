@@ -1,7 +1,7 @@
-"""What a verdict was read from: `WatchedDevice` notes it, `Reads` keeps it.
+"""`WatchedDevice` records which bytes of a device are read; `RangeSet` is an immutable set of them.
 
-A reader that looks at nothing but a device gives, on any device that is the same in the bytes it
-read, the same result. So the noted ranges say which states may share it.
+A reader that uses nothing but a device has the same result on every device that is the same in the
+bytes that it read. So these say which states can share a result.
 """
 
 from __future__ import annotations
@@ -9,23 +9,21 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 
-import numpy as np
-
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.extents import Extent
 
 KEPT_MAX = 8192
 ReadRange = tuple[int, int]
-"""Start and end of a run of bytes."""
+"""Start and end of a run of bytes, [start, end); plain tuples, as one is made for each read."""
 
 
-class Reads:
-    """A set of bytes that does not change; asking it costs O(log n) for each extent."""
+class RangeSet:
+    """An immutable set of bytes, or of block numbers; a query takes O(log n) for each extent."""
 
     __slots__ = ("_ends", "_starts")
 
     def __init__(self, ranges: Iterable[ReadRange]) -> None:
-        """Take ranges in any order; they may overlap or be empty."""
+        """Make the union of ranges, in any order; they may overlap or be empty."""
         self._starts: list[int] = []
         self._ends: list[int] = []
         for start, end in sorted(ranges):
@@ -39,7 +37,7 @@ class Reads:
 
     def __iter__(self) -> Iterator[Extent]:
         for start, end in zip(self._starts, self._ends, strict=True):
-            yield Extent(start, end - start)
+            yield Extent.between(start, end)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -57,42 +55,31 @@ class Reads:
         at = bisect_right(self._ends, start)
         return start < end and at < len(self._starts) and self._starts[at] < end
 
-    def isdisjoint(self, other: Reads) -> bool:
+    def isdisjoint(self, other: RangeSet) -> bool:
         """Tell whether no byte is in both sets."""
         few, many = (self, other) if len(self) <= len(other) else (other, self)
         return not any(many.meets(start, end) for start, end in few.ranges())
 
-    def moved(self, by: int, size: int) -> Reads:
+    def moved(self, by: int, size: int) -> RangeSet:
         """Return the set moved by some bytes; what falls outside of [0, size) is dropped."""
         if by == 0 and (not self._ends or self._ends[-1] <= size):
             return self
-        return Reads((max(0, a + by), min(size, b + by)) for a, b in self.ranges())
+        return RangeSet((max(0, a + by), min(size, b + by)) for a, b in self.ranges())
 
     def ranges(self) -> list[ReadRange]:
         """Return the set as disjoint ranges, ascending."""
         return list(zip(self._starts, self._ends, strict=True))
 
 
-NOTHING = Reads(())
-EVERYTHING = Reads([(0, 1 << 63)])
-
-
-def runs(numbers: Iterable[int]) -> list[ReadRange]:
-    """Return whole numbers, each given once, as half-open runs, ascending."""
-    found = np.sort(np.fromiter(numbers, np.int64))
-    if not len(found):
-        return []
-    gaps = np.flatnonzero(np.diff(found) != 1)
-    starts = np.concatenate((found[:1], found[gaps + 1])).tolist()
-    ends = np.concatenate((found[gaps], found[-1:])).tolist()
-    return [(start, end + 1) for start, end in zip(starts, ends, strict=True)]
+NOTHING = RangeSet(())
+EVERYTHING = RangeSet([(0, 1 << 63)])
 
 
 class WatchedDevice:
-    """A device that notes in `ranges` what is read from it; `base` and `ranges` may be replaced.
+    """A device that appends to `ranges` what is read from it; both attributes may be replaced.
 
-    One that `keeps` returns for a range it read before the same object again, until told to
-    `forget`. Closing it leaves `base` open.
+    With `keeps`, a range that was read before is returned as the same object, until `forget` drops
+    it. Closing it leaves `base` open.
     """
 
     def __init__(self, base: ReadableDevice, *, keeps: bool = False) -> None:
@@ -106,16 +93,16 @@ class WatchedDevice:
         return self.base.size
 
     def note(self, offset: int, length: int) -> None:
-        """Note a range as read."""
+        """Record a range as read."""
         self.ranges.append((offset, offset + length))
 
     def take(self) -> list[ReadRange]:
-        """Return what was noted since the last call."""
+        """Return the ranges that were read since the last call."""
         found, self.ranges = self.ranges, []
         return found
 
-    def forget(self, changed: Reads) -> None:
-        """Read what was changed anew."""
+    def forget(self, changed: RangeSet) -> None:
+        """Drop the kept ranges that overlap with changed bytes."""
         if self._kept:
             for start, end in [part for part in self._kept if changed.meets(*part)]:
                 del self._kept[start, end]

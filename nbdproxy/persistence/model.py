@@ -1,13 +1,12 @@
 """Which requests a failure must leave on the disk, and which it may: rules 1-5 and 10-12.
 
 A *cut* is a position t in the recording: every event with seq < t has happened, nothing else has.
-All functions answer for one cut (or, `durable_from`, for all of them) with one boolean a row of a
-`RequestTable`; rows of flushes are always False.
+`Durability` answers for any cut and some rows of a `RequestTable`, with one boolean a row; rows of
+flushes are always False.
 
 Guarantees: the answer for a cut never depends on an event at or after it; the levels are nested
 (`NOTHING` in `FLUSHED` in ... in `RECEIVED`); a request durable at t is durable at every later cut.
-Temporaries stay under ten bytes a request. `Durability` answers for a few rows at a time, at any
-cut, for sixteen bytes a request that are worked out once.
+It takes sixteen bytes a request that are worked out once; temporaries stay under ten.
 
 Not covered: what becomes of a *sector* (rules 6-9), which follows from the chosen requests painted
 in seq order (`crash/states/`) and is enumerated slowly in `tests/support/persistence_reference.py`;
@@ -23,11 +22,10 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdproxy.recording.index import NEVER, Mask, RequestTable
+from nbdproxy.recording.index import NEVER, Mask, Positions, RequestTable, Rows
 from nbdproxy.requests import Command, CommandFlag
 
-Positions = NDArray[np.int64]
-Rows = slice | NDArray[np.intp] | NDArray[np.int32]
+RowChoice = slice | NDArray[np.intp] | Rows
 
 _CHUNK = 1 << 16
 """Rows worked on at once: bounds the temporaries, and 512 KiB a column stays in the cache."""
@@ -39,7 +37,7 @@ class Coverage(Enum):
     RECEIVED = "received"
     """Completed before the flush was received: the careful reading, and the default."""
     REPLIED = "replied"
-    """Completed before the flush's reply: the generous one, to see which verdicts hang on it."""
+    """Completed before the flush's reply: the generous one, to see which verdicts depend on it."""
 
 
 class Level(Enum):
@@ -81,81 +79,14 @@ class Options:
 DEFAULTS = Options()
 
 
-def received(table: RequestTable, t: int) -> Mask:
-    """Modifying requests received by t, answered or not."""
-    mask = table.is_modifying
-    mask[np.searchsorted(table.seq, t) :] = False
-    return mask
-
-
-def completed(table: RequestTable, t: int) -> Mask:
-    """Modifying requests answered with success by t."""
-    return _answered(table, slice(0, len(table)), t)
-
-
-def sent(table: RequestTable, t: int) -> Mask:
-    """Everything received by t but what was answered with an error: the fullest legal choice."""
-    mask = received(table, t)
-    mask &= (table.completed >= t) | (table.error == 0)
-    return mask
-
-
-def durable_from(table: RequestTable, options: Options = DEFAULTS) -> Positions:
-    """For each request the position of the event that made it durable, NEVER if none did.
-
-    A request is durable at t if its `durable_from` < t. Eight bytes a request.
-    """
-    found = np.empty(len(table), np.int64)
-    for rows, since, _ in _fates(table, options):
-        found[rows] = since
-    return found
-
-
-def durable(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
-    """Requests that were made durable by t (rules 1-4, 10-12)."""
-    mask = np.empty(len(table), np.bool_)
-    for rows, since, _ in _fates(table, options):
-        np.less(since, t, out=mask[rows])
-    return mask
-
-
-def lost(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
-    """Completed requests that no flush after t can save any more (rules 10 and 12).
-
-    They may still be found on the disk: nothing says that the store removed them.
-    """
-    mask = np.empty(len(table), np.bool_)
-    for rows, _, gone in _fates(table, options):
-        np.less(gone, t, out=mask[rows])
-    return mask
-
-
-def may(table: RequestTable, t: int, options: Options = DEFAULTS) -> Mask:
-    """Requests that chance decides on: received by t and not durable (rule 5).
-
-    The unanswered ones and those answered with an error are among them.
-    """
-    mask = received(table, t)
-    mask &= ~durable(table, t, options)
-    return mask
-
-
-def kept(table: RequestTable, t: int, level: Level, options: Options = DEFAULTS) -> Mask:
-    """Requests that a failure at t leaves for certain, at this level of guarantee."""
-    mask = np.empty(len(table), np.bool_)
-    below: Positions | int = 0
-    if level is Level.FLUSHED_OR_FLUSHING:
-        below = _covered_below(table, np.flatnonzero(table.is_flush), t, options)
-    for rows, since, gone in _fates(table, options):
-        mask[rows] = _kept(table, rows, t, level, (since, gone, below))
-    return mask
-
-
 class Durability:
-    """When each request became durable and when it was lost: all that `kept` asks, for any cut.
+    """When each request became durable and when it was lost: what a failure leaves, at any cut.
 
-    durable_from  the position of the event that made a request durable, NEVER if none did
-    lost_from     the position since which no flush can save it any more, NEVER if there is none
+    durable_from  the position of the event that made a request durable, NEVER if none did; it is
+                  durable at t if that is < t (rules 1-4, 10-12)
+    lost_from     the position since which no flush can save a completed request any more, NEVER if
+                  there is none (rules 10 and 12); it may still be found on the disk, as nothing
+                  says that the store removed it
     """
 
     def __init__(self, table: RequestTable, options: Options = DEFAULTS) -> None:
@@ -163,73 +94,50 @@ class Durability:
         self.options = options
         self.durable_from = np.empty(len(table), np.int64)
         self.lost_from = np.empty(len(table), np.int64)
-        for rows, since, gone in _fates(table, options):
+        for rows, since, gone in _by_chunks(table, options):
             self.durable_from[rows], self.lost_from[rows] = since, gone
         self._flushes = np.flatnonzero(table.is_flush)
 
-    def kept(self, rows: Rows, t: int, level: Level) -> Mask:
-        """Tell for each of `rows` what `kept` tells."""
-        below: Positions | int = 0
+    def kept(self, rows: RowChoice, t: int, level: Level) -> Mask:
+        """Tell for each of `rows` whether a failure at t is bound to leave it, at this level."""
+        since = self.durable_from[rows]
+        if level is Level.NOTHING:
+            return np.zeros(len(since), np.bool_)
+        if level is Level.FLUSHED:
+            return np.less(since, t)
         if level is Level.FLUSHED_OR_FLUSHING:
-            below = _covered_below(self.table, self._flushes, t, self.options)
-        return _kept(
-            self.table, rows, t, level, (self.durable_from[rows], self.lost_from[rows], below)
-        )
+            return np.less(since, t) | self._flushing(rows, t)
+        mask = self._answered(rows, t) if level is Level.COMPLETED else self.sent(rows, t)
+        mask &= self.lost_from[rows] >= t
+        return mask
 
-    def sent(self, rows: Rows, t: int) -> Mask:
-        """Tell for each of `rows` what `sent` tells."""
-        return _sent(self.table, rows, t)
+    def sent(self, rows: RowChoice, t: int) -> Mask:
+        """Tell for each of `rows` whether it was received by t, and not answered with an error.
 
+        All of those are the fullest legal choice.
+        """
+        table = self.table
+        mask = np.less(table.seq[rows], t)
+        mask &= (table.completed[rows] >= t) | (table.error[rows] == 0)
+        mask &= table.command[rows] != Command.FLUSH
+        return mask
 
-def _sent(table: RequestTable, rows: Rows, t: int) -> Mask:
-    mask = np.less(table.seq[rows], t)
-    mask &= (table.completed[rows] >= t) | (table.error[rows] == 0)
-    mask &= table.command[rows] != Command.FLUSH
-    return mask
+    def _answered(self, rows: RowChoice, t: int) -> Mask:
+        table = self.table
+        mask = np.less(table.completed[rows], t)
+        mask &= table.error[rows] == 0
+        mask &= table.command[rows] != Command.FLUSH
+        return mask
 
-
-def _kept(
-    table: RequestTable,
-    rows: Rows,
-    t: int,
-    level: Level,
-    fates: tuple[Positions, Positions, Positions | int],
-) -> Mask:
-    """The one place that says what each level keeps.
-
-    `fates` are durable_from and lost_from of the rows, and what `_covered_below` gave.
-    """
-    since, gone, _ = fates
-    if level is Level.NOTHING:
-        return np.zeros(len(since), np.bool_)
-    if level is Level.FLUSHED:
-        return np.less(since, t)
-    if level is Level.FLUSHED_OR_FLUSHING:
-        return np.less(since, t) | _flushing(table, rows, t, fates)
-    mask = _answered(table, rows, t) if level is Level.COMPLETED else _sent(table, rows, t)
-    mask &= gone >= t
-    return mask
-
-
-def _answered(table: RequestTable, rows: Rows, t: int) -> Mask:
-    mask = np.less(table.completed[rows], t)
-    mask &= table.error[rows] == 0
-    mask &= table.command[rows] != Command.FLUSH
-    return mask
-
-
-def _flushing(
-    table: RequestTable,
-    rows: Rows,
-    t: int,
-    fates: tuple[Positions, Positions, Positions | int],
-) -> Mask:
-    since, gone, below = fates
-    mask = _answered(table, rows, t)
-    limit = below if isinstance(below, int) else below[table.connection[rows]]
-    mask &= table.completed[rows] < limit
-    mask &= (since >= t) & (gone >= t)
-    return mask
+    def _flushing(self, rows: RowChoice, t: int) -> Mask:
+        """Tell which rows a flush in flight at t covers."""
+        mask = self._answered(rows, t)
+        limit = _covered_below(self.table, self._flushes, t, self.options)
+        if not isinstance(limit, int):
+            limit = limit[self.table.connection[rows]]
+        mask &= self.table.completed[rows] < limit
+        mask &= (self.durable_from[rows] >= t) & (self.lost_from[rows] >= t)
+        return mask
 
 
 def _covered_below(
@@ -296,7 +204,9 @@ def _groups(table: RequestTable, options: Options) -> list[_Flushes]:
     return [_group(table, rows[connections == one], options) for one in np.unique(connections)]
 
 
-def _fates(table: RequestTable, options: Options) -> Iterator[tuple[slice, Positions, Positions]]:
+def _by_chunks(
+    table: RequestTable, options: Options
+) -> Iterator[tuple[slice, Positions, Positions]]:
     """Yield, chunk by chunk, the positions since which rows are durable and since which lost.
 
     The flush that decides on a request is the first answered among those that cover it: if it

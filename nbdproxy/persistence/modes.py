@@ -50,13 +50,6 @@ THROUGH = frozenset({CacheMode.WRITETHROUGH, CacheMode.DIRECTSYNC})
 """The guest sees no cache and never flushes; every write is made durable before it is answered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Guarantee:
-    """What a failure leaves for certain; whatever else was received may be there or not."""
-
-    must: Level
-
-
 _POWER_LOSS = {
     CacheMode.NONE: Level.FLUSHED,
     CacheMode.WRITEBACK: Level.FLUSHED,
@@ -76,17 +69,17 @@ _EVERY_MODE = {
 }
 
 
-def guarantee(mode: CacheMode, failure: Failure, *, exit_flush_failed: bool = False) -> Guarantee:
-    """Return the cell of the table.
+def guarantee(mode: CacheMode, failure: Failure, *, exit_flush_failed: bool = False) -> Level:
+    """Return what a failure leaves for certain; whatever else was received may be there or not.
 
     `exit_flush_failed`: the flush that QEMU sends on its way out was answered with an error, so
     that a poweroff leaves for certain only what earlier flushes covered.
     """
     if failure is Failure.HOST_POWER_LOSS:
-        return Guarantee(_POWER_LOSS[mode])
+        return _POWER_LOSS[mode]
     if failure is Failure.GUEST_POWEROFF and exit_flush_failed:
-        return Guarantee(Level.FLUSHED)
-    return Guarantee(_EVERY_MODE[failure])
+        return Level.FLUSHED
+    return _EVERY_MODE[failure]
 
 
 def promised(mode: CacheMode) -> Level:

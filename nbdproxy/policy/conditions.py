@@ -93,9 +93,18 @@ class Conditions:
     def always_in_time(self) -> bool:
         """Whether it strikes each request that fits: it asks for no event, time or turn."""
         turns = (
-            *(self.since, self.until, self.after_s, self.before_s, self.nth, self.every),
-            *(self.after_count, self.before_count, self.after_bytes, self.before_bytes),
-            *(self.probability, self.times),
+            self.since,
+            self.until,
+            self.after_s,
+            self.before_s,
+            self.nth,
+            self.every,
+            self.after_count,
+            self.before_count,
+            self.after_bytes,
+            self.before_bytes,
+            self.probability,
+            self.times,
         )
         return all(turn is None for turn in turns) and not self.until_written
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from nbdproxy.dice import Lot, draw
+from nbdproxy.dice import DrawKey, draw
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.policy.actions import Action, ActionKind
 from nbdproxy.policy.conditions import PayloadKind
@@ -34,13 +34,13 @@ _FLUSH, _WRITE = int(Command.FLUSH), int(Command.WRITE)
 class Decision(NamedTuple):
     """What becomes of a request.
 
-    action   None if it is only delayed
-    lot      of the rule whose action it is, or of the last that delays
-    delay_s  seconds to wait before
+    action    None if it is only delayed
+    draw_key  of the rule whose action it is, or of the last that delays
+    delay_s   seconds to wait before
     """
 
     action: Action | None
-    lot: Lot
+    draw_key: DrawKey
     delay_s: float = 0
 
     @property
@@ -54,8 +54,8 @@ class Engine:
 
     def __init__(self, policy: Policy, seed: int, places: PlacesOf) -> None:
         self.seed = seed
-        self.struck: dict[str, int] = {rule.name: 0 for rule in policy.rules}
-        """How often each rule struck."""
+        self.matched: dict[str, int] = {rule.name: 0 for rule in policy.rules}
+        """How often each rule matched."""
         self._layers = [
             [_Counter(rule, seed, places(rule)) for rule in layer] for layer in policy.layers
         ]
@@ -83,15 +83,15 @@ class Engine:
         delay_s, last, decided = 0.0, None, None
         for layer in self._of_command[request.command]:
             for counter in layer:
-                if not counter.strikes(connection, request, now_s, self._events):
+                if not counter.matches(connection, request, now_s, self._events):
                     continue
                 action = counter.rule.action
                 if action.kind is ActionKind.PASS:
                     break
-                self.struck[counter.rule.name] += 1
+                self.matched[counter.rule.name] += 1
                 delay_s += action.delay_s
                 if action.jitter_s:
-                    delay_s += action.jitter_s * counter.lot.draw("jitter")
+                    delay_s += action.jitter_s * counter.draw_key.draw("jitter")
                 last = counter
                 if action.kind is not ActionKind.DELAY:
                     decided = counter
@@ -100,8 +100,8 @@ class Engine:
                 break
         self._note(request, decided)
         if decided is not None:
-            return Decision(decided.rule.action, decided.lot, delay_s)
-        return Decision(None, last.lot, delay_s) if last is not None else None
+            return Decision(decided.rule.action, decided.draw_key, delay_s)
+        return Decision(None, last.draw_key, delay_s) if last is not None else None
 
     def _note(self, request: Request, decided: _Counter | None) -> None:
         """Remember what later decisions depend on."""
@@ -118,7 +118,7 @@ class Engine:
 
 
 class _Counter:
-    """A rule and what it has seen: requests and bytes that fitted, and how often it struck."""
+    """A rule and what it has seen: requests and bytes that fitted, and how often it matched."""
 
     def __init__(self, rule: Rule, seed: int, places: Sequence[Extent] | None) -> None:
         self.rule = rule
@@ -126,15 +126,11 @@ class _Counter:
         self.healed = ExtentSet()
         self._seed = seed
         self._bytes = 0
-        self._struck = 0
-        self._places: ExtentSet | None = None
-        if places is not None:
-            self._places = ExtentSet()
-            for extent in places:
-                self._places.add(extent.offset, extent.end)
+        self._matched = 0
+        self._places = ExtentSet(places) if places is not None else None
         self._lie = rule.action.kind is ActionKind.LIE
 
-    def strikes(self, connection: int, request: Request, now_s: float, events: set[str]) -> bool:
+    def matches(self, connection: int, request: Request, now_s: float, events: set[str]) -> bool:
         """Count a request that fits in time, and tell whether it is its turn."""
         if not self._fits(connection, request) or not self._in_time(now_s, events):
             return False
@@ -142,13 +138,13 @@ class _Counter:
         self._bytes += request.length
         if not self._its_turn():
             return False
-        self._struck += 1
+        self._matched += 1
         return True
 
     @property
-    def lot(self) -> Lot:
-        """What to draw lots with for the request that was counted last."""
-        return Lot(self._seed, self.rule.name, self.count)
+    def draw_key(self) -> DrawKey:
+        """What makes the draws for the request that was counted last."""
+        return DrawKey(self._seed, self.rule.name, self.count)
 
     def _fits(self, connection: int, request: Request) -> bool:
         when, flags = self.rule.when, request.flags
@@ -170,7 +166,7 @@ class _Counter:
         """Tell whether a request touches a place of the rule that is not healed."""
         start, end = request.offset, request.end
         if self._places is None:
-            found = [Extent(start, end - start)]
+            found = [Extent.between(start, end)]
         else:
             found = list(self._places.overlapping(start, end))
         if self.rule.when.until_written:
@@ -203,8 +199,8 @@ class _Counter:
             or (when.before_count is not None and count >= when.before_count)
             or (when.after_bytes is not None and self._bytes <= when.after_bytes)
             or (when.before_bytes is not None and self._bytes >= when.before_bytes)
-            or (when.times is not None and self._struck >= when.times)
-            or (when.probability is not None and self.lot.draw("turn") >= when.probability)
+            or (when.times is not None and self._matched >= when.times)
+            or (when.probability is not None and self.draw_key.draw("turn") >= when.probability)
         )
 
 

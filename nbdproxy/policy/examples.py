@@ -1,6 +1,6 @@
-"""The examples a policy file carries: a short story, and what the image holds afterwards.
+"""The examples a policy file carries: steps on a small disk, and what it holds afterwards.
 
-A story is a list of steps on a disk of a few sectors that holds `-` everywhere at the start:
+Steps are done one after the other, on a disk of a few sectors that first holds `-` everywhere:
 
     "write 0 A"       write sector 0 full of the letter A; "write 0 AB" writes sectors 0 and 1
     "write 0 A fua"   the same with FUA
@@ -31,7 +31,7 @@ after it: "?" is a sector that is not one letter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbdproxy.errors import PolicyError
@@ -82,7 +82,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One story and its end; `image` and `shows` have a letter for each sector, or are empty."""
+    """Steps and their end; `image` and `shows` have a letter for each sector, or are empty."""
 
     steps: tuple[Step, ...]
     image: tuple[str, ...] = ()
@@ -192,8 +192,4 @@ def _expecting(step: Step, words: list[str]) -> Step | None:
         return None
     if after_s and outcome == SILENCE:
         return None
-    return Step(
-        *(step.text, step.command, step.sector, step.count, step.letters, step.fua),
-        outcome=outcome,
-        after_s=after_s,
-    )
+    return replace(step, outcome=outcome, after_s=after_s)

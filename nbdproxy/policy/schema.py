@@ -19,7 +19,7 @@ KEYS: dict[str, PolicyKey] = {
     "flush": PolicyKey(Form.TABLE, "what flushes do"),
     "cut": PolicyKey(Form.TABLE, "when the power goes, and what that leaves"),
     "rule": PolicyKey(Form.TABLES, "what goes wrong with single requests"),
-    "example": PolicyKey(Form.TABLES, "short stories with their ends, which are run as tests"),
+    "example": PolicyKey(Form.TABLES, "steps on a small disk and its end, run as tests"),
 }
 
 PARAMETER_KEYS: dict[str, PolicyKey] = {

@@ -1,4 +1,4 @@
-"""Finds rules that can never strike: conditions that contradict each other, rules in front."""
+"""Finds rules that can never strike: by their own conditions, or as an earlier rule takes all."""
 
 from __future__ import annotations
 

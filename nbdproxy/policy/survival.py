@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from nbdproxy.dice import Lot
-from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.dice import DrawKey
+from nbdproxy.extents import Extent, ExtentSet, join_neighbours
 from nbdproxy.policy.effects import SECTOR
 from nbdproxy.policy.model import Survivors
 
@@ -31,7 +31,7 @@ def surviving(
 ) -> list[SurvivingPiece]:
     """Return what survives, in the order received. `metadata` matters for two kinds only."""
     whole = [SurvivingPiece(i, write.offset, write.end) for i, write in enumerate(writes)]
-    lot = Lot(seed, "survivors", 0)
+    draw_key = DrawKey(seed, "survivors", 0)
     found: list[SurvivingPiece] = []
     match survivors:
         case Survivors.FLUSHED:
@@ -39,14 +39,14 @@ def surviving(
         case Survivors.ALL:
             found = whole
         case Survivors.PREFIX:
-            found = whole[: lot.draw_below(len(whole) + 1, "prefix")]
+            found = whole[: draw_key.draw_below(len(whole) + 1, "prefix")]
         case Survivors.RANDOM:
-            found = [piece for piece in whole if lot.draw(piece.write) < 0.5]
+            found = [piece for piece in whole if draw_key.draw(piece.write) < 0.5]
         case Survivors.ALL_BUT_ONE:
-            gone = lot.draw_below(max(1, len(whole)), "gone")
+            gone = draw_key.draw_below(max(1, len(whole)), "gone")
             found = [piece for piece in whole if piece.write != gone]
         case Survivors.TORN:
-            found = [piece for one in whole for piece in _torn(one, lot)]
+            found = [piece for one in whole for piece in _torn(one, draw_key)]
         case Survivors.METADATA | Survivors.DATA:
             wanted = survivors is Survivors.METADATA
             parts = metadata.overlapping if wanted else metadata.missing
@@ -59,14 +59,13 @@ def surviving(
     return found
 
 
-def _torn(piece: SurvivingPiece, lot: Lot) -> list[SurvivingPiece]:
-    found: list[SurvivingPiece] = []
-    for sector in range(piece.start // SECTOR, -(-piece.end // SECTOR)):
-        if lot.draw(piece.write, sector) >= 0.5:
-            continue
-        start, end = max(piece.start, sector * SECTOR), min(piece.end, (sector + 1) * SECTOR)
-        if found and found[-1].end == start:
-            found[-1] = found[-1]._replace(end=end)
-        else:
-            found.append(SurvivingPiece(piece.write, start, end))
-    return found
+def _torn(piece: SurvivingPiece, draw_key: DrawKey) -> list[SurvivingPiece]:
+    sectors = (
+        Extent.between(max(piece.start, sector * SECTOR), min(piece.end, (sector + 1) * SECTOR))
+        for sector in range(piece.start // SECTOR, -(-piece.end // SECTOR))
+        if draw_key.draw(piece.write, sector) < 0.5
+    )
+    return [
+        SurvivingPiece(piece.write, part.offset, part.end)
+        for part in join_neighbours(sectors, Extent.joined)
+    ]

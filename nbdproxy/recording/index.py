@@ -16,13 +16,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nbdproxy.extents import Extent
 from nbdproxy.requests import Command, CommandFlag
 
 NEVER = np.iinfo(np.int64).max
 """The `completed` of a request that was never answered."""
 
+BASE = -1
+"""In place of a row, or of a seq: no request, but what was there before the recording."""
+
 Mask = NDArray[np.bool_]
 """One boolean a row: a choice of requests."""
+
+Rows = NDArray[np.int32]
+"""Numbers of rows; BASE may be among them."""
+
+Positions = NDArray[np.int64]
+"""Positions in the recording, or NEVER."""
+
+Numbers = NDArray[np.int64]
+"""Other whole numbers: offsets and lengths in bytes, numbers of sectors."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,14 +53,14 @@ class RequestTable:
     error       the `NbdErrno` of the reply, 0 for success and while there is none
     """
 
-    seq: NDArray[np.int64]
+    seq: Positions
     command: NDArray[np.uint8]
     flags: NDArray[np.uint16]
     connection: NDArray[np.uint32]
-    offset: NDArray[np.int64]
-    length: NDArray[np.int64]
-    position: NDArray[np.int64]
-    completed: NDArray[np.int64]
+    offset: Numbers
+    length: Numbers
+    position: Numbers
+    completed: Positions
     error: NDArray[np.uint16]
 
     def __len__(self) -> int:
@@ -64,7 +77,32 @@ class RequestTable:
         return np.not_equal(self.command, Command.FLUSH)
 
     @property
+    def is_changing(self) -> Mask:
+        """Modifying rows of at least one byte."""
+        return self.is_modifying & (self.length > 0)
+
+    @property
     def is_fua(self) -> Mask:
         """Modifying rows that carry FUA."""
         fua: Mask = np.not_equal(self.flags & np.uint16(CommandFlag.FUA), 0)
         return self.is_modifying & fua
+
+    def rows_before(self, position: int) -> int:
+        """Return how many requests were received before a position: those of the first rows.
+
+        It is also the row of the request that was received at that position, if one was.
+        """
+        return int(np.searchsorted(self.seq, position))
+
+    def seq_of(self, row: int) -> int:
+        """Return the seq of a row; of BASE that is BASE."""
+        return BASE if row == BASE else int(self.seq[row])
+
+    def extent(self, row: int) -> Extent:
+        """Return the bytes of the disk that a request names."""
+        return Extent(int(self.offset[row]), int(self.length[row]))
+
+    def extents(self, rows: Rows | NDArray[np.intp] | Mask) -> list[Extent]:
+        """Return the same for each of some rows."""
+        pairs = zip(self.offset[rows].tolist(), self.length[rows].tolist(), strict=True)
+        return [Extent(offset, length) for offset, length in pairs]

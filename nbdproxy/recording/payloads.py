@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Column = NDArray[np.int64]
+from nbdproxy.recording.index import Numbers, Positions
 
 _STEP = 1024
 """Rows between two entries of the index."""
@@ -17,7 +16,7 @@ class PayloadIndex:
     Payloads are appended as their events are, so positions ascend. One byte an event.
     """
 
-    def __init__(self, seq: Column, position: Column, length: Column) -> None:
+    def __init__(self, seq: Positions, position: Numbers, length: Numbers) -> None:
         self._seq = seq
         self._length = length
         self._position = position

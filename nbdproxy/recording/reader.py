@@ -1,4 +1,4 @@
-"""Reads a recording, whatever became of its writer.
+"""Reads a recording, also one whose writer was killed or is still writing.
 
 `Recording(path)` verifies every slot's checksum and keeps about 50 bytes for each request; the
 payloads stay in the file and their digests are checked as they are read. A recording that was cut
@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import errno
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -345,14 +345,7 @@ class Recording:
 
     def position_at(self, time_ns: int) -> int:
         """Return the position before which everything had happened by `time_ns`."""
-        low, high = 0, self.events
-        while low < high:
-            middle = (low + high) // 2
-            if self.time_of(middle) <= time_ns:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_right(range(self.events), time_ns, key=self.time_of)
 
     def close(self) -> None:
         """Release the files; closing twice is harmless."""
@@ -362,12 +355,7 @@ class Recording:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from nbdproxy.extents import expand
 from nbdproxy.recording.format import NONE, SlotKind
 from nbdproxy.recording.index import NEVER, RequestTable
 
@@ -60,9 +61,7 @@ class TableBuilder:
         if not self._rows:
             return  # whatever was answered so far had been refused
         counts = slots["length"].astype(np.int64)
-        total = int(counts.sum())
-        starts = np.repeat(np.cumsum(counts) - counts, counts)
-        asked = np.repeat(slots["offset"].astype(np.int64), counts) + np.arange(total) - starts
+        asked = expand(slots["offset"].astype(np.int64), counts)
         known = self._columns["seq"][: self._rows]
         rows = np.searchsorted(known, asked)
         # The completion of a refused request finds no row: it never reached the disk.

@@ -21,7 +21,8 @@ _HEADER = struct.Struct(">4sIQIIQ")
 _HEADER_3 = struct.Struct(">QQQII")
 """Incompatible, compatible and autoclear features, refcount order, header length."""
 _HEADER_3_AT, _LENGTH_2 = 72, 72
-_EXTERNAL_DATA = 0x4
+_EXTERNAL_DATA, _EXTENDED_L2 = 0x4, 0x10
+_ENTRY, _EXTENDED_ENTRY = 8, 16
 _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT, _DATA_FILE = 0xE2792ACA, 0x44415441
 _CLUSTER_BITS = range(9, 22)
@@ -34,6 +35,7 @@ class Layout:
 
     size            of the guest's disk in bytes
     cluster         bytes of a cluster
+    tables          bytes of L2 tables that a disk of this size can have
     backing         the name of its backing file as it stands there; empty if it has none
     backing_format  what that is said to be; empty if nothing is said
     data_file       the name of its external data file as it stands there; None if it has none
@@ -41,6 +43,7 @@ class Layout:
 
     size: int
     cluster: int
+    tables: int
     backing: str
     backing_format: str
     data_file: str | None
@@ -69,6 +72,7 @@ class Layout:
         return cls(
             size,
             1 << bits,
+            (size >> bits) * (_EXTENDED_ENTRY if features & _EXTENDED_L2 else _ENTRY),
             _text(raw[at : at + length]),
             _text(texts.get(_BACKING_FORMAT, b"")),
             _text(texts.get(_DATA_FILE, b"")) if has_data_file else None,

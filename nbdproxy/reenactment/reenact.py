@@ -6,10 +6,10 @@ sent to it in the order of a `Schedule`, and what it writes is a recording like 
 the rules of raw disks hold. One thread does both, so that for every cut above it is known how much
 was recorded below.
 
-Not covered: reads, which are in no recording. They make the driver load tables; where its cache is
-full (by default: of tables for 256 GiB with clusters of 64 KiB) one that was changed has to leave
-it, and is written earlier than here. Options that QEMU was given, as `l2-cache-size`. What the
-driver of a real file does and a socket does not, as with blocks of 4096 bytes.
+Not covered: reads, which are in no recording. They make the driver load tables; where its cache
+cannot hold all, one that was changed may have to leave it, and is written earlier than here; the
+`remark` says so. Options that QEMU was given, as `l2-cache-size`. What the driver of a real file
+does and a socket does not, as with blocks of 4096 bytes.
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ _STEPS = 4096
 _ROOM = 64 << 20
 _LONGEST = 1 << 30
 """Bytes of one request: the headers that QEMU 7.2 takes have 32 bits for them."""
+_CACHE = 32 << 20
+_EVICTED = (
+    "the L2 tables of this disk may be larger than QEMU's cache for them (32 MiB, if nobody set it): "
+    "what the guest read, which is not recorded, may have made QEMU write some of them earlier"
+)
 _WRITE, _FUA = int(Command.WRITE), int(CommandFlag.FUA)
 _NOTHING = memoryview(b"")
 
@@ -93,7 +98,10 @@ def reenact(
     qemu = qemu_version()
     os.close(open_folder(run, sticky=False, make=True))
     with ExitStack() as stack:
-        files, options = _open(played, run, stack)
+        image = FileDisk(played.image, read_only=True)
+        stack.callback(image.close)
+        layout = Layout.of(image, played.image)
+        files, options = _open(played, layout, image, run, stack)
         driver = stack.enter_context(format_driver(mode, list(files), options))
         servers = [
             FileServer(sock, *file, flushes=mode is not CacheMode.UNSAFE)
@@ -107,7 +115,8 @@ def reenact(
             )
         positions = _play(recording, plan, mode, wires, progress)
         wires.finish()
-    done = Reenacted(run, mode, qemu, tuple(files), positions, plan.exact)
+    remark = _EVICTED if layout.tables > _CACHE else ""
+    done = Reenacted(run, mode, qemu, remark, tuple(files), positions, plan.exact)
     done.save()
     return done
 
@@ -141,12 +150,9 @@ def _play(
 
 
 def _open(
-    played: Played, run: Path, stack: ExitStack
+    played: Played, layout: Layout, image: FileDisk, run: Path, stack: ExitStack
 ) -> tuple[dict[str, tuple[ScratchCopy, RecordingWriter]], dict[str, object]]:
     """Open the files that the driver writes; return them by the node's child, and its options."""
-    image = FileDisk(played.image, read_only=True)
-    stack.callback(image.close)
-    layout = Layout.of(image, played.image)
     size = _room(played.recording, layout, image.size)
     files = {_FILE: stack.enter_context(_recorded(image, size, run / _FILE))}
     options: dict[str, object] = {}

@@ -46,6 +46,7 @@ class Reenacted:
     folder     where it is
     mode       for which it was played
     qemu       whose driver it was, as that calls itself
+    remark     what may have been otherwise when it was recorded, in words; empty if nothing
     files      the names of the node's children that were written, which their recordings have too
     positions  for each cut of the recording above, from 0 to its end, the cut of each file's
                recording: a row a cut, a column a file
@@ -56,6 +57,7 @@ class Reenacted:
     folder: Path
     mode: CacheMode
     qemu: str
+    remark: str
     files: tuple[str, ...]
     positions: NDArray[np.int64]
     exact: Mask
@@ -67,7 +69,12 @@ class Reenacted:
     def save(self) -> None:
         """Write all but the recordings to the folder."""
         np.savez(self.folder / _CUTS, positions=self.positions, exact=self.exact)
-        about = {"mode": self.mode.value, "qemu": self.qemu, "files": self.files}
+        about = {
+            "mode": self.mode.value,
+            "qemu": self.qemu,
+            "remark": self.remark,
+            "files": self.files,
+        }
         (self.folder / _ABOUT).write_text(json.dumps(about))
 
     @classmethod
@@ -80,6 +87,7 @@ class Reenacted:
                     folder,
                     CacheMode(about["mode"]),
                     about["qemu"],
+                    about["remark"],
                     tuple(about["files"]),
                     arrays["positions"],
                     arrays["exact"],

@@ -65,10 +65,26 @@ class Wires:
             raise self._lost(f"it ended with {code}")
 
     def _turn(self) -> None:
-        """Send what can be sent, wait until something has arrived, and take that in.
+        """Send what can be sent, wait until something has arrived, and take that in."""
+        try:
+            self._exchange()
+        except RefusedError as error:
+            raise ImageError(
+                f"QEMU answered with {error} what it had done when it was recorded; see whether "
+                "the image is as it was then"
+            ) from None
+        except (ProtocolError, ConnectionError) as error:
+            raise self._lost(str(error)) from None
+        except OSError as error:
+            raise ImageError(
+                f"a file that QEMU reads and writes failed: {error.strerror}; make room in the "
+                "folder for temporary files (TMPDIR), or see to the disk that the image is on"
+            ) from None
 
-        What has arrived above comes first, and alone: what is below may belong to a request that
-        nobody waits for.
+    def _exchange(self) -> None:
+        """What has arrived above is taken in first, and alone.
+
+        What is below may be for requests that nobody waits for yet.
         """
         if self._guest.has_unsent:
             self._guest.send()
@@ -76,22 +92,13 @@ class Wires:
             self._poll.modify(self._above, wanted)
         ready = self._poll.poll(_PATIENCE_S * 1000)
         if not ready:
-            raise self._lost(f"it has not answered for {_PATIENCE_S} s")
-        try:
-            for fd, event in ready:
-                if fd == self._above and event & ~select.POLLOUT:
-                    self._guest.receive()
-                    return
-            for fd, _ in ready:
-                if fd != self._above:
-                    self._serve(fd)
-        except RefusedError as error:
-            raise ImageError(
-                f"QEMU answered with {error} what it had done when it was recorded; see whether "
-                "the image is as it was then"
-            ) from None
-        except (ProtocolError, OSError) as error:
-            raise self._lost(str(error)) from None
+            raise ProtocolError(f"nothing came of it for {_PATIENCE_S} s")
+        if any(fd == self._above and event & ~select.POLLOUT for fd, event in ready):
+            self._guest.receive()
+            return
+        for fd, _ in ready:
+            if fd != self._above:
+                self._serve(fd)
 
     def _serve(self, fd: int) -> None:
         one = self._files[fd]

@@ -1,4 +1,4 @@
-"""What an audit found, for people and for programs: who kept what was promised."""
+"""The report of an audit, as text and as JSON: who kept what was promised."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nbdproxy.crash.blame.audit import BEFORE, FAULTS, UNKNOWN, ZEROES, Audit, Fate, Finding
+from nbdproxy.crash.blame.audit import FAULTS, UNKNOWN, ZEROES, Audit, Fate, Finding
 from nbdproxy.crash.blame.flushes import Safety, blame
-from nbdproxy.crash.states.cells import NONE
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.nbd.uri import is_uri
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.owners import OwnerMap
 from nbdproxy.persistence.model import Options
 from nbdproxy.printable import printable
+from nbdproxy.recording.index import BASE
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.reader import Recording, command_name
 from nbdproxy.sizes import plural, size_text
 
 SHOWN = 5
-"""So many faults are listed; --json lists a thousand places of every fate but as-sent."""
+"""Faults that the text lists; --json lists up to `LISTED` places of every fate but as-sent."""
 LISTED = 1000
 PATHS_SHOWN = 8
 MOSTLY = 2
-"""Of what was compared, more than one in so many that is foreign hints at the wrong store."""
+"""If more than one byte in so many is foreign, the store may be the wrong one."""
 LOOKED_UP = 256
-"""Of so many faults the owners are looked up."""
+"""Faults whose owners are looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,11 @@ class AuditReport:
     """One audit: of which store, against which recording, and what `owners` were hit.
 
     `owners` has the words for who lives in a fault, and how many faults it has.
+
+    >>> with Case.open("run1") as case:
+    ...     report = case.audit("disk.img")
+    >>> report.code, report.changed_since
+    (1, False)
     """
 
     recording: Recording
@@ -81,7 +86,7 @@ class AuditReport:
 
 
 def owners_of(timeline: Timeline, audit: Audit) -> Counter[str]:
-    """Return who lives where a fault is, by the disk with all that was sent."""
+    """Count the owners of the bytes with a fault, as the disk with all that was sent has them."""
     faults = [finding for finding in audit.findings if finding.fate in FAULTS]
     found: Counter[str] = Counter()
     if faults:
@@ -141,7 +146,7 @@ def _told(report: AuditReport, finding: Finding) -> Iterator[str]:
 def _promise(report: AuditReport, finding: Finding) -> str:
     """Say what must be there, and why."""
     text = _request(report, finding.durable)
-    if finding.durable == NONE:
+    if finding.durable == BASE:
         return f"{text}, or what was sent and not flushed"
     end = report.timeline.source.events
     why = blame(report.timeline, finding.durable, end, report.options)
@@ -156,7 +161,7 @@ def _held(report: AuditReport, finding: Finding) -> str:
 
 
 def _request(report: AuditReport, row: int) -> str:
-    """Say what a row is, or what else a place holds."""
+    """Name the request of a row, or say what else a place holds."""
     if row in _HELD:
         return _HELD[row]
     table = report.timeline.table
@@ -167,14 +172,14 @@ def _request(report: AuditReport, row: int) -> str:
 
 
 _HELD = {
-    BEFORE: "what was there before the recording",
+    BASE: "what was there before the recording",
     ZEROES: "zeroes that nobody wrote",
     UNKNOWN: "something that was never sent",
 }
 
 
 def _verdict(report: AuditReport) -> Iterator[str]:
-    """Say who is convicted and who is cleared."""
+    """Yield the sentences that say whether a promise was broken, and by whom."""
     sizes = report.audit.sizes
     if report.is_empty:
         what = "nothing that was written is in the recording"
@@ -217,7 +222,7 @@ def _verdict(report: AuditReport) -> Iterator[str]:
 
 
 def _cleared(report: AuditReport) -> Iterator[str]:
-    """Say why nobody below is to blame."""
+    """Yield why nothing below nbdproxy is to blame."""
     if report.recording.is_damaged:
         yield (
             "No promise that can still be read was broken; whether one was of those that are lost "
@@ -245,7 +250,7 @@ def _why_allowed(report: AuditReport) -> Counter[Safety]:
     for finding in report.audit.findings[:LISTED]:
         if finding.fate is Fate.UNFLUSHED:
             for _, _, row in sent.segments(finding.extent.offset, finding.extent.offset + 1):
-                if row != NONE:
+                if row != BASE:
                     found[blame(report.timeline, row, end, report.options).safety] += 1
     # Two that were under way at once may land in either order, whatever was flushed.
     found[Safety.UNANSWERED] += found.pop(Safety.BROKEN, 0)
@@ -295,7 +300,7 @@ def _place(report: AuditReport, finding: Finding) -> dict[str, object]:
         "offset": finding.extent.offset,
         "length": finding.extent.length,
         "fate": finding.fate.value,
-        "durable": None if finding.durable == NONE else int(table.seq[finding.durable]),
+        "durable": None if finding.durable == BASE else int(table.seq[finding.durable]),
         "should_hold": _promise(report, finding),
         "holds_request": int(table.seq[finding.holds]) if known else None,
         "holds": _held(report, finding),

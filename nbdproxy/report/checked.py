@@ -28,7 +28,13 @@ class CheckedFilesystem:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What was found; `findings` is None without files. `doubt` is of the manifest itself."""
+    """What was found; `findings` is None without files. `doubt` is of the manifest itself.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     checked = case.check(StateChoice(at="seq:0"), fsck=False)
+    >>> [one.examination.mounts for one in checked.filesystems], checked.verdict.value
+    ([True], 'fail')
+    """
 
     name: str
     filesystems: tuple[CheckedFilesystem, ...]

@@ -14,23 +14,30 @@ from nbdproxy.crash.explore.verdicts import CHECKED, SAME_CONTENT, SAME_READS, A
 from nbdproxy.oracles.check import Verdict
 
 SHOWN = 5
-"""So many failing states are listed; the database has all of them."""
+"""Failing states that the text lists; the database has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExplorationReport:
-    """One exploration: what was asked for, what was planned, and what came of it."""
+    """One exploration: what was asked for, what was planned, and what came of it.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     found = case.explore(ExploreRequest(states=20, workers=1))
+    ...     failing = found.failing()
+    >>> found.tally.visited, len(failing) > 0
+    (20, True)
+    """
 
     about: About
     plan: ExplorationPlan
     tally: Tally
     verdicts: Verdicts
-    again: str
-    """The options that ask the same of another command: what is checked, and with what."""
-    base: str
-    """The option that names the image, if it has to be named, for a command that opens a state."""
     missing: str | None
     """What the recording lacks, if anything."""
+
+    def failing(self, limit: int = 100) -> list[str]:
+        """Return the ids of states that fail, those that tell most first, at most so many."""
+        return [row.state for row in self.verdicts.telling(limit)]
 
     @property
     def complete(self) -> int:
@@ -54,8 +61,12 @@ def exit_code(tally: Tally) -> int:
     return 2 if tally.verdicts[Verdict.UNKNOWN] else 0
 
 
-def lines(report: ExplorationReport, run: str) -> Iterator[str]:
-    """Yield the report for people."""
+def lines(report: ExplorationReport, run: str, again: str, base: str) -> Iterator[str]:
+    """Yield the report for people.
+
+    `again` are the options that ask the same of another command: what is checked, and with what.
+    `base` is the option that names the image, if it has to be named, for one that opens a state.
+    """
     plan, tally = report.plan, report.tally
     yield from _what_was_explored(report)
     yield ""
@@ -82,16 +93,16 @@ def lines(report: ExplorationReport, run: str) -> Iterator[str]:
     yield from _doubts(report)
     if failed:
         yield ""
-        opened = f"--state {failed[0].state}{report.base}"
+        opened = f"--state {failed[0].state}{base}"
         yield f"look at it:     nbdproxy open {run} {opened} -o state.img"
-        yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {report.again}"
+        yield f"make it small:  nbdproxy minimize {run} --state {failed[0].state} {again}"
     if report.complete < len(plan.cuts):
         yield ""
         yield "not visited: " + "; ".join(_left_out(plan))
 
 
 def _never_sent(fullest: Mapping[int, Verdict]) -> Iterator[str]:
-    """Say where no lost write is to blame."""
+    """Yield at how many cuts a state fails though nothing that was sent is missing."""
     bad = list(fullest.values()).count(Verdict.FAIL)
     known = bad + list(fullest.values()).count(Verdict.PASS)
     if bad:
@@ -101,7 +112,7 @@ def _never_sent(fullest: Mapping[int, Verdict]) -> Iterator[str]:
 
 
 def _doubts(report: ExplorationReport) -> Iterator[str]:
-    """Say what makes the verdicts worth little."""
+    """Yield what speaks against the check itself."""
     verdicts = report.tally.verdicts
     if not report.verdicts.looked():
         yield "           The check read nothing of any state, so this proves nothing: let it"

@@ -9,11 +9,11 @@ from nbdproxy.crash.blame.ranges import FileRange, Losses, MissingPiece
 from nbdproxy.printable import printable
 
 SHOWN = 5
-"""So many ranges, and so many parts of the way to them, are listed for people; --json has all."""
+"""Ranges, and metadata that leads to them, that the text lists; --json has all."""
 
 
 def lines(losses: Losses) -> Iterator[str]:
-    """Yield what was lost, for people."""
+    """Yield lines of text that say what was lost."""
     yield f"  what state {losses.reference}, which has it whole, has more:"
     parts = [*_data(losses), *(f"{printable(piece.what)}: {_who(piece)}" for piece in losses.way)]
     for part in parts[:SHOWN]:
@@ -23,7 +23,7 @@ def lines(losses: Losses) -> Iterator[str]:
 
 
 def to_json(losses: Losses) -> dict[str, object]:
-    """Return all of it."""
+    """Return all that was lost, as `nbdproxy explain --json` prints it."""
     return {
         "reference": str(losses.reference),
         "ranges": [
@@ -40,7 +40,7 @@ def to_json(losses: Losses) -> dict[str, object]:
 
 
 def _data(losses: Losses) -> Iterator[str]:
-    """Yield a line for each run of bytes that fared alike."""
+    """Yield a line for each run of bytes that was lost, or kept, for the same reason."""
     merged: list[FileRange] = []
     for one in losses.ranges:
         last = merged[-1] if merged else None

@@ -8,19 +8,18 @@ from dataclasses import dataclass, replace
 from nbdproxy.crash.blame.flushes import Blame, blame
 from nbdproxy.crash.explore.minimize import Lost, Minimum
 from nbdproxy.crash.states.naming import Choice
-from nbdproxy.crash.states.paint import NOTHING
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.locate import tree_by_fstab
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.owners import Owner, OwnerMap
 from nbdproxy.printable import printable
-from nbdproxy.recording.index import NEVER
+from nbdproxy.recording.index import BASE, NEVER
 from nbdproxy.recording.reader import command_name
 from nbdproxy.sizes import plural
 
 OWNERS_MAX = 8
-"""So many owners of one missing piece are listed."""
+"""Owners of one missing piece that the text lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +43,21 @@ class Missing:
 
 @dataclass(frozen=True, slots=True)
 class MinimumReport:
-    """A minimum, and all that can be said of what is missing in it."""
+    """A minimum, and all that can be said of what is missing in it.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     found = case.explore(ExploreRequest(states=20, workers=1))
+    ...     report = case.minimize(found.failing()[0])
+    >>> report.missing[0].blame.safety.value
+    'never-flushed'
+    """
 
     minimum: Minimum
     missing: tuple[Missing, ...]
 
 
 def tell(timeline: Timeline, minimum: Minimum, tree: Tree | None = None) -> MinimumReport:
-    """Find out about each missing piece; the owners are those of the disk that lacks nothing.
+    """Describe each missing piece; the owners are those of the disk that lacks nothing.
 
     `tree` says where in the guest they show, if that is known; else its fstab is looked for.
     """
@@ -69,13 +75,13 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
     state, table, source = minimum.state, timeline.table, timeline.source
     size = state.options.sector
     start, end = lost.first * size, min((lost.last + 1) * size, source.size)
-    if lost.row != NOTHING:  # it may begin or end inside its sectors
-        offset = int(table.offset[lost.row])
-        start, end = max(start, offset), min(end, offset + int(table.length[lost.row]))
-    extent = Extent(start, end - start)
+    if lost.row != BASE:  # it may begin or end inside its sectors
+        request = table.extent(lost.row)
+        start, end = max(start, request.offset), min(end, request.end)
+    extent = Extent.between(start, end)
     found = tuple(owners.of(extent))
     sectors = lost.last - lost.first + 1
-    if lost.row == NOTHING:
+    if lost.row == BASE:
         return Missing(extent, sectors, None, "", extent, 0, None, found, None)
     row = lost.row
     seq, done = int(table.seq[row]), int(table.completed[row])
@@ -84,7 +90,7 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
         sectors,
         seq,
         command_name(int(table.command[row])),
-        Extent(int(table.offset[row]), int(table.length[row])),
+        table.extent(row),
         source.time_of(seq),
         None if done == NEVER else source.time_of(done),
         found,
@@ -93,7 +99,7 @@ def _missing(timeline: Timeline, minimum: Minimum, lost: Lost, owners: OwnerMap)
 
 
 def lines(told: MinimumReport, run: str, base: str) -> Iterator[str]:
-    """Yield it for people; `base` is the option that names the image to `open`, if it needs one."""
+    """Yield the report as text; `base` is the option that names the image to `open`, if needed."""
     minimum = told.minimum
     judged = minimum.judged.judgement
     counts = [f"{n:,} {name}" for name, n in judged.counts.items() if name != "whole"]
@@ -132,7 +138,7 @@ def _lines(missing: Missing) -> Iterator[str]:
 
 
 def to_json(told: MinimumReport, run: str) -> dict[str, object]:
-    """Return it as `nbdproxy minimize --json` prints it."""
+    """Return the report as `nbdproxy minimize --json` prints it."""
     minimum = told.minimum
     return {
         "recording": run,

@@ -5,27 +5,11 @@ Both are about host power loss, the failure in which the cache modes differ most
 
 from __future__ import annotations
 
-from nbdproxy.crash.blame.causes import Cause
+from nbdproxy.crash.blame.causes import CAUSES, Cause
 from nbdproxy.crash.blame.replay import Cell, Replay
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.sizes import plural
-
-_BLAME = {
-    Cause.NEVER_SENT: "{were} lost in the guest, which had not sent {them} to any disk (no fsync): "
-    "no cache mode could have saved {them}",
-    Cause.MAPPING_NEVER_SENT: "had been written, and the qcow2 table that leads to {them} was "
-    "still in QEMU's memory (no flush had come): it dies with QEMU, and {they} read as zeroes",
-    Cause.CANNOT_BE_TOLD: "{were} lost by someone who cannot be told: what would show it cannot be "
-    "judged here",
-    Cause.CHANGED_BY_GUEST: "{were} changed or removed by the guest itself: nobody lost {them}",
-    Cause.SENT_UNANSWERED: "{were} still on the way to the disk, and nobody had promised anything",
-    Cause.UNFLUSHED: "had been written and not flushed: a volatile write cache may lose {them}",
-    Cause.FLUSH_IN_FLIGHT: "{were} being flushed at that very moment: the flush came too late",
-    Cause.FLUSHED_THEN_LOST: "{were} lost although durable: "
-    "the cache mode, or the store below, broke its promise",
-}
-
 
 _NO_TRACE = {Condition.MISSING, Condition.DAMAGED, Condition.STALE}
 
@@ -101,7 +85,7 @@ def _later(cell: Cell) -> str:
 
 def _blame(cause: Cause, count: int) -> str:
     """Say what became of so many files."""
-    return _BLAME[cause].format(
+    return CAUSES[cause].sentence.format(
         were="was" if count == 1 else "were",
         them="it" if count == 1 else "them",
         they="it would" if count == 1 else "they",

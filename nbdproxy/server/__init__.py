@@ -1,4 +1,4 @@
-"""The shell: sockets, threads and signals. The only room that knows trio.
+"""The NBD server: sockets, threads and signals. With `state_server` the only room that uses trio.
 
 Its log goes to stderr in every process that imports it, workers too, from warnings on: stdout is
 for results. A command that serves says more, in its own way.
@@ -13,7 +13,7 @@ import structlog
 from nbdproxy.printable import made_visible
 
 
-class _Log(structlog.PrintLogger):
+class _StderrLogger(structlog.PrintLogger):
     """Whatever is stderr when something is said; one that cannot be written ends nothing."""
 
     def __init__(self) -> None:
@@ -31,5 +31,5 @@ if not structlog.is_configured():
     structlog.configure(
         processors=[*_before, made_visible, _rendered],
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=lambda *_: _Log(),
+        logger_factory=lambda *_: _StderrLogger(),
     )

@@ -1,4 +1,4 @@
-"""Puts an export together: image, overlay, before-images, cache, policy, recording.
+"""Puts an export together: its store, its policy, its recording.
 
 The image is a raw file or block device, the disk of another NBD server, or the guest's view of a
 file of another format, which is the disk of a qemu-storage-daemon of ours.
@@ -29,13 +29,16 @@ from nbdproxy.nbd.export_info import WRITABLE, ExportInfo
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta, absolute
 from nbdproxy.recording.writer import RecordingWriter
+from nbdproxy.server.below.copy_before_write import CopyBeforeWriteStore, PreservingDisk
 from nbdproxy.server.below.guests_view import guests_view
+from nbdproxy.server.below.image_store import ImageStore
+from nbdproxy.server.below.remote_store import RemoteStore
+from nbdproxy.server.below.store import Store
 from nbdproxy.server.below.upstream import Upstream, connected
 from nbdproxy.server.below.upstream_disk import UpstreamDisk
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.places import find_places
-from nbdproxy.server.export.preserve import PreservingDisk
-from nbdproxy.server.power import Power
+from nbdproxy.server.shared.power import Power
 
 log = structlog.get_logger()
 
@@ -71,7 +74,7 @@ class ExportPlan:
 
 @asynccontextmanager
 async def opened(plan: ExportPlan, power: Power) -> AsyncIterator[Export]:
-    """Have an export for as long as the block runs; it ends in order, and so does its recording.
+    """Open an export for as long as the block runs; then close it, and its recording, in order.
 
     Raises ImageError, UsageError or RecordingError with nothing left open.
     """
@@ -124,7 +127,7 @@ def _lose(plan: ExportPlan, export: Export, reason: str) -> None:
 
 
 async def _give_up(export: Export, upstream: Upstream) -> None:
-    """Do not let a server that hangs keep us from ending."""
+    """Give up a server below that does not answer `_END_S` after the ending began."""
     await export.ending.wait()
     await trio.sleep(_END_S)
     upstream.lose(f"it did not answer within {_END_S} s")
@@ -147,38 +150,45 @@ def _assemble(plan: ExportPlan, power: Power, upstream: Upstream | None, held: _
     except BaseException:
         disk.close()
         raise
-    stack: BlockDevice = disk
-    preserver = None
     try:
-        if plan.overlay:
-            stack = OverlayDisk(disk)
-        elif recorder is not None and not read_only:
-            stack = preserver = PreservingDisk(disk, recorder)
+        base = _make_store(plan, power, disk, upstream, None if read_only else recorder)
     except TemporaryFolderError:
         disk.close()
         raise
     except (OSError, MemoryError):
         disk.close()
         raise ImageError(f"{plan.image} is too large for that here; serve it as it is") from None
-    direct = upstream if not plan.overlay else None
     offered = None
     if upstream is not None:
         hint = upstream.info.flags & TransmissionFlag.ROTATIONAL
-        offered = upstream.info if direct else ExportInfo("", disk.size, WRITABLE | hint)
+        offered = ExportInfo("", disk.size, WRITABLE | hint) if plan.overlay else upstream.info
     return Export(
         plan.name,
-        stack,
+        base,
         plan.policy,
         description=f"{_short_name(plan)} through nbdproxy ({plan.policy.name})",
         read_only=read_only,
         recorder=recorder,
-        preserver=preserver,
-        power=power,
         offered=offered,
-        remote=direct,
         seed=plan.seed,
         places=places,
     )
+
+
+def _make_store(
+    plan: ExportPlan,
+    power: Power,
+    disk: BlockDevice,
+    upstream: Upstream | None,
+    recorder: RecordingWriter | None,
+) -> Store:
+    """Return the store that policies stand on; `recorder` is set if changes are recorded."""
+    if plan.overlay:
+        return ImageStore(OverlayDisk(disk), power)
+    store = RemoteStore(upstream, disk, power) if upstream else ImageStore(disk, power)
+    if recorder is None:
+        return store
+    return CopyBeforeWriteStore(store, PreservingDisk(disk, recorder))
 
 
 def _open_disk(plan: ExportPlan, upstream: Upstream | None) -> BlockDevice:
@@ -234,7 +244,7 @@ def _keep(plan: ExportPlan, export: Export) -> None:
 
 
 class _Held:
-    """The image's file, whatever its path comes to name; nothing for the disk of a server."""
+    """The image's file, kept open (O_PATH) while its path may change; none for a server."""
 
     def __init__(self, plan: ExportPlan) -> None:
         self._path = Path(plan.image)
@@ -250,7 +260,7 @@ class _Held:
         return os.path.samestat(os.fstat(self._fd), disk.status)
 
     def moved(self) -> str:
-        """Return a sentence if the path names another file by now, or none; else nothing."""
+        """Return a sentence if the path does not name the file any more; else an empty text."""
         try:
             if self._fd < 0 or os.path.samestat(os.fstat(self._fd), self._path.stat()):
                 return ""

@@ -1,7 +1,6 @@
 """Runs exports: listens, lets clients in, ends in order or by a cut.
 
-`serve` is the door to this room for plain code: it starts the event loop and returns when the
-serving is over.
+`serve` is what ordinary code calls: it starts the event loop and returns when the serving is over.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from nbdproxy.server.front.control import ControlSocket
 from nbdproxy.server.front.endpoints import Endpoint
 from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.server.front.listener import Listener
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import ServerTls
 from nbdproxy.signals import told_to_end
 
 log = structlog.get_logger()
@@ -40,7 +39,7 @@ _CHILDREN_S = 0.02
 """Seconds between two looks whether a command's children have ended."""
 
 OpenExport = Callable[[Power], AbstractAsyncContextManager[Export]]
-"""Makes an export that hangs on a power supply, and ends it in order."""
+"""Makes an export on a power supply, and ends it in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +86,10 @@ def serve(
     try:
         return trio.run(_serve, openers, setting, on_ready)
     except BaseExceptionGroup as group:
-        raise _first_of(group) from None
+        raise first_of(group) from None
 
 
-def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """Return what went wrong first; an error of ours is what the user can do something about."""
     ours = group.subgroup(NbdproxyError)
     found: BaseException = ours if ours is not None else group
@@ -189,7 +188,7 @@ class Service:
         self._setting = setting
         self._power = power
         self._on_ready = on_ready
-        self._door = Listener(FixedExports(exports), setting.endpoint, setting.tls, power)
+        self._listener = Listener(FixedExports(exports), setting.endpoint, setting.tls, power)
         self._ending = ending
         self._exit_code = 0
         self._qmp = None
@@ -209,7 +208,7 @@ class Service:
             if self._setting.control is not None:
                 control = ControlSocket(self._setting.control, self._exports, self._power)
                 service.start_soon(control.run)
-            everything.start_soon(self._door.run)
+            everything.start_soon(self._listener.run)
             if self._setting.command is not None:
                 service.start_soon(self._run_command, self._setting.command)
             self._on_ready(self._exports)
@@ -222,16 +221,16 @@ class Service:
 
     async def _stop(self) -> None:
         """Let no one in any more; let the sessions end in order, or cut them off."""
-        self._door.shut()
+        self._listener.shut()
         for export in self._exports:
             export.ending.set()
             export.resume()
             export.exits(self._ending.reason)
         if self._power.off:
             await self._cut()
-            self._door.throw_out()
+            self._listener.throw_out()
         else:
-            self._door.wind_up(_GRACE_S)
+            self._listener.wind_up(_GRACE_S)
 
     async def _cut(self) -> None:
         for export in self._exports:
@@ -245,14 +244,14 @@ class Service:
             export.ending.set()
         # With a command, the machine stays dark until the command has ended.
         await self._cut()
-        self._door.shut()
-        self._door.throw_out()
+        self._listener.shut()
+        self._listener.throw_out()
         log.info("the power is cut", reason=self._power.reason)
         if self._setting.command is None:
             self._ending.begin(self._power.reason)
 
     async def _when_failed(self, export: Export) -> None:
-        await export.ledger.failed.wait()
+        await export.request_log.failed.wait()
         self._ending.begin(f"failed: {export.failure}")
 
     def _on_qmp(self, event: str, text: str) -> None:

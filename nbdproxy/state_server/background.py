@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import trio
@@ -14,27 +13,27 @@ from nbdproxy.disks.scratch import temporary_folder
 from nbdproxy.server.front.endpoints import Endpoint, listen_unix
 from nbdproxy.server.front.export_provider import ExportProvider
 from nbdproxy.server.front.listener import Listener
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import ServerTls
 
 _GRACE_S = 1.0
 
 
-async def host(shelf: ExportProvider, endpoint: Endpoint, ended: trio.Event) -> None:
+async def host(exports: ExportProvider, endpoint: Endpoint, ended: trio.Event) -> None:
     """Let clients in until `ended` is set; then they have a second to have their answers."""
-    door = Listener(shelf, endpoint, ServerTls(), Power())
+    listener = Listener(exports, endpoint, ServerTls(), Power())
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(door.run)
+        nursery.start_soon(listener.run)
         await ended.wait()
-        door.shut()
-        door.wind_up(_GRACE_S)
+        listener.shut()
+        listener.wind_up(_GRACE_S)
 
 
 class ThreadedServer:
-    """A shelf on a socket of its own; a context manager."""
+    """Exports on a socket of their own; a context manager."""
 
-    def __init__(self, shelf: ExportProvider) -> None:
-        self._shelf = shelf
+    def __init__(self, exports: ExportProvider) -> None:
+        self._exports = exports
         self._folder = tempfile.TemporaryDirectory(prefix="nbdproxy-", dir=temporary_folder())
         self.socket = Path(self._folder.name) / "socket"
         self._endpoint = listen_unix(self.socket)
@@ -45,7 +44,7 @@ class ThreadedServer:
         self._token = trio.lowlevel.current_trio_token()
         self._ended = trio.Event()
         self._ready.set()
-        await host(self._shelf, self._endpoint, self._ended)
+        await host(self._exports, self._endpoint, self._ended)
 
     def uri(self, name: str) -> str:
         """Return the NBD URI of an export."""
@@ -56,12 +55,7 @@ class ThreadedServer:
         self._ready.wait()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._token.run_sync_soon(self._ended.set)
         self._thread.join()
         self._endpoint.close()

@@ -134,9 +134,9 @@ class _CommandJudge:
                 return Judgement(Verdict.UNKNOWN, str(error)), None
             except OSError as error:
                 return Judgement(Verdict.UNKNOWN, _unwritable(error)), None
-            self._server.shelf.watch(name)
+            self._server.exports.watch(name)
             judgement = self._run({**environment, **made})
-            reads = self._server.shelf.reads(name)
+            reads = self._server.exports.reads(name)
         for extent in self._read:
             reads.add(extent.offset, extent.end)
         if made.keys() - {"dir"}:

@@ -22,6 +22,7 @@ from nbdproxy.persistence.model import Level
 from nbdproxy.policy import loader
 from nbdproxy.policy.model import Policy
 from nbdproxy.recording.notes import NoteKind
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.offer import offer
 from nbdproxy.server.front.endpoints import Endpoint
@@ -77,7 +78,7 @@ class _Infos(Mapping[str, ExportInfo]):
 
 
 class StateExports:
-    """All states of a timeline, as a `Shelf`."""
+    """All states of a timeline, as an `ExportProvider`."""
 
     def __init__(self, timeline: Timeline) -> None:
         self.timeline = timeline
@@ -97,7 +98,9 @@ class StateExports:
         if name in self._reads:
             self._reads[name].append(traced)
         disk = OverlayDisk(traced)
-        return Export(name, disk, self._policy, description=f"state {state}", shared=False)
+        return Export(
+            name, ImageStore(disk), self._policy, description=f"state {state}", shared=False
+        )
 
     def put_back(self, export: Export) -> None:
         """End the export, and what was written to it."""
@@ -116,7 +119,7 @@ class StateExports:
         return found
 
 
-def serve_states(shelf: StateExports, endpoint: Endpoint) -> str:
+def serve_states(exports: StateExports, endpoint: Endpoint) -> str:
     """Serve until a signal; return why it ended. The caller closes the endpoint."""
 
     async def main() -> str:
@@ -124,7 +127,7 @@ def serve_states(shelf: StateExports, endpoint: Endpoint) -> str:
         ending.opened = True
         async with trio.open_nursery() as nursery:
             await nursery.start(ending.watch_signals)
-            nursery.start_soon(host, shelf, endpoint, ended)
+            nursery.start_soon(host, exports, endpoint, ended)
             await ending.wait_begun()
             ended.set()
             nursery.cancel_scope.deadline = trio.current_time() + _GRACE_S
@@ -137,5 +140,5 @@ class StateServer(ThreadedServer):
     """The states of a timeline on a socket of their own, served by a thread; a context manager."""
 
     def __init__(self, timeline: Timeline) -> None:
-        self.shelf = StateExports(timeline)
-        super().__init__(self.shelf)
+        self.exports = StateExports(timeline)
+        super().__init__(self.exports)

@@ -120,7 +120,7 @@ def language() -> str:
         + _keys(CONDITION_KEYS),
         "### Actions\n\n" + "\n".join(_actions()) + "\n",
         "### Keys of actions\n\n" + _keys(ACTION_KEYS),
-        "## `[[example]]`\n\n" + _keys(EXAMPLE_KEYS) + "\n" + _story(),
+        "## `[[example]]`\n\n" + _keys(EXAMPLE_KEYS) + "\n" + _steps(),
     ]
     return "\n".join(parts)
 
@@ -190,7 +190,7 @@ def _actions() -> Iterator[str]:
         yield f"| `{kind.value}` | {rule.help}{needs} | {commands} | {keys} |"
 
 
-def _story() -> str:
+def _steps() -> str:
     text = inspect.getdoc(examples) or ""
-    _, _, story = text.partition("\n\n")
-    return textwrap.dedent(story) + "\n"
+    _, _, steps = text.partition("\n\n")
+    return textwrap.dedent(steps) + "\n"

@@ -25,9 +25,9 @@ from nbdproxy.oracles.ext4.faults import RefusedError
 from nbdproxy.oracles.ext4.filesystem import STEPS_MAX, Filesystem
 from nbdproxy.oracles.ext4.hashes import name_hash
 from nbdproxy.oracles.ext4.inode import InodeFlag
-from nbdproxy.oracles.ext4.owners import chart
+from nbdproxy.oracles.ext4.owners import map_filesystem
 from nbdproxy.oracles.manifest import Entry, Manifest, digest
-from nbdproxy.oracles.partitions import look
+from nbdproxy.oracles.partitions import disk_layout
 from nbdproxy.oracles.qcow2 import MAGIC, Qcow2Device, Qcow2Error
 from nbdproxy.oracles.survey import survey
 from tests.attacks.test_sizes import head, quickly
@@ -102,7 +102,7 @@ def test_a_folder_of_millions_of_names(tmp_path: Path, is_indexed: bool) -> None
         found = check(disk, files(30))
         with pytest.raises(FilesystemError):
             scan(disk)
-        chart(disk)
+        map_filesystem(disk)
     assert set(found.conditions.values()) <= {Condition.CANNOT_BE_TOLD, Condition.UNREADABLE}
 
 
@@ -200,7 +200,7 @@ def test_a_partition_table_of_thousands_that_overlap() -> None:
     raw[1024 : 1024 + len(entries)] = entries
     disk = MemoryDisk(bytes(raw))
     with quickly():
-        assert len(look(disk).slices) == 256
+        assert len(disk_layout(disk).slices) == 256
         survey(disk)
 
 
@@ -214,7 +214,7 @@ def test_a_partition_table_that_says_it_has_2_to_the_32() -> None:
     raw[512:604] = header[:16] + struct.pack("<I", zlib.crc32(header)) + header[20:]
     disk = MemoryDisk(bytes(raw))
     with quickly(), within(16):
-        assert len(look(disk).slices) == 1
+        assert len(disk_layout(disk).slices) == 1
 
 
 @pytest.mark.parametrize(

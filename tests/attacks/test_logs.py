@@ -19,7 +19,7 @@ from typing import IO
 import pytest
 from structlog.testing import capture_logs
 
-from nbdproxy.server.complaints import Complaints
+from nbdproxy.server.shared.complaints import Complaints
 from tests.support.fork_server import shared
 from tests.support.nbd_client import NbdClient
 from tests.support.proxies import Proxy

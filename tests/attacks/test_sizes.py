@@ -26,14 +26,14 @@ from nbdproxy.oracles.ext4.faults import UnsupportedError
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.inode import InodeFlag
 from nbdproxy.oracles.ext4.mapping import EXTENT_MAGIC
-from nbdproxy.oracles.ext4.owners import chart
-from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.ext4.owners import map_filesystem
+from nbdproxy.oracles.incremental_check import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest, digest
 from nbdproxy.oracles.mounts import ONLY
 from nbdproxy.oracles.qcow2 import MAGIC, Qcow2Device, Qcow2Error
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export.preserve import PreservingDisk
+from nbdproxy.server.below.copy_before_write import PreservingDisk
 from tests.support.nbd_client import WRITE, Op
 from tests.support.serving import Server, nbdproxy, tool
 
@@ -128,7 +128,7 @@ def test_the_filesystems_own_files_of_any_size_are_no_hang(tmp_path: Path, numbe
     disk = disk_of(image_with(tmp_path, f"sif <{number}> size {HUGE:#x}", options=options))
     with quickly():
         found = check(disk, Manifest((ENTRY,)))
-        chart(disk)
+        map_filesystem(disk)
     assert found.conditions.get(PATH, Condition.WHOLE) is Condition.WHOLE
 
 
@@ -220,7 +220,7 @@ def test_no_block_is_walked_twice(tmp_path: Path, tree: str, path: str) -> None:
         found = check(disk, Manifest((replace(ENTRY, size=size),)))
         with pytest.raises(FilesystemError):
             scan(disk)
-        chart(disk)
+        map_filesystem(disk)
     assert found.conditions == {PATH: Condition.CANNOT_BE_TOLD}
 
 

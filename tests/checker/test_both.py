@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from nbdproxy.checker.both import BothOracles, Pair
+from nbdproxy.checker.both import BothChecks, BothOracles
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent
@@ -14,7 +14,7 @@ from nbdproxy.oracles.check import FileCheck, Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Fsck
 from nbdproxy.oracles.fsck import concluded
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
 SIZE = 4096
 
@@ -35,7 +35,7 @@ def test_where_the_two_differ_is_noted_and_what_one_cannot_tell_is_not() -> None
 class Says:
     """A follower that says the same of every state, and that it read some of it."""
 
-    def __init__(self, findings: Findings, reads: Reads | None = None) -> None:
+    def __init__(self, findings: Findings, reads: RangeSet | None = None) -> None:
         self.findings = findings
         self.reads = reads
 
@@ -50,8 +50,8 @@ class Says:
 def test_what_both_read_is_told_in_order() -> None:
     """Whoever shares verdicts between states looks it up by bisection."""
     passed = Findings(Verdict.PASS, {"/a": Condition.WHOLE})
-    quick, kernel = Says(passed, Reads([(0, 8), (512, 520)])), Says(passed, Reads([(4, 16)]))
-    found = Pair(BothOracles(), quick, kernel).reads
+    quick, kernel = Says(passed, RangeSet([(0, 8), (512, 520)])), Says(passed, RangeSet([(4, 16)]))
+    found = BothChecks(BothOracles(), quick, kernel).reads
     assert found is not None and found.ranges() == [(0, 16), (512, 520)]
 
 
@@ -61,7 +61,7 @@ def test_what_the_quick_oracle_alone_tells_cannot_be_told(alone: Condition) -> N
     silent = Says(Findings(Verdict.UNKNOWN, reason="the guest is gone"))
     verdict = Verdict.PASS if alone is Condition.WHOLE else Verdict.FAIL
     quick = Says(Findings(verdict, {"/a": alone}))
-    said = Pair(BothOracles(), quick, silent).check(MemoryDisk(SIZE), None)
+    said = BothChecks(BothOracles(), quick, silent).check(MemoryDisk(SIZE), None)
     assert said.conditions == {"/a": Condition.CANNOT_BE_TOLD}
     assert said.verdict is Verdict.UNKNOWN
     assert said.reason is not None and f"1 {alone.value}: the guest is gone" in said.reason
@@ -70,7 +70,9 @@ def test_what_the_quick_oracle_alone_tells_cannot_be_told(alone: Condition) -> N
 def test_where_both_cannot_tell_of_any_file_nothing_is_said_of_files() -> None:
     """So that a blank disk can be told by whoever looks at that."""
     quick, kernel = (Findings(Verdict.UNKNOWN, reason=reason) for reason in ("no", "nothing"))
-    assert Pair(BothOracles(), Says(quick), Says(kernel)).check(MemoryDisk(SIZE), None) is kernel
+    assert (
+        BothChecks(BothOracles(), Says(quick), Says(kernel)).check(MemoryDisk(SIZE), None) is kernel
+    )
 
 
 WHOLE, MISSING, ZEROED = Condition.WHOLE, Condition.MISSING, Condition.ZEROED
@@ -98,7 +100,7 @@ def test_what_is_made_of_two_words_on_one_file(
         Says(Findings(FileCheck(one).verdict, {"/a": one, "/b": WHOLE})) for one in (quick, kernel)
     ]
     both = BothOracles()
-    found = Pair(both, *said).check(MemoryDisk(SIZE), None)
+    found = BothChecks(both, *said).check(MemoryDisk(SIZE), None)
     assert (found.verdict, found.conditions) == (verdict, {"/a": made, "/b": WHOLE})
     if both.differences:
         assert f"the kernel finds /a {kernel.value}, the quick oracle {quick.value}" in str(

@@ -169,7 +169,7 @@ MANIFEST: Manifest = files(a=CONTENT)
 
 
 def judged(kernel: KernelOracle, disk: OverlayDisk) -> Findings:
-    return kernel.follow(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
+    return kernel.prepare_check(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
 
 
 class FailingDisk(OverlayDisk):

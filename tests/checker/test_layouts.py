@@ -17,8 +17,11 @@ import pytest
 
 from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.crash.blame.causes import Cause
-from nbdproxy.crash.blame.replay import replay
+from nbdproxy.crash.blame.places import place
+from nbdproxy.crash.blame.replay import JudgedFiles, ReplayOptions, replay
+from nbdproxy.crash.states.cuts import resolve
 from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.persistence.modes import CacheMode, Failure
 from tests.support import layouts
@@ -76,14 +79,11 @@ def test_only_what_is_lost_is_called_lost_and_its_cause_is_right(
 ) -> None:
     layout = NAMED[name]
     with RecordedSource(record(layout, disks[name], tmp_path)) as source:
-        result = replay(
-            source,
-            layout.manifest(),
-            modes=[CacheMode.NONE],
-            failures=[Failure.HOST_POWER_LOSS],
-            at="end",
-            oracle=kernel,
-        )
+        timeline, cut = Timeline(source), resolve(source, "end")
+        (tree,), wanted = place([timeline], layout.manifest(), [cut], oracle=kernel)
+        asked = ReplayOptions([CacheMode.NONE], [Failure.HOST_POWER_LOSS], at="end")
+        result = replay(JudgedFiles(timeline, wanted, tree, kernel), asked)
+        timeline.close()
     (cell,) = result.cells
     expected = {path: expectation(layout, path) for path in cell.worst.files}
     assert {path: (one.condition, one.cause) for path, one in cell.worst.files.items()} == expected

@@ -49,7 +49,7 @@ def made(image: Path, command: str) -> OverlayDisk:
 
 
 def judged(kernel: KernelOracle, disk: OverlayDisk) -> Findings:
-    return kernel.follow(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
+    return kernel.prepare_check(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
 
 
 @pytest.mark.lab

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from nbdproxy.checker.oracle import KernelOracle
-from nbdproxy.crash.blame.file_history import carriers, stories
-from nbdproxy.crash.blame.ranges import Losses, losses
+from nbdproxy.crash.blame.block_owners import RecordingOwners
+from nbdproxy.crash.blame.file_history import carrying_requests, histories
+from nbdproxy.crash.blame.ranges import Losses, LossFinder
+from nbdproxy.crash.blame.replay import JudgedFiles
 from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.timeline import Timeline
@@ -66,18 +68,20 @@ def test_just_what_is_lacking_makes_the_file_whole(
     timeline: Timeline, kernel: KernelOracle
 ) -> None:
     """And of what is no data nothing that is named is needless."""
+    files = (entry("b", CONTENT), entry("small", CONTENT[:300]))
+    finder = LossFinder(RecordingOwners(timeline, Tree(), kernel), Manifest(files))
     told = set()
-    for file in (entry("b", CONTENT), entry("small", CONTENT[:300])):
+    for file in files:
         wanted = Manifest((file,))
-        follower = kernel.follow(wanted, earlier={}, mount=ONLY)
-        [story] = stories(timeline, wanted, Tree(), oracle=kernel)
-        flushed, sent = (story.courses[level] for level in (Level.FLUSHED, Level.RECEIVED))
+        follower = kernel.prepare_check(wanted, earlier={}, mount=ONLY)
+        [history] = histories(JudgedFiles(timeline, wanted, Tree(), kernel))
+        flushed, sent = (history.levels[level] for level in (Level.FLUSHED, Level.RECEIVED))
         assert sent.since is not None and flushed.since is not None
         assert flushed.since > sent.since
         unflushed = StateId(flushed.since - 1, Level.FLUSHED, Choice.MUST)
         for state in (unflushed, StateId(timeline.source.events, Level.NOTHING, Choice.MUST)):
             assert follower.check(timeline.open(state), None).verdict is Verdict.FAIL
-            found = losses(timeline, file, state, Tree(), kernel)
+            found = finder.losses(file, state)
             assert found is not None
             whole = timeline.open(restored(state, found))
             assert follower.check(whole, None).verdict is Verdict.PASS, str(state)
@@ -95,8 +99,9 @@ def test_just_what_is_lacking_makes_the_file_whole(
 def test_what_carried_the_data(timeline: Timeline, kernel: KernelOracle) -> None:
     """Every byte of the file, and what the requests hold there is the file's."""
     covered = 0
-    for carrier in carriers(timeline, entry("b", CONTENT), Tree(), oracle=kernel):
-        for owner in carrier.owners:
+    owners = RecordingOwners(timeline, Tree(), kernel)
+    for request in carrying_requests(owners, entry("b", CONTENT)):
+        for owner in request.owners:
             disk = timeline.at(timeline.source.events)
             data = disk.pread(owner.extent.offset, owner.extent.length)
             start = owner.offset or 0
@@ -109,7 +114,7 @@ def test_a_state_that_is_the_same_where_it_was_read_is_not_mounted_again(
     timeline: Timeline, kernel: KernelOracle
 ) -> None:
     wanted = Manifest((entry("b", CONTENT),))
-    follower = kernel.follow(wanted, earlier={}, mount=ONLY)
+    follower = kernel.prepare_check(wanted, earlier={}, mount=ONLY)
     disk = timeline.at(timeline.source.events)
     first = follower.check(disk, None)
     assert first.verdict is Verdict.PASS

@@ -52,12 +52,12 @@ def test_it_says_what_the_quick_one_says_of_every_condition(
     modes = (0o644, 0o755)
     whole = next(e for e in shown.manifest.entries if e.path.endswith("/whole"))
     for oracle in (kernel, QUICK):
-        follower = oracle.follow(shown.manifest, earlier=shown.earlier, mount=ONLY)
+        follower = oracle.prepare_check(shown.manifest, earlier=shown.earlier, mount=ONLY)
         assert follower.check(disk, None) == Findings(Verdict.FAIL, shown.expected)
         found: list[Condition] = []
         for mode in modes:
             wanted = Manifest((replace(whole, mode=mode),))
-            follower = oracle.follow(wanted, earlier={}, mount=ONLY)
+            follower = oracle.prepare_check(wanted, earlier={}, mount=ONLY)
             found += follower.check(disk, None).conditions.values()
         assert found == [Condition.WHOLE, Condition.DAMAGED]
 
@@ -78,7 +78,7 @@ def test_every_digest_tells_every_condition(
         )
     )
     for oracle in (kernel, QUICK):
-        follower = oracle.follow(wanted, earlier=shown.earlier, mount=ONLY)
+        follower = oracle.prepare_check(wanted, earlier=shown.earlier, mount=ONLY)
         found = follower.check(opened(shown.image), None)
         assert found == Findings(Verdict.FAIL, shown.expected)
 
@@ -90,7 +90,7 @@ def test_nothing_of_the_state_before_is_seen(kernel: KernelOracle, shown: condit
     node = filesystem.lookup(f"{conditions.UNDER}/whole".encode())
     assert node is not None
     at = filesystem.runs(node)[0].physical * 4096
-    follower = kernel.follow(
+    follower = kernel.prepare_check(
         one_file(conditions.CONTENT, f"{conditions.UNDER}/whole"), earlier={}, mount=ONLY
     )
     assert follower.check(disk, None).verdict is Verdict.PASS
@@ -106,7 +106,7 @@ def test_what_it_does_not_mount_has_lost_all_files(
     disk = opened(shown.image)
     at = Filesystem(disk).inode_offset(ROOT)
     disk.pwrite(at, bytes(128))
-    found = kernel.follow(shown.manifest, earlier={}, mount=ONLY).check(disk, None)
+    found = kernel.prepare_check(shown.manifest, earlier={}, mount=ONLY).check(disk, None)
     assert found.verdict is Verdict.FAIL and "refuses to mount" in str(found.reason)
     assert set(found.conditions.values()) == {Condition.UNREADABLE}
     assert found.reason is not None and "root inode" in found.reason
@@ -115,7 +115,7 @@ def test_what_it_does_not_mount_has_lost_all_files(
 
 
 def test_no_filesystem_is_unknown(kernel: KernelOracle) -> None:
-    found = kernel.follow(one_file(b"x"), earlier={}, mount=ONLY)
+    found = kernel.prepare_check(one_file(b"x"), earlier={}, mount=ONLY)
     assert found.check(MemoryDisk(SIZE), None).verdict is Verdict.UNKNOWN
     assert kernel.examine(MemoryDisk(SIZE), partition=None).mounts is None
 
@@ -147,7 +147,7 @@ def test_other_filesystems(kernel: KernelOracle, image: Path) -> None:
     wanted = Manifest(
         tuple(entry for p in ("/a/b", "/link", "/c") for entry in one_file(b"content", p).entries)
     )
-    found = kernel.follow(wanted, earlier={}, mount=ONLY).check(disk, None)
+    found = kernel.prepare_check(wanted, earlier={}, mount=ONLY).check(disk, None)
     assert found.conditions == {
         "/a/b": Condition.WHOLE,
         "/link": Condition.WHOLE,
@@ -159,7 +159,7 @@ def test_other_filesystems(kernel: KernelOracle, image: Path) -> None:
         link,
     )
     links = Manifest((link, link_entry("/a/b", "x"), link_entry("/a/c", "x")))
-    follower = kernel.follow(links, earlier={}, mount=ONLY)
+    follower = kernel.prepare_check(links, earlier={}, mount=ONLY)
     assert list(follower.check(disk, None).conditions.values()) == [
         Condition.WHOLE,
         Condition.DAMAGED,
@@ -172,7 +172,7 @@ def test_other_filesystems(kernel: KernelOracle, image: Path) -> None:
     examined = kernel.examine(disk, partition=None)
     assert examined.mounts
     assert isinstance(examined.fsck, Fsck) and examined.fsck.clean
-    quick = QUICK.follow(wanted, earlier={}, mount=ONLY).check(disk, None)
+    quick = QUICK.prepare_check(wanted, earlier={}, mount=ONLY).check(disk, None)
     assert quick.verdict is Verdict.UNKNOWN and "--oracle kernel" in str(quick.reason)
     with pytest.raises(FilesystemError, match="--oracle kernel"):
         locate(QUICK, disk, wanted)
@@ -181,7 +181,9 @@ def test_other_filesystems(kernel: KernelOracle, image: Path) -> None:
 def test_fat_in_a_partition(kernel: KernelOracle, tmp_path: Path) -> None:
     format_disk(tmp_path / "image", SIZE, fs="vfat", partition_table="gpt")
     disk = FileDisk(tmp_path / "image", read_only=True)
-    found = kernel.follow(one_file(b"x"), earlier={}, mount=Mount(partition=1)).check(disk, None)
+    found = kernel.prepare_check(one_file(b"x"), earlier={}, mount=Mount(partition=1)).check(
+        disk, None
+    )
     assert found == Findings(Verdict.FAIL, {"/a": Condition.MISSING})
 
 
@@ -201,7 +203,7 @@ def plain(tmp_path: Path) -> OverlayDisk:
 
 
 def judged(kernel: KernelOracle, disk: OverlayDisk, *entries: Entry) -> Findings:
-    return kernel.follow(Manifest(entries), earlier={}, mount=ONLY).check(disk, None)
+    return kernel.prepare_check(Manifest(entries), earlier={}, mount=ONLY).check(disk, None)
 
 
 def test_both_list_the_same(kernel: KernelOracle, plain: OverlayDisk) -> None:
@@ -251,7 +253,7 @@ def test_what_is_broken_hides_nothing_else(
         assert found == wanted
         tree, found = locate(oracle, disk, wanted)
         assert found == wanted
-        judged = oracle.follow(found, earlier={}, mount=tree.mounts[0]).check(disk, None)
+        judged = oracle.prepare_check(found, earlier={}, mount=tree.mounts[0]).check(disk, None)
         assert judged.conditions == {
             f"/{n}": Condition.UNREADABLE if n == "broken/c" else Condition.WHOLE for n in names
         }
@@ -320,7 +322,7 @@ def ntfs(tmp_path: Path) -> OverlayDisk:
 def test_ntfs(kernel: KernelOracle, ntfs: OverlayDisk) -> None:
     """Permissions are the driver's invention there; and nothing is kept of the state before."""
     wanted = Manifest((replace(one_file(CLUSTERS).entries[0], mode=0o600),))
-    follower = kernel.follow(wanted, earlier={}, mount=ONLY)
+    follower = kernel.prepare_check(wanted, earlier={}, mount=ONLY)
     at = position(ntfs, CLUSTERS)
     for data, condition in ((b"?", Condition.DAMAGED), (CLUSTERS[:1], Condition.WHOLE)):
         ntfs.pwrite(at, data)
@@ -339,7 +341,7 @@ def test_ntfs_whose_log_would_be_replayed_is_unknown(
     kernel: KernelOracle, ntfs: OverlayDisk
 ) -> None:
     ntfs.pwrite(position(ntfs, b"\xff" * 4096), b"RSTR")
-    found = kernel.follow(one_file(CLUSTERS), earlier={}, mount=ONLY).check(ntfs, None)
+    found = kernel.prepare_check(one_file(CLUSTERS), earlier={}, mount=ONLY).check(ntfs, None)
     assert (found.verdict, found.conditions) == (Verdict.UNKNOWN, {})
     assert found.reason is not None and "ntfs-3g cannot tell" in found.reason
     assert kernel.examine(ntfs, partition=None).mounts is None
@@ -349,7 +351,7 @@ def test_ntfs_that_is_not_mounted_has_lost_all_files(
     kernel: KernelOracle, ntfs: OverlayDisk
 ) -> None:
     ntfs.pwrite(position(ntfs, b"FILE0"), bytes(5))
-    found = kernel.follow(one_file(CLUSTERS), earlier={}, mount=ONLY).check(ntfs, None)
+    found = kernel.prepare_check(one_file(CLUSTERS), earlier={}, mount=ONLY).check(ntfs, None)
     assert found.verdict is Verdict.FAIL and "refuses to mount" in str(found.reason)
     assert found.reason is not None and found.reason.startswith("ntfs-3g refuses")
 
@@ -392,9 +394,9 @@ def test_what_the_journal_changes_and_names_of_any_bytes(
     )
     wanted = one_file(b"y" * 4096, "/" + name.decode(errors="surrogateescape"))
     for oracle in (kernel, QUICK):
-        assert oracle.follow(wanted, earlier={}, mount=ONLY).check(disk, None).conditions == {
-            wanted.entries[0].path: Condition.WHOLE
-        }
+        assert oracle.prepare_check(wanted, earlier={}, mount=ONLY).check(
+            disk, None
+        ).conditions == {wanted.entries[0].path: Condition.WHOLE}
         assert oracle.scan(disk, "/", mount=ONLY) == wanted
     quick, real = (o.examine(disk, partition=None) for o in (QUICK, kernel))
     assert [(e.offset, e.length) for e in quick.replayed] == [(number * 4096, 4096)]
@@ -409,7 +411,7 @@ def test_a_filesystem_in_the_middle_of_the_tree(kernel: KernelOracle, tmp_path: 
     format_disk(tmp_path / "image", SIZE, fs="ext4", options=["-d", str(folder)])
     disk = FileDisk(tmp_path / "image", read_only=True)
     wanted = places.manifest()
-    found = kernel.follow(wanted, earlier={}, mount=places.MOUNT).check(disk, None)
+    found = kernel.prepare_check(wanted, earlier={}, mount=places.MOUNT).check(disk, None)
     assert found.conditions == places.expected()
     for under in ("/", "/srv", "/srv/data", "/srv/data/sub"):
         listed = kernel.scan(disk, under, mount=places.MOUNT)

@@ -41,7 +41,7 @@ def test_a_file_that_was_synced_alone_is_there(
 ) -> None:
     format_disk(tmp_path / "image", SIZE, fs=fs, options=options)
     disk = cut_off(kernel, tmp_path / "image", SYNCED_ALONE)
-    found = kernel.follow(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
+    found = kernel.prepare_check(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
     assert found.conditions == {"/a": Condition.WHOLE, "/b": Condition.WHOLE}
     examined = kernel.examine(disk, partition=None)
     assert examined.mounts and examined.replayed
@@ -54,7 +54,7 @@ def test_what_was_deleted_while_it_was_open_is_cleared_up(
 ) -> None:
     format_disk(tmp_path / "image", SIZE, fs=fs)
     disk = cut_off(kernel, tmp_path / "image", OPEN_AND_DELETED)
-    found = kernel.follow(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
+    found = kernel.prepare_check(MANIFEST, earlier={}, mount=ONLY).check(disk, None)
     assert found.conditions == {"/a": Condition.MISSING, "/b": Condition.WHOLE}
     examined = kernel.examine(disk, partition=None)
     assert isinstance(examined.fsck, Fsck) and examined.fsck.clean, examined.fsck
@@ -87,5 +87,5 @@ def test_a_filesystem_that_wants_a_panic_gets_none(kernel: KernelOracle, tmp_pat
     image = tmp_path / "image"
     format_disk(image, SIZE, options=["-e", "panic", "-d", str(tmp_path / "root")])
     subprocess.run(["debugfs", "-w", "-R", "clri /a", image], check=True, capture_output=True)
-    found = kernel.follow(MANIFEST, earlier={}, mount=ONLY).check(opened(image), None)
+    found = kernel.prepare_check(MANIFEST, earlier={}, mount=ONLY).check(opened(image), None)
     assert found.conditions == {"/a": Condition.UNREADABLE, "/b": Condition.WHOLE}

@@ -45,7 +45,7 @@ def disk(kernel: KernelOracle, image: Path) -> OverlayDisk:
 def judged(
     kernel: KernelOracle, disk: OverlayDisk, wanted: Manifest, mount: Mount
 ) -> set[Condition]:
-    found = kernel.follow(wanted, earlier={}, mount=mount).check(disk, None)
+    found = kernel.prepare_check(wanted, earlier={}, mount=mount).check(disk, None)
     assert found.conditions, found.reason
     return set(found.conditions.values())
 

@@ -11,7 +11,7 @@ from nbdproxy.checker.oracle import KernelOracle
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.composite import TreeFollower, scan
+from nbdproxy.oracles.composite import TreeCheck, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, survey_tree
 from nbdproxy.oracles.mounts import Mount, Tree
@@ -54,7 +54,7 @@ def test_files_of_each_subvolume_are_found_and_missed(
         ("/", "/@"),
         ("/home", "/@home"),
     ]
-    said = TreeFollower(kernel, found, {}, tree).check(disk, None)
+    said = TreeCheck(kernel, found, {}, tree).check(disk, None)
     lost = {path for path, condition in said.conditions.items() if condition is Condition.MISSING}
     assert lost == {"/etc/gone", "/home/gone"}
     assert said.verdict is Verdict.FAIL and len(said.conditions) == 4
@@ -65,7 +65,7 @@ def test_files_of_each_subvolume_are_found_and_missed(
 def test_subvolumes_are_told_too(kernel: KernelOracle, disk: OverlayDisk) -> None:
     mounts = (GivenMount("0", "/", "/@"), GivenMount(f"UUID={UUID}", "/home", "/@home"))
     tree, found = locate(kernel, disk, files(**THERE), Where(mounts=mounts))
-    assert TreeFollower(kernel, found, {}, tree).check(disk, None).verdict is Verdict.PASS
+    assert TreeCheck(kernel, found, {}, tree).check(disk, None).verdict is Verdict.PASS
 
 
 def test_what_is_shown_through_a_link_cannot_be_told(kernel: KernelOracle, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_what_is_shown_through_a_link_cannot_be_told(kernel: KernelOracle, tmp_p
     wanted = files(**{"www/page": b"hello"})
     for oracle in (QUICK, kernel):
         said = {
-            root: TreeFollower(oracle, wanted, {}, Tree((Mount("/www", root=f"{root}/www"),)))
+            root: TreeCheck(oracle, wanted, {}, Tree((Mount("/www", root=f"{root}/www"),)))
             .check(ext4, None)
             .verdict
             for root in ("/srv", "/near", "/far")
@@ -97,7 +97,7 @@ def test_a_subvolume_that_no_fstab_names_may_be_mounted(
     wanted = files(**THERE, **{"etc/lost": b"0\n", "home/u/gone": b"x"})
     tree, found = locate(kernel, disk, wanted)
     assert [(mount.point, mount.root) for mount in tree.mounts] == [("/", "/@")]
-    said = TreeFollower(kernel, found, {}, tree).check(disk, None)
+    said = TreeCheck(kernel, found, {}, tree).check(disk, None)
     assert said.conditions == {
         "/etc/passwd": Condition.WHOLE,
         "/home/u/1.js": Condition.CANNOT_BE_TOLD,
@@ -119,7 +119,7 @@ def test_a_fat_that_no_fstab_names_may_be_mounted(kernel: KernelOracle, tmp_path
     wanted = {**ROOT, "/media/new.txt": "new"}
     for oracle, why in ((QUICK, "partition 2: FAT"), (kernel, "partition 2, mounted at /media")):
         tree, found = locate(oracle, device, manifest(wanted))
-        said = TreeFollower(oracle, found, {}, tree).check(device, None)
+        said = TreeCheck(oracle, found, {}, tree).check(device, None)
         assert said.conditions.pop("/media/new.txt") is Condition.CANNOT_BE_TOLD
         assert set(said.conditions.values()) == {Condition.WHOLE}
         assert why in tree.doubtful["/media/new.txt"]

@@ -9,7 +9,8 @@ from typing import Any, Protocol, cast
 
 import pytest
 
-from nbdproxy.crash.blame.file_history import LEVELS, ConditionChange, Course, FileHistory
+from nbdproxy.crash.blame.explain import FileExplanation
+from nbdproxy.crash.blame.file_history import LEVELS, ConditionChange, FileHistory, LevelHistory
 from nbdproxy.crash.blame.replay import Replay
 from nbdproxy.crash.states.cuts import Cut
 from nbdproxy.crash.states.source import Source
@@ -17,7 +18,7 @@ from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.modes import CacheMode
-from nbdproxy.report.stories import FileReport, lines
+from nbdproxy.report.histories import lines
 from tests.support.ext4 import BLOCK, FLUSHED, SIZE, UNFLUSHED, content, stages
 from tests.support.nbd_client import FUA
 from tests.support.serving import Server, nbdproxy
@@ -37,23 +38,23 @@ def explain(run: Path, *words: str | Path, code: int) -> Any:
 
 
 def test_a_flushed_file_was_safe_from_its_flush_on(recorded: Made) -> None:
-    [story] = explain(recorded.run, f"/{FLUSHED}", code=1)
-    sent, answered, flushed = (story["levels"][k]["whole_since"] for k in story["levels"])
+    [history] = explain(recorded.run, f"/{FLUSHED}", code=1)
+    sent, answered, flushed = (history["levels"][k]["whole_since"] for k in history["levels"])
     assert sent["position"] < answered["position"] < flushed["position"]
-    assert story["created"] is not None
-    assert 0 < story["created"]["position"] <= sent["position"]
-    since = story["protected_since"]
+    assert history["created"] is not None
+    assert 0 < history["created"]["position"] <= sent["position"]
+    since = history["protected_since"]
     assert since["none"] == since["writeback"] == flushed
     assert since["writethrough"] == since["directsync"] == answered
     assert since["unsafe"] is None
-    fates = {cell["mode"]: cell["fate"] for cell in story["cells"]}
+    fates = {cell["mode"]: cell["fate"] for cell in history["cells"]}
     assert fates["none"] == "whole"
     assert "flushed-then-lost" in fates["unsafe"]
-    assert {carrier["safety"] for carrier in story["carried_by"]} <= {
+    assert {request["safety"] for request in history["carried_by"]} <= {
         "promise-broken",
         "never-flushed",
     }
-    assert any("file data" in " ".join(c["what"]) for c in story["carried_by"])
+    assert any("file data" in " ".join(c["what"]) for c in history["carried_by"])
 
 
 def test_an_unflushed_file_was_not_and_advice_is_given(recorded: Made) -> None:
@@ -66,8 +67,8 @@ def test_an_unflushed_file_was_not_and_advice_is_given(recorded: Made) -> None:
     assert ", which has it whole, has more:" in said
     assert "no flush came after it" in said
     assert len(said.splitlines()) < 40, "one screen"
-    [story] = explain(recorded.run, UNFLUSHED, "--mode", "none", code=1)
-    [lost] = story["lost"].values()
+    [history] = explain(recorded.run, UNFLUSHED, "--mode", "none", code=1)
+    [lost] = history["lost"].values()
     assert {(r["cause"], r["safety"]) for r in lost["ranges"]} == {("data", "never-flushed")}
     assert lost["ranges"][0]["start"] == 0
     assert lost["ranges"][-1]["end"] == 50_000
@@ -143,9 +144,9 @@ def test_wrong_usage_is_one_sentence(recorded: Made, words: list[str], sentence:
 def test_a_file_that_was_never_sent_needs_a_manifest(recorded: Made, tmp_path: Path) -> None:
     files = tmp_path / "files"
     files.write_text(recorded.manifest.read_text() + f"{'0' * 64}  /never\n")
-    [story] = explain(recorded.run, "/never", "--files", files, code=1)
-    assert story["carried_by"] == []
-    assert all("never-sent" in cell["fate"] for cell in story["cells"])
+    [history] = explain(recorded.run, "/never", "--files", files, code=1)
+    assert history["carried_by"] == []
+    assert all("never-sent" in cell["fate"] for cell in history["cells"])
     said = nbdproxy("explain", recorded.run, "/other", "--files", files, code=2).stderr
     assert "is not in the manifest" in said
 
@@ -158,10 +159,24 @@ def test_a_file_that_was_sent_after_the_cut_is_not_called_never_sent(recorded: M
 
 
 def test_of_a_file_that_cannot_be_told_no_never_is_said() -> None:
-    course = Course((ConditionChange(0, Condition.CANNOT_BE_TOLD),))
-    story = FileHistory(Entry("/a", "0" * 64, 1), dict.fromkeys(LEVELS, course))
-    table = Replay(Manifest((story.entry,)), Tree(), Cut("end", 0), frozenset(CacheMode), (), ())
-    told = FileReport(story, (), table, {})
+    level = LevelHistory((ConditionChange(0, Condition.CANNOT_BE_TOLD),))
+    history = FileHistory(Entry("/a", "0" * 64, 1), dict.fromkeys(LEVELS, level))
+    table = Replay(Manifest((history.entry,)), Tree(), Cut("end", 0), frozenset(CacheMode), (), ())
+    told = FileExplanation(history, (), table, {})
     said = list(lines(told, cast(Source, None)))
     assert not [line for line in said if "never" in line]
     assert len([line for line in said if line.endswith("cannot be told")]) == 4
+
+
+@pytest.mark.parametrize("root", ["/", "//", "/.", "/lost+found/..", ""])
+def test_a_file_has_one_name_in_all_answers(recorded: Made, root: str) -> None:
+    """Its absolute path in the guest, however the root is written."""
+    words = ("--files", recorded.manifest, "--root", root, "--mode", "none")
+    [told] = explain(recorded.run, UNFLUSHED, *words, code=1)
+    assert told["path"] == f"/{UNFLUSHED}"
+    failure = ("--failure", "host-power-loss", "--list", "--json")
+    [cell] = json.loads(nbdproxy("replay", recorded.run, *words, *failure, code=1).stdout)["cells"]
+    assert list(cell["worst"]["files"]) == [told["path"]]
+    state = ("--failure", "host-power-loss", "--at", "before-exit")
+    checked = nbdproxy("check", recorded.run, *words, *state, "--list", "--json", code=1).stdout
+    assert list(json.loads(checked)["lost"]) == [told["path"]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.explore.dask.crew import say
+from nbdproxy.crash.explore.dask.cluster import say
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from tests.cli.conftest import Recorded

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from nbdproxy.crash.explore.contents import Contents, mixed, sector_digests
-from nbdproxy.crash.states.cells import NONE, Cells, concurrent_pairs, expand
+from nbdproxy.crash.states.cells import Cells, concurrent_pairs
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.extents import Extent
-from nbdproxy.recording.index import NEVER, RequestTable
+from nbdproxy.extents import Extent, expand
+from nbdproxy.recording.index import BASE, NEVER, RequestTable
 from nbdproxy.requests import Command
 from tests.support.memory_source import MemorySource
 
@@ -66,7 +66,7 @@ def made_up(draw: st.DrawFn) -> tuple[RequestTable, int, int, list[Extent]]:
     """A table, the size of a sector and of the disk, and where the disk had data before."""
     size = draw(st.sampled_from([1, 300, 4096, SIZE_MAX]))
     bounds = sorted(draw(st.sets(st.sampled_from(range(0, size + 1, 100)), max_size=6)))
-    data = [Extent(low, high - low) for low, high in zip(bounds[::2], bounds[1::2], strict=False)]
+    data = [Extent.between(low, high) for low, high in zip(bounds[::2], bounds[1::2], strict=False)]
     return draw(tables(size)), draw(SECTORS), size, data
 
 
@@ -128,14 +128,14 @@ def test_owners_and_pairs(
     where, who = cells.pairs(rows)
     expected = [(c, r) for r in some for c in range(cells.low[r], cells.high[r])]
     assert list(zip(where.tolist(), who.tolist(), strict=True)) == expected
-    owners = np.full(len(cells), NONE, np.int32)
+    owners = np.full(len(cells), BASE, np.int32)
     touched = cells.raise_owners(owners, rows)
     assert touched.tolist() == sorted({cell for cell, _ in expected})
     for cell, owner in enumerate(owners.tolist()):
-        assert owner == max([r for c, r in expected if c == cell], default=NONE)
+        assert owner == max([r for c, r in expected if c == cell], default=BASE)
     told = cells.writes_data(who, where)
     assert told.tolist() == [table.command[row] == Command.WRITE for _, row in expected]
-    nothing = np.full(len(where), NONE, np.int32)
+    nothing = np.full(len(where), BASE, np.int32)
     assert (cells.writes_data(nothing, where) == cells.base_data[where]).all()
 
 
@@ -177,7 +177,7 @@ def test_digests_are_of_what_is_there(
     for cell in whole:
         for at in range(int(cells.bounds[cell]), int(cells.bounds[cell + 1])):
             before = bytes(base[at * sector : (at + 1) * sector]).ljust(sector, b"\0")
-            asked.append((NONE, cell, at, before))
+            asked.append((BASE, cell, at, before))
             for row in touching(table, at * sector, (at + 1) * sector):
                 start = int(table.position[row]) + at * sector - int(table.offset[row])
                 is_write = table.command[row] == Command.WRITE

@@ -207,7 +207,7 @@ def test_a_bench_that_was_closed_is_opened_again(
         def run(self, units: Any) -> Iterator[Any]:
             for judged in super().run(units):
                 if not closed:
-                    close_all(self._crew._order.key)
+                    close_all(self._cluster._order.key)
                 yield judged
 
     found = random_one.explore(lambda job: Closing(job, cluster.scheduler_address))

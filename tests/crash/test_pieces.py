@@ -17,7 +17,7 @@ from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export.preserve import PreservingDisk
+from nbdproxy.server.below.copy_before_write import PreservingDisk
 from tests.support.exploring import random_case
 from tests.support.images import write_sparse
 
@@ -64,11 +64,11 @@ def half_saved(folder: Path) -> RecordedSource:
 
 def hand_over(source: PieceSource, store: PieceStore) -> RecordedSource:
     """Put what is lacking, and open what comes of it."""
-    for digest in store.lacking(source.parcel):
+    for digest in store.lacking(source.snapshot):
         store.put(digest, source.read(digest))
-    run = store.run(source.parcel)
+    run = store.run(source.snapshot)
     assert run is not None
-    image = run / pieces.IMAGE if source.parcel.has_image else None
+    image = run / pieces.IMAGE if source.snapshot.has_image else None
     return RecordedSource(run, image=image)
 
 
@@ -76,9 +76,9 @@ def test_a_recording_with_its_part_of_the_image_arrives(tmp_path: Path, store: P
     source = half_saved(tmp_path)
     expected = contents(source)
     sender = PieceSource(source)
-    assert all(length <= PIECE for length in sender.parcel.pieces().values())
-    (sheet,) = (one for one in sender.parcel.sheets if one.name == pieces.IMAGE)
-    assert sheet.size == 40 * 4096
+    assert all(length <= PIECE for length in sender.snapshot.pieces().values())
+    (file,) = (one for one in sender.snapshot.files if one.name == pieces.IMAGE)
+    assert file.size == 40 * 4096
     arrived = hand_over(sender, store)
     source.image.unlink()
     assert contents(arrived) == expected
@@ -90,7 +90,7 @@ def test_a_recording_of_a_proxy_arrives(tmp_path: Path, store: PieceStore, kille
     case = random_case(tmp_path, 5, killed=killed)
     with RecordedSource(case.run) as source:
         sender = PieceSource(source)
-        assert len(sender.parcel.pieces()) > 10
+        assert len(sender.snapshot.pieces()) > 10
         arrived = hand_over(sender, store)
         assert not arrived.path.joinpath("events.tail").exists()
         assert contents(arrived) == contents(source)
@@ -101,24 +101,24 @@ def test_a_recording_of_a_proxy_arrives(tmp_path: Path, store: PieceStore, kille
 def test_only_what_is_lacking_is_asked_for(tmp_path: Path, store: PieceStore) -> None:
     with half_saved(tmp_path) as source:
         sender = PieceSource(source)
-        first, *others = store.lacking(sender.parcel)
-        assert len(others) + 1 == len(sender.parcel.pieces())
+        first, *others = store.lacking(sender.snapshot)
+        assert len(others) + 1 == len(sender.snapshot.pieces())
         store.put(first, sender.read(first))
-        assert store.lacking(sender.parcel) == tuple(others)
+        assert store.lacking(sender.snapshot) == tuple(others)
         hand_over(sender, store).close()
-        assert store.lacking(sender.parcel) == ()
+        assert store.lacking(sender.snapshot) == ()
         assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_a_piece_damaged_on_its_way_is_refused(tmp_path: Path, store: PieceStore) -> None:
     with half_saved(tmp_path) as source:
         sender = PieceSource(source)
-        first = store.lacking(sender.parcel)[0]
+        first = store.lacking(sender.snapshot)[0]
         data = bytearray(sender.read(first))
         data[-1] ^= 1
         with pytest.raises(RecordingError, match=f"{first} was damaged on its way; check"):
             store.put(first, bytes(data))
-        assert first in store.lacking(sender.parcel)
+        assert first in store.lacking(sender.snapshot)
         assert list((tmp_path / "scratch").iterdir()) == []
 
 
@@ -128,23 +128,23 @@ def test_a_piece_damaged_where_it_is_kept_is_asked_for_again(
     with half_saved(tmp_path) as source:
         expected = contents(source)
         sender = PieceSource(source)
-        for digest in store.lacking(sender.parcel):
+        for digest in store.lacking(sender.snapshot):
             store.put(digest, sender.read(digest))
-        damaged = sorted(sender.parcel.pieces())[3]
+        damaged = sorted(sender.snapshot.pieces())[3]
         path = tmp_path / "store" / "pieces" / damaged
         path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
-        assert store.run(sender.parcel) is None
-        assert store.lacking(sender.parcel) == (damaged,)
+        assert store.run(sender.snapshot) is None
+        assert store.lacking(sender.snapshot) == (damaged,)
         assert contents(hand_over(sender, store)) == expected
 
 
 def test_a_source_that_changes_is_noticed(tmp_path: Path) -> None:
     with half_saved(tmp_path) as source:
         sender = PieceSource(source)
-        with (source.path / "data").open("r+b") as file:
-            file.seek(100)
-            file.write(b"something else")
-        (sheet,) = (one for one in sender.parcel.sheets if one.name == "data")
+        with (source.path / "data").open("r+b") as stream:
+            stream.seek(100)
+            stream.write(b"something else")
+        (file,) = (one for one in sender.snapshot.files if one.name == "data")
         with pytest.raises(RecordingError, match="was changed while it was handed over; end"):
-            sender.read(sheet.pieces[0].digest)
+            sender.read(file.pieces[0].digest)
         sender.close()

@@ -43,7 +43,7 @@ wishes = st.builds(
 def check_dealt(plan: ExplorationPlan) -> None:
     """Whatever the cuts are: nothing beyond sizes, stage by stage, evenly, and all of it."""
     stages = list(dict.fromkeys(stage for cut in plan.cuts for stage in cut.sizes))
-    budget = plan.wish.budget
+    budget = plan.options.budget
     spent, full = 0, True
     for stage in stages:
         sizes = [cut.sizes.get(stage, 0) for cut in plan.cuts]
@@ -82,14 +82,14 @@ def test_a_budget_is_dealt_and_visited_as_promised(
     fields = CrashSpaceBuilder(timeline, level, chosen)
     cuts = [
         cut
-        for cut in cuts_of(timeline.source, timeline.fates(chosen), level, every)
+        for cut in cuts_of(timeline.source, timeline.durability(chosen), level, every)
         if cut <= len(log)
     ]
     told: list[int] = []
     plan = make_plan(fields, cuts, wish, cuts_possible=len(log) + 1, progress=told.append)
     assert [cut.position for cut in plan.cuts] == cuts
     assert told == list(range(len(cuts)))
-    assert (plan.wish, plan.cuts_possible) == (wish, len(log) + 1)
+    assert (plan.options, plan.cuts_possible) == (wish, len(log) + 1)
     check_dealt(plan)
     for cut in plan.cuts:
         field = fields.at(cut.position)

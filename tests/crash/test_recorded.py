@@ -22,7 +22,7 @@ from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.errors import ImageError
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export.preserve import PreservingDisk
+from nbdproxy.server.below.copy_before_write import PreservingDisk
 from tests.support.images import write_sparse
 
 S = 512

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import pytest
 
 from nbdproxy.crash.blame.causes import Cause
-from nbdproxy.crash.blame.replay import Cell, Replay, replay
+from nbdproxy.crash.blame.replay import Cell, JudgedFiles, Replay, ReplayOptions
+from nbdproxy.crash.blame.replay import replay as judge
 from nbdproxy.crash.blame.together import Together
 from nbdproxy.crash.states.naming import StateId
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import ProjectionError, UsageError
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
+from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.persistence.model import Coverage, Options
 from nbdproxy.persistence.modes import THROUGH, CacheMode, Failure
 from nbdproxy.recording.notes import NoteKind
@@ -45,6 +49,19 @@ def wrote(source: MemorySource) -> Manifest:
             if at >= 0
         )
     )
+
+
+def replay(
+    source: MemorySource,
+    manifest: Manifest,
+    *,
+    oracle: Oracle,
+    progress: Callable[[StateId], None] = lambda _: None,
+    **options: Any,
+) -> Replay:
+    """The table of a recording whose files are where `sector_files` has them."""
+    files = JudgedFiles(Timeline(source), manifest, TREE, oracle, progress)
+    return judge(files, ReplayOptions(**options))
 
 
 def cell(result: Replay, mode: CacheMode, failure: Failure) -> Cell:
@@ -98,7 +115,7 @@ def test_the_cause_is_the_first_thing_not_kept(
     make_source: MakeSource, mode: str, failure: str, expected: str
 ) -> None:
     source, manifest = every_fate(make_source)
-    result = replay(source, manifest, tree=TREE, oracle=SectorFiles())
+    result = replay(source, manifest, oracle=SectorFiles())
     found = causes(cell(result, CacheMode(mode), Failure(failure)))
     always = {"/d": "sent-unanswered", "/e": "never-sent"}
     assert found == always | {f"/{word[0]}": word[2:] for word in expected.split()}
@@ -107,14 +124,14 @@ def test_the_cause_is_the_first_thing_not_kept(
 @pytest.mark.parametrize("failure", [Failure.GUEST_RESET, Failure.GUEST_POWEROFF])
 def test_what_qemu_was_given_is_drained(make_source: MakeSource, failure: Failure) -> None:
     source, manifest = every_fate(make_source)
-    result = replay(source, manifest, tree=TREE, oracle=SectorFiles())
+    result = replay(source, manifest, oracle=SectorFiles())
     assert causes(cell(result, CacheMode.UNSAFE, failure)) == {"/e": "never-sent"}
 
 
 def test_worst_and_best_are_counted_apart(make_source: MakeSource) -> None:
     source, manifest = every_fate(make_source)
     found = cell(
-        replay(source, manifest, tree=TREE, oracle=SectorFiles()),
+        replay(source, manifest, oracle=SectorFiles()),
         CacheMode.NONE,
         Failure.HOST_POWER_LOSS,
     )
@@ -128,7 +145,7 @@ def test_equal_states_are_judged_once(make_source: MakeSource) -> None:
     source, manifest = every_fate(make_source)
     oracle = SectorFiles()
     heard: list[StateId] = []
-    result = replay(source, manifest, tree=TREE, oracle=oracle, progress=heard.append)
+    result = replay(source, manifest, oracle=oracle, progress=heard.append)
     assert len(result.cells) == 25
     # Nothing, flushed, flushing, completed, received; all that was sent is the last again.
     assert oracle.checks == len(heard) == 5
@@ -137,7 +154,7 @@ def test_equal_states_are_judged_once(make_source: MakeSource) -> None:
 def test_a_file_that_was_there_before_is_stale(make_source: MakeSource) -> None:
     base = bytes([7]) * 512 + FORMATTED[512:]
     source = make_source([write(0)], base=base)
-    result = replay(source, wrote(source), tree=TREE, oracle=SectorFiles())
+    result = replay(source, wrote(source), oracle=SectorFiles())
     found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
     assert found.worst.conditions == {Condition.STALE: 1}
 
@@ -149,7 +166,7 @@ def test_a_disk_still_blank_misses_every_file(make_source: MakeSource) -> None:
     payload = made.payload[:1024] + bytes([MAGIC]) * 512
     source = MemorySource(made.table, 4096, len(log), made.open_base, payload)
     manifest = Manifest((Entry("/a", "1", 512), Entry("/b", "3", 512)))
-    result = replay(source, manifest, tree=TREE, oracle=SectorFiles())
+    result = replay(source, manifest, oracle=SectorFiles())
     found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
     assert found.verdict is Verdict.FAIL
     assert found.worst.conditions == {Condition.MISSING: 2}
@@ -166,7 +183,7 @@ def test_a_state_that_cannot_be_judged_is_unknown_and_never_passes(
     made = make_source([write(0), Received(Command.WRITE, 7, 1)], base=base)
     payload = bytes([1]) * 512 + bytes([MAGIC]) * 512
     source = MemorySource(made.table, 4096, 2, made.open_base, payload)
-    result = replay(source, Manifest((Entry("/a", "1", 512),)), tree=TREE, oracle=SectorFiles())
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
     found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
     assert (found.verdict, found.worst.verdict) == (Verdict.UNKNOWN, Verdict.UNKNOWN)
     assert found.worst.reason == "no filesystem found"
@@ -178,7 +195,7 @@ def test_a_loss_in_the_fullest_state_fails_the_cell(make_source: MakeSource) -> 
     """The guest wrote over the file later: the power loss may keep that or not."""
     log: Log = [write(0), Completed(0), FLUSH, Completed(2), write(0), Completed(4)]
     source = make_source(log, base=FORMATTED)
-    result = replay(source, Manifest((Entry("/a", "1", 512),)), tree=TREE, oracle=SectorFiles())
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
     found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
     assert (found.worst.verdict, found.best.verdict) == (Verdict.PASS, Verdict.FAIL)
     assert found.verdict is Verdict.FAIL
@@ -188,7 +205,7 @@ def test_what_a_state_keeps_is_not_the_cause(make_source: MakeSource) -> None:
     """Flushed once and then changed by the guest: no store is accused of losing it."""
     log: Log = [write(0), Completed(0), FLUSH, Completed(2), write(0), Completed(4), write(0)]
     source = make_source(log, base=FORMATTED)
-    result = replay(source, Manifest((Entry("/a", "1", 512),)), tree=TREE, oracle=SectorFiles())
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
     killed = cell(result, CacheMode.NONE, Failure.QEMU_KILL)
     assert killed.worst.causes == killed.best.causes == {Cause.CHANGED_BY_GUEST: 1}
 
@@ -196,7 +213,7 @@ def test_what_a_state_keeps_is_not_the_cause(make_source: MakeSource) -> None:
 def test_a_file_that_was_never_whole_at_a_flush_was_never_sent(make_source: MakeSource) -> None:
     log: Log = [write(0), Completed(0), write(0), Completed(2), FLUSH, Completed(4)]
     source = make_source(log, base=FORMATTED)
-    result = replay(source, Manifest((Entry("/a", "9", 512),)), tree=TREE, oracle=SectorFiles())
+    result = replay(source, Manifest((Entry("/a", "9", 512),)), oracle=SectorFiles())
     assert causes(cell(result, CacheMode.NONE, Failure.QEMU_KILL)) == {"/a": "never-sent"}
 
 
@@ -210,7 +227,7 @@ def test_a_file_that_was_whole_at_any_one_of_many_flushes_was_changed_by_the_gue
         log += [write(0), Completed(seq), FLUSH, Completed(seq + 2)]
     source = make_source(log, base=FORMATTED)
     expected = Manifest((Entry("/a", str(4 * (after - 1) + 1), 512),))
-    result = replay(source, expected, tree=TREE, oracle=SectorFiles())
+    result = replay(source, expected, oracle=SectorFiles())
     found = cell(result, CacheMode.NONE, Failure.QEMU_KILL)
     assert causes(found) == {"/a": "changed-by-guest"}
 
@@ -219,7 +236,7 @@ def test_what_was_whole_before_the_recording_was_changed_by_the_guest(
     make_source: MakeSource,
 ) -> None:
     source = make_source([write(0), Completed(0)], base=bytes([7]) * 512 + FORMATTED[512:])
-    result = replay(source, Manifest((Entry("/a", "7", 512),)), tree=TREE, oracle=SectorFiles())
+    result = replay(source, Manifest((Entry("/a", "7", 512),)), oracle=SectorFiles())
     found = causes(cell(result, CacheMode.NONE, Failure.QEMU_KILL))
     assert found == {"/a": "changed-by-guest"}
 
@@ -227,7 +244,7 @@ def test_what_was_whole_before_the_recording_was_changed_by_the_guest(
 def test_no_layer_that_the_fullest_state_has_is_the_cause(make_source: MakeSource) -> None:
     log: Log = [write(0), Completed(0), write(0)]
     source = make_source(log, base=FORMATTED)
-    result = replay(source, Manifest((Entry("/a", "1", 512),)), tree=TREE, oracle=SectorFiles())
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=SectorFiles())
     found = cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS)
     assert found.worst.causes == {Cause.UNFLUSHED: 1}
     assert found.best.causes == {Cause.NEVER_SENT: 1}
@@ -246,7 +263,7 @@ class Doubtful(SectorFiles):
 
 def test_nobody_is_blamed_for_what_the_oracle_cannot_read(make_source: MakeSource) -> None:
     source, manifest = every_fate(make_source)
-    result = replay(source, manifest, tree=TREE, oracle=Doubtful())
+    result = replay(source, manifest, oracle=Doubtful())
     found = cell(result, CacheMode.NONE, Failure.QEMU_KILL)
     assert found.verdict is Verdict.UNKNOWN
     assert found.worst.conditions[Condition.CANNOT_BE_TOLD] == 1
@@ -269,7 +286,7 @@ def test_nobody_is_blamed_where_an_earlier_flush_left_what_cannot_be_judged(
 ) -> None:
     log: Log = [write(0), Completed(0), FLUSH, Completed(2), write(0), Completed(4)]
     source = make_source(log, base=FORMATTED)
-    result = replay(source, Manifest((Entry("/a", "1", 512),)), tree=TREE, oracle=EarlierUnknown())
+    result = replay(source, Manifest((Entry("/a", "1", 512),)), oracle=EarlierUnknown())
     assert causes(cell(result, CacheMode.NONE, Failure.QEMU_KILL)) == {"/a": "cannot-be-told"}
 
 
@@ -301,7 +318,7 @@ def test_nobody_is_blamed_while_what_keeps_more_is_unknown(
 ) -> None:
     """Flushed is `/a` alone; what keeps `/b` as well cannot be judged."""
     source, manifest = every_fate(make_source)
-    result = replay(source, manifest, oracle=LaterUnknown(wholly=wholly), tree=TREE)
+    result = replay(source, manifest, oracle=LaterUnknown(wholly=wholly))
     never = "cannot-be-told" if wholly else "never-sent"
     found = causes(cell(result, CacheMode.NONE, Failure.HOST_POWER_LOSS))
     assert found == expected | {"/e": never}
@@ -315,7 +332,7 @@ def quit_in_order(make_source: MakeSource, *, error: int = 0) -> MemorySource:
 
 def test_each_failure_strikes_where_it_tells_most(make_source: MakeSource) -> None:
     source = quit_in_order(make_source)
-    result = replay(source, wrote(source), tree=TREE, oracle=SectorFiles())
+    result = replay(source, wrote(source), oracle=SectorFiles())
     assert result.cut.text == "before-exit"
     for found in result.cells:
         at_end = found.failure is Failure.GUEST_POWEROFF
@@ -327,10 +344,10 @@ def test_each_failure_strikes_where_it_tells_most(make_source: MakeSource) -> No
 
 def test_a_cut_that_is_asked_for_holds_for_all(make_source: MakeSource) -> None:
     source = quit_in_order(make_source)
-    result = replay(source, wrote(source), at="seq:3", tree=TREE, oracle=SectorFiles())
+    result = replay(source, wrote(source), at="seq:3", oracle=SectorFiles())
     assert {found.cut.position for found in result.cells} == {4}
     with pytest.raises(UsageError):
-        replay(source, wrote(source), at="seq:7", tree=TREE, oracle=SectorFiles())
+        replay(source, wrote(source), at="seq:7", oracle=SectorFiles())
 
 
 def test_a_poweroff_with_a_failed_exit_flush_keeps_what_was_flushed_before(
@@ -338,7 +355,7 @@ def test_a_poweroff_with_a_failed_exit_flush_keeps_what_was_flushed_before(
 ) -> None:
     log: Log = [write(0), Completed(0), FLUSH, Completed(2, 5)]
     source = make_source(log, base=FORMATTED)
-    result = replay(source, wrote(source), tree=TREE, oracle=SectorFiles())
+    result = replay(source, wrote(source), oracle=SectorFiles())
     assert causes(cell(result, CacheMode.NONE, Failure.GUEST_POWEROFF)) == {"/a": "unflushed"}
 
 
@@ -349,8 +366,7 @@ def test_only_what_was_asked_for_is_in_the_table(make_source: MakeSource) -> Non
         manifest,
         modes=[CacheMode.UNSAFE],
         failures=[Failure.QEMU_KILL],
-        options=Options(Coverage.REPLIED),
-        tree=TREE,
+        model=Options(Coverage.REPLIED),
         oracle=SectorFiles(),
     )
     assert [str(found.worst.state) for found in result.cells] == ["s10.completed.must+replied"]
@@ -358,23 +374,21 @@ def test_only_what_was_asked_for_is_in_the_table(make_source: MakeSource) -> Non
 
 def test_a_recording_without_flushes_leaves_three_modes_out(make_source: MakeSource) -> None:
     source = make_source([Received(Command.WRITE, 0, 1, fua=True), Completed(0)], base=FORMATTED)
-    result = replay(source, wrote(source), tree=TREE, oracle=SectorFiles())
+    result = replay(source, wrote(source), oracle=SectorFiles())
     assert {found.mode for found in result.cells} == THROUGH
     assert result.recorded_under == set(CacheMode)
     assert "cannot be told" in result.why
     assert set(result.left_out) == set(CacheMode) - THROUGH
     assert cell(result, CacheMode.DIRECTSYNC, Failure.HOST_POWER_LOSS).verdict is Verdict.PASS
     with pytest.raises(ProjectionError):
-        replay(source, wrote(source), modes=[CacheMode.NONE], tree=TREE, oracle=SectorFiles())
-    told = replay(
-        source, wrote(source), recorded_as=CacheMode.NONE, tree=TREE, oracle=SectorFiles()
-    )
+        replay(source, wrote(source), modes=[CacheMode.NONE], oracle=SectorFiles())
+    told = replay(source, wrote(source), recorded_as=CacheMode.NONE, oracle=SectorFiles())
     assert not told.left_out
 
 
 def test_json_has_the_shape_of_the_command_line(make_source: MakeSource) -> None:
     source, manifest = every_fate(make_source)
-    result = replay(source, manifest, tree=TREE, oracle=SectorFiles())
+    result = replay(source, manifest, oracle=SectorFiles())
     shown = json.loads(json.dumps(to_json(Together(result, (result,)), [source], ["run"])))
     assert (shown["recording"], shown["files"]) == ("run", 5)
     assert shown["cut"]["text"] == "before-exit"

@@ -7,16 +7,20 @@ import subprocess
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdproxy.crash.blame.causes import Cause
-from nbdproxy.crash.blame.replay import Cell, replay
+from nbdproxy.crash.blame.places import place
+from nbdproxy.crash.blame.replay import Cell, JudgedFiles, Replay, ReplayOptions
+from nbdproxy.crash.blame.replay import replay as judge
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import Where
+from nbdproxy.oracles.locate import ANYWHERE, Where
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.persistence.modes import CacheMode, Failure
 from nbdproxy.requests import Command
@@ -84,6 +88,15 @@ MANIFEST = Manifest((entry("f", NEW), entry("late", LATE)))
 def answered(log: Log, *requests: Received) -> None:
     for request in requests:
         log += [request, Completed(len(log))]
+
+
+def replay(
+    source: MemorySource, manifest: Manifest, *, where: Where = ANYWHERE, **options: Any
+) -> Replay:
+    """The table of a recording whose files are looked for."""
+    timeline, asked = Timeline(source), ReplayOptions(**options)
+    (tree,), found = place([timeline], manifest, [asked.cut(source)], where)
+    return judge(JudgedFiles(timeline, found, tree), asked)
 
 
 def cells(source: MemorySource) -> dict[tuple[str, str], Cell]:

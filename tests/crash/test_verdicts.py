@@ -36,9 +36,15 @@ ABOUT = {"recording": "run1", "events": "7", "wish": "all"}
 ROWS = [
     Row("s1.flushed.must", 0, 1, "ends", 1, Judgement(Verdict.PASS), CHECKED, None, 0.25),
     Row(
-        *("s1.flushed.all", 1, 1, "ends", 2**64 - 1),
+        "s1.flushed.all",
+        1,
+        1,
+        "ends",
+        2**64 - 1,
         Judgement(Verdict.FAIL, "two are gone", {"whole": 3, "missing": 2}),
-        *(CHECKED, None, 1.5),
+        CHECKED,
+        None,
+        1.5,
     ),
     Row(
         *("s2.flushed.must", 2, 2, "ends", 1, Judgement(Verdict.PASS, looked=False)),
@@ -224,8 +230,8 @@ class _Slow:
 class Shuffled:
     """A runner that holds some units back and gives them out of order."""
 
-    def __init__(self, bench: StateEvaluator, held: int) -> None:
-        self._bench, self._held = bench, held
+    def __init__(self, evaluator: StateEvaluator, held: int) -> None:
+        self._evaluator, self._held = evaluator, held
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit."""
@@ -233,13 +239,13 @@ class Shuffled:
         for unit in units:
             waiting.append(unit)
             if len(waiting) > self._held:
-                yield self._bench.judge(waiting.pop(len(waiting) // 3))
+                yield self._evaluator.judge(waiting.pop(len(waiting) // 3))
         for unit in reversed(waiting):
-            yield self._bench.judge(unit)
+            yield self._evaluator.judge(unit)
 
     def close(self) -> None:
         """Close the recording."""
-        self._bench.close()
+        self._evaluator.close()
 
 
 STATES = 73
@@ -271,10 +277,10 @@ def explore(
     fields = CrashSpaceBuilder(timeline, Level.FLUSHED, Options())
     visits = make_plan(fields, cuts, ExploreOptions(states), cuts_possible=len(log) + 1)
     verdicts = Verdicts(path, ABOUT, resume=resume)
-    bench = StateEvaluator(
+    evaluator = StateEvaluator(
         timeline.source, EvaluatorSetup(Path("made-up"), None, Level.FLUSHED, Options(), plan)
     )
-    tally = Exploration(fields, visits, plan, verdicts).run(Shuffled(bench, held))
+    tally = Exploration(fields, visits, plan, verdicts).run(Shuffled(evaluator, held))
     rows = list(verdicts.rows())
     verdicts.close()
     for row in rows:

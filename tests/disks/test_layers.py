@@ -68,10 +68,10 @@ def test_a_flush_that_landed_first_leaves_nothing_for_its_fua_write() -> None:
     ticket = disk.issue_ticket()
     layer = disk.freeze()
     disk.copy_down(layer)
-    disk.landed(layer)
+    disk.destaged(layer)
     below.changes.clear()
     disk.copy_ticket_down(ticket)
-    disk.ticket_landed(ticket)
+    disk.ticket_destaged(ticket)
     assert below.changes == []
     assert below.letters() == "A"
 
@@ -84,7 +84,7 @@ def test_a_late_fua_write_takes_no_data_that_came_after_it() -> None:
     disk.sync()
     disk.pwrite(S, b"B" * S)  # stands where A's data stood in the scratch file
     disk.copy_ticket_down(ticket)
-    disk.ticket_landed(ticket)
+    disk.ticket_destaged(ticket)
     assert below.letters() == "A-"
     assert disk.pread(0, 2 * S)[::S] == b"AB"
     disk.sync()
@@ -105,7 +105,7 @@ def test_only_fua_writes_leave_no_scratch_behind(monkeypatch: pytest.MonkeyPatch
         disk.pwrite(S, b"A" * 2 * S)
         ticket = disk.issue_ticket()
         disk.copy_ticket_down(ticket)
-        disk.ticket_landed(ticket)
+        disk.ticket_destaged(ticket)
     whole_blocks_at_most = 2 * 4096 // 512
     assert os.fstat(opened[0]).st_blocks <= whole_blocks_at_most
     disk.sync()
@@ -166,8 +166,8 @@ def test_what_the_disk_below_refused_is_held_on() -> None:
     assert below.letters() == "--"
     second = disk.freeze()
     disk.copy_down(second)
-    disk.landed(second)
-    disk.landed(layer)
+    disk.destaged(second)
+    disk.destaged(layer)
     assert below.letters() == "AB"
     assert disk.held_bytes == 0
 
@@ -192,7 +192,7 @@ def test_a_write_of_many_megabytes_lands_whole() -> None:
     disk.pwrite(0, content)
     ticket = disk.issue_ticket()
     disk.copy_ticket_down(ticket)
-    disk.ticket_landed(ticket)
+    disk.ticket_destaged(ticket)
     assert disk.held_bytes == 0
     assert below.pread(0, size) == content
 

@@ -60,7 +60,7 @@ def write(disk: VolatileDisk, sector: int, text: str) -> None:
 def land(disk: VolatileDisk, ticket: Ticket, *, sync: bool = True) -> None:
     """Both halves of the landing of one write."""
     disk.copy_ticket_down(ticket, sync=sync)
-    disk.ticket_landed(ticket)
+    disk.ticket_destaged(ticket)
 
 
 def whole(*tickets: Ticket) -> list[tuple[Ticket, int, int]]:
@@ -107,7 +107,7 @@ def test_overwritten_writes_are_listed_until_a_flush_lands(disk: VolatileDisk) -
     assert [ticket[:2] for ticket in disk.writes()] == [(0, 3 * S), (0, 2 * S), (0, S), (0, S)]
     disk.copy_down(layer)
     assert orders(disk) == [1, 2, 3, 4]
-    disk.landed(layer)
+    disk.destaged(layer)
     assert orders(disk) == [disk.newest_order] == [4]
 
 
@@ -118,7 +118,7 @@ def test_pieces_land_by_order_and_are_synced(disk: VolatileDisk, below: Below) -
     disk.trim(5 * S, S)
     first, second, zero, trim = disk.writes()
     pieces = [*whole(trim, zero), (second, 2 * S, 3 * S), (first, S, 3 * S), (first, 0, 0)]
-    disk.land_pieces(iter(pieces))
+    disk.destage_pieces(iter(pieces))
     assert below.changes == ["write 1+2", "write 2+1", "zero 4+1", "trim 5+1", "sync"]
     assert letters(below) == "-BY-00"
 
@@ -129,7 +129,7 @@ def test_an_overwritten_write_survives_without_the_newer_one(
     write(disk, 0, "AA")
     write(disk, 0, "BB")
     old, _ = disk.writes()
-    disk.land_pieces(whole(old))
+    disk.destage_pieces(whole(old))
     assert letters(below) == "AA----"
 
 
@@ -145,7 +145,7 @@ def test_nothing_survives_over_what_landed_later_and_nothing_twice(
     assert below.changes == ["write 1+1", "sync", "write 2+1"]
     below.changes.clear()
     (old,) = disk.writes()
-    disk.land_pieces(whole(old, written_back))
+    disk.destage_pieces(whole(old, written_back))
     assert below.changes == ["write 0+1", "write 3+1", "sync"]
     assert letters(below) == "ABCA--"
 
@@ -184,7 +184,7 @@ def test_a_write_back_beside_writes_of_its_place(disk: VolatileDisk, below: Belo
     below.while_written = lambda: write(disk, 1, "BB")
     disk.copy_ticket_down(ticket)
     assert orders(disk) == [1, 2]
-    disk.ticket_landed(ticket)
+    disk.ticket_destaged(ticket)
     assert letters(disk) == "ABB---"
     assert orders(disk) == [2]
     disk.sync()
@@ -231,7 +231,7 @@ def test_what_a_failed_flush_had_in_hand_is_read_and_never_lands() -> None:
     assert disk.held_bytes == 2 * S
     later = disk.freeze()
     disk.copy_down(later)
-    disk.landed(later)
+    disk.destaged(later)
     assert letters(below) == "-B--"
 
 
@@ -249,7 +249,7 @@ def test_no_cut_and_no_write_back_brings_back_what_was_dropped(
         disk.issue_ticket(1)
     land(disk, ticket)
     assert letters(disk) == "AB----"
-    disk.land_pieces(whole(dropped, kept))
+    disk.destage_pieces(whole(dropped, kept))
     assert letters(below) == "-B----"
 
 
@@ -321,7 +321,7 @@ def test_written_back_data_is_given_back_and_that_of_listed_writes_is_not(
         disk.pwrite(block, b"C" * block)
         land(disk, disk.issue_ticket(disk.newest_order), sync=False)
     assert os.fstat(scratch[-1]).st_blocks * 512 <= 3 * block
-    disk.land_pieces(whole(disk.writes()[0]))
+    disk.destage_pieces(whole(disk.writes()[0]))
     assert below.pread(0, 2 * block) == b"A" * block + b"C" * block
     disk.close()
 
@@ -354,5 +354,5 @@ def test_without_a_history_nobody_asks_for_one(below: Below) -> None:
     with pytest.raises(AssertionError):
         disk.issue_ticket(1)
     with pytest.raises(AssertionError):
-        disk.land_pieces([])
+        disk.destage_pieces([])
     disk.close()

@@ -22,9 +22,9 @@ from xxhash import xxh3_128
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import NbdproxyError
 from nbdproxy.oracles import manifest
-from nbdproxy.oracles.lvm import physical, unread, volumes
+from nbdproxy.oracles.lvm import in_unknown_groups, logical_volumes, physical_volume
 from nbdproxy.oracles.mounts import Mount
-from nbdproxy.oracles.partitions import look
+from nbdproxy.oracles.partitions import disk_layout
 from nbdproxy.oracles.qcow2 import Qcow2Device
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.policy import loader
@@ -201,7 +201,7 @@ def gpt(given: bytes) -> None:
             struct.pack_into("<I", header, 16, zlib.crc32(header))
             disk.put(at, bytes(header))
     with contextlib.suppress(NbdproxyError):
-        look(disk)
+        disk_layout(disk)
 
 
 def lvm(given: bytes) -> None:
@@ -220,11 +220,11 @@ def lvm(given: bytes) -> None:
     disk.put(512, b"LABELONE" + struct.pack("<QI", 1, _lvm_crc(rest)) + rest)
     disk.put(area, header)
     disk.put(area + 512, text)
-    found = physical(disk)
+    found = physical_volume(disk)
     assert found is not None
     with contextlib.suppress(NbdproxyError):
-        volumes([found])
-        unread([found])
+        logical_volumes([found])
+        in_unknown_groups([found])
 
 
 def _lvm_crc(data: bytes) -> int:

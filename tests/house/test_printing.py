@@ -17,7 +17,7 @@ WRITERS = {
     "cli/manifest.py": "a manifest to a file, byte for byte",
     "cli/lab.py": "a manifest of the lab's own files",
     "cli/app.py": "the version",
-    "crash/explore/dask/crew.py": "what workers say, made visible",
+    "crash/explore/dask/cluster.py": "what workers say, made visible",
     "lab/sqlite_image.py": "what SQLite says, made visible",
     "server/__init__.py": "the log, made visible",
 }

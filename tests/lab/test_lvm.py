@@ -19,10 +19,10 @@ from nbdproxy.lab.guest.build import build_lab
 from nbdproxy.lab.workloads.workloads import End, RunEnd, Workload
 from nbdproxy.oracles import lvm
 from nbdproxy.oracles.check import Verdict, check
-from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import locate
-from nbdproxy.oracles.lvm import LinearDevice, Volume
+from nbdproxy.oracles.lvm import LinearDevice, LogicalVolume
 from nbdproxy.oracles.manifest import Entry, Manifest, digest
 from nbdproxy.oracles.mounts import Mount, Tree
 from nbdproxy.oracles.partitions import VOLUMES, slices
@@ -77,11 +77,11 @@ def in_guest(script: str, image: Path, second: Path | None = None) -> None:
     guest.run(build_lab(), workload, image, ending=RunEnd(End.SYNC), cpus=1, extra=extra)
 
 
-def volumes(disk: ReadableDevice) -> list[Volume]:
+def volumes(disk: ReadableDevice) -> list[LogicalVolume]:
     """The volumes of the physical volume that the whole disk is."""
-    found = lvm.physical(disk)
+    found = lvm.physical_volume(disk)
     assert found is not None
-    return lvm.volumes([found])
+    return lvm.logical_volumes([found])
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_volume_that_no_fstab_names_may_be_mounted(image: Path, tmp_path: Path
             disk.pwrite(piece.offset, content[: piece.length])
             content = content[piece.length :]
     tree, wanted = locate(QUICK, disk, manifest({**ROOT, "/home/u/a.js": "after"}))
-    found = TreeFollower(QUICK, wanted, {}, tree).check(disk, None).conditions
+    found = TreeCheck(QUICK, wanted, {}, tree).check(disk, None).conditions
     assert found.pop("/home/u/a.js") is Condition.CANNOT_BE_TOLD
     assert set(found.values()) == {Condition.WHOLE}
     assert "perhaps on volume vg0/first, mounted at /home" in tree.doubtful["/home/u/a.js"]
@@ -250,11 +250,11 @@ def test_what_the_kernel_does_not_show_as_it_lies_is_hidden(image: Path) -> None
     """A snapshot is to be merged: from its next start on a guest sees the old content, not this."""
     disk = FileDisk(image.with_name("second"), read_only=True)
     found = survey(disk)
-    assert [str(hidden) for hidden in found.hidden] == [
+    assert [str(unreadable) for unreadable in found.unreadable] == [
         "volume g-1/root is an LVM volume that a snapshot is being merged into",
         "volume g-1/snap-2 is an LVM snapshot, which is kept as differences",
         "volume g-1/thin is an LVM volume of the type thin",
     ]
-    assert {"/dev/mapper/g--1-snap--2", "/dev/g-1/snap-2"} <= found.hidden[1].specs
+    assert {"/dev/mapper/g--1-snap--2", "/dev/g-1/snap-2"} <= found.unreadable[1].specs
     assert [part.name for part in slices(disk)] == ["whole disk", "volume g-1/kept"]
     assert disk.pread(MIB, 3) == b"new"  # where g-1/root begins

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nbdproxy.case.case import Case
 from nbdproxy.crash.blame.causes import Cause
-from nbdproxy.crash.blame.replay import Cell, replay
+from nbdproxy.crash.blame.replay import Cell
 from nbdproxy.crash.states.cuts import resolve
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.lab.guest import disk
@@ -42,15 +43,8 @@ def record(folder: Path, workload: str) -> RecordedSource:
 
 def judged(source: RecordedSource, manifest: Manifest, at: str | None = None) -> Cell:
     """Return the cell of cache=none and a host's power loss."""
-    result = replay(
-        source,
-        manifest,
-        modes=[CacheMode.NONE],
-        failures=[Failure.HOST_POWER_LOSS],
-        at=at,
-        where=Where(root="/"),
-    )
-    return result.cells[0]
+    with Case([source], files=manifest, at=at, where=Where(root="/")) as case:
+        return case.replay([CacheMode.NONE], [Failure.HOST_POWER_LOSS]).table.cells[0]
 
 
 def old_before_the_renames(source: RecordedSource) -> None:

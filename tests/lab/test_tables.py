@@ -16,7 +16,7 @@ from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.lab import run as guest
 from nbdproxy.lab.guest.build import build_lab
 from nbdproxy.lab.workloads.workloads import End, RunEnd, Workload
-from nbdproxy.oracles.table import read_table
+from nbdproxy.oracles.partition_table import read_table
 
 pytestmark = pytest.mark.lab
 

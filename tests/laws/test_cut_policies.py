@@ -29,7 +29,7 @@ import pytest
 from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.timeline import open_state
-from nbdproxy.persistence.model import Level, Options, durable, sent
+from nbdproxy.persistence.model import Durability, Level, Options
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import Command
@@ -124,7 +124,8 @@ def illegal(folder: Path) -> list[int]:
     image = (folder / "image").read_bytes()
     source = RecordedSource(folder / "run")
     table, end = source.table, source.events
-    safe, there = durable(table, end), sent(table, end)
+    durability = Durability(table)
+    safe, there = durability.durable_from < end, durability.sent(slice(None), end)
     base = source.base()
     wrong = []
     ends = np.concatenate((table.offset, table.offset + table.length))

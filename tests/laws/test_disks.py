@@ -25,7 +25,7 @@ from nbdproxy.disks.overlay import OverlayDisk
 from nbdproxy.disks.volatile import Ticket, VolatileDisk
 from nbdproxy.recording.meta import Ending, Fingerprint, Meta
 from nbdproxy.recording.writer import RecordingWriter
-from nbdproxy.server.export.preserve import PreservingDisk
+from nbdproxy.server.below.copy_before_write import PreservingDisk
 from tests.support.images import write_sparse
 
 SECTOR = 512
@@ -260,9 +260,9 @@ class CacheRun:
     def forget(self, job: Landing) -> None:
         """The second half."""
         if job.ticket is not None:
-            self.disk.ticket_landed(job.ticket)
+            self.disk.ticket_destaged(job.ticket)
         else:
-            self.disk.landed(job.layer)
+            self.disk.destaged(job.layer)
         self.reference.forget(job)
 
     def check(self) -> None:

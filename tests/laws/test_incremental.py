@@ -26,7 +26,7 @@ from nbdproxy.oracles.check import Verdict, check, scan
 from nbdproxy.oracles.ext4 import journal
 from nbdproxy.oracles.ext4.filesystem import ROOT, Filesystem
 from nbdproxy.oracles.ext4.layout import metadata_extents
-from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.incremental_check import IncrementalCheck
 from nbdproxy.oracles.manifest import Manifest
 from tests.support.serving import tool
 

@@ -20,7 +20,7 @@ import pytest
 from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.timeline import open_state
-from nbdproxy.persistence.model import Level, completed, durable
+from nbdproxy.persistence.model import Durability, Level
 from nbdproxy.recording.index import NEVER, Mask, RequestTable
 from nbdproxy.requests import Command
 from tests.support import persistence_reference as reference
@@ -104,12 +104,12 @@ def test_a_kill_at_any_moment_leaves_a_legal_state(tmp_path: Path, seed: int, po
     base = source.base()
     assert base.pread(0, base.size) == before, f"seed {seed}"
     base.close()
-    keeps = durable if policy == "drop-unflushed" else completed
+    level = Level.FLUSHED if policy == "drop-unflushed" else Level.COMPLETED
     numbers = recorded_numbers(source)
-    must = keeps(source.table, source.events)
+    must = Durability(source.table).kept(slice(None), source.events, level)
     assert not illegal(image, before, source.table, must, numbers), f"seed {seed}"
     seen = reference.table_of(load.log)
-    must = keeps(seen, len(load.log))
+    must = Durability(seen).kept(slice(None), len(load.log), level)
     assert not illegal(image, before, seen, must, load.numbers), f"seed {seed}"
     source.close()
 

@@ -88,7 +88,7 @@ def full_of(state: StateId) -> StateId:
     return StateId(state.position, state.level, Choice.ALL, state.options)
 
 
-def bench_of(timeline: Timeline, state: StateId, plan: MadeUpPlan) -> StateEvaluator:
+def evaluator_of(timeline: Timeline, state: StateId, plan: MadeUpPlan) -> StateEvaluator:
     return StateEvaluator(
         timeline.source, EvaluatorSetup(Path("made-up"), None, state.level, state.options, plan)
     )
@@ -152,10 +152,10 @@ class Case:
     def minimum(self) -> Minimum:
         """Minimize, and hold the result to what is promised of all."""
         plan = MadeUpPlan(self.fails)
-        bench = bench_of(self.timeline, self.state, plan)
-        assert bench.timeline.source is self.timeline.source
-        found = minimize(bench, self.state)
-        bench.close()
+        evaluator = evaluator_of(self.timeline, self.state, plan)
+        assert evaluator.timeline.source is self.timeline.source
+        found = minimize(evaluator, self.state)
+        evaluator.close()
         assert found.judged.judgement.verdict is Verdict.FAIL
         assert self.fails(whole(self.timeline, found.state)), str(found.state)
         assert found.checks >= plan.checks > 0
@@ -245,7 +245,7 @@ def test_it_fails_also_where_requests_end_inside_sectors(
         return xxh3_64_intdigest(disk, seed) % 3 > 0
 
     assume(fails(whole(timeline, state)))
-    found = minimize(bench_of(timeline, state, MadeUpPlan(fails)), state)
+    found = minimize(evaluator_of(timeline, state, MadeUpPlan(fails)), state)
     assert fails(whole(timeline, found.state))
 
 
@@ -253,7 +253,7 @@ def test_what_fails_with_everything_lacks_nothing() -> None:
     log: Log = [Received(Command.WRITE, 0, 2), Received(Command.WRITE, 2, 2)]
     timeline = make_timeline(log, [1, 2, *[3] * 30])
     state = parse_state_id("s2.flushed.must")
-    found = minimize(bench_of(timeline, state, MadeUpPlan(lambda _: True)), state)
+    found = minimize(evaluator_of(timeline, state, MadeUpPlan(lambda _: True)), state)
     assert found.lost == ()
     assert whole(timeline, found.state) == whole(timeline, full_of(state))
 
@@ -262,7 +262,7 @@ def test_a_state_that_passes_is_refused() -> None:
     timeline = make_timeline([Received(Command.WRITE, 0, 2)], [1, *[3] * 31])
     state = parse_state_id("s1.flushed.must")
     with pytest.raises(UsageError, match=r"s1\.flushed\.must does not fail"):
-        minimize(bench_of(timeline, state, MadeUpPlan(lambda _: False)), state)
+        minimize(evaluator_of(timeline, state, MadeUpPlan(lambda _: False)), state)
 
 
 def test_one_sector_of_one_request_of_hundreds() -> None:
@@ -274,8 +274,8 @@ def test_one_sector_of_one_request_of_hundreds() -> None:
     state = parse_state_id("s304.flushed.must")
     plan = MadeUpPlan(lambda disk: disk[2 * SECTOR] != 4)
     told: list[tuple[int, int]] = []
-    bench = bench_of(timeline, state, plan)
-    found = minimize(bench, state, progress=lambda left, checks: told.append((left, checks)))
+    evaluator = evaluator_of(timeline, state, plan)
+    found = minimize(evaluator, state, progress=lambda left, checks: told.append((left, checks)))
     assert found.lost == (Lost(302, 2, 2),)
     assert [checks for _, checks in told] == sorted(checks for _, checks in told)
     assert plan.checks < 20
@@ -292,7 +292,7 @@ def test_no_request_can_be_given_back_where_less_missing_fails_again() -> None:
         missing = {at for at in range(8) if disk != with_sectors(disk, full, [at])}
         return missing in ({5, 6}, set(range(7)), set(range(8)))
 
-    found = minimize(bench_of(timeline, state, MadeUpPlan(fails)), state)
+    found = minimize(evaluator_of(timeline, state, MadeUpPlan(fails)), state)
     disk = whole(timeline, found.state)
     assert fails(disk)
     for row in {one.row for one in found.lost}:
@@ -309,7 +309,7 @@ def test_a_single_request_is_found_although_two_others_come_first() -> None:
         missing = {at for at in range(8) if disk[at * SECTOR] == 0}
         return {0, 1} <= missing or 6 in missing
 
-    found = minimize(bench_of(timeline, state, MadeUpPlan(fails)), state)
+    found = minimize(evaluator_of(timeline, state, MadeUpPlan(fails)), state)
     assert found.lost == (Lost(6, 6, 6),)
     assert str(found.state) == "s8.flushed.but6"
 
@@ -326,7 +326,7 @@ def test_of_several_requests_inside_one_sector_the_one_that_is_missing_is_named(
         at = SECTOR + lost * SECTOR // 4
         return disk[at] != full[at]
 
-    found = minimize(bench_of(timeline, state, MadeUpPlan(fails)), state)
+    found = minimize(evaluator_of(timeline, state, MadeUpPlan(fails)), state)
     assert found.lost == (Lost(lost, 1, 1),)
     assert str(found.state) == f"s3.flushed.but{lost}"
     (missing,) = tell(timeline, found).missing

@@ -11,28 +11,25 @@ from hypothesis import strategies as st
 from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.states.timeline import open_state
 from nbdproxy.disks.memory import MemoryDisk
-from nbdproxy.persistence import model
-from nbdproxy.persistence.model import Level, Options
+from nbdproxy.persistence.model import Durability, Level, Options
 from tests.support import persistence_reference as reference
 from tests.support.logs import SECTOR, SECTORS, logs, options
 from tests.support.memory_source import MemorySource
 from tests.support.persistence_reference import BASE, ZERO, Completed, Received
+
+ALL = slice(None)
 
 
 @given(logs(), options)
 @settings(max_examples=120, deadline=None)
 def test_the_model_equals_the_reference(log: list[Received | Completed], chosen: Options) -> None:
     table = reference.table_of(log)
-    since = model.durable_from(table, chosen)
+    durability = Durability(table, chosen)
     for t in range(len(log) + 1):
         flushed = reference.durable(log, t, chosen)
-        assert set(table.seq[model.durable(table, t, chosen)].tolist()) == flushed
-        assert set(table.seq[since < t].tolist()) == flushed
-        assert set(table.seq[model.may(table, t, chosen)].tolist()) == reference.may(
-            log, t, flushed
-        )
+        assert set(table.seq[durability.durable_from < t].tolist()) == flushed
         for level in Level:
-            found = set(table.seq[model.kept(table, t, level, chosen)].tolist())
+            found = set(table.seq[durability.kept(ALL, t, level)].tolist())
             assert found == reference.kept(log, t, level, chosen), (t, level)
 
 
@@ -42,10 +39,11 @@ def test_levels_are_nested_and_durable_only_grows(
     log: list[Received | Completed], chosen: Options
 ) -> None:
     table = reference.table_of(log)
+    durability = Durability(table, chosen)
     before = np.zeros(len(table), np.bool_)
     for t in range(len(log) + 1):
-        levels = [model.kept(table, t, level, chosen) for level in Level]
-        for less, more in pairwise([*levels, model.sent(table, t)]):
+        levels = [durability.kept(ALL, t, level) for level in Level]
+        for less, more in pairwise([*levels, durability.sent(ALL, t)]):
             assert not np.any(less & ~more)
         assert not np.any(before & ~levels[1])
         before = levels[1]
@@ -57,11 +55,12 @@ def test_no_answer_depends_on_what_comes_after_the_cut(
     log: list[Received | Completed], chosen: Options, data: st.DataObject
 ) -> None:
     t = data.draw(st.integers(0, len(log)))
-    whole, prefix = reference.table_of(log), reference.table_of(log[:t])
+    whole, prefix = (Durability(reference.table_of(some), chosen) for some in (log, log[:t]))
+    count = len(prefix.table)
     for level in Level:
-        known = model.kept(whole, t, level, chosen)
-        assert np.array_equal(known[: len(prefix)], model.kept(prefix, t, level, chosen))
-        assert not known[len(prefix) :].any()
+        known = whole.kept(ALL, t, level)
+        assert np.array_equal(known[:count], prefix.kept(ALL, t, level))
+        assert not known[count:].any()
 
 
 def memory_source(log: list[Received | Completed]) -> MemorySource:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdproxy.crash.blame.ranges import Losses, losses
+from nbdproxy.crash.blame.block_owners import RecordingOwners
+from nbdproxy.crash.blame.ranges import Losses, LossFinder
 from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.timeline import Timeline
@@ -134,6 +135,7 @@ def test_what_is_lacking_put_back_makes_the_file_whole(
     request: pytest.FixtureRequest, case: str
 ) -> None:
     timeline, entries = request.getfixturevalue(case)
+    finder = LossFinder(RecordingOwners(timeline, Tree()), Manifest(tuple(entries)))
     end = timeline.source.events
     told = set()
     for position in [*range(end - 30, end + 1), end // 2]:
@@ -143,7 +145,7 @@ def test_what_is_lacking_put_back_makes_the_file_whole(
                 wanted = Manifest((entry,))
                 if check(timeline.open(state), wanted).verdict is Verdict.PASS:
                     continue
-                found = losses(timeline, entry, state, Tree())
+                found = finder.losses(entry, state)
                 if found is None:
                     continue
                 assert found.ranges or found.way
@@ -166,4 +168,5 @@ def test_what_is_lacking_put_back_makes_the_file_whole(
 def test_what_never_was_whole_has_no_losses(plain: Opened) -> None:
     timeline, entries = plain
     state = StateId(1, Level.FLUSHED, Choice.MUST)
-    assert losses(timeline, entries[0], state, Tree()) is None
+    finder = LossFinder(RecordingOwners(timeline, Tree()), Manifest(tuple(entries)))
+    assert finder.losses(entries[0], state) is None

@@ -1,7 +1,7 @@
 """Law: shared verdicts are those that each state would have got by itself.
 
 The judge is made up and reads adaptively: where it looks next depends on what it saw, and its word
-on all of that. It also holds the bench to its promise of what changed since the call before.
+on all of that. It also holds the evaluator to its promise of what changed since the call before.
 """
 
 from __future__ import annotations
@@ -113,10 +113,10 @@ def compare(timeline: Timeline, units: Sequence[Unit], job: EvaluatorSetup) -> N
     assert isinstance(plan, AdaptivePlan)
     plan.calls.clear()
     plan.opened.clear()
-    bench = StateEvaluator(timeline.source, job)
+    evaluator = StateEvaluator(timeline.source, job)
     said: dict[str, Judgement] = {}
     for unit in units:
-        found = bench.judge(unit)
+        found = evaluator.judge(unit)
         assert [judged.state for judged in found] == list(unit.states)
         for judged in found:
             alone, _ = plan.say(timeline.open(parse_state_id(judged.state)))
@@ -130,7 +130,7 @@ def compare(timeline: Timeline, units: Sequence[Unit], job: EvaluatorSetup) -> N
             said[judged.state] = judged.judgement
     assert job.share or len(plan.calls) == len(said)
     assert len(plan.opened) == 1  # such as a guest, which is booted once
-    bench.close()
+    evaluator.close()
 
 
 plans = st.builds(
@@ -181,8 +181,8 @@ def test_what_the_judge_never_looks_at_costs_no_checks() -> None:
     [unit] = units_of(timeline, Level.FLUSHED, Options(), [8])
     # One read of a byte of the last sector: the base, either request, or any of them half torn.
     plan = AdaptivePlan(3 * SECTOR + 5, 1, 1)
-    bench = StateEvaluator(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
-    judged = bench.judge(unit)
+    evaluator = StateEvaluator(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
+    judged = evaluator.judge(unit)
     assert len(judged) > 40
     disks = [timeline.open(parse_state_id(text)) for text in unit.states]
     values = {disk.pread(3 * SECTOR, SECTOR) for disk in disks}
@@ -194,20 +194,20 @@ def test_a_judgement_without_what_was_read_is_never_shared() -> None:
     timeline = lone_writes()
     [unit] = units_of(timeline, Level.FLUSHED, Options(), [8])
     plan = AdaptivePlan(3 * SECTOR + 5, 1, 1, silent=1)
-    bench = StateEvaluator(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
-    assert all(one.shared is None for one in bench.judge(unit))
+    evaluator = StateEvaluator(timeline.source, job_of(plan, Level.FLUSHED, Options(), share=True))
+    assert all(one.shared is None for one in evaluator.judge(unit))
     assert plan.calls == list(unit.states)
 
 
 def test_equal_hashes_are_equal_disks() -> None:
     timeline = lone_writes()
     [unit] = units_of(timeline, Level.FLUSHED, Options(), [8])
-    bench = StateEvaluator(
+    evaluator = StateEvaluator(
         timeline.source, job_of(AdaptivePlan(1), Level.FLUSHED, Options(), share=True)
     )
     disks: dict[int, bytes] = {}
     for text in unit.states:
         state = parse_state_id(text)
         disk = timeline.open(state).pread(0, 4 * SECTOR)
-        assert disks.setdefault(bench.hash_of(state), disk) == disk
+        assert disks.setdefault(evaluator.hash_of(state), disk) == disk
     assert len(set(disks.values())) == len(disks) > 20

@@ -1,4 +1,4 @@
-"""Stories against looking at every instant: each level's disk is checked anew, from the start."""
+"""File histories against a look at every instant: each disk is checked anew, from the start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from itertools import pairwise
 
 import pytest
 
-from nbdproxy.crash.blame.file_history import LEVELS, carriers, stories
+from nbdproxy.crash.blame.block_owners import RecordingOwners
+from nbdproxy.crash.blame.file_history import LEVELS, carrying_requests, histories
+from nbdproxy.crash.blame.replay import JudgedFiles
 from nbdproxy.crash.explore.judging import ManifestPlan
 from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.states.recorded import RecordedSource
@@ -21,7 +23,7 @@ from nbdproxy.oracles.ext4.owners import OwnerKind
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.persistence.model import Options
-from nbdproxy.report.stories import overview
+from nbdproxy.report.histories import overview
 from tests.support import ext4
 from tests.support.exploring import ext4_case
 from tests.support.forked import ForkedServer
@@ -93,56 +95,57 @@ def test_the_condition_at_every_instant_is_what_a_look_there_finds(
     request: pytest.FixtureRequest, case: str
 ) -> None:
     timeline, manifest = request.getfixturevalue(case)
-    told = stories(timeline, manifest, Tree())
+    told = histories(JudgedFiles(timeline, manifest, Tree()))
     seen = set()
     for level in LEVELS:
         for position in range(timeline.source.events + 1):
             disk = timeline.open(StateId(position, level, Choice.MUST, Options()))
             found = oracle.check(disk, manifest, earlier={}).conditions
-            for story in told:
-                path = story.entry.path
+            for history in told:
+                path = history.entry.path
                 expected = found.get(path, Condition.CANNOT_BE_TOLD)
-                assert story.courses[level].at(position) is expected, (level, position, path)
+                assert history.levels[level].at(position) is expected, (level, position, path)
                 seen.add(expected)
     assert len(seen) > 2
-    for story in told:
-        sent, answered, flushed = (story.courses[level].since for level in LEVELS)
+    for history in told:
+        sent, answered, flushed = (history.levels[level].since for level in LEVELS)
         assert sent is not None
         assert answered is not None
         assert sent <= answered <= (timeline.source.events if flushed is None else flushed)
-    flushed_in_the_end = [story.courses[LEVELS[-1]].since is not None for story in told]
+    flushed_in_the_end = [history.levels[LEVELS[-1]].since is not None for history in told]
     assert flushed_in_the_end == [True, case == "failing"]
 
 
-def test_the_overview_counts_what_the_stories_tell(opened: Opened) -> None:
+def test_the_overview_counts_what_the_histories_tell(opened: Opened) -> None:
     timeline, manifest = opened
-    told = stories(timeline, manifest, Tree())
+    told = histories(JudgedFiles(timeline, manifest, Tree()))
     rows = overview(told)
     assert rows[0][0] == 0
     for position, counts in rows:
         for level in LEVELS:
-            whole = [s.courses[level].at(position) is Condition.WHOLE for s in told]
+            whole = [s.levels[level].at(position) is Condition.WHOLE for s in told]
             assert counts[level] == sum(whole)
     assert list(rows[-1][1].values()) == [2, 2, 1]
 
 
-def test_a_file_hangs_on_the_requests_that_show_in_it(opened: Opened) -> None:
+def test_a_file_needs_the_requests_that_show_in_it(opened: Opened) -> None:
     """Without any one of them it is not whole, or its content is the same without it."""
     timeline, manifest = opened
+    owners = RecordingOwners(timeline, Tree())
     end = timeline.source.events
     for entry in manifest.entries:
-        found = carriers(timeline, entry, Tree())
-        kinds = {owner.kind for carrier in found for owner in carrier.owners}
+        found = carrying_requests(owners, entry)
+        kinds = {owner.kind for request in found for owner in request.owners}
         assert {OwnerKind.FILE_DATA, OwnerKind.INODE_TABLE} <= kinds
         data = [
-            carrier
-            for carrier in found
-            if any(o.kind is OwnerKind.FILE_DATA and entry.path in o.paths for o in carrier.owners)
+            request
+            for request in found
+            if any(o.kind is OwnerKind.FILE_DATA and entry.path in o.paths for o in request.owners)
         ]
         assert data
         own = Manifest((entry,))
-        for carrier in data:
-            lacking = f"s{end}.nothing.but{carrier.seq}"
+        for request in data:
+            lacking = f"s{end}.nothing.but{request.seq}"
             disk = timeline.open(parse_state_id(lacking))
             conditions = oracle.check(disk, own, earlier={}).conditions
             assert conditions[entry.path] is not Condition.WHOLE

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId, parse_state_id
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId, parse_state_id
 from nbdproxy.crash.states.presence import ABSENT, WHOLE, Presence
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import UsageError
 from nbdproxy.extents import Extent
 from nbdproxy.persistence.model import Coverage, Level, Options
-from nbdproxy.recording.index import RequestTable
+from nbdproxy.recording.index import BASE, RequestTable
 from nbdproxy.requests import Command
 from tests.support import persistence_reference as reference
 from tests.support.memory_source import MemorySource
@@ -240,7 +240,7 @@ def test_a_drawn_state_has_all_that_must_and_nothing_that_never_came(
     rows = rows[timeline.table.seq[rows] < position]
     for number in range(5):
         state = StateId(position, level, Choice.DRAW, chosen, seed=seed, number=number)
-        presence = Presence(timeline.fates(chosen), state)
+        presence = Presence(timeline.durability(chosen), state)
         must, _ = made.legal(state)
         here: list[tuple[int, set[int] | None]] = []
         for row, how in zip(rows.tolist(), presence.of(rows).tolist(), strict=True):

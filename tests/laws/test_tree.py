@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import check
-from nbdproxy.oracles.composite import TreeFollower, split
+from nbdproxy.oracles.composite import TreeCheck, split
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import locate
 from nbdproxy.oracles.manifest import Manifest
@@ -65,8 +65,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(empty, full, [*fixed, *differing], tree, wanted)
 
 
-def follower(world: World) -> TreeFollower:
-    return TreeFollower(QUICK, world.files, {}, world.tree)
+def follower(world: World) -> TreeCheck:
+    return TreeCheck(QUICK, world.files, {}, world.tree)
 
 
 Step = tuple[int, int]

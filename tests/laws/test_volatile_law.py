@@ -197,9 +197,9 @@ class Run:
         if job is None:
             return
         if job.ticket is not None:
-            self.disk.ticket_landed(job.ticket)
+            self.disk.ticket_destaged(job.ticket)
         else:
-            self.disk.landed(job.layer)
+            self.disk.destaged(job.layer)
         self.model.forget(job)
 
     def check(self) -> None:
@@ -231,7 +231,7 @@ class Run:
         for write, sectors in sorted(survivors, key=lambda piece: piece[0].order):
             for sector in set(sectors) & set(self.model.free(write)) if write in listed else ():
                 self.model.below[sector] = write.at(sector)
-        self.disk.land_pieces(iter(pieces))
+        self.disk.destage_pieces(iter(pieces))
         assert self.below.pread(0, self.below.size) == content(self.model.below)
 
 

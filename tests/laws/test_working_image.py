@@ -234,11 +234,11 @@ def test_a_check_that_scribbles_sees_each_state_as_it_is(tmp_path: Path) -> None
             states = [str(visit.state) for visit in visits]
             units.append(Unit(cut, tuple(states)))
     with RecordedSource(case.run) as source:
-        bench = StateEvaluator(
+        evaluator = StateEvaluator(
             source, EvaluatorSetup(case.run, None, Level.FLUSHED, Options(), case.judge, False)
         )
-        with closing(bench):
-            found = [one for unit in units for one in bench.judge(unit)]
+        with closing(evaluator):
+            found = [one for unit in units for one in evaluator.judge(unit)]
     assert len(found) > 12
     assert {one.judgement.verdict for one in found} == {Verdict.PASS}
 

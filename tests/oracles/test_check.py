@@ -19,7 +19,7 @@ from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles.check import Findings, Verdict, check, merge, paths, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.filesystem import Filesystem
-from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.incremental_check import IncrementalCheck
 from nbdproxy.oracles.locate import locate
 from nbdproxy.oracles.manifest import (
     Entry,

@@ -47,7 +47,7 @@ def test_data_is_found_wherever_it_lies(
             disk.pwrite(at * SECTOR, bytes(content[one * SECTOR : (one + 1) * SECTOR]))
             at += 1
         number += run
-    found = ContentMap(disk, PATH, bytes(content), Tree()).of(Extent(start, end - start))
+    found = ContentMap(disk, PATH, bytes(content), Tree()).of(Extent.between(start, end))
     assert [one.extent.offset for one in found] == [start, *(o.extent.end for o in found[:-1])]
     assert found[-1].extent.end == end
     told = {}

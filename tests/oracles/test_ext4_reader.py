@@ -244,9 +244,9 @@ def test_inline_data_may_stand_behind_another_attribute() -> None:
     raw[0x28:0x64] = b"b" * 60
     struct.pack_into("<H", raw, 0x80, 32)
     struct.pack_into("<I", raw, 160, inode.XATTR_MAGIC)
-    inode.XATTR_ENTRY.pack_into(raw, 164, 1, 1, 0, 0, 0, 0)
+    inode.XATTR_ENTRY.struct.pack_into(raw, 164, 1, 1, 0, 0, 0, 0)
     raw[180:181] = b"a"
-    inode.XATTR_ENTRY.pack_into(raw, 184, 4, inode.XATTR_SYSTEM, 80, 0, 3, 0)
+    inode.XATTR_ENTRY.struct.pack_into(raw, 184, 4, inode.XATTR_SYSTEM, 80, 0, 3, 0)
     raw[200:204] = b"data"
     raw[244:247] = b"end"
     node = inode.Inode(12, 0o100644, 63, inode.InodeFlag.INLINE_DATA, 0, False, bytes(raw))

@@ -13,7 +13,7 @@ import pytest
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, UsageError
-from nbdproxy.oracles.browse import Found
+from nbdproxy.oracles.browse import BrowsedEntry
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.extract import DEPTH_MAX, Extracted, extract
 from nbdproxy.oracles.mounts import Mount, Tree, tree_of
@@ -167,21 +167,21 @@ class Hostile:
         self._outside = bytes(outside)
         self._names = names
 
-    def find(self, path: bytes) -> Found:
-        return Found(path, FOLDER, 0, 0, None, (1,))
+    def find(self, path: bytes) -> BrowsedEntry:
+        return BrowsedEntry(path, FOLDER, 0, 0, None, (1,))
 
-    def below(self, folder: Found) -> Iterator[Found | tuple[bytes, FilesystemError]]:
+    def below(self, folder: BrowsedEntry) -> Iterator[BrowsedEntry | tuple[bytes, FilesystemError]]:
         for number, (name, mode) in enumerate(self._names, start=2):
             size = 1 << 62 if name == b"huge" else 1
             key = (1,) if name == b"loop" else (number, len(folder.path))
-            yield Found(folder.path.rstrip(b"/") + b"/" + name, mode, size, 0, None, key)
+            yield BrowsedEntry(folder.path.rstrip(b"/") + b"/" + name, mode, size, 0, None, key)
         yield folder.path.rstrip(b"/") + b"/odd", UnsupportedError("nobody knows")
         yield folder.path, CorruptError("a part is broken")
 
-    def target(self, link: Found) -> bytes:
+    def target(self, link: BrowsedEntry) -> bytes:
         return self._outside if b"twice" in link.path else b""
 
-    def pieces(self, _: Found) -> Iterator[tuple[int, bytes]]:
+    def pieces(self, _: BrowsedEntry) -> Iterator[tuple[int, bytes]]:
         yield 0, b"x"
 
 

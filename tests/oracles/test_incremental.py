@@ -18,10 +18,10 @@ from nbdproxy.oracles import check as oracle
 from nbdproxy.oracles.check import Findings, Verdict, check, scan
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.ext4.filesystem import Filesystem
-from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.incremental_check import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest, from_directory
 from nbdproxy.oracles.mounts import Mount
-from nbdproxy.oracles.watched import EVERYTHING, Reads
+from nbdproxy.oracles.watched import EVERYTHING, RangeSet
 
 Run = Callable[..., str]
 Make = Callable[..., Path]
@@ -230,7 +230,7 @@ def test_an_empty_manifest(disk: Counting) -> None:
 
 
 def test_reads_are_a_set_of_bytes() -> None:
-    reads = Reads([(10, 20), (5, 5), (18, 30), (40, 41)])
+    reads = RangeSet([(10, 20), (5, 5), (18, 30), (40, 41)])
     assert list(reads) == [Extent(10, 20), Extent(40, 1)]
     assert reads.total() == 21
     bytes_in = {*range(10, 30), 40}
@@ -238,8 +238,8 @@ def test_reads_are_a_set_of_bytes() -> None:
         for end in range(start, 50):
             assert reads.meets(start, end) == bool(bytes_in & set(range(start, end)))
     assert list(reads.moved(-15, 20)) == [Extent(0, 15)]
-    assert reads.isdisjoint(Reads([(30, 40), (41, 99)]))
-    assert not Reads([(0, 11)]).isdisjoint(reads)
+    assert reads.isdisjoint(RangeSet([(30, 40), (41, 99)]))
+    assert not RangeSet([(0, 11)]).isdisjoint(reads)
 
 
 def test_a_folder_that_comes_goes_and_comes_again(make_image: Make, folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.errors import FilesystemError, ManifestError
 from nbdproxy.oracles.check import Verdict
-from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, locate_all, survey_tree
 from nbdproxy.oracles.plans import GivenMount
@@ -110,12 +110,12 @@ def test_what_lies_in_luks_cannot_be_told(made: Make) -> None:
         fstab = f"LABEL=root / ext4\nLABEL=boot /boot ext4\n{line}\n"
         tree, found = judged(made(BOOT, root(fstab), luks), wanted)
         assert found.conditions["/home/u/letter"] is Condition.CANNOT_BE_TOLD
-        assert "partition 3 is LUKS1" in tree.away["/home"]
+        assert "partition 3 is LUKS1" in tree.unreadable["/home"]
     crypttab = {"/etc/crypttab": "home PARTUUID=" + ident(103) + " none luks\n"}
     fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4\n/dev/mapper/home /home ext4\n"
     named = made(BOOT, root(fstab, crypttab), luks)
     tree, found = judged(named, {**wanted, "/srv/new": "gone"})
-    assert "not read here: partition 3 is LUKS1" in tree.away["/home"]
+    assert "not read here: partition 3 is LUKS1" in tree.unreadable["/home"]
     assert found.conditions["/srv/new"] is Condition.MISSING  # nothing else can hide it
     only = made(BOOT, root(fstab), luks)
     _, found = judged(only, {**wanted, "/srv/new": "gone"})
@@ -126,7 +126,7 @@ def test_a_copy_of_a_root_that_cannot_be_read_is_not_the_root(made: Make) -> Non
     fstab = "/dev/mapper/root / ext4\nLABEL=boot /boot ext4\n"
     crypttab = {"/etc/crypttab": "root PARTUUID=" + ident(103) + " none luks\n"}
     tree, found = judged(made(BOOT, root(fstab, crypttab), Part(raw=LUKS)), GUEST)
-    assert "not read here: partition 3 is LUKS1" in tree.away["/"]
+    assert "not read here: partition 3 is LUKS1" in tree.unreadable["/"]
     assert found.conditions["/etc/passwd"] is Condition.CANNOT_BE_TOLD
     assert found.conditions["/boot/vmlinuz"] is Condition.WHOLE
 
@@ -148,8 +148,8 @@ def test_what_an_fstab_puts_on_another_disk_cannot_be_told(made: Make) -> None:
     told = {p for p, c in found.conditions.items() if c is Condition.CANNOT_BE_TOLD}
     assert told == {"/home/u/a", "/tmp/b", "/net/c", "/run/d"}
     assert found.conditions["/homely"] is Condition.MISSING
-    assert "UUID=77, which is not on this disk" in tree.away["/home"]
-    assert "tmpfs" in tree.away["/tmp"] and "network" in tree.away["/net"]
+    assert "UUID=77, which is not on this disk" in tree.unreadable["/home"]
+    assert "tmpfs" in tree.unreadable["/tmp"] and "network" in tree.unreadable["/net"]
 
 
 def test_a_single_filesystem_is_told_by_its_fstab_too(made: Make) -> None:
@@ -342,7 +342,7 @@ def test_a_link_into_another_filesystem_cannot_be_told(made: Make) -> None:
 def test_a_filesystem_that_breaks_loses_its_own_files_only(made: Make) -> None:
     device = made(BOOT, root("LABEL=root / ext4\nLABEL=boot /boot ext4\n"))
     tree, found = locate(QUICK, device, manifest(GUEST))
-    follower = TreeFollower(QUICK, found, {}, tree)
+    follower = TreeCheck(QUICK, found, {}, tree)
     assert follower.check(device, None).verdict is Verdict.PASS
     device.pwrite((1 << 20) + 1080, b"??")
     now = follower.check(device, None)
@@ -362,7 +362,7 @@ def test_the_disks_of_one_guest_are_looked_at_together(made: Make) -> None:
     wanted = manifest({**GUEST, "/home/u/a": "a", "/home/u/new": "n"})
     (one, two), _ = locate_all(QUICK, [first, second], wanted)
     assert placed(one) == {"/": 2, "/boot": 1} and not two.mounts
-    assert "several filesystems are called so" in two.away["/home"]
+    assert "several filesystems are called so" in two.unreadable["/home"]
     fstab = "LABEL=root / ext4\nLABEL=boot /boot ext4\nLABEL=home /home ext4\n"
     (one, two), found = locate_all(QUICK, [made(BOOT, root(fstab)), second], wanted)
     assert (placed(one), placed(two)) == ({"/": 2, "/boot": 1}, {"/home": 1})
@@ -408,7 +408,7 @@ def test_what_is_mounted_may_be_named_though_it_cannot_be_read(made: Make) -> No
             tree, found = judged(device, wanted, where)
             assert found.conditions["/data/db"] is Condition.CANNOT_BE_TOLD
             assert found.conditions["/opt/gone"] is Condition.MISSING
-            assert tree.away == {"/data": "/data is not read here: partition 2 is LUKS1"}
+            assert tree.unreadable == {"/data": "/data is not read here: partition 2 is LUKS1"}
     with pytest.raises(FilesystemError, match=r"/ is not read here: partition 2 is LUKS1"):
         judged(device, wanted, Where(mounts=(GivenMount("2", "/"),)))
 
@@ -446,7 +446,7 @@ def test_a_disk_of_several_is_named_with_what_is_on_it(made: Make) -> None:
             {"/old": 1},
             {},
         ]
-        assert trees[3].away["/v"] == "/v is not read here: partition 1 of vault is LUKS1"
+        assert trees[3].unreadable["/v"] == "/v is not read here: partition 1 of vault is LUKS1"
     for what, why in (
         ("users.img", "several filesystems are called so"),
         ("1", "several filesystems are called so"),
@@ -477,7 +477,7 @@ def test_the_fstab_of_a_root_that_is_told_is_read(made: Make) -> None:
     assert placed(tree) == {"/": 2, "/boot": 1}
     assert found.conditions["/data/x"] is Condition.CANNOT_BE_TOLD
     assert found.conditions["/new"] is Condition.MISSING
-    assert "UUID=77, which is not on this disk" in tree.away["/data"]
+    assert "UUID=77, which is not on this disk" in tree.unreadable["/data"]
     assert placed(survey_tree(QUICK, device, Where(mounts=(GivenMount("2", "/"),)))) == placed(tree)
     over = Where(mounts=(GivenMount("2", "/"), GivenMount("4", "/boot")))
     assert placed(judged(device, {**ROOT, "/boot/k": "k"}, over)[0]) == {"/": 2, "/boot": 4}

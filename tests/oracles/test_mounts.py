@@ -8,7 +8,7 @@ from pathlib import Path
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import Verdict, check, paths, scan
-from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.incremental_check import IncrementalCheck
 from nbdproxy.oracles.mounts import Mount, Tree, above, tree_of
 from nbdproxy.oracles.quick import QUICK
 from tests.support import places

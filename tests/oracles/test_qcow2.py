@@ -14,7 +14,7 @@ import pytest
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.extents import ExtentSet
 from nbdproxy.oracles.check import Verdict, check
-from nbdproxy.oracles.incremental import IncrementalCheck
+from nbdproxy.oracles.incremental_check import IncrementalCheck
 from nbdproxy.oracles.manifest import Entry, Manifest, digest
 from nbdproxy.oracles.partitions import slices
 from nbdproxy.oracles.qcow2 import Qcow2Device, Qcow2Error, Structure, is_qcow2

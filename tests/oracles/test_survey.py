@@ -12,8 +12,8 @@ import pytest
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.filesystems import FilesystemKind
+from nbdproxy.oracles.guest_disks import GuestDisks
 from nbdproxy.oracles.quick import QUICK
-from nbdproxy.oracles.stores import Disks
 from nbdproxy.oracles.survey import Survey, survey
 
 MIB = 1 << 20
@@ -60,7 +60,7 @@ def test_a_filesystem_has_the_names_that_blkid_prints(
     size, kind, command = MADE[name]
     path = blank(size)
     run(*command, path)
-    (part,) = survey(FileDisk(path, read_only=True)).parts
+    (part,) = survey(FileDisk(path, read_only=True)).filesystems
     seen = blkid(run, path)
     assert (part.kind, part.slice.number) == (kind, 0)
     assert [f"UUID={seen['UUID']}" in part.specs, f"LABEL={seen.get('LABEL')}" in part.specs] == [
@@ -94,13 +94,13 @@ def test_what_cannot_be_read_is_named(
         words = words.removesuffix(" {key}")
     run(*(word.format(image=path, key=key) for word in words.split()))
     found = survey(load(path))
-    assert [str(hidden) for hidden in found.hidden] == [f"whole disk is {what}"]
-    assert not found.parts
+    assert [str(unreadable) for unreadable in found.unreadable] == [f"whole disk is {what}"]
+    assert not found.filesystems
     if (ident := blkid(run, path).get("UUID")) is not None:
-        assert f"UUID={ident}" in found.hidden[0].specs
+        assert f"UUID={ident}" in found.unreadable[0].specs
     if what.startswith("LUKS"):
-        assert f"/dev/mapper/luks-{ident}" in found.hidden[0].specs
-        assert ("LABEL=top" in found.hidden[0].specs) == (what == "LUKS2")
+        assert f"/dev/mapper/luks-{ident}" in found.unreadable[0].specs
+        assert ("LABEL=top" in found.unreadable[0].specs) == (what == "LUKS2")
 
 
 def test_luks2_is_known_by_its_second_header(
@@ -114,7 +114,7 @@ def test_luks2_is_known_by_its_second_header(
     disk.pwrite(0, bytes(4096))
     assert survey(disk) == whole
     disk.pwrite(16384, bytes(4096))
-    assert [hidden.what for hidden in survey(disk).hidden] == ["something unknown"]
+    assert [unreadable.what for unreadable in survey(disk).unreadable] == ["something unknown"]
 
 
 def test_a_seed_beside_the_btrfs_that_grew_from_it(
@@ -127,18 +127,18 @@ def test_a_seed_beside_the_btrfs_that_grew_from_it(
     run("sfdisk", "--quiet", disk, stdin="label: gpt\nsize=128MiB\nsize=128MiB\n")
     both = load(disk)
     both.pwrite(MIB, seed.read_bytes())
-    assert [part.slice.name for part in survey(both).parts] == ["partition 1"]
+    assert [part.slice.name for part in survey(both).filesystems] == ["partition 1"]
     both.pwrite(129 * MIB, one.read_bytes())
-    assert sorted(hidden.words for hidden in Disks(QUICK, [both]).hidden) == [
+    assert sorted(unreadable.words for unreadable in GuestDisks(QUICK, [both]).unreadable) == [
         "partition 1 is a seed of Btrfs",
         "partition 2 is Btrfs, but it has a part on another device",
     ]
-    apart = Disks(QUICK, [load(seed), load(one)])
-    assert [one.words for one in apart.hidden if "seed" in one.words] == [
+    apart = GuestDisks(QUICK, [load(seed), load(one)])
+    assert [one.words for one in apart.unreadable if "seed" in one.words] == [
         "whole disk of disk 1 is a seed of Btrfs"
     ]
-    assert not apart.parts
-    assert "seed" not in str(Disks(QUICK, [load(seed)]).hidden)
+    assert not apart.filesystems
+    assert "seed" not in str(GuestDisks(QUICK, [load(seed)]).unreadable)
 
 
 OLD_MD = struct.pack("<III16xi12xI", 0xA92B4EFC, 0, 90, 5, 3)
@@ -170,7 +170,7 @@ def test_signatures_are_those_of_blkid(what: str, run: Run, blank: Callable[[int
     path.write_bytes(disk.pread(0, disk.size))
     seen = blkid(run, path).get("TYPE")
     assert seen in ({kind, None} if what in NEED_MORE else {kind})
-    assert [hidden.what for hidden in survey(disk).hidden] == [what]
+    assert [unreadable.what for unreadable in survey(disk).unreadable] == [what]
 
 
 def test_nothing_hides_in_swap_and_in_what_reads_zeroes(
@@ -188,7 +188,7 @@ def test_what_is_too_small_for_signatures_is_looked_at_all_the_same(size: int) -
     if size:
         disk = MemoryDisk(size)
         disk.pwrite(0, b"?")
-        assert [str(hidden) for hidden in survey(disk).hidden] == [
+        assert [str(unreadable) for unreadable in survey(disk).unreadable] == [
             "whole disk is something unknown"
         ]
 
@@ -215,13 +215,18 @@ def test_partitions_have_their_own_names_and_unknown_data_is_hidden(
     disk.pwrite(34816 * 512 + 5, b"a boot loader")
     disk.pwrite(36864 * 512 + 5, b"who knows")
     found = survey(disk)
-    assert [(part.slice.number, part.kind) for part in found.parts] == [(1, "fat"), (2, "ext")]
-    assert {"PARTLABEL=EFI System", r"/dev/disk/by-partlabel/EFI\x20System"} <= found.parts[0].specs
+    assert [(part.slice.number, part.kind) for part in found.filesystems] == [
+        (1, "fat"),
+        (2, "ext"),
+    ]
+    assert {"PARTLABEL=EFI System", r"/dev/disk/by-partlabel/EFI\x20System"} <= found.filesystems[
+        0
+    ].specs
     own = {f"{tag}={UUID}" for tag in ("UUID", "PARTUUID")}
     nodes = {f"/dev/disk/by-{tag}/{UUID}" for tag in ("uuid", "partuuid")}
-    assert found.parts[1].specs == own | nodes
-    (hidden,) = found.hidden
-    assert str(hidden) == "partition 4 is something unknown"
+    assert found.filesystems[1].specs == own | nodes
+    (unreadable,) = found.unreadable
+    assert str(unreadable) == "partition 4 is something unknown"
 
 
 def test_what_an_older_filesystem_left_is_not_taken_for_one(
@@ -233,7 +238,7 @@ def test_what_an_older_filesystem_left_is_not_taken_for_one(
     run("mkfs.fat", path)
     disk = load(path)
     disk.pwrite(1024, old)
-    assert [str(one) for one in survey(disk).hidden] == [
+    assert [str(one) for one in survey(disk).unreadable] == [
         "whole disk is ext2, ext3 or ext4 and FAT at once"
     ]
 
@@ -259,11 +264,11 @@ def test_one_copy_of_an_array_is_not_what_a_guest_reads(
     # util-linux 2.41 wants more of a superblock than this one has.
     assert blkid(run, path)["TYPE"] in {"linux_raid_member", "ext2"}
     found = survey(disk)
-    assert not found.parts
-    assert [str(hidden) for hidden in found.hidden] == [
+    assert not found.filesystems
+    assert [str(unreadable) for unreadable in found.unreadable] == [
         "whole disk is a member of an md array (RAID1)"
     ]
-    assert {f"UUID={UUID}", "/dev/md/0"} <= found.hidden[0].specs
+    assert {f"UUID={UUID}", "/dev/md/0"} <= found.unreadable[0].specs
 
 
 def partitioned(run: Run, path: Path, table: str, inside: bytes, at: int = MIB) -> MemoryDisk:
@@ -290,15 +295,15 @@ def test_partitions_of_an_array_are_copies(
     run: Run, blank: Callable[[int], Path], small: bytes
 ) -> None:
     disk = partitioned(run, blank(16), MBR, small)
-    assert {f"UUID={UUID}", "PARTUUID=1234abcd-01"} < survey(disk).parts[0].specs
+    assert {f"UUID={UUID}", "PARTUUID=1234abcd-01"} < survey(disk).filesystems[0].specs
     disk.pwrite(*md_member(disk.size))
     found = survey(disk)
-    assert not found.parts
-    assert [str(hidden) for hidden in found.hidden] == [
+    assert not found.filesystems
+    assert [str(unreadable) for unreadable in found.unreadable] == [
         "whole disk is a member of an md array (RAID1)",
         "partition 1 is on a disk that is a member of an md array (RAID1)",
     ]
-    assert f"UUID={UUID}" in found.hidden[1].specs
+    assert f"UUID={UUID}" in found.unreadable[1].specs
 
 
 AT_THE_START = {
@@ -322,8 +327,10 @@ def test_a_disk_that_is_more_than_its_partitions_hides_files(
     disk = partitioned(run, blank(16), MBR, small)
     disk.pwrite(*AT_THE_START[what])
     found = survey(disk)
-    assert [part.slice.number for part in found.parts] == [1]
-    assert [str(hidden) for hidden in found.hidden] == [f"whole disk is {what}, and has partitions"]
+    assert [part.slice.number for part in found.filesystems] == [1]
+    assert [str(unreadable) for unreadable in found.unreadable] == [
+        f"whole disk is {what}, and has partitions"
+    ]
 
 
 def test_what_is_in_front_of_partitions_and_holds_no_files_hides_none(
@@ -332,14 +339,14 @@ def test_what_is_in_front_of_partitions_and_holds_no_files_hides_none(
     disk = partitioned(run, blank(16), MBR, small)
     disk.pwrite(4086, b"SWAPSPACE2")
     disk.pwrite(512, b"a boot loader")
-    assert not survey(disk).hidden
+    assert not survey(disk).unreadable
 
 
 def test_a_partition_of_a_windows_dynamic_disk_is_not_read_as_it_begins(
     run: Run, blank: Callable[[int], Path], small: bytes
 ) -> None:
     disk = partitioned(run, blank(16), MBR.replace("type=83", "type=42"), small)
-    assert [str(hidden) for hidden in survey(disk).hidden] == [
+    assert [str(unreadable) for unreadable in survey(disk).unreadable] == [
         "partition 1 is part of a Windows dynamic disk"
     ]
 
@@ -348,11 +355,11 @@ def test_partitions_that_only_the_backup_names_are_not_what_linux_sees(
     run: Run, blank: Callable[[int], Path], small: bytes
 ) -> None:
     disk = partitioned(run, blank(16), GPT, small)
-    assert len(survey(disk).parts) == 1
+    assert len(survey(disk).filesystems) == 1
     disk.pwrite(512, bytes(512))
     found = survey(disk)
-    assert not found.parts
-    assert "copy of its GPT at the end" in str(found.hidden[0])
+    assert not found.filesystems
+    assert "copy of its GPT at the end" in str(found.unreadable[0])
 
 
 @pytest.mark.parametrize(
@@ -375,8 +382,8 @@ def test_the_unit_of_an_mbr_is_told_by_where_filesystems_begin(
     for at in places:
         disk.pwrite(at, small)
     found = survey(disk)
-    assert [part.slice.offset for part in found.parts] == readable
-    doubts = [str(hidden) for hidden in found.hidden]
+    assert [part.slice.offset for part in found.filesystems] == readable
+    doubts = [str(unreadable) for unreadable in found.unreadable]
     if len(places) == 2:
         assert "512 or of 4096 bytes" in doubts[0]
     else:
@@ -389,7 +396,7 @@ def test_a_table_within_a_partition_and_a_table_without_partitions(
     inner = blank(1)
     run("sfdisk", "--quiet", inner, stdin="label: dos\nstart=64, size=64, type=83\n")
     disk = partitioned(run, blank(16), GPT, inner.read_bytes())
-    assert [str(hidden) for hidden in survey(disk).hidden] == [
+    assert [str(unreadable) for unreadable in survey(disk).unreadable] == [
         "partition 1 is divided by a partition table"
     ]
     empty = blank(16)
@@ -400,6 +407,6 @@ def test_a_table_within_a_partition_and_a_table_without_partitions(
 def test_a_physical_volume_without_readable_metadata_is_hidden() -> None:
     disk = MemoryDisk(8 * MIB)
     disk.pwrite(512, b"LABELONE" + (1).to_bytes(8, "little") + bytes(8) + b"LVM2 001")
-    assert [str(hidden) for hidden in survey(disk).hidden] == [
+    assert [str(unreadable) for unreadable in survey(disk).unreadable] == [
         "whole disk is a physical volume of LVM whose metadata cannot be read"
     ]

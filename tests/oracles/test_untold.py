@@ -8,7 +8,7 @@ import pytest
 
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.check import Findings
-from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.locate import Where, locate, locate_all
 from nbdproxy.oracles.plans import GivenMount
@@ -55,7 +55,7 @@ def test_what_is_whole_on_another_disk_is_not_lost(made: Make) -> None:
         for path in NEW:
             why = "perhaps on partition 1 of d, mounted at /home; say so with --mount"
             assert tree.of(path) == why
-    found = TreeFollower(QUICK, wanted, {}, trees[0]).check(system, None)
+    found = TreeCheck(QUICK, wanted, {}, trees[0]).check(system, None)
     assert found.conditions["/etc/passwd"] is WHOLE
 
 
@@ -121,7 +121,7 @@ def test_what_was_whole_at_the_instant_that_is_judged_is_judged(made: Make) -> N
     later = made(root(ONLY_ROOT, {"/home/u/a.js": "even later"}), Part(raw=LUKS))
     wanted = manifest({**ROOT, "/home/u/a.js": "after", "/home/u/lost": "lost"})
     tree, _ = locate(QUICK, later, wanted, other=now)
-    found = TreeFollower(QUICK, wanted, {}, tree).check(now, None)
+    found = TreeCheck(QUICK, wanted, {}, tree).check(now, None)
     assert found.conditions.pop("/home/u/lost") is MISSING
     assert set(found.conditions.values()) == {WHOLE}
 
@@ -131,9 +131,7 @@ def test_a_file_that_was_deleted_before_the_end_was_there(made: Make) -> None:
     later = made(root(ONLY_ROOT, None, "/home/u"), Part(raw=LUKS))
     wanted = manifest({**ROOT, "/home/u/a.js": "after"})
     tree, _ = locate(QUICK, later, wanted, other=now)
-    assert TreeFollower(QUICK, wanted, {}, tree).check(now, None).conditions["/home/u/a.js"] is (
-        WHOLE
-    )
+    assert TreeCheck(QUICK, wanted, {}, tree).check(now, None).conditions["/home/u/a.js"] is (WHOLE)
 
 
 def test_where_an_fstab_says_why_nothing_else_is_said(made: Make) -> None:

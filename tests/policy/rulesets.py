@@ -180,5 +180,5 @@ def places(rule: Rule) -> list[Extent] | None:
     if rule.when.file is not None:
         return [Extent(4096, 1024), Extent(0, 256)]
     if rule.when.ranges is not None:
-        return [Extent(low, high - low) for low, high in rule.when.ranges]
+        return [Extent.between(low, high) for low, high in rule.when.ranges]
     return None

@@ -1,6 +1,6 @@
 """Each action and condition at work in the real `Export`: small policies with a story each.
 
-A policy here is written as a user would, and its story is played by `rehearse`. Not covered: real
+A policy here is written as a user would, and its story is played by `dry_run`. Not covered: real
 clients (tests/interop/test_gallery.py) and random rules (test_engine_law.py).
 """
 
@@ -14,7 +14,7 @@ from nbdproxy.policy.compose import compose
 from nbdproxy.policy.examples import Example, parse_step
 from nbdproxy.policy.loader import load, read
 from nbdproxy.policy.model import Policy
-from nbdproxy.server.export.dry_run import rehearse
+from nbdproxy.server.export.dry_run import dry_run
 
 HEAD = 'summary = "s"\nimitates = "i"\n'
 CACHE = "[cache]\nholds = true\n"
@@ -29,7 +29,7 @@ def policy(folder: Path, text: str) -> Policy:
 def play(wanted: Policy, story: str, *, seed: int = 0) -> tuple[str, str]:
     """Play a story of steps, one a line; return what the image holds and what reads show."""
     steps = tuple(parse_step(line.strip(), "story") for line in story.strip().splitlines())
-    found = rehearse(wanted, Example(steps, seed=seed))
+    found = dry_run(wanted, Example(steps, seed=seed))
     assert found.wrong == ()
     return found.image, found.shows
 
@@ -175,7 +175,7 @@ def test_what_survives(tmp_path: Path, survives: str, images: set[str]) -> None:
 def test_a_wrong_story_is_noticed(tmp_path: Path) -> None:
     wanted = policy(tmp_path, '[[rule]]\naction = "lose"\n')
     steps = tuple(parse_step(text, "") for text in ("write 0 A -> EIO", "read 0 -> A"))
-    assert rehearse(wanted, Example(steps, shows=("A",))).wrong == (
+    assert dry_run(wanted, Example(steps, shows=("A",))).wrong == (
         'step "write 0 A -> EIO": the outcome is ok',
         'step "read 0 -> A": the outcome is -',
         "shows is - and not A",

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdproxy.dice import Lot, draw, draw_below
+from nbdproxy.dice import DrawKey, draw, draw_below
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.policy.actions import Action, ActionKind, Keep
 from nbdproxy.policy.effects import SECTOR, flipped, shown_after_write, stuck
@@ -20,7 +20,7 @@ from nbdproxy.policy.survival import surviving
 
 seeds = st.integers(0, 1 << 63)
 sectors = st.integers(1, 12)
-lots = st.builds(Lot, seeds, st.text(max_size=5), st.integers(1, 1000))
+draw_keys = st.builds(DrawKey, seeds, st.text(max_size=5), st.integers(1, 1000))
 
 
 def overlaid(base: bytearray, shown: list[tuple[int, bytes]]) -> bytes:
@@ -29,13 +29,13 @@ def overlaid(base: bytearray, shown: list[tuple[int, bytes]]) -> bytes:
     return bytes(base)
 
 
-@given(lots, sectors, st.sampled_from(Keep), st.none() | st.integers(0, 12))
+@given(draw_keys, sectors, st.sampled_from(Keep), st.none() | st.integers(0, 12))
 def test_a_torn_write_is_old_or_new_sector_by_sector(
-    lot: Lot, count: int, keep: Keep, written: int | None
+    draw_key: DrawKey, count: int, keep: Keep, written: int | None
 ) -> None:
     data, old = b"N" * SECTOR * count, b"O" * SECTOR * count
     action = Action(ActionKind.TEAR, keep=keep, sectors=written)
-    found = overlaid(bytearray(data), shown_after_write(action, lot, 0, data, old))
+    found = overlaid(bytearray(data), shown_after_write(action, draw_key, 0, data, old))
     kinds = [found[at : at + SECTOR] for at in range(0, len(found), SECTOR)]
     assert set(kinds) <= {b"N" * SECTOR, b"O" * SECTOR}
     new = kinds.count(b"N" * SECTOR)
@@ -51,24 +51,24 @@ def test_a_torn_write_is_old_or_new_sector_by_sector(
         assert kinds == sorted(kinds, reverse=True)
 
 
-@given(lots, st.binary(min_size=1, max_size=64), st.integers(1, 600))
-def test_as_many_bits_are_flipped_as_asked(lot: Lot, data: bytes, bits: int) -> None:
-    found = flipped(data, bits, lot)
+@given(draw_keys, st.binary(min_size=1, max_size=64), st.integers(1, 600))
+def test_as_many_bits_are_flipped_as_asked(draw_key: DrawKey, data: bytes, bits: int) -> None:
+    found = flipped(data, bits, draw_key)
     differing = sum((a ^ b).bit_count() for a, b in zip(data, found, strict=True))
     assert differing == min(bits, 8 * len(data))
-    assert flipped(data, bits, lot) == found
+    assert flipped(data, bits, draw_key) == found
 
 
-@given(lots, st.integers(0, 3), sectors, st.integers(1, 4), st.integers(0, 1))
+@given(draw_keys, st.integers(0, 3), sectors, st.integers(1, 4), st.integers(0, 1))
 def test_stuck_bits_are_of_the_sector_not_of_the_read(
-    lot: Lot, first: int, count: int, bits: int, value: int
+    draw_key: DrawKey, first: int, count: int, bits: int, value: int
 ) -> None:
     """Reading all at once, or sector by sector, at any time, shows the same."""
     action = Action(ActionKind.STICK, bits=bits, value=value)
     data = (b"\x00" if value else b"\xff") * SECTOR * count
-    whole = stuck(data, first * SECTOR, action, lot)
+    whole = stuck(data, first * SECTOR, action, draw_key)
     parts = [
-        stuck(data[at : at + SECTOR], first * SECTOR + at, action, lot._replace(number=at + 1))
+        stuck(data[at : at + SECTOR], first * SECTOR + at, action, draw_key._replace(number=at + 1))
         for at in range(0, len(data), SECTOR)
     ]
     assert b"".join(parts) == whole
@@ -81,16 +81,18 @@ def test_stuck_bits_are_of_the_sector_not_of_the_read(
 def test_as_many_bits_of_a_sector_are_stuck_as_asked(value: int) -> None:
     """A draw that comes twice is no second bit."""
     action = Action(ActionKind.STICK, bits=8 * SECTOR, value=value)
-    assert stuck(b"\x5a" * SECTOR, 0, action, Lot(1, "r", 1)) == (b"\x00", b"\xff")[value] * SECTOR
+    assert (
+        stuck(b"\x5a" * SECTOR, 0, action, DrawKey(1, "r", 1)) == (b"\x00", b"\xff")[value] * SECTOR
+    )
 
 
-@given(lots, st.integers(0, 8), st.integers(-8, 8).filter(bool), sectors)
+@given(draw_keys, st.integers(0, 8), st.integers(-8, 8).filter(bool), sectors)
 def test_a_misdirected_write_keeps_its_place_and_takes_another(
-    lot: Lot, at: int, shift: int, count: int
+    draw_key: DrawKey, at: int, shift: int, count: int
 ) -> None:
     data, old = b"N" * SECTOR * count, b"O" * SECTOR * count
     action = Action(ActionKind.MISDIRECT, shift=shift * SECTOR)
-    shown = shown_after_write(action, lot, at * SECTOR, data, old)
+    shown = shown_after_write(action, draw_key, at * SECTOR, data, old)
     assert shown == [(at * SECTOR, old), ((at + shift) * SECTOR, data)]
 
 

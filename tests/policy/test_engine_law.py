@@ -66,7 +66,7 @@ def expected(reference: Reference) -> list[Verdict | None]:
 def agree(decision: Decision | None, verdict: Verdict | None) -> bool:
     if decision is None or verdict is None:
         return decision is None and verdict is None
-    same = (decision.action, decision.lot.rule, decision.lot.number) == verdict[:3]
+    same = (decision.action, decision.draw_key.rule, decision.draw_key.number) == verdict[:3]
     return same and isclose(decision.delay_s, verdict.delay_s, abs_tol=1e-9)
 
 
@@ -95,7 +95,7 @@ def check(dice: random.Random, seed: int) -> Reference:
             if rule.action.kind is not ActionKind.PASS
         }
     )
-    assert +Counter(engine.struck) == +struck, show(rules, happenings)
+    assert +Counter(engine.matched) == +struck, show(rules, happenings)
     return reference
 
 
@@ -161,8 +161,8 @@ def test_a_layer_behind_changes_nothing_before_it(seed: int) -> None:
                 assert other is not None
                 assert other.delay_s >= one.delay_s
             else:
-                assert other is None or other.lot.rule.startswith("behind/")
-        assert before.struck.items() <= after.struck.items()
+                assert other is None or other.draw_key.rule.startswith("behind/")
+        assert before.matched.items() <= after.matched.items()
 
 
 def without_healing(rule: Rule) -> Rule:

@@ -12,7 +12,7 @@ import pytest
 
 from nbdproxy.policy.examples import Example, parse_step
 from nbdproxy.policy.loader import load, names
-from nbdproxy.server.export.dry_run import rehearse
+from nbdproxy.server.export.dry_run import dry_run
 
 STORIES = [
     (name, number, example)
@@ -27,7 +27,7 @@ STORIES = [
     ids=[f"{name}-{number}" for name, number, _ in STORIES],
 )
 def test_it_ends_as_the_example_says(name: str, example: Example) -> None:
-    assert rehearse(load(name).with_settings(example.settings), example).wrong == ()
+    assert dry_run(load(name).with_settings(example.settings), example).wrong == ()
 
 
 @pytest.mark.parametrize("name", names())
@@ -43,7 +43,7 @@ def test_every_rule_strikes_in_an_example(name: str) -> None:
     for example in file.examples:
         policy = file.with_settings(example.settings)
         there |= {rule.name for rule in policy.rules if rule.action.kind.value != "pass"}
-        for played in rehearse(policy, example).played:
+        for played in dry_run(policy, example).played:
             struck |= set(played.rules)
     assert struck == there
 
@@ -61,7 +61,7 @@ def test_every_policy_that_cuts_has_an_example_of_a_cut(name: str) -> None:
 def test_a_wrong_example_is_noticed() -> None:
     steps = tuple(parse_step(text, "") for text in ("write 0 A", "exit"))
     wrong = Example(steps, image=("A", "-"))
-    assert rehearse(load("drop-unflushed").policy, wrong).wrong == ("image is - - and not A -",)
+    assert dry_run(load("drop-unflushed").policy, wrong).wrong == ("image is - - and not A -",)
     right = dataclasses.replace(wrong, image=("-", "-"))
-    assert rehearse(load("drop-unflushed").policy, right).wrong == ()
-    assert rehearse(load("passthrough").policy, wrong).wrong == ()
+    assert dry_run(load("drop-unflushed").policy, right).wrong == ()
+    assert dry_run(load("passthrough").policy, wrong).wrong == ()

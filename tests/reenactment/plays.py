@@ -136,4 +136,5 @@ def flushed_cuts(run: Path) -> list[int]:
     """The cuts right behind an answered flush."""
     with Recording(run) as recording:
         table = recording.table
-        return (table.completed[table.is_flush & (table.completed != NEVER)] + 1).tolist()
+        answered = table.is_flush & (table.completed != NEVER)
+        return [int(position) + 1 for position in table.completed[answered]]

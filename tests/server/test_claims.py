@@ -15,6 +15,7 @@ import trio.testing
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.policy.loader import load
 from nbdproxy.requests import Command, Request
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.jobs import Claims
 from nbdproxy.server.front.export_provider import FixedExports
@@ -70,7 +71,7 @@ def test_a_client_that_reads_nothing_keeps_no_place_from_others() -> None:
     disk = SlowZeroes(16 * MIB)
 
     async def main() -> None:
-        export = Export("", disk, load("passthrough").policy)
+        export = Export("", ImageStore(disk), load("passthrough").policy)
 
         async def connect(nursery: trio.Nursery) -> trio.SocketStream:
             ours, theirs = socket.socketpair()

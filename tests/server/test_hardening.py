@@ -22,11 +22,12 @@ import trio.testing
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.nbd.constants import TlsMode
 from nbdproxy.policy import loader
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.server.front.session import Session
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import server_tls
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import server_tls
 from tests.support import raw_client as raw
 from tests.support.certificates import Certificates
 from tests.support.lower import nbdkit
@@ -265,7 +266,7 @@ def test_a_client_has_ten_seconds_to_open_an_export_and_then_all_day(
     """The clock is a mock one that jumps when everybody waits, so the seconds take none."""
     tls = server_tls(TlsMode.ALLOW, certificates.good, verify_peer=False)
     disk = FileDisk(image)
-    export = Export("", disk, loader.load("passthrough").policy)
+    export = Export("", ImageStore(disk), loader.load("passthrough").policy)
 
     async def play(sock: socket.socket) -> None:
         with suppress(OSError):

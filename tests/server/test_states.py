@@ -91,8 +91,8 @@ def client_of(server: StateServer, name: str) -> NbdClient:
 def test_a_state_is_served_by_its_name(server: StateServer, name: str) -> None:
     with client_of(server, name) as client:
         assert sectors(client.read(0, SIZE)) == DISKS[name]
-    state = state_named(server.shelf.timeline, name)
-    assert sectors(server.shelf.timeline.open(state).pread(0, SIZE)) == DISKS[name]
+    state = state_named(server.exports.timeline, name)
+    assert sectors(server.exports.timeline.open(state).pread(0, SIZE)) == DISKS[name]
 
 
 def test_a_cut_is_all_that_was_sent_by_then() -> None:
@@ -106,7 +106,7 @@ def test_a_cut_is_all_that_was_sent_by_then() -> None:
 
 
 def test_names_of_cuts_are_listed(server: StateServer) -> None:
-    timeline = server.shelf.timeline
+    timeline = server.exports.timeline
     expected = ["end", "before-exit", "riskiest", "mark:half way", "mark:two"]
     assert cut_names(timeline) == expected
     listed = nbdsh(
@@ -163,14 +163,14 @@ def test_what_one_client_writes_no_other_sees(server: StateServer) -> None:
         assert sectors(third.read(0, SIZE)) == DISKS[name]
     with client_of(server, name) as later:
         assert sectors(later.read(0, SIZE)) == DISKS[name]
-    assert sectors(server.shelf.timeline.open(parse_state_id(name)).pread(0, SIZE)) == DISKS[name]
+    assert sectors(server.exports.timeline.open(parse_state_id(name)).pread(0, SIZE)) == DISKS[name]
 
 
 def test_it_is_remembered_what_was_read_of_a_watched_state(server: StateServer) -> None:
-    name, shelf = "s9.flushed.must", server.shelf
+    name, exports = "s9.flushed.must", server.exports
     with client_of(server, name) as before:
         before.read(0, SECTOR)
-        shelf.watch(name)
+        exports.watch(name)
         with client_of(server, name) as one, client_of(server, name) as other:
             one.read(2 * SECTOR, SECTOR)
             other.read(3 * SECTOR, SECTOR)
@@ -181,10 +181,10 @@ def test_it_is_remembered_what_was_read_of_a_watched_state(server: StateServer) 
         with client_of(server, name) as third:
             third.write(4 * SECTOR, b"y" * SECTOR)
             third.read(4 * SECTOR, SECTOR)
-    found = list(shelf.reads(name))
+    found = list(exports.reads(name))
     assert found == [Extent(2 * SECTOR, 2 * SECTOR)]
-    shelf.watch(name)
-    assert list(shelf.reads(name)) == []
+    exports.watch(name)
+    assert list(exports.reads(name)) == []
 
 
 def test_the_empty_name_is_the_end(server: StateServer) -> None:
@@ -194,7 +194,7 @@ def test_the_empty_name_is_the_end(server: StateServer) -> None:
 
 
 def test_hundreds_of_states_one_after_the_other_and_at_once(server: StateServer) -> None:
-    timeline = server.shelf.timeline
+    timeline = server.exports.timeline
     fields = CrashSpaceBuilder(timeline, Level.NOTHING, Options())
     states = [
         visit.state
@@ -234,17 +234,17 @@ def test_the_server_ends_while_clients_are_there() -> None:
 
 
 def test_the_shelf_gives_each_taker_an_export_of_its_own() -> None:
-    shelf = StateExports(make_timeline())
-    one, other = shelf.take("end"), shelf.take("end")
+    exports = StateExports(make_timeline())
+    one, other = exports.take("end"), exports.take("end")
     assert one is not other
-    assert list(shelf.noted) == []
-    shelf.put_back(one)
-    shelf.put_back(other)
+    assert list(exports.noted) == []
+    exports.put_back(one)
+    exports.put_back(other)
     with pytest.raises(UsageError):
-        shelf.take("nothing")
+        exports.take("nothing")
     with pytest.raises(KeyError):
-        shelf.infos["nothing"]
-    info = shelf.infos["s9.flushed.must"]
+        exports.infos["nothing"]
+    info = exports.infos["s9.flushed.must"]
     assert (info.name, info.size) == ("s9.flushed.must", SIZE)
 
 

@@ -16,6 +16,7 @@ import trio
 
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.policy.loader import load
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.export_provider import FixedExports
 from nbdproxy.server.front.session import Session
@@ -34,7 +35,7 @@ def test_requests_that_came_too_late_are_told_so() -> None:
         nonlocal replies
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
-        export = Export("", disk, load("passthrough").policy)
+        export = Export("", ImageStore(disk), load("passthrough").policy)
         session = Session(ours, 1, "test", FixedExports([export]), power=export.power)
         client = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
         async with trio.open_nursery() as nursery:

@@ -21,6 +21,7 @@ from nbdproxy.recording.meta import Ending
 from nbdproxy.recording.reader import Recording
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.places import find_places
 from tests.recording.example import META
@@ -68,7 +69,9 @@ def play(tmp_path: Path, policy: str, story: Callable[[Export], object]) -> None
     async def main() -> None:
         recorder = Watched(tmp_path / "run", META, durable=True)
         disk, rules = MemoryDisk(bytes(4096)), load_all([policy])
-        export = Export("", disk, rules, recorder=recorder, places=find_places(rules, disk))
+        export = Export(
+            "", ImageStore(disk), rules, recorder=recorder, places=find_places(rules, disk)
+        )
         await story(export)  # type: ignore[misc]
         recorder.close(Ending("done", None))
 

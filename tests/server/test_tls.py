@@ -266,7 +266,7 @@ def stalled(uri: str, certificates: Certificates) -> TlsClient:
     """A client in TLS that asked for 64 MiB and reads nothing of it."""
     client = TlsClient(uri, client_context(certificates.good))
     for _ in range(16):
-        client.send(*[Op(READ, 0, 4 * MIB)])
+        client.send(Op(READ, 0, 4 * MIB))
     assert select.select([client.sock], [], [], 20)[0]
     return client
 

@@ -264,7 +264,7 @@ def test_a_long_change_that_fails_keeps_nobody_waiting(
 
 
 def test_a_landing_goes_on_though_its_client_is_gone(tmp_path: Path) -> None:
-    """Else two writes of one place would be at work below, and the older could land last."""
+    """Else two writes of one place would be at work below, and the older could be done last."""
     overlapped = False
     held = threading.Event()
 

@@ -77,7 +77,7 @@ class Case:
         """Explore with a runner, and return what `database` has in the end."""
         with RecordedSource(self.run) as source, closing(Timeline(source)) as timeline:
             fields = CrashSpaceBuilder(timeline, Level.FLUSHED, Options())
-            cuts = cuts_of(source, timeline.fates(Options()), Level.FLUSHED, Every.FLUSH)
+            cuts = cuts_of(source, timeline.durability(Options()), Level.FLUSHED, Every.FLUSH)
             chosen = cuts[-self.cuts :]
             wish = ExploreOptions(self.states, self.seed)
             plan = make_plan(fields, chosen, wish, cuts_possible=len(cuts))

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.browse import ShownMount
+from nbdproxy.oracles.browse import MountBrowser
 from nbdproxy.oracles.check import Findings, Verdict
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.examine import Examination
@@ -34,7 +34,7 @@ class SectorFiles:
     checks = 0
     last = b""
 
-    def follow(
+    def prepare_check(
         self,
         manifest: Manifest,
         *,
@@ -78,7 +78,9 @@ class SectorFiles:
         found = self._files(device).get(entry.path)
         return None if found is None else bytes([int(found)])
 
-    def browse(self, device: ReadableDevice, *, mount: Mount) -> AbstractContextManager[ShownMount]:
+    def browse(
+        self, device: ReadableDevice, *, mount: Mount
+    ) -> AbstractContextManager[MountBrowser]:
         raise NotImplementedError("nobody goes through sectors as files")
 
     def examine(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nbdproxy.disks.memory import MemoryDisk
 from nbdproxy.oracles.check import Findings
-from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.locate import Where, locate
 from nbdproxy.oracles.manifest import Entry, Manifest
 from nbdproxy.oracles.mounts import PartitionName, Tree
@@ -123,7 +123,7 @@ def judged(
 ) -> tuple[Tree, Findings]:
     """Find the files of a guest, and judge them."""
     tree, found = locate(QUICK, device, manifest(wanted), where or Where())
-    return tree, TreeFollower(QUICK, found, {}, tree).check(device, None)
+    return tree, TreeCheck(QUICK, found, {}, tree).check(device, None)
 
 
 def placed(tree: Tree) -> dict[str, PartitionName]:

@@ -354,8 +354,8 @@ def compare(
     """Draw disks of a recipe, and ask both oracles of them; the quick one incrementally."""
     grown = world(recipe, in_guest(kernel), rng)
     states = drawn(grown, rng)
-    real = [kernel.follow(m, earlier={}, mount=ONLY) for m in grown.manifests]
-    quick = [QUICK.follow(m, earlier={}, mount=ONLY) for m in grown.manifests]
+    real = [kernel.prepare_check(m, earlier={}, mount=ONLY) for m in grown.manifests]
+    quick = [QUICK.prepare_check(m, earlier={}, mount=ONLY) for m in grown.manifests]
     last: dict[int, MemoryDisk] = {}
     for _ in range(count):
         state = next(states)

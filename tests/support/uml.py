@@ -11,6 +11,9 @@ one processor, and no network.
 Guarantees: a guest that cannot boot, does not reach the command's end or takes too long is an
 error that says what it printed; no process of it is left.
 
+Where the processor has AMX, this kernel has no room for all registers of a process; there
+`uml_registers.c` is compiled and loaded into it.
+
 Does not cover hosts where ptrace(2) is forbidden: that is such an error.
 """
 
@@ -32,6 +35,9 @@ ROOM = Path("/media")
 """Where the guest has an empty tmpfs to write to; nothing of the host's is needed there."""
 PACKAGE = "user-mode-linux"
 _LIMIT_S = 480.0
+
+_REGISTERS = Path(__file__).with_name("uml_registers.c")
+_COMPILE = ["cc", "-shared", "-fPIC", "-O1", "-nostdlib", "-fno-stack-protector"]
 
 _SAID = "console"
 _STATUS = "status"
@@ -68,6 +74,21 @@ def linux() -> Path:
     with parts.locked():
         found = parts.part("uml", key_of(PACKAGE, release), fetch, f"lab: fetching {PACKAGE}")
     return found / "root" / "usr" / "bin" / "linux.uml"
+
+
+def _preloaded() -> dict[str, str]:
+    """Return what has to be in the kernel's environment on this processor, built if need be."""
+    if " amx_tile " not in Path("/proc/cpuinfo").read_text():
+        return {}
+
+    def compile_it(into: Path) -> None:
+        subprocess.run([*_COMPILE, "-o", into / "registers.so", _REGISTERS], check=True)
+
+    parts = LabCache(default_cache().resolve())
+    with parts.locked():
+        key = key_of(_REGISTERS.read_text(), *_COMPILE)
+        found = parts.part("uml-registers", key, compile_it, "lab: compiling uml_registers.c")
+    return {"LD_PRELOAD": str(found / "registers.so")}
 
 
 def run(
@@ -120,7 +141,8 @@ def _run(words: Sequence[str], said: Path) -> str:
             stdout=output,
             stderr=output,
             start_new_session=True,  # its processes form a group that can be ended
-            env={**os.environ, "TMPDIR": str(said.parent)},  # its memory: /dev/shm may be small
+            # Its memory is in TMPDIR: /dev/shm may be small.
+            env={**os.environ, "TMPDIR": str(said.parent), **_preloaded()},
         )
     try:
         return f"ended with status {process.wait(_LIMIT_S)}"

@@ -12,25 +12,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdproxy.crash.states.cells import NONE, Numbers, Rows, runs
 from nbdproxy.crash.states.naming import Choice, StateId
 from nbdproxy.crash.states.recorded import BaseDisk, RecordedSource
 from nbdproxy.crash.states.timeline import CrashDisk, Timeline
 from nbdproxy.disks.device import ReadableDevice
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, runs
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
-from nbdproxy.recording.index import Mask
+from nbdproxy.recording.index import BASE, Mask, Numbers, Rows
 from nbdproxy.requests import Command
 
-BEFORE = NONE
-"""What a place holds: what was there before the recording."""
 ZEROES = -2
 """What a place holds: zeroes that nobody wrote."""
 UNKNOWN = -3
@@ -66,14 +63,14 @@ FAULTS = frozenset({Fate.BROKEN, Fate.FOREIGN})
 class Finding:
     """A place that does not hold what was sent last.
 
-    `durable` is the row of the request that must be there, NONE if there is none; `holds` is the
-    row of the request whose data is there instead, or BEFORE, ZEROES or UNKNOWN.
+    `durable` is the row of the request that must be there, BASE if there is none; `holds` is the
+    row of the request whose data is there instead, or BASE, ZEROES or UNKNOWN.
     """
 
     extent: Extent
     fate: Fate
-    durable: int = NONE
-    holds: int = NONE
+    durable: int = BASE
+    holds: int = BASE
 
 
 @dataclass(slots=True)
@@ -94,16 +91,13 @@ class Audit:
         if finding.fate is Fate.AS_SENT:
             return
         last = self.findings[-1] if self.findings else None
-        if last is not None and last.extent.end == finding.extent.offset:
-            joined = Extent(last.extent.offset, last.extent.length + finding.extent.length)
-            if Finding(joined, *_kind(last)) == Finding(joined, *_kind(finding)):
-                self.findings[-1] = Finding(joined, *_kind(last))
+        joined = last.extent.joined(finding.extent) if last is not None else None
+        if last is not None and joined is not None:
+            both = replace(last, extent=joined)
+            if both == replace(finding, extent=joined):
+                self.findings[-1] = both
                 return
         self.findings.append(finding)
-
-
-def _kind(finding: Finding) -> tuple[Fate, int, int]:
-    return finding.fate, finding.durable, finding.holds
 
 
 def timeline_on(source: RecordedSource, store: ReadableDevice) -> Timeline:
@@ -145,13 +139,13 @@ class Auditor:
         command = self._timeline.table.command
         at = place.offset
         for start, end, row in self._sent.segments(place.offset, place.end):
-            if row == NONE or command[row] != Command.TRIM:
+            if row == BASE or command[row] != Command.TRIM:
                 continue
             low = -(-start // self._sector) * self._sector
             high = end if end == place.end else end // self._sector * self._sector
             if low < high:
                 yield from _pieces(at, low)
-                yield Extent(low, high - low), True
+                yield Extent.between(low, high), True
                 at = high
         yield from _pieces(at, place.end)
 
@@ -172,7 +166,7 @@ class Auditor:
             )
             durable = stretch.shown(self._must)
             may, trimmed, holds = stretch.look(durable)
-            kept = (holds != UNKNOWN) & (durable != NONE)
+            kept = (holds != UNKNOWN) & (durable != BASE)
             fates = np.select([may, trimmed, kept], [1, 2, 3], default=4)
             if ragged:
                 # The sector is as good as its worst byte.
@@ -213,7 +207,7 @@ class _Stretch:
 
     def shown(self, disk: CrashDisk) -> Rows:
         """Return which row shows in each unit of a state."""
-        found = np.full(len(self._now), NONE, np.int32)
+        found = np.full(len(self._now), BASE, np.int32)
         for low, high, row in disk.segments(self._start, self._end):
             found[self._slice(low, high)] = row
         return found
@@ -226,7 +220,7 @@ class _Stretch:
         may = np.zeros(len(durable), np.bool_)
         trimmed = may.copy()
         holds = np.full(len(may), UNKNOWN, np.int32)
-        since = np.where(durable == NONE, -1, self._table.seq[durable])
+        since = np.where(durable == BASE, BASE, self._table.seq[durable])
         rows = (
             row
             for batch in self._timeline.index.newest_first(self._start, self._end, len(self._table))
@@ -245,21 +239,21 @@ class _Stretch:
                 return may, trimmed, holds
         before = self._equal(_read(self._timeline.base(), Extent(self._start, self._now.size)))
         fresh = before & ~may & (holds == UNKNOWN)
-        holds[fresh] = BEFORE
-        may |= fresh & (durable == NONE)
+        holds[fresh] = BASE
+        may |= fresh & (durable == BASE)
         holds[(holds == UNKNOWN) & ~self._now.any(axis=1)] = ZEROES
         return may, trimmed, holds
 
     def _same(self, row: int) -> tuple[slice, Mask]:
         """Return the units that a request covers, and whether each holds what it wrote."""
-        offset, length = int(self._table.offset[row]), int(self._table.length[row])
-        low, high = max(offset, self._start), min(offset + length, self._end)
+        extent = self._table.extent(row)
+        low, high = max(extent.offset, self._start), min(extent.end, self._end)
         where = self._slice(low, high)
         if self._table.command[row] != Command.WRITE:
             zeroes: Mask = ~np.any(self._now[where], axis=1)
             return where, zeroes
         payload = bytearray(high - low)
-        position = int(self._table.position[row]) + low - offset
+        position = int(self._table.position[row]) + low - extent.offset
         self._timeline.source.read_payload(position, memoryview(payload))
         wrote = np.frombuffer(payload, np.uint8).reshape(-1, self._unit)
         same: Mask = (self._now[where] == wrote).all(axis=1)
@@ -276,7 +270,7 @@ class _Stretch:
 def _touched(timeline: Timeline, sector: int) -> list[Extent]:
     """Return all that requests touched, in whole sectors, ascending."""
     table, size = timeline.table, timeline.source.size
-    rows = (table.length > 0) & (table.command != Command.FLUSH)
+    rows = table.is_changing
     first = table.offset[rows] // sector
     last = -(-(table.offset[rows] + table.length[rows]) // sector)
     order = np.argsort(first, kind="stable")
@@ -284,7 +278,7 @@ def _touched(timeline: Timeline, sector: int) -> list[Extent]:
     heads = np.flatnonzero(np.append(True, first[1:] > furthest[:-1])) if len(first) else first
     ends = furthest[np.append(heads[1:], len(first)) - 1] if len(first) else first
     return [
-        Extent(low * sector, min(high * sector, size) - low * sector)
+        Extent.between(low * sector, min(high * sector, size))
         for low, high in zip(first[heads].tolist(), ends.tolist(), strict=True)
     ]
 
@@ -292,7 +286,7 @@ def _touched(timeline: Timeline, sector: int) -> list[Extent]:
 def _ragged_sectors(timeline: Timeline, sector: int) -> Numbers:
     """Return the sectors that a request covers in part, and the disk's last if it is cut short."""
     table, size = timeline.table, timeline.source.size
-    rows = (table.length > 0) & (table.command != Command.FLUSH)
+    rows = table.is_changing
     edges = np.concatenate(
         (table.offset[rows], table.offset[rows] + table.length[rows], np.array([size], np.int64))
     )
@@ -312,7 +306,7 @@ def _pieces(start: int, end: int) -> Iterator[tuple[Extent, bool]]:
 
 def _as_sent(start: int, end: int) -> Iterator[Finding]:
     if start < end:
-        yield Finding(Extent(start, end - start), Fate.AS_SENT)
+        yield Finding(Extent.between(start, end), Fate.AS_SENT)
 
 
 def _differing(one: Bytes, other: Bytes, sector: int) -> list[tuple[int, int]]:

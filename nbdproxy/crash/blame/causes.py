@@ -1,17 +1,18 @@
-"""Whose fault it is: the cause for which a file is not whole in a crash state.
+"""The cause for which a file is not whole in a crash state: who lost it, and the words for that.
 
 Found by counterfactuals: the same file is looked at in the states that keep more and more at the
 same cut, and the cause is the first thing that would have had to be kept for it to be whole. No
 byte of filesystem layout is interpreted on the way.
 
 Not covered: which bytes of the file, and whether its data or the way to it was lost: see `ranges`.
-What the guest changed itself is looked for after each
-earlier flush (see `replay`); a file that was whole only between two of them counts as never-sent.
+What the guest changed itself is looked for after each earlier flush (see `replay`); a file that was
+whole only between two of them counts as never-sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
@@ -19,32 +20,99 @@ from nbdproxy.persistence.model import Level
 
 
 class Cause(Enum):
-    """The first thing that would have had to be kept."""
+    """The first thing that would have had to be kept; `CAUSES` says what each means."""
 
     FLUSHED_THEN_LOST = "flushed-then-lost"
-    """Durable by the rules: the store, QEMU, or the mode unsafe broke the promise."""
     FLUSH_IN_FLIGHT = "flush-in-flight"
-    """The covering flush was received and not completed."""
     UNFLUSHED = "unflushed"
-    """Completed, and no flush covered it."""
     SENT_UNANSWERED = "sent-unanswered"
-    """Received, and not completed at the cut."""
     CHANGED_BY_GUEST = "changed-by-guest"
-    """It was whole at an earlier flush, and the guest changed or removed it since: no loss."""
     MAPPING_NEVER_SENT = "mapping-never-sent"
-    """Its data was sent into a qcow2 file, and the table that leads to it was still in QEMU."""
     NEVER_SENT = "never-sent"
-    """No request ever carried it: it was still in the guest."""
     CANNOT_BE_TOLD = "cannot-be-told"
-    """What keeps more could not be judged, or something was written that nothing leads to."""
 
 
-_LAYERS = {
-    Level.FLUSHED: Cause.FLUSHED_THEN_LOST,
-    Level.FLUSHED_OR_FLUSHING: Cause.FLUSH_IN_FLIGHT,
-    Level.COMPLETED: Cause.UNFLUSHED,
-    Level.RECEIVED: Cause.SENT_UNANSWERED,
+@dataclass(frozen=True, slots=True)
+class CauseText:
+    """What is said of a cause, wherever it is.
+
+    found     the first layer in which the file is whole, or, in words, what was found instead
+    who       who lost the file: a line of the README's table
+    sentence  of several files, with {they}, {them} and {were}; it follows "3 of 5 files"
+    advice    of one file: what is behind it, and what helps
+    """
+
+    found: Level | str
+    who: str
+    sentence: str
+    advice: str
+
+
+CAUSES = {
+    Cause.FLUSHED_THEN_LOST: CauseText(
+        Level.FLUSHED,
+        "the store, or `cache=unsafe`: it was flushed and is not there",
+        "{were} lost although durable: the cache mode, or the store below, broke its promise",
+        "It had been flushed. The cache mode ignores flushes (unsafe), or the store below lost "
+        "what it had acknowledged: nbdproxy audit tells.",
+    ),
+    Cause.FLUSH_IN_FLIGHT: CauseText(
+        Level.FLUSHED_OR_FLUSHING,
+        "nobody: the flush was not answered yet",
+        "{were} being flushed at that very moment: the flush came too late",
+        "It was being flushed just then. Nobody had promised anything yet.",
+    ),
+    Cause.UNFLUSHED: CauseText(
+        Level.COMPLETED,
+        "the mode's volatile cache: written, but no flush covered it",
+        "had been written and not flushed: a volatile write cache may lose {them}",
+        "It was written and not flushed. An fsync would have protected it, and so would "
+        "cache=writethrough or directsync, which flush every write.",
+    ),
+    Cause.SENT_UNANSWERED: CauseText(
+        Level.RECEIVED,
+        "nobody: it was on its way",
+        "{were} still on the way to the disk, and nobody had promised anything",
+        "It was on its way. Nobody had promised anything yet; an fsync that returns does.",
+    ),
+    Cause.CHANGED_BY_GUEST: CauseText(
+        "none of them, but whole at an earlier flush, all sent",
+        "nobody: it had been whole on the disk, and the guest changed or removed it afterwards",
+        "{were} changed or removed by the guest itself: nobody lost {them}",
+        "It had been whole, and the guest changed or removed it: nothing was lost.",
+    ),
+    Cause.MAPPING_NEVER_SENT: CauseText(
+        "none of them, but whole with clusters of the qcow2 file that nothing leads to",
+        "QEMU, below which was recorded: the data is in the qcow2 file, and the L2 entry that "
+        "leads to it was still in QEMU's memory",
+        "had been written, and the qcow2 table that leads to {them} was still in QEMU's memory "
+        "(no flush had come): it dies with QEMU, and {they} read as zeroes",
+        "Its data was written, and the qcow2 table that leads to it was in QEMU's memory. An fsync "
+        "would have made QEMU write the table; a raw image has none.",
+    ),
+    Cause.NEVER_SENT: CauseText(
+        "none of them",
+        "the guest: no request ever carried it. No cache mode saves it; the application did not "
+        "fsync",
+        "{were} lost in the guest, which had not sent {them} to any disk (no fsync): no cache mode "
+        "could have saved {them}",
+        "No request had carried it as it should be: the guest still had it in memory, or what is "
+        "expected is not of this disk. No cache mode can help. Let the application fsync the file "
+        "and its directory, or sync before the power goes.",
+    ),
+    Cause.CANNOT_BE_TOLD: CauseText(
+        "not known: one of them cannot be judged, or, below qcow2, something was written that "
+        "nothing leads to",
+        "a state that keeps more cannot be judged; or, below qcow2, something was written that "
+        "nothing leads to, and it may be the file's",
+        "{were} lost by someone who cannot be told: what would show it cannot be judged here",
+        "Who lost it cannot be told: a state that keeps more cannot be judged here (--oracle "
+        "kernel may), or something was written that nothing in the qcow2 file leads to.",
+    ),
 }
+"""Everything that is said of causes: replay, explain and the tables of the documents."""
+
+_OF_LAYER = {text.found: cause for cause, text in CAUSES.items()}
 
 
 class WholeFiles(NamedTuple):
@@ -79,7 +147,7 @@ def find_causes(
         left -= saved | doubtful
         is_promised = levels.index(layer) <= levels.index(promised)
         for path in sorted(saved):
-            yield path, Cause.FLUSHED_THEN_LOST if is_promised else _LAYERS[layer]
+            yield path, Cause.FLUSHED_THEN_LOST if is_promised else _OF_LAYER[layer]
         for path in sorted(doubtful):
             yield path, Cause.CANNOT_BE_TOLD
     before = earlier(frozenset(left)) if left else WholeFiles(frozenset(), frozenset())

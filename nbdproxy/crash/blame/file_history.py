@@ -1,4 +1,4 @@
-"""Stories: from which instant on each file was sent, answered and flushed, and what carried it.
+"""File histories: since when each file was sent, answered and flushed, and what carried it.
 
 A file is looked for in the disks that keep what a level keeps, at one instant after the other: all
 at which that changes. `Level.FLUSHED` is what host power loss leaves under cache=none and
@@ -16,24 +16,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nbdproxy.crash.blame.block_owners import names_of
+from nbdproxy.crash.blame.block_owners import RecordingOwners
 from nbdproxy.crash.blame.flushes import Blame, blame
-from nbdproxy.crash.blame.replay import earlier_digests
+from nbdproxy.crash.blame.replay import JudgedFiles
 from nbdproxy.crash.states.naming import Choice, StateId
-from nbdproxy.crash.states.paint import NOTHING
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
-from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.condition import Condition
 from nbdproxy.oracles.manifest import Entry, Manifest
-from nbdproxy.oracles.mounts import Tree
-from nbdproxy.oracles.oracle import Oracle
 from nbdproxy.oracles.owners import Owner
-from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
-from nbdproxy.recording.index import NEVER
-from nbdproxy.requests import Command
+from nbdproxy.recording.index import BASE, NEVER
 
 LEVELS = (Level.RECEIVED, Level.COMPLETED, Level.FLUSHED)
 """What is told of each file: when it was sent, answered, and flushed."""
@@ -51,8 +46,8 @@ class ConditionChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """What one level kept of a file over time; changes ascend, the first is at 0."""
+class LevelHistory:
+    """A file's condition in what one level keeps; changes ascend by position, the first is at 0."""
 
     changes: tuple[ConditionChange, ...]
 
@@ -83,14 +78,15 @@ class FileHistory:
     """What became of one file, level by level."""
 
     entry: Entry
-    courses: Mapping[Level, Course]
+    levels: Mapping[Level, LevelHistory]
 
 
 @dataclass(frozen=True, slots=True)
-class Carrier:
-    """A request whose bytes show in what a file hangs on, and what they are there.
+class CarryingRequest:
+    """A request that holds, in the end, some of a file or of what leads to it, and what that is.
 
-    Instants are nanoseconds since the recording began.
+    `seq` is its number in the recording, `received_ns` nanoseconds since the recording began,
+    `request` its bytes on the disk.
     """
 
     seq: int
@@ -100,27 +96,24 @@ class Carrier:
     blame: Blame
 
 
-def stories(
-    timeline: Timeline,
-    manifest: Manifest,
-    tree: Tree,
+def histories(
+    files: JudgedFiles,
     *,
     options: Options = DEFAULTS,
     progress: Callable[[StateId, int, int], None] = lambda _state, _done, _total: None,
-    oracle: Oracle = QUICK,
 ) -> tuple[FileHistory, ...]:
-    """Return the story of each file of a manifest with absolute paths.
+    """Return the history of each file.
 
     `progress` gets the state looked at next, and how many of a level's instants were. Where a
     filesystem cannot be judged, its files cannot be told; raises FilesystemError if that is so at
     the end of all that was sent.
     """
-    earlier = earlier_digests(timeline, manifest, tree, oracle)
+    timeline, manifest = files.timeline, files.manifest
     found: dict[str, dict[Level, list[ConditionChange]]] = {
         entry.path: {level: [] for level in LEVELS} for entry in manifest.entries
     }
     for level in LEVELS:
-        follower = TreeFollower(oracle, manifest, earlier, tree)
+        follower = TreeCheck(files.oracle, manifest, files.earlier, files.tree)
         last = None
         steps = list(_steps(timeline, level, options))
         for number, (position, changed) in enumerate(steps):
@@ -140,7 +133,9 @@ def stories(
         if level is Level.RECEIVED and last is not None and not last.conditions:
             raise FilesystemError(f"what was sent cannot be read in the end: {last.reason}")
     return tuple(
-        FileHistory(entry, {level: Course(tuple(found[entry.path][level])) for level in LEVELS})
+        FileHistory(
+            entry, {level: LevelHistory(tuple(found[entry.path][level])) for level in LEVELS}
+        )
         for entry in manifest.entries
     )
 
@@ -150,12 +145,12 @@ def _steps(
 ) -> Iterator[tuple[int, list[Extent] | None]]:
     """Yield the positions at which a level keeps more, and where; first 0, with all of the disk."""
     table = timeline.table
-    changing = (table.length > 0) & (table.command != Command.FLUSH)
+    changing = table.is_changing
     rows = np.flatnonzero(changing & (table.error == 0))
     kept_from = {
         Level.RECEIVED: table.seq,
         Level.COMPLETED: table.completed,
-        Level.FLUSHED: timeline.fates(options).durable_from,
+        Level.FLUSHED: timeline.durability(options).durable_from,
     }[level][rows]
     if level is Level.RECEIVED:
         # One that fails is there from when it was received until its error is answered.
@@ -168,47 +163,42 @@ def _steps(
     yield 0, None
     moments, begins = np.unique(kept_from, return_index=True)
     for moment, some in zip(moments.tolist(), np.split(rows, begins[1:]), strict=False):
-        pairs = zip(table.offset[some].tolist(), table.length[some].tolist(), strict=True)
-        yield moment + 1, [Extent(offset, length) for offset, length in pairs]
+        yield moment + 1, table.extents(some)
 
 
-def carriers(
-    timeline: Timeline,
-    entry: Entry,
-    tree: Tree,
-    *,
-    options: Options = DEFAULTS,
-    oracle: Oracle = QUICK,
-) -> tuple[Carrier, ...]:
-    """Return the requests that a file hangs on in the end, in the order received.
+def carrying_requests(
+    owners: RecordingOwners, entry: Entry, *, options: Options = DEFAULTS
+) -> tuple[CarryingRequest, ...]:
+    """Return the requests that a file is made of in the end, in the order received.
 
     Those are the ones that show in the file's content and in what leads to it: its inode, its
     extents, its directories (only its content, where the filesystem is not of the ext family). What
-    all files of the disk hang on is left out, and the journal; none is returned if the file itself
-    is nowhere, or where it is cannot be told.
+    all files of the disk need is left out, and the journal; none is returned if the file itself is
+    nowhere, or where it is cannot be told.
     """
+    timeline, tree = owners.timeline, owners.tree
     if isinstance(tree.of(entry.path), str):
         return ()
     end = timeline.source.events
     disk = timeline.at(end)
-    follower = TreeFollower(oracle, Manifest((entry,)), {}, tree)
+    follower = TreeCheck(owners.oracle, Manifest((entry,)), {}, tree)
     follower.check(disk, None)
-    names = names_of(disk, entry, tree, oracle)
+    names = owners.of(disk.state).names_of(entry)
     found: dict[int, list[Owner]] = {}
     for extent in follower.reads or ():
         stop = min(extent.end, timeline.source.size)
         for start, high, row in disk.segments(extent.offset, stop):
-            if row != NOTHING:
-                own = [o for o in names.of(Extent(start, high - start)) if _leads_to(o, entry)]
+            if row != BASE:
+                own = [o for o in names.of(Extent.between(start, high)) if _leads_to(o, entry)]
                 found.setdefault(row, []).extend(own)
     if not any(entry.path in owner.paths for some in found.values() for owner in some):
         return ()
     table, source = timeline.table, timeline.source
     return tuple(
-        Carrier(
+        CarryingRequest(
             int(table.seq[row]),
             source.time_of(int(table.seq[row])),
-            Extent(int(table.offset[row]), int(table.length[row])),
+            table.extent(row),
             tuple(dict.fromkeys(some)),
             blame(timeline, row, end, options),
         )

@@ -1,4 +1,4 @@
-"""Why a request was not safe at a cut: the flush that should have covered it, and its fate."""
+"""Why a request was not durable at a cut: the flush that should have covered it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nbdproxy.recording.index import NEVER, RequestTable
 
 
 class Safety(StrEnum):
-    """What a request's safety came to."""
+    """Whether a request was durable at a cut, and if not, why."""
 
     UNANSWERED = "unanswered"
     """The request itself had no reply yet."""
@@ -45,7 +45,7 @@ class Blame:
     delay_ns: int | None = None
 
     def sentence(self) -> str:
-        """Say it in words."""
+        """Return the sentence that says so of a request that was lost."""
         flush = self._covers
         return {
             Safety.UNANSWERED: "it had not been answered at the cut",
@@ -60,7 +60,7 @@ class Blame:
         }[self.safety]
 
     def in_the_end(self) -> str:
-        """Say it of a request that nobody has lost."""
+        """Return the sentence that says so of a request that is there in the end."""
         if self.safety is not Safety.BROKEN:
             return self.sentence()
         return f"{self._covers} covers it"
@@ -74,7 +74,7 @@ def blame(timeline: Timeline, row: int, position: int, options: Options) -> Blam
     """Tell why a request was not safe, or that it was."""
     table = timeline.table
     done = int(table.completed[row])
-    durable = int(timeline.fates(options).durable_from[row])
+    durable = int(timeline.durability(options).durable_from[row])
     if durable < position:
         flushes = np.flatnonzero(table.completed == durable)
         own = not len(flushes) or not table.is_flush[flushes[0]]
@@ -92,7 +92,7 @@ def _flushes_fate(timeline: Timeline, row: int, position: int, options: Options)
     covering = _covering(table, row, options)
     answered = table.completed[covering] < position
     failed = covering[answered & (table.error[covering] != 0)]
-    if int(timeline.fates(options).lost_from[row]) < position:
+    if int(timeline.durability(options).lost_from[row]) < position:
         seq = int(table.seq[failed[0]]) if options.fsyncgate and len(failed) else None
         return Blame(Safety.LOST if seq is None else Safety.FAILED, seq)
     begun = covering[(table.seq[covering] < position) & ~answered]

@@ -18,8 +18,9 @@ import functools
 import hashlib
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -27,19 +28,17 @@ from nbdproxy.crash.blame.causes import Cause, WholeFiles, find_causes
 from nbdproxy.crash.blame.unmapped import Unmapped
 from nbdproxy.crash.states.cuts import Cut, resolve
 from nbdproxy.crash.states.naming import Choice, StateId
-from nbdproxy.crash.states.rooted import with_root
 from nbdproxy.crash.states.source import Source
 from nbdproxy.crash.states.taken import taken_under
 from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.errors import FilesystemError, ManifestError
+from nbdproxy.errors import FilesystemError
 from nbdproxy.extents import Extent
 from nbdproxy.oracles.check import Findings, Verdict, merge
-from nbdproxy.oracles.composite import TreeFollower, split
+from nbdproxy.oracles.composite import TreeCheck, split
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import ANYWHERE, Where, locate
-from nbdproxy.oracles.manifest import Manifest
+from nbdproxy.oracles.manifest import Entries, Entry, Manifest
 from nbdproxy.oracles.mounts import Mount, Tree
-from nbdproxy.oracles.oracle import EarlierDigests, Follower, Oracle
+from nbdproxy.oracles.oracle import EarlierDigests, Oracle
 from nbdproxy.oracles.qcow2 import is_qcow2
 from nbdproxy.oracles.quick import QUICK
 from nbdproxy.persistence.model import DEFAULTS, Level, Options
@@ -55,7 +54,11 @@ from nbdproxy.recording.index import Mask, RequestTable
 
 @dataclass(frozen=True, slots=True)
 class FileOutcome:
-    """What became of one file; `cause` is None if it is whole, or if that cannot be told."""
+    """What became of one file; `cause` is None if it is whole, or if that cannot be told.
+
+    >>> FileOutcome(Condition.ZEROED, Cause.UNFLUSHED).is_whole
+    False
+    """
 
     condition: Condition
     cause: Cause | None
@@ -68,7 +71,13 @@ class FileOutcome:
 
 @dataclass(frozen=True, slots=True)
 class StateOutcome:
-    """What a crash state holds; `files` is empty if that cannot be told, for `reason`."""
+    """What a crash state holds; `files` is empty if that cannot be told, for `reason`.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     worst = case.replay([CacheMode.NONE], [Failure.STORAGE_LOSS]).table.cells[0].worst
+    >>> dict(worst.conditions)
+    {<Condition.MISSING: 'missing'>: 2}
+    """
 
     state: StateId
     verdict: Verdict
@@ -93,7 +102,13 @@ class StateOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One cache mode, one failure, and the ends of what it may leave."""
+    """One cache mode, one failure, and the ends of what it may leave.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     (cell,) = case.replay([CacheMode.NONE], [Failure.HOST_POWER_LOSS]).table.cells
+    >>> cell.worst.verdict.value, cell.best.verdict.value
+    ('fail', 'pass')
+    """
 
     mode: CacheMode
     failure: Failure
@@ -110,6 +125,11 @@ class Replay:
     `below_qcow2` tells whether the disk that was recorded is a qcow2 file. `left_out` are the modes
     that this recording tells nothing about, and `why` says why; `remark` says what was taken for
     granted of the cache mode that it was recorded under.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     table = case.replay().table
+    >>> table.cut.text, len(table.manifest.entries), table.left_out
+    ('before-exit', 2, ())
     """
 
     manifest: Manifest
@@ -123,86 +143,122 @@ class Replay:
     remark: str = ""
 
 
-def replay(
-    source: Source,
-    manifest: Manifest,
-    *,
-    modes: Sequence[CacheMode] | None = None,
-    failures: Sequence[Failure] = tuple(Failure),
-    at: str | None = None,
-    cut: Cut | None = None,
-    options: Options = DEFAULTS,
-    recorded_as: CacheMode | None = None,
-    where: Where = ANYWHERE,
-    tree: Tree | None = None,
-    progress: Callable[[StateId], None] = lambda _: None,
-    oracle: Oracle = QUICK,
-) -> Replay:
-    """Judge every asked-for cell of the table.
+@dataclass(frozen=True, slots=True)
+class ReplayOptions:
+    """Which cells of the table are asked for, and how they are judged.
 
-    `modes` None means all that the recording can be projected onto. `at` None means `end` for a
-    guest's poweroff and `before-exit` for every other failure; `cut` is what it names, if that is
-    known. `recorded_as` is the cache mode the recording was taken under, if the user knows. `where`
-    is what is known of where the files are; by default that is looked for, unless `tree` says all.
-    `progress` hears of each state about to be judged.
+    modes        None: all that the recording can be projected onto
+    at           the cut, as a user writes it; None is `end` for a guest's poweroff and
+                 `before-exit` for every other failure
+    model        the reading of the persistence model
+    recorded_as  the cache mode that the recording was taken under, if the user knows
+    """
+
+    modes: Sequence[CacheMode] | None = None
+    failures: Sequence[Failure] = tuple(Failure)
+    at: str | None = None
+    model: Options = DEFAULTS
+    recorded_as: CacheMode | None = None
+
+    def cut(self, source: Source) -> Cut:
+        """Return the cut of a recording; UsageError if it has none of that name."""
+        return resolve(source, self.at or "before-exit")
+
+
+class JudgedFiles:
+    """Files on one recorded disk, and how to judge them.
+
+    manifest  what they should be, with absolute paths
+    tree      where they are
+    oracle    says what they are in a state
+    progress  hears of each state that is judged next
+    apart     each is told of as if it were the only one: what is known of another, such as where
+              its clusters are in a qcow2 file that does not lead to them, does not count for it
+    """
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        manifest: Manifest,
+        tree: Tree,
+        oracle: Oracle = QUICK,
+        progress: Callable[[StateId], None] = lambda _: None,
+        *,
+        apart: bool = False,
+    ) -> None:
+        self.timeline = timeline
+        self.manifest = manifest
+        self.tree = tree
+        self.oracle = oracle
+        self.progress = progress
+        self.apart = apart
+
+    @cached_property
+    def earlier(self) -> EarlierDigests:
+        """The SHA-256 digests that the paths had before the recording, where they had any."""
+        parts = by_folder(self.manifest) if self.apart else [self.manifest]
+        found: dict[str, Collection[str]] = {}
+        for part in parts:
+            found |= earlier_digests(self.timeline, part, self.tree, self.oracle)
+        return found
+
+
+def replay(files: JudgedFiles, options: ReplayOptions, cut: Cut | None = None) -> Replay:
+    """Judge every asked-for cell of the table; `cut` is what the options name, if that is known.
 
     Raises ProjectionError for a mode that the recording tells nothing about, UsageError for a cut
-    that it lacks, ManifestError if none of the files was ever on the disk, and FilesystemError if
-    even the fullest state cannot be read.
+    that it lacks.
     """
-    if cut is None:
-        cut = resolve(source, at or "before-exit")
-    cuts = dict.fromkeys(failures, cut)
-    if at is None and Failure.GUEST_POWEROFF in cuts:
-        cuts[Failure.GUEST_POWEROFF] = resolve(source, "end")
-    timeline = Timeline(source)
-    try:
-        taken = taken_under(timeline, recorded_as)
-        modes = taken.tells if modes is None else modes
-        check_projection(taken, modes)
-        if tree is None:
-            tree, manifest = place(timeline, manifest, cut, where, oracle)
-        earlier = earlier_digests(timeline, manifest, tree, oracle)
-        follower = TreeFollower(oracle, manifest, earlier, tree)
-        judge = _Judge(timeline, manifest, tree, options, follower, progress)
-        cells = [_cell(judge, mode, fails, cuts[fails]) for fails in failures for mode in modes]
-        below_qcow2 = is_qcow2(timeline.at(cut.position))
-    finally:
-        timeline.close()
+    timeline = files.timeline
+    cut = cut or options.cut(timeline.source)
+    cuts = dict.fromkeys(options.failures, cut)
+    if options.at is None and Failure.GUEST_POWEROFF in cuts:
+        cuts[Failure.GUEST_POWEROFF] = resolve(timeline.source, "end")
+    taken = taken_under(timeline, options.recorded_as)
+    modes = taken.tells if options.modes is None else options.modes
+    check_projection(taken, modes)
+    judge = _Judge(files, options.model)
     return Replay(
-        *(manifest, tree, cut, taken.modes, taken.left_out, tuple(cells), below_qcow2),
-        *(taken.why, taken.remark),
+        manifest=files.manifest,
+        tree=files.tree,
+        cut=cut,
+        recorded_under=taken.modes,
+        left_out=taken.left_out,
+        cells=tuple(
+            _cell(judge, mode, fails, cuts[fails]) for fails in options.failures for mode in modes
+        ),
+        below_qcow2=is_qcow2(timeline.at(cut.position)),
+        why=taken.why,
+        remark=taken.remark,
     )
 
 
 def level_at(table: RequestTable, t: int, mode: CacheMode, failure: Failure) -> Level:
     """Return what a failure at t leaves for certain under a cache mode."""
-    return guarantee(mode, failure, exit_flush_failed=exit_flush_failed(table, t)).must
+    return guarantee(mode, failure, exit_flush_failed=exit_flush_failed(table, t))
 
 
 def exit_flush_failed(table: RequestTable, t: int) -> bool:
     """Tell whether the last request by t is a flush that was answered with an error by then."""
-    last = int(np.searchsorted(table.seq, t)) - 1
+    last = table.rows_before(t) - 1
     return bool(
         last >= 0 and table.is_flush[last] and table.error[last] and table.completed[last] < t
     )
 
 
-@dataclass(slots=True, eq=False)
 class _Judge:
     """Judges crash states of one recording against one manifest, each choice of requests once."""
 
-    timeline: Timeline
-    manifest: Manifest
-    tree: Tree
-    options: Options
-    follower: Follower
-    progress: Callable[[StateId], None]
-    behind: dict[tuple[int, Mount], Unmapped] = field(default_factory=dict)
-    known: dict[bytes, Findings] = field(default_factory=dict)
-    outcomes: dict[tuple[bytes, int, Level, Level], StateOutcome] = field(default_factory=dict)
-    earlier: dict[tuple[int, Options, frozenset[str]], WholeFiles] = field(default_factory=dict)
-    _last: Mask | None = None
+    def __init__(self, files: JudgedFiles, options: Options) -> None:
+        self.timeline = files.timeline
+        self.options = options
+        self._files = files
+        self._follower = TreeCheck(files.oracle, files.manifest, files.earlier, files.tree)
+        self._unmapped_behind: dict[tuple[int, Mount, str | None], Unmapped] = {}
+        self._known: dict[bytes, Findings] = {}
+        self._outcomes: dict[tuple[bytes, int, Level, Level], StateOutcome] = {}
+        self._earlier: dict[tuple[int, Options, frozenset[str]], WholeFiles] = {}
+        self._last: Mask | None = None
 
     def outcome(self, state: StateId, level: Level, promise: Level) -> StateOutcome:
         """Judge a state; `level` is what it keeps for certain, and so cannot be the cause.
@@ -210,9 +266,9 @@ class _Judge:
         `promise` is what the mode says is durable.
         """
         key = (_key(self._choice(state)), state.position, level, promise)
-        if key not in self.outcomes:
-            self.outcomes[key] = self._outcome(state, level, promise)
-        return replace(self.outcomes[key], state=state)
+        if key not in self._outcomes:
+            self._outcomes[key] = self._outcome(state, level, promise)
+        return replace(self._outcomes[key], state=state)
 
     def _outcome(self, state: StateId, level: Level, promise: Level) -> StateOutcome:
         findings = self._findings(state)
@@ -239,14 +295,15 @@ class _Judge:
             self.timeline.at(state.position)
         ):
             return found
-        for entry in self.manifest.entries:
-            mount = self.tree.of(entry.path)
+        for entry in self._files.manifest.entries:
+            mount = self._files.tree.of(entry.path)
             if causes.get(entry.path) is not Cause.NEVER_SENT or isinstance(mount, str):
                 continue
-            key = state.position, mount
-            if key not in self.behind:
-                self.behind[key] = Unmapped(self.timeline, state.position, mount)
-            found[entry.path] = self.behind[key].cause(entry)
+            # What was found of one file's clusters tells of those of all later ones.
+            key = state.position, mount, entry.path if self._files.apart else None
+            if key not in self._unmapped_behind:
+                self._unmapped_behind[key] = Unmapped(self.timeline, state.position, mount)
+            found[entry.path] = self._unmapped_behind[key].cause(entry)
         return found
 
     def _kept(self, state: StateId, layer: Level) -> WholeFiles:
@@ -257,7 +314,7 @@ class _Judge:
             for condition in (Condition.WHOLE, Condition.CANNOT_BE_TOLD)
         )
         if not findings.conditions:
-            doubtful = frozenset(self.manifest.paths())
+            doubtful = frozenset(self._files.manifest.paths())
         return WholeFiles(whole, doubtful)
 
     def _whole_earlier(self, state: StateId, paths: frozenset[str]) -> WholeFiles:
@@ -266,9 +323,9 @@ class _Judge:
         And those that may have been, as after a flush nothing could be told of them.
         """
         asked = state.position, state.options, paths
-        if asked not in self.earlier:
-            self.earlier[asked] = self._looked_back(state, paths)
-        return self.earlier[asked]
+        if asked not in self._earlier:
+            self._earlier[asked] = self._looked_back(state, paths)
+        return self._earlier[asked]
 
     def _looked_back(self, state: StateId, paths: frozenset[str]) -> WholeFiles:
         left, whole, doubtful = set(paths), set[str](), set[str]()
@@ -288,19 +345,22 @@ class _Judge:
 
     def _choice(self, state: StateId) -> Mask:
         """Return which requests a state has."""
-        fates, rows = self.timeline.fates(state.options), slice(0, len(self.timeline.table))
+        durability, rows = (
+            self.timeline.durability(state.options),
+            slice(0, len(self.timeline.table)),
+        )
         if state.choice is Choice.ALL:
-            return fates.sent(rows, state.position)
-        return fates.kept(rows, state.position, state.level)
+            return durability.sent(rows, state.position)
+        return durability.kept(rows, state.position, state.level)
 
     def _findings(self, state: StateId) -> Findings:
         choice = self._choice(state)
         key = _key(choice)
-        if key not in self.known:
-            self.progress(state)
+        if key not in self._known:
+            self._files.progress(state)
             disk = self.timeline.open(state)
-            self.known[key] = self.follower.check(disk, self._changed(choice))
-        return self.known[key]
+            self._known[key] = self._follower.check(disk, self._changed(choice))
+        return self._known[key]
 
     def _changed(self, choice: Mask) -> list[Extent] | None:
         """Return where a choice of requests may differ from the one that was judged last."""
@@ -308,9 +368,7 @@ class _Judge:
         if last is None:
             return None
         table = self.timeline.table
-        rows = np.flatnonzero((choice != last) & (table.length > 0))
-        pairs = zip(table.offset[rows].tolist(), table.length[rows].tolist(), strict=True)
-        return [Extent(offset, length) for offset, length in pairs]
+        return table.extents((choice != last) & (table.length > 0))
 
 
 def _key(choice: Mask) -> bytes:
@@ -328,32 +386,12 @@ def _cell(judge: _Judge, mode: CacheMode, failure: Failure, cut: Cut) -> Cell:
     return Cell(mode, failure, cut, verdict, worst, best)
 
 
-def place(
-    timeline: Timeline,
-    manifest: Manifest,
-    cut: Cut,
-    where: Where = ANYWHERE,
-    oracle: Oracle = QUICK,
-) -> tuple[Tree, Manifest]:
-    """Return the guest's tree, and the manifest with absolute paths in it.
-
-    Below a --root that no state has, no file can be told.
-    Looked for where the most is there, at the end or else at the cut. Raises ManifestError if none
-    of the files was ever on the disk, FilesystemError if it cannot be read.
-    """
-    end = timeline.at(timeline.source.events)
-    there = None if cut.position == timeline.source.events else timeline.at(cut.position)
-    try:
-        tree, manifest = locate(oracle, end, manifest, where, there)
-    except (ManifestError, FilesystemError) as at_the_end:
-        if there is None:
-            raise
-        try:
-            tree, manifest = locate(oracle, there, manifest, where, end)
-        except (ManifestError, FilesystemError):
-            raise at_the_end from None
-    (tree,) = with_root([tree], [timeline], manifest, where.root, oracle)
-    return tree, manifest
+def by_folder(manifest: Manifest) -> list[Manifest]:
+    """Return the files of a manifest, directory by directory."""
+    folders: dict[str, list[Entry]] = {}
+    for entry in manifest.entries:
+        folders.setdefault(posixpath.dirname(entry.path), []).append(entry)
+    return [Manifest(Entries(some)) for some in folders.values()]
 
 
 def earlier_digests(

@@ -8,36 +8,28 @@ a mark is looked for in one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from nbdproxy.crash.blame.replay import Cell, FileOutcome, Replay, StateOutcome
-from nbdproxy.crash.blame.replay import replay as replay_one
-from nbdproxy.crash.states.cuts import Cut, resolve
-from nbdproxy.crash.states.naming import StateId
-from nbdproxy.crash.states.recorded import RecordedSource
-from nbdproxy.crash.states.rooted import with_root
-from nbdproxy.crash.states.taken import taken_under
-from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.errors import (
-    FilesystemError,
-    ManifestError,
-    ProjectionError,
-    RecordingError,
-    UsageError,
+from nbdproxy.crash.blame.replay import (
+    Cell,
+    FileOutcome,
+    JudgedFiles,
+    Replay,
+    ReplayOptions,
+    StateOutcome,
+    replay,
 )
+from nbdproxy.crash.states.cuts import Cut, resolve
+from nbdproxy.crash.states.recorded import RecordedSource
+from nbdproxy.errors import ProjectionError, RecordingError, UsageError
 from nbdproxy.oracles.check import merge
 from nbdproxy.oracles.composite import split
 from nbdproxy.oracles.condition import Condition
-from nbdproxy.oracles.locate import ANYWHERE, Where, locate_all
 from nbdproxy.oracles.manifest import Entries, Manifest
 from nbdproxy.oracles.mounts import Tree
-from nbdproxy.oracles.oracle import Oracle
-from nbdproxy.oracles.quick import QUICK
-from nbdproxy.persistence.model import DEFAULTS, Options
-from nbdproxy.persistence.modes import CacheMode, Failure, Taken
+from nbdproxy.persistence.modes import CacheMode, Taken
 
 _UNKNOWN = FileOutcome(Condition.CANNOT_BE_TOLD, None)
 
@@ -48,6 +40,11 @@ class Together:
 
     The table's `recorded_under` are the modes under which all of them can have been taken. Its
     words, and the notes of its cuts, name the recording where they are not the same of all.
+
+    >>> with Case.open("run1", files="files.sha256") as case:
+    ...     together = case.replay()
+    >>> len(together.each), len(together.table.cells)
+    (1, 25)
     """
 
     table: Replay
@@ -55,56 +52,24 @@ class Together:
 
 
 def replay_together(
-    sources: Sequence[RecordedSource],
+    files: Sequence[JudgedFiles],
     manifest: Manifest,
-    *,
-    modes: Sequence[CacheMode] | None = None,
-    failures: Sequence[Failure] = tuple(Failure),
-    at: str | None = None,
-    options: Options = DEFAULTS,
-    recorded_as: CacheMode | None = None,
-    where: Where = ANYWHERE,
-    progress: Callable[[StateId], None] = lambda _: None,
-    oracle: Oracle = QUICK,
+    options: ReplayOptions,
+    cuts: Sequence[Cut],
+    names: Sequence[str],
 ) -> Together:
     """Judge every asked-for cell, as `replay.replay` does for one recording.
 
-    Raises ProjectionError also if there is no mode that all recordings tell of.
+    `files` are the shares that the recordings have of the manifest, and `names` what these are
+    called in the table.
     """
-    if where.partition is not None and len(sources) > 1:
-        raise UsageError("--partition is for one recording; say what is mounted where by --mount")
-    chosen = modes or _in_common([_taken(source, recorded_as) for source in sources])
-    cuts = instants(sources, at or "before-exit")
-    trees, manifest = _place(sources, cuts, manifest, where, oracle)
-    each = tuple(
-        replay_one(
-            source,
-            part,
-            modes=chosen,
-            failures=failures,
-            at=at,
-            cut=cut,
-            options=options,
-            recorded_as=recorded_as,
-            tree=tree,
-            progress=progress,
-            oracle=oracle,
-        )
-        for source, tree, cut, part in zip(
-            sources, trees, cuts, _shares(manifest, trees), strict=True
-        )
-    )
-    names = [f"disk {n} ({source.path.name})" for n, source in enumerate(sources, start=1)]
-    return Together(_merged(each, manifest, names), each)
+    each = tuple(replay(share, options, cut) for share, cut in zip(files, cuts, strict=True))
+    shown = [f"disk {number} ({name})" for number, name in enumerate(names, start=1)]
+    return Together(_merged(each, manifest, shown), each)
 
 
-def _taken(source: RecordedSource, recorded_as: CacheMode | None) -> Taken:
-    with closing(Timeline(source)) as timeline:
-        return taken_under(timeline, recorded_as)
-
-
-def _in_common(every: Sequence[Taken]) -> list[CacheMode]:
-    """Return the modes that all recordings tell of."""
+def modes_in_common(every: Sequence[Taken]) -> list[CacheMode]:
+    """Return the modes that all recordings tell of; ProjectionError if there is none."""
     found = [mode for mode in CacheMode if all(mode in one.tells for one in every)]
     if not found:
         known = "; ".join(
@@ -162,30 +127,7 @@ def _began_ns(source: RecordedSource) -> int:
         ) from None
 
 
-def _place(
-    sources: Sequence[RecordedSource],
-    cuts: Sequence[Cut],
-    manifest: Manifest,
-    where: Where,
-    oracle: Oracle,
-) -> tuple[list[Tree], Manifest]:
-    """Return each recording's part of the tree, found at the end or else at the cuts."""
-    with ExitStack() as stack:
-        timelines = [stack.enter_context(closing(Timeline(source))) for source in sources]
-        ends = [timeline.at(timeline.source.events) for timeline in timelines]
-        names = [str(source.path) for source in sources]
-        there = [t.at(cut.position) for t, cut in zip(timelines, cuts, strict=True)]
-        try:
-            trees, manifest = locate_all(oracle, ends, manifest, where, there, names=names)
-        except (ManifestError, FilesystemError) as at_the_end:
-            try:
-                trees, manifest = locate_all(oracle, there, manifest, where, ends, names=names)
-            except (ManifestError, FilesystemError):
-                raise at_the_end from None
-        return with_root(trees, timelines, manifest, where.root, oracle), manifest
-
-
-def _shares(manifest: Manifest, trees: Sequence[Tree]) -> list[Manifest]:
+def shares(manifest: Manifest, trees: Sequence[Tree]) -> list[Manifest]:
     """Return the files of each recording; the first has those that are on none."""
     if len(trees) == 1:
         return [manifest]

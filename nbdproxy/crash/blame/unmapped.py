@@ -39,7 +39,10 @@ _TRIED_MAX = 64 << 20
 
 
 class Unmapped:
-    """Tells for one cut of a recording who had what no request had carried: the guest, or QEMU."""
+    """Tells, for one cut, whether a file was still in the guest, or its qcow2 table in QEMU.
+
+    Asked of files that are not whole even with all that was sent.
+    """
 
     def __init__(self, timeline: Timeline, position: int, mount: Mount) -> None:
         self._filesystem: Filesystem | None = None
@@ -72,7 +75,7 @@ class Unmapped:
         try:
             node = self._filesystem.lookup(check.absolute(entry.path))
             holes = list(self._holes(node)) if node is not None and node.is_regular else []
-            # Once a hole is on somebody's way, it may be on that of all who come later.
+            # A hole on the way to one file may be on the way to every later one.
             self._has_hole |= any(self._is_hole(*part) for part in self._guest.take())
             if node is not None and holes and self._is_proved(entry, node, holes):
                 return Cause.MAPPING_NEVER_SENT
@@ -150,14 +153,11 @@ class Unmapped:
 
 def orphans(timeline: Timeline, disk: CrashDisk, file: Qcow2Device) -> list[int]:
     """Return the clusters of a qcow2 file that were written by a cut, and nothing leads to."""
-    known = ExtentSet()
-    for extent in (*(own for _, own in file.structures()), *file.on_disk(0, file.size)):
-        known.add(extent.offset, extent.end)
+    known = ExtentSet((*(own for _, own in file.structures()), *file.on_disk(0, file.size)))
     table = timeline.table
     rows = np.flatnonzero((table.command == Command.WRITE) & (table.seq < disk.state.position))
     found: set[int] = set()
-    for row in rows.tolist():
-        start = int(table.offset[row])
-        for part in known.missing(start, start + int(table.length[row])):
+    for extent in table.extents(rows):
+        for part in known.missing(extent.offset, extent.end):
             found.update(range(part.offset // file.cluster, -(-part.end // file.cluster)))
     return [number * file.cluster for number in sorted(found)]

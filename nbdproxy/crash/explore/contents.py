@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from nbdproxy.crash.states.cells import NONE, Cells, Numbers, Rows, runs
+from nbdproxy.crash.states.cells import Cells
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.dice import mix
 from nbdproxy.disks.device import ReadableDevice
+from nbdproxy.extents import runs
+from nbdproxy.recording.index import BASE, Numbers, Rows
 
 SectorDigests = NDArray[np.uint64]
 
@@ -43,18 +45,18 @@ class Contents:
         self._cell_at = np.full(len(cells), -1, np.int64)
 
     def of(self, rows: Rows, cells: Numbers, sectors: Numbers) -> SectorDigests:
-        """Return the digest that each row (or NONE) left in a sector of a cell."""
+        """Return the digest that each row (or BASE) left in a sector of a cell."""
         found = np.full(len(rows), self.zero, np.uint64)
         table = self._timeline.table
         data = self._cells.writes_data(rows, cells)
-        written = np.flatnonzero(data & (rows != NONE))
+        written = np.flatnonzero(data & (rows != BASE))
         for row in np.unique(rows[written]).tolist():
             if self._row_at[row] < 0:
                 self._row_at[row] = self._digest_row(row)
         who = rows[written]
         first = table.offset[who] // self._sector
         found[written] = self._pool[self._row_at[who] + sectors[written] - first]
-        before = np.flatnonzero(data & (rows == NONE))
+        before = np.flatnonzero(data & (rows == BASE))
         for cell in np.unique(cells[before]).tolist():
             if self._cell_at[cell] < 0:
                 self._cell_at[cell] = self._digest_base(cell)
@@ -67,7 +69,7 @@ class Contents:
     def _digest_row(self, row: int) -> int:
         """Digest the sectors of a WRITE; what stands for its torn ends is never asked for."""
         table, sector = self._timeline.table, self._sector
-        offset, length = int(table.offset[row]), int(table.length[row])
+        offset, length = table.extent(row)
         payload = bytearray(-(-(offset % sector + length) // sector) * sector)
         view = memoryview(payload)
         self._timeline.source.read_payload(

@@ -1,8 +1,9 @@
-"""`CrashSpace`: the sectors that chance decides on at one cut, and what each of them may hold.
+"""`CrashSpace`: the set of all disks that the model allows at one cut, sector by sector.
 
-Values with the same content are one, and sectors with one content only are left out: the product
-of the values that are left is the set of all disks that the model allows at this cut (see `fields`
-for how they are found, and for what is not covered).
+A sector is *undecided* if the model allows several contents of it. Of such sectors the space has
+the values that each may hold; values with the same content are one. The product of the sectors'
+values is the set of disks (see `crash_space_builder` for how they are found, and for what is not
+covered).
 
 `CrashSpace.change` tells how any state of the cut differs from the nearer of its two ends, MUST and
 ALL, in time that grows with what the state names, not with the disk.
@@ -20,11 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from nbdproxy.crash.explore.contents import SectorDigests, mixed, sector_digests
-from nbdproxy.crash.states.cells import NONE, Numbers, Rows, expand
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.presence import TORN, WHOLE, Presence, sectors_of
 from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.recording.index import Mask
+from nbdproxy.extents import expand, join_neighbours
+from nbdproxy.recording.index import BASE, Mask, Numbers, Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +50,7 @@ class Values:
 
     sectors    numbers of the sectors on the disk, ascending
     start      where each sector's entries begin; one more at the end
-    rows       the request that an entry is of, or NONE for what was there before the recording;
+    rows       the request that an entry is of, or BASE for what was there before the recording;
                ascending within a sector
     digests    the entry's content
     must       for each sector the entry that shows if nothing that may be there is
@@ -67,7 +68,7 @@ class Values:
 class Mixture(NamedTuple):
     """What a sector may hold that no single value is: parts of several requests.
 
-    `at` is the position of the sector in the field.
+    `at` is the position of the sector in `Values.sectors`.
     """
 
     at: int
@@ -76,17 +77,17 @@ class Mixture(NamedTuple):
 
 
 FindMixtures = Callable[[StateId, Values], "tuple[list[Mixture], bool]"]
-"""Returns the mixtures of a field, and whether all of them were found."""
+"""Returns the mixtures of a space, and whether all of them were found."""
 
 _FEW_LOG10 = 7
 """Mixtures are looked for where so few states can be listed one by one."""
 
 
 class CrashSpace:
-    """What chance decides on at one cut.
+    """The undecided sectors of one cut, and what each may hold.
 
     state    MUST at that cut
-    may      the rows that chance decides on
+    may      the undecided rows: received, changing, and not kept for certain
     durable  the rows that must be there, and show somewhere
     """
 
@@ -110,10 +111,10 @@ class CrashSpace:
         self.first = first_of_content(self.start, values.digests)
         self.must_hash = must_hash
         self._must = self._contents(state, everywhere, values.must)
-        self._chance = frozenset(may.tolist())
+        self._undecided = frozenset(may.tolist())
         everything = replace(state, choice=Choice.ALL)
         counts = np.diff(self.start)
-        presence = Presence(timeline.fates(state.options), everything)
+        presence = Presence(timeline.durability(state.options), everything)
         entries = np.arange(len(values.rows))
         self._in_all = self._there(presence, entries, np.repeat(self.sectors, counts))
         self._in_all[values.must] = True
@@ -185,8 +186,8 @@ class CrashSpace:
             return StateChange(Choice.MUST, self.sectors[:0], self._must[:0], self.must_hash)
         if state.choice is Choice.ALL and not state.pins:
             return StateChange(Choice.ALL, self.sectors[:0], self._must[:0], self.ends.hash)
-        rows = [int(np.searchsorted(self.timeline.table.seq, part.seq)) for part in state.parts]
-        if state.pins or not self._chance.issuperset(rows):
+        rows = [self.timeline.table.rows_before(part.seq) for part in state.parts]
+        if state.pins or not self._undecided.issuperset(rows):
             return self._read_change(state, rows)
         if state.choice is Choice.DRAW:
             where = np.arange(len(self.sectors))
@@ -196,7 +197,7 @@ class CrashSpace:
         return self._changed(state, where, self._shown_named(state, where, rows))
 
     def pinned(self, entries: Numbers) -> tuple[StateId, StateChange]:
-        """Return the state in which these entries show, one for each sector of the field.
+        """Return the state in which these entries show, one for each undecided sector.
 
         Behind the entries of the values come the mixtures, numbered on.
         """
@@ -265,13 +266,13 @@ class CrashSpace:
         """Return the entries that show in some sectors, pins aside: the newest that are there."""
         counts = np.diff(self.start)[where]
         entries = expand(self.start[where], counts)
-        presence = Presence(self.timeline.fates(state.options), state)
+        presence = Presence(self.timeline.durability(state.options), state)
         there = self._there(presence, entries, np.repeat(self.sectors[where], counts))
         there |= entries == np.repeat(self.values.must[where], counts)
         return _newest(entries, there, counts)
 
     def _shown_named(self, state: StateId, where: Numbers, rows: list[int]) -> Numbers:
-        """The same for a state that names parts of requests which chance decides on."""
+        """The same for a state that names parts of undecided requests."""
         counts = self.start[where + 1] - self.start[where]
         entries = expand(self.start[where], counts)
         alone = state.choice is Choice.ONLY
@@ -289,10 +290,10 @@ class CrashSpace:
 
     def _there(self, presence: Presence, entries: Numbers, sectors: Numbers) -> Mask:
         rows = self.values.rows[entries]
-        written = np.unique(rows[rows != NONE])
+        written = np.unique(rows[rows != BASE])
         how = presence.of(written)
         there = np.zeros(len(entries), np.bool_)
-        known = np.flatnonzero(rows != NONE)
+        known = np.flatnonzero(rows != BASE)
         there[known] = how[np.searchsorted(written, rows[known])] == WHOLE
         for row in written[how == TORN].tolist():
             at = np.flatnonzero(rows == row)
@@ -300,18 +301,13 @@ class CrashSpace:
         return there
 
     def pins(self, where: Numbers, entries: Numbers) -> tuple[Pin, ...]:
-        """Return the pins that make one entry show in each of some of the field's sectors."""
-        seq = self.timeline.table.seq
-        pins: list[Pin] = []
+        """Return the pins that make one entry show in each of some undecided sectors."""
         rows = self.values.rows[entries].tolist()
-        for sector, row in zip(self.sectors[where].tolist(), rows, strict=True):
-            value = BASE if row == NONE else int(seq[row])
-            last = pins[-1] if pins else None
-            if last is not None and last.last == sector - 1 and last.front == value:
-                pins[-1] = replace(last, last=sector)
-            else:
-                pins.append(Pin(sector, sector, value))
-        return tuple(pins)
+        pins = (
+            Pin(sector, sector, self.timeline.table.seq_of(row))
+            for sector, row in zip(self.sectors[where].tolist(), rows, strict=True)
+        )
+        return tuple(join_neighbours(pins, Pin.joined))
 
 
 def _newest(entries: Numbers, there: Mask, counts: Numbers) -> Numbers:

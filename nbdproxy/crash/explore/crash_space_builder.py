@@ -1,11 +1,11 @@
-"""`CrashSpaceBuilder`: finds, at one cut after the other, what chance decides on.
+"""`CrashSpaceBuilder`: finds the crash space of one cut after the other.
 
 Rule 6 in whole arrays: a sector may hold what the latest request that must be there left in it, or
 what any request left that may be there and does not happen before one that must; where nothing must
 be there, what was there before the recording. A TRIM that must be there may also have done nothing
 (rule 9).
 
-Guarantees: what the fields allow equals `tests.support.persistence_reference.allowed`.
+Guarantees: what the spaces allow equals `tests.support.persistence_reference.allowed`.
 
 Where requests end inside a sector (`ragged`), each of them beside what must be there is a value;
 combinations of several are `nbdproxy.crash.explore.mixtures`. Not covered: garbage after TRIM.
@@ -22,11 +22,13 @@ from numpy.typing import NDArray
 from nbdproxy.crash.explore.contents import Contents, mixed, sector_digests
 from nbdproxy.crash.explore.crash_space import CrashSpace, Values, first_of_content
 from nbdproxy.crash.explore.mixtures import Mixtures
-from nbdproxy.crash.states.cells import NONE, Cells, Numbers, Rows, concurrent_pairs, expand
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
+from nbdproxy.crash.states.cells import Cells, concurrent_pairs
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
+from nbdproxy.extents import expand
 from nbdproxy.persistence.model import Level, Options
+from nbdproxy.recording.index import BASE, Numbers, Rows
 from nbdproxy.requests import Command
 
 ENTRIES_MAX = 1 << 25
@@ -34,7 +36,7 @@ ENTRIES_MAX = 1 << 25
 
 
 class CrashSpaceBuilder:
-    """Makes the fields of a recording, cut after cut; cheapest if the cuts ascend."""
+    """Makes the crash spaces of a recording, cut after cut; cheapest if the cuts ascend."""
 
     def __init__(self, timeline: Timeline, level: Level, options: Options) -> None:
         self.timeline = timeline
@@ -47,27 +49,25 @@ class CrashSpaceBuilder:
         self._mixtures = Mixtures(timeline, self.cells)
         self._earlier, self._later = concurrent_pairs(table)
         self._is_trim = np.equal(table.command, Command.TRIM)
-        self._fates = timeline.fates(options)
+        self._durability = timeline.durability(options)
         self._reset()
 
     def _reset(self) -> None:
         self._kept = np.zeros(len(self.timeline.table), np.bool_)
-        self._owners = np.full(len(self.cells), NONE, np.int32)
+        self._owners = np.full(len(self.cells), BASE, np.int32)
         self._writers = self._owners.copy()  # TRIMs left out
         self._hash = 0
         self._ragged: dict[int, np.uint64] = {}
 
     def at(self, position: int) -> CrashSpace:
-        """Return the field at a cut."""
+        """Return the space of a cut; UsageError if it is too large to be listed."""
         state = StateId(position, self.level, Choice.MUST, self.options)
         self._keep(state)
         table = self.timeline.table
-        end = int(np.searchsorted(table.seq, position))
-        may = np.flatnonzero(
-            ~self._kept[:end] & (table.length[:end] > 0) & (table.command[:end] != Command.FLUSH)
-        ).astype(np.int32)
+        end = table.rows_before(position)
+        may = np.flatnonzero((~self._kept & table.is_changing)[:end]).astype(np.int32)
         values = self._values(state, may)
-        durable = np.unique(self._owners[self._owners != NONE])
+        durable = np.unique(self._owners[self._owners != BASE])
         return CrashSpace(
             state,
             self.timeline,
@@ -80,7 +80,7 @@ class CrashSpaceBuilder:
     def _keep(self, state: StateId) -> None:
         """Bring what must be there, and its hash, up to a cut."""
         table = self.timeline.table
-        kept = self._fates.kept(slice(0, len(table)), state.position, self.level)
+        kept = self._durability.kept(slice(0, len(table)), state.position, self.level)
         kept &= table.length > 0
         if (self._kept & ~kept).any():
             self._reset()
@@ -128,7 +128,7 @@ class CrashSpaceBuilder:
         cells, rows = self._candidates(may)
         # Beside what covers a sector in part, older data shows.
         data = self.cells.writes_data(rows, cells) | self.cells.ragged[cells]
-        # Cells with one value, or where all values are zeroes, leave nothing to chance.
+        # Cells with one value, or where all values are zeroes, are decided.
         kinds, index, counts = np.unique(cells, return_inverse=True, return_counts=True)
         open_ = (counts > 1) & (np.bincount(index, data, len(kinds)) > 0)
         cells, rows = cells[open_[index]], rows[open_[index]]
@@ -160,19 +160,19 @@ class CrashSpaceBuilder:
         """Return the state that shows what a request makes of a sector that it covers in part."""
         if row == int(self._owners[np.searchsorted(self.cells.bounds, sector)]):
             return state
-        if row == NONE or self._kept[row]:
-            value = BASE if row == NONE else int(self.timeline.table.seq[row])
+        if row == BASE or self._kept[row]:
+            value = self.timeline.table.seq_of(row)
             return replace(state, pins=(Pin(sector, sector, value),))
         return replace(
             state, choice=Choice.ONLY, parts=(RequestPart(int(self.timeline.table.seq[row])),)
         )
 
     def _candidates(self, may: Rows) -> tuple[Numbers, Rows]:
-        """Return each value of each cell that chance may decide on: cells, and rows or NONE."""
+        """Return each value of each cell that may be undecided: cells, and rows or BASE."""
         table = self.timeline.table
         cells, rows = self.cells.pairs(may)
         writer = self._writers[cells]
-        late = table.completed[rows] >= np.where(writer == NONE, -1, table.seq[writer])
+        late = table.completed[rows] >= np.where(writer == BASE, BASE, table.seq[writer])
         # What came before a request that covers a part of its sector may still show beside it.
         late |= self.cells.ragged[cells]
         cells, rows = cells[late], rows[late]

@@ -1,4 +1,4 @@
-"""`StateEvaluator`: where states are judged: a recording, its timeline and a judge, in any process.
+"""`StateEvaluator`: judges crash states of one recording with one judge, in any process.
 
 An `EvaluatorSetup` says what to judge with, a `Unit` which states of one cut. Both can be sent to
 another process, and the same unit gives the same verdicts there; only which states had to be
@@ -19,12 +19,11 @@ from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
 from nbdproxy.crash.explore.crash_space_builder import CrashSpaceBuilder
 from nbdproxy.crash.explore.judging import Judge, Judgement, JudgePlan
 from nbdproxy.crash.explore.sharing import Sharing
-from nbdproxy.crash.states.cells import runs
 from nbdproxy.crash.states.naming import Choice, StateId, parse_state_id
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.crash.states.source import Source
 from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.extents import Extent
+from nbdproxy.extents import Extent, runs
 from nbdproxy.persistence.model import Level, Options
 
 
@@ -58,38 +57,41 @@ class Judged(NamedTuple):
 
 
 class StateEvaluator:
-    """Judges states; `source` is the caller's."""
+    """Judges states; `source` is the caller's, and so is its timeline if that is open already."""
 
-    def __init__(self, source: Source, job: EvaluatorSetup) -> None:
-        self.timeline = Timeline(source)
-        self._fields = CrashSpaceBuilder(self.timeline, job.level, job.options)
+    def __init__(
+        self, source: Source, job: EvaluatorSetup, timeline: Timeline | None = None
+    ) -> None:
+        self.timeline = timeline or Timeline(source)
+        self._owns_timeline = timeline is None
+        self._builder = CrashSpaceBuilder(self.timeline, job.level, job.options)
         self._plan = job.judge
         # One for the states near each end of a cut: between two of these less changes.
         self._judges: dict[Choice, Judge] = {}
         self._share = job.share
-        self._field: CrashSpace | None = None
+        self._space: CrashSpace | None = None
         self._sharing: Sharing | None = None
         self._last: dict[Judge, tuple[int, StateChange]] = {}
 
     def judge(self, unit: Unit) -> list[Judged]:
         """Judge the states of a unit."""
-        field = self._field_at(unit.position)
-        return [self._one(field, parse_state_id(text)) for text in unit.states]
+        space = self._space_at(unit.position)
+        return [self._one(space, parse_state_id(text)) for text in unit.states]
 
-    def _field_at(self, position: int) -> CrashSpace:
-        if self._field is None or self._field.state.position != position:
-            self._field = self._fields.at(position)
-            self._sharing = Sharing(self._field)
-        return self._field
+    def _space_at(self, position: int) -> CrashSpace:
+        if self._space is None or self._space.state.position != position:
+            self._space = self._builder.at(position)
+            self._sharing = Sharing(self._space)
+        return self._space
 
     def hash_of(self, state: StateId) -> int:
         """Return the hash of a state's content; equal ones are equal disks."""
-        return self._field_at(state.position).change(state).hash
+        return self._space_at(state.position).change(state).hash
 
-    def _one(self, field: CrashSpace, state: StateId) -> Judged:
+    def _one(self, space: CrashSpace, state: StateId) -> Judged:
         assert self._sharing is not None
         began = time.perf_counter()
-        change = field.change(state)
+        change = space.change(state)
         known = self._sharing.find(change) if self._share else None
         if known is not None:
             return Judged(str(state), known[1], known[0], time.perf_counter() - began)
@@ -98,27 +100,27 @@ class StateEvaluator:
             others = list(self._judges.values())
             self._judges[near] = others[0].beside() if others else self._plan.open(self.timeline)
         judge = self._judges[near]
-        judgement, reads = judge.judge(state, self._changed(judge, field, change))
+        judgement, reads = judge.judge(state, self._changed(judge, space, change))
         self._last[judge] = state.position, change
         if reads is not None:
             self._sharing.add(change, (str(state), judgement), reads)
         return Judged(str(state), judgement, None, time.perf_counter() - began)
 
     def _changed(
-        self, judge: Judge, field: CrashSpace, change: StateChange
+        self, judge: Judge, space: CrashSpace, change: StateChange
     ) -> Iterable[Extent] | None:
         """Return where a state may differ from the one that the same judge saw before it."""
         if judge not in self._last:
             return None
         position, last = self._last[judge]
-        size = field.state.options.sector
+        size = space.state.options.sector
         sectors = [last.sectors, change.sectors]
         if last.reference is not change.reference:
-            sectors.append(field.ends.sectors)
+            sectors.append(space.ends.sectors)
         differing = np.unique(np.concatenate(sectors))
         found = [Extent(low * size, (high - low) * size) for low, high in runs(differing)]
-        if position != field.state.position:
-            found += self._between(position, field.state.position)
+        if position != space.state.position:
+            found += self._between(position, space.state.position)
         return found
 
     def _between(self, one: int, other: int) -> list[Extent]:
@@ -126,21 +128,20 @@ class StateEvaluator:
 
         A request that must be there at both is there in all states of both.
         """
-        table, level = self.timeline.table, self._fields.level
-        rows = np.arange(int(np.searchsorted(table.seq, max(one, other))))
-        fates = self.timeline.fates(self._fields.options)
-        stays = fates.kept(rows, one, level) & fates.kept(rows, other, level)
-        loose = rows[~stays & (table.length[rows] > 0)]
-        pairs = zip(table.offset[loose].tolist(), table.length[loose].tolist(), strict=True)
-        return [Extent(offset, length) for offset, length in pairs]
+        table, level = self.timeline.table, self._builder.level
+        rows = np.arange(table.rows_before(max(one, other)))
+        durability = self.timeline.durability(self._builder.options)
+        stays = durability.kept(rows, one, level) & durability.kept(rows, other, level)
+        return table.extents(rows[~stays & (table.length[rows] > 0)])
 
     def close(self) -> None:
         """Release judges and timeline."""
         for judge in self._judges.values():
             judge.close()
-        self.timeline.close()
+        if self._owns_timeline:
+            self.timeline.close()
 
 
-def open_bench(job: EvaluatorSetup) -> StateEvaluator:
-    """Open a job's recording and its bench; they are there until the process ends."""
+def open_evaluator(job: EvaluatorSetup) -> StateEvaluator:
+    """Open a job's recording and its evaluator; they are there until the process ends."""
     return StateEvaluator(RecordedSource(job.run, image=job.base), job)

@@ -4,7 +4,7 @@ States are visited as the plan says. One whose content was seen before takes the
 state; the others are judged in units by a runner, which may find that the judge would read the same
 as before. Each state visited is a row of `Verdicts`, with how its verdict was found.
 
-Guarantees: the same recording, wish and judge give the same states with the same verdicts, whoever
+Guarantees: the same recording, plan and judge give the same states with the same verdicts, whoever
 judges them, and in whatever order they come back; a run that was ended and is resumed ends with
 what it would have ended with.
 """
@@ -56,9 +56,13 @@ class Exploration:
     """One run through a plan."""
 
     def __init__(
-        self, fields: CrashSpaceBuilder, plan: ExplorationPlan, judge: JudgePlan, verdicts: Verdicts
+        self,
+        builder: CrashSpaceBuilder,
+        plan: ExplorationPlan,
+        judge: JudgePlan,
+        verdicts: Verdicts,
     ) -> None:
-        self._fields = fields
+        self._builder = builder
         self._plan = plan
         self._judge = judge
         self._verdicts = verdicts
@@ -88,13 +92,13 @@ class Exploration:
     def _units(self) -> Iterator[Unit]:
         """Yield what has to be judged, cut by cut; the rest is entered on the way."""
         position, states = -1, list[str]()
-        for number, visit in enumerate(visits_of(self._fields, self._plan)):
+        for number, visit in enumerate(visits_of(self._builder, self._plan)):
             if states and (visit.state.position != position or len(states) >= UNIT_STATES):
                 yield self._unit(position, states)
                 states = []
             position = visit.state.position
             text = str(visit.state)
-            context = self._judge.context(self._fields.timeline, visit.state)
+            context = self._judge.context(self._builder.timeline, visit.state)
             first = self._first.setdefault((visit.change.hash, context), text)
             if text in self._done:
                 continue

@@ -14,14 +14,14 @@ from nbdproxy.crash.states.naming import StateId
 from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.oracles.check import Findings, Verdict
-from nbdproxy.oracles.composite import TreeFollower
+from nbdproxy.oracles.composite import TreeCheck
 from nbdproxy.oracles.manifest import Manifest
 from nbdproxy.oracles.mounts import Tree
 from nbdproxy.oracles.oracle import EarlierDigests, Oracle
 from nbdproxy.oracles.quick import QuickOracle
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.watched import RangeSet
 
-ReadSet = Reads | ExtentSet
+ReadSet = RangeSet | ExtentSet
 """What of a disk was read: ascending and disjoint, as whoever compares states needs it."""
 
 
@@ -102,7 +102,7 @@ class _ManifestJudge:
         self._plan = plan
         self._timeline = timeline
         self._oracle = oracle
-        self._check = TreeFollower(self._oracle, plan.manifest, plan.earlier, plan.tree)
+        self._check = TreeCheck(self._oracle, plan.manifest, plan.earlier, plan.tree)
         self._last: tuple[Findings, Judgement] | None = None
 
     def judge(

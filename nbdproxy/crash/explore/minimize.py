@@ -2,8 +2,8 @@
 
 Whatever a state shows, each of its sectors may also show what ALL shows, and the result is as legal
 as the state was. So those sectors that differ from ALL are given back, half of them, a quarter and
-so on (delta debugging: Zeller, Hildebrandt, "Simplifying and isolating failure-inducing input",
-2002), first all of a request's together, then piece by piece, as long as the state fails.
+so on (`nbdproxy.delta_debugging`), first all of a request's together, then piece by piece, as long
+as the state fails.
 
 Guarantees: the result fails, and passes (or is unknown) if any one of its requests, and then any
 one of its runs of sectors, is given back; where requests end inside a sector, it is given back as
@@ -14,19 +14,20 @@ found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nbdproxy.crash.explore.evaluator import Judged, StateEvaluator, Unit
-from nbdproxy.crash.states.cells import Numbers, runs
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, RequestPart, StateId
-from nbdproxy.crash.states.paint import NOTHING
+from nbdproxy.crash.states.naming import Choice, Pin, RequestPart, StateId
 from nbdproxy.crash.states.presence import sectors_of
 from nbdproxy.crash.states.timeline import Segment, Timeline
+from nbdproxy.delta_debugging import ddmin
 from nbdproxy.errors import UsageError
+from nbdproxy.extents import join_neighbours, runs
 from nbdproxy.oracles.check import Verdict
+from nbdproxy.recording.index import BASE, Numbers
 
 SINGLES_MAX = 256
 """So many requests are tried alone before sets of them."""
@@ -66,16 +67,26 @@ class _Piece:
     pin: Pin
     others: tuple[int, ...] = ()
 
+    def joined(self, behind: _Piece) -> _Piece | None:
+        """Return both as one if they are alike but for their place, and nothing is between them."""
+        pin = self.pin.joined(behind.pin)
+        if pin is None or (self.row, self.others) != (behind.row, behind.others):
+            return None
+        return replace(self, pin=pin)
+
 
 def minimize(
-    bench: StateEvaluator, state: StateId, *, progress: Callable[[int, int], None] = lambda *_: None
+    evaluator: StateEvaluator,
+    state: StateId,
+    *,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Minimum:
     """Return the least that has to be missing; UsageError if the state does not fail.
 
     `progress` is told how many pieces are left, and how many checks were made.
     """
-    search = _Search(bench, state, progress)
-    pieces = _pieces(bench.timeline, state)
+    search = _Search(evaluator, state, progress)
+    pieces = _pieces(evaluator.timeline, state)
     if not search.fails_as_given():
         raise UsageError(
             f"state {state} does not fail that check; paste one that does, of nbdproxy explore"
@@ -90,9 +101,9 @@ def minimize(
 
 class _Search:
     def __init__(
-        self, bench: StateEvaluator, state: StateId, progress: Callable[[int, int], None]
+        self, evaluator: StateEvaluator, state: StateId, progress: Callable[[int, int], None]
     ) -> None:
-        self._bench = bench
+        self._evaluator = evaluator
         self._state = state
         self._progress = progress
         self._known: dict[tuple[_Piece, ...], Judged] = {}
@@ -102,46 +113,26 @@ class _Search:
     def fails_as_given(self) -> bool:
         return self.given.judgement.verdict is Verdict.FAIL
 
-    def least(self, pieces: list[_Piece]) -> list[_Piece]:
+    def least(self, pieces: Sequence[_Piece]) -> Sequence[_Piece]:
         """Return pieces that fail: by requests, then by sectors, until neither gives any more."""
         groups = _grouped(pieces)
         alone = (group for group in groups[:SINGLES_MAX] if len(groups) > 1 and self.fails(group))
-        left = next(alone, pieces)
+        left: Sequence[_Piece] = next(alone, pieces)
         before = None
         while left != before:
             before = left
-            left = _flat(self._reduce(_grouped(left)))
-            left = _flat(self._reduce([[piece] for piece in _merged(left)]))
-            left = _flat(self._reduce([[one] for piece in left for one in _sectors(piece)]))
+            left = _flat(ddmin(_grouped(left), self._all_fail))
+            left = ddmin(_merged(left), self.fails)
+            left = ddmin([one for piece in left for one in _sectors(piece)], self.fails)
         return left
 
-    def _reduce(self, groups: list[list[_Piece]]) -> list[list[_Piece]]:
-        """Return a subset that fails, and none of whose members can be left out."""
-        parts = 2
-        while len(groups) > 1:
-            size = -(-len(groups) // parts)
-            cuts = [groups[at : at + size] for at in range(0, len(groups), size)]
-            rests = [groups[:at] + groups[at + size :] for at in range(0, len(groups), size)]
-            smaller = self._first_failing(cuts if parts == 2 else [*cuts, *rests])
-            if smaller is not None:
-                parts = 2 if smaller in cuts else max(parts - 1, 2)
-                groups = smaller
-            elif size == 1:
-                break
-            else:
-                parts = min(parts * 2, len(groups))
-        return groups
+    def _all_fail(self, groups: Sequence[Sequence[_Piece]]) -> bool:
+        return self.fails(_flat(groups))
 
-    def _first_failing(self, choices: Sequence[list[list[_Piece]]]) -> list[list[_Piece]] | None:
-        for choice in choices:
-            if self.fails(_flat(choice)):
-                return choice
-        return None
-
-    def fails(self, pieces: list[_Piece]) -> bool:
+    def fails(self, pieces: Sequence[_Piece]) -> bool:
         return self._of(pieces).judgement.verdict is Verdict.FAIL
 
-    def _of(self, pieces: list[_Piece]) -> Judged:
+    def _of(self, pieces: Sequence[_Piece]) -> Judged:
         key = tuple(sorted(pieces, key=lambda piece: piece.pin))
         if key not in self._known:
             self._progress(len(pieces), self.checks)
@@ -149,19 +140,22 @@ class _Search:
         return self._known[key]
 
     def _judge(self, state: StateId) -> Judged:
-        [judged] = self._bench.judge(Unit(state.position, (str(state),)))
+        [judged] = self._evaluator.judge(Unit(state.position, (str(state),)))
         self.checks += judged.shared is None
         return judged
 
     def _named(self, pieces: Sequence[_Piece]) -> StateId:
         everything = replace(self._state, choice=Choice.ALL, parts=(), seed=0, number=0)
-        return replace(everything, pins=_joined(pieces))
+        pins = join_neighbours((piece.pin for piece in pieces), Pin.joined)
+        return replace(everything, pins=tuple(pins))
 
-    def result(self, pieces: list[_Piece]) -> Minimum:
+    def result(self, pieces: Sequence[_Piece]) -> Minimum:
         key = tuple(sorted(pieces, key=lambda piece: piece.pin))
         state = self._named(key)
-        missing = _without(self._bench.timeline, state, key)
-        same = missing is not None and self._bench.hash_of(missing) == self._bench.hash_of(state)
+        missing = _without(self._evaluator.timeline, state, key)
+        same = missing is not None and self._evaluator.hash_of(missing) == self._evaluator.hash_of(
+            state
+        )
         shown = missing if missing is not None and same else state
         return Minimum(shown, self._of(pieces), _lost(key), self.checks)
 
@@ -188,10 +182,7 @@ def _pieces(timeline: Timeline, state: StateId) -> list[_Piece]:
                 found.append(_Piece(parts[-1][2], replace(pin, first=sector, last=sector)))
             elif shown[sector] != parts:
                 row, *others = _missing(parts, shown[sector])
-                values = [
-                    (BASE if one == NOTHING else int(table.seq[one]), high - low)
-                    for low, high, one in shown[sector]
-                ]
+                values = [(table.seq_of(one), high - low) for low, high, one in shown[sector]]
                 pin = Pin(sector, sector, values[-1][0], mix=tuple(values[:-1]))
                 found.append(_Piece(row, pin, tuple(others)))
     return _merged(found)
@@ -209,9 +200,9 @@ def _missing(parts: Sequence[Segment], shown: Sequence[Segment]) -> list[int]:
 
 def _touched(timeline: Timeline, state: StateId) -> Numbers:
     """Return the sectors in which a state can differ from ALL: those of May, and what it names."""
-    table, fates = timeline.table, timeline.fates(state.options)
-    rows = np.arange(int(np.searchsorted(table.seq, state.position)))
-    may = rows[~fates.kept(rows, state.position, state.level) & (table.length[rows] > 0)]
+    table, durability = timeline.table, timeline.durability(state.options)
+    rows = np.arange(table.rows_before(state.position))
+    may = rows[~durability.kept(rows, state.position, state.level) & (table.length[rows] > 0)]
     named = np.searchsorted(table.seq, [part.seq for part in state.parts])
     spans = [
         sectors_of(table, int(row), state.options.sector)
@@ -238,21 +229,8 @@ def _by_sector(segments: Iterator[Segment], size: int) -> dict[int, list[Segment
     return found
 
 
-def _merged(pieces: list[_Piece]) -> list[_Piece]:
-    """Join neighbours that are alike."""
-    found: list[_Piece] = []
-    for piece in pieces:
-        last = found[-1] if found else None
-        if (
-            last is not None
-            and (last.row, last.others) == (piece.row, piece.others)
-            and last.pin.last + 1 == piece.pin.first
-            and last.pin.value == piece.pin.value
-        ):
-            found[-1] = replace(last, pin=replace(last.pin, last=piece.pin.last))
-        else:
-            found.append(piece)
-    return found
+def _merged(pieces: Iterable[_Piece]) -> list[_Piece]:
+    return list(join_neighbours(pieces, _Piece.joined))
 
 
 def _sectors(piece: _Piece) -> Iterator[_Piece]:
@@ -260,7 +238,7 @@ def _sectors(piece: _Piece) -> Iterator[_Piece]:
         yield replace(piece, pin=replace(piece.pin, first=sector, last=sector))
 
 
-def _grouped(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+def _grouped(pieces: Sequence[_Piece]) -> list[Sequence[_Piece]]:
     groups: dict[int, list[_Piece]] = {}
     for piece in pieces:
         groups.setdefault(piece.row, []).append(piece)
@@ -271,22 +249,10 @@ def _flat(groups: Sequence[Sequence[_Piece]]) -> list[_Piece]:
     return [piece for group in groups for piece in group]
 
 
-def _joined(pieces: Sequence[_Piece]) -> tuple[Pin, ...]:
-    merged: list[Pin] = []
-    for piece in pieces:
-        last = merged[-1] if merged else None
-        alike = last is not None and last.value == piece.pin.value
-        if last is not None and alike and last.last + 1 == piece.pin.first:
-            merged[-1] = replace(last, last=piece.pin.last)
-        else:
-            merged.append(piece.pin)
-    return tuple(merged)
-
-
 def _lost(pieces: Sequence[_Piece]) -> tuple[Lost, ...]:
     return tuple(
         Lost(row, piece.pin.first, piece.pin.last)
-        for piece in _merged(list(pieces))
+        for piece in _merged(pieces)
         for row in (piece.row, *piece.others)
     )
 
@@ -296,7 +262,7 @@ def _without(timeline: Timeline, state: StateId, pieces: Sequence[_Piece]) -> St
     size, table = state.options.sector, timeline.table
     parts = []
     for lost in _lost(pieces):
-        if lost.row == NOTHING:
+        if lost.row == BASE:
             return None
         first, end = sectors_of(table, lost.row, size)
         seq = int(table.seq[lost.row])

@@ -20,10 +20,10 @@ import numpy as np
 
 from nbdproxy.crash.explore.contents import sector_digests
 from nbdproxy.crash.explore.crash_space import Mixture, Values
-from nbdproxy.crash.states.cells import NONE, Cells, Numbers, Rows
-from nbdproxy.crash.states.naming import BASE, Pin, StateId
+from nbdproxy.crash.states.cells import Cells
+from nbdproxy.crash.states.naming import Pin, StateId
 from nbdproxy.crash.states.timeline import Timeline
-from nbdproxy.recording.index import Mask
+from nbdproxy.recording.index import BASE, Mask, Numbers, Rows
 from nbdproxy.requests import Command
 
 SECTORS_MAX = 64
@@ -57,17 +57,17 @@ class Mixtures:
         cells = np.flatnonzero(self._cells.ragged)
         first = np.full(len(self._cells), len(self._table), np.int32)
         if len(cells):
-            rows = np.flatnonzero(self._table.length > 0).astype(np.int32)
+            rows = np.flatnonzero(self._table.is_changing).astype(np.int32)
             touched, entries = self._cells.pairs(rows)
             np.minimum.at(first, touched, entries)
         return self._cells.bounds[cells], first[cells]
 
     def find(self, state: StateId, values: Values, kept: Mask) -> tuple[list[Mixture], bool]:
-        """Return the mixtures of a field's sectors, and whether these are all that there are.
+        """Return the mixtures of undecided sectors, and whether these are all that there are.
 
         `kept` are the rows that must be there.
         """
-        end = int(np.searchsorted(self._table.seq, state.position))
+        end = self._table.rows_before(state.position)
         sectors, first = self._ragged
         sectors = sectors[first < end]
         if len(sectors) > SECTORS_MAX:
@@ -103,13 +103,12 @@ class Mixtures:
         start = sector * self._sector
         stop = min(start + self._sector, self._timeline.source.size)
         batches = list(self._timeline.index.newest_first(start, stop, end))
-        rows = np.concatenate(batches).tolist() if batches else []
+        rows = np.sort(np.concatenate([np.empty(0, np.int32), *batches]))
         if len(rows) > REQUESTS_MAX:
             return None
-        offset, length = self._table.offset, self._table.length
         spans = {
-            row: (max(int(offset[row]), start), min(int(offset[row] + length[row]), stop))
-            for row in sorted(rows)
+            row: (max(extent.offset, start), min(extent.end, stop))
+            for row, extent in zip(rows.tolist(), self._table.extents(rows), strict=True)
         }
         edges = sorted({start, stop, *(edge for span in spans.values() for edge in span)})
         unit = {edge: number for number, edge in enumerate(edges)}
@@ -138,7 +137,7 @@ class Mixtures:
             for item in items
         ]
         needed = sum(1 << number for number, item in enumerate(items) if item.needed)
-        seen = {(0, (NONE,) * units)}
+        seen = {(0, (BASE,) * units)}
         todo = list(seen)
         while todo:
             done, content = todo.pop()
@@ -157,7 +156,7 @@ class Mixtures:
     def _pin(self, sector: int, content: tuple[int, ...], edges: list[int]) -> Pin:
         parts: list[tuple[int, int]] = []
         for row, (low, high) in zip(content, pairwise(edges), strict=True):
-            value = BASE if row == NONE else int(self._table.seq[row])
+            value = self._table.seq_of(row)
             if parts and parts[-1][0] == value:
                 parts[-1] = value, parts[-1][1] + high - low
             else:

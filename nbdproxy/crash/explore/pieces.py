@@ -1,7 +1,7 @@
 """Hands a recording over to a machine that cannot see it, in content-addressed pieces.
 
-A `Parcel` lists what the recording consists of: its events, its payloads, and of its image what is
-not in the recording. All that stands in pieces of at most 8 MiB, each named by its xxh3-128. A
+A `Snapshot` lists what the recording consists of: its events, its payloads, and of its image what
+is not in the recording. All that stands in pieces of at most 8 MiB, each named by its xxh3-128. A
 `PieceSource` reads them at one end; at the other a `PieceStore` keeps them, asks only for those
 that it lacks, and puts the recording together. A recording that is still being written, or whose
 writer was killed, arrives as what it was when the source was opened.
@@ -34,7 +34,7 @@ PIECE_MAX = 8 * 1024 * 1024
 """Bytes; a piece is held in memory at both ends and on the way, and Dask warns from 10 MB on."""
 
 IMAGE = "base"
-"""The file of a parcel that stands for the image."""
+"""The file of a snapshot that stands for the image."""
 
 _Read = Callable[[int, int], bytes]
 """Reads so many bytes at an offset."""
@@ -50,7 +50,7 @@ class FilePiece:
 
 
 @dataclass(frozen=True, slots=True)
-class Sheet:
+class SnapshotFile:
     """A file: its size in bytes, and its pieces in ascending order; between them are zeroes."""
 
     name: str
@@ -59,24 +59,24 @@ class Sheet:
 
 
 @dataclass(frozen=True, slots=True)
-class Parcel:
+class Snapshot:
     """All that a recording consists of; the same content gives the same `digest`."""
 
-    sheets: tuple[Sheet, ...]
+    files: tuple[SnapshotFile, ...]
 
     @property
     def digest(self) -> str:
         """The name of the whole."""
-        return xxh3_128_hexdigest(repr(self.sheets).encode())
+        return xxh3_128_hexdigest(repr(self.files).encode())
 
     @property
     def has_image(self) -> bool:
         """Whether a part of the image is in it."""
-        return any(sheet.name == IMAGE for sheet in self.sheets)
+        return any(file.name == IMAGE for file in self.files)
 
     def pieces(self) -> dict[str, int]:
         """Return the digests of all pieces, each once, with their lengths."""
-        return {piece.digest: piece.length for sheet in self.sheets for piece in sheet.pieces}
+        return {piece.digest: piece.length for file in self.files for piece in file.pieces}
 
 
 class PieceSource:
@@ -91,7 +91,7 @@ class PieceSource:
         self._where: dict[str, tuple[_Read, FilePiece]] = {}
         self._stack = ExitStack()
         try:
-            self.parcel = Parcel(tuple(self._survey(source)))
+            self.snapshot = Snapshot(tuple(self._survey(source)))
         except OSError as error:
             self.close()
             raise RecordingError(
@@ -101,25 +101,27 @@ class PieceSource:
             self.close()
             raise
 
-    def _survey(self, source: RecordedSource) -> Iterator[Sheet]:
+    def _survey(self, source: RecordedSource) -> Iterator[SnapshotFile]:
         size = source.events * SLOT_SIZE
         read = self._open(events_path(source.path))
-        yield self._sheet("events", size, read, _grid(0, size))
+        yield self._file("events", size, read, _grid(0, size))
         # What is behind the last payload may be garbage that a killed writer left.
         size = max((_payload_end(read(*place)) for place in _grid(0, size)), default=0)
-        yield self._sheet("data", size, self._open(data_path(source.path)), _grid(0, size))
+        yield self._file("data", size, self._open(data_path(source.path)), _grid(0, size))
         spans = _spans(source)
         if spans:
             base = source.base()
             self._stack.callback(base.close)
-            yield self._sheet(IMAGE, source.size, base.pread, spans)
+            yield self._file(IMAGE, source.size, base.pread, spans)
 
     def _open(self, path: Path) -> _Read:
         reader = StreamReader(path)
         self._stack.callback(reader.close)
         return partial(_read, reader)
 
-    def _sheet(self, name: str, size: int, read: _Read, places: Iterable[tuple[int, int]]) -> Sheet:
+    def _file(
+        self, name: str, size: int, read: _Read, places: Iterable[tuple[int, int]]
+    ) -> SnapshotFile:
         pieces = []
         for offset, length in places:
             data = read(offset, length)
@@ -128,7 +130,7 @@ class PieceSource:
             piece = FilePiece(offset, length, xxh3_128_hexdigest(data))
             self._where.setdefault(piece.digest, (read, piece))
             pieces.append(piece)
-        return Sheet(name, size, tuple(pieces))
+        return SnapshotFile(name, size, tuple(pieces))
 
     def read(self, digest: str) -> bytes:
         """Return a piece; raises RecordingError if what it was read from is not the same now."""
@@ -194,13 +196,13 @@ class PieceStore:
         for path in (self._pieces, self._runs, scratch):
             path.mkdir(exist_ok=True)
 
-    def lacking(self, parcel: Parcel) -> tuple[str, ...]:
+    def lacking(self, snapshot: Snapshot) -> tuple[str, ...]:
         """Return the names of the pieces that have to be put here before `run` can be called."""
-        if self._run(parcel).is_dir():
+        if self._run(snapshot).is_dir():
             return ()
         return tuple(
             digest
-            for digest, length in parcel.pieces().items()
+            for digest, length in snapshot.pieces().items()
             if not _has_size(self._pieces / digest, length)
         )
 
@@ -219,16 +221,16 @@ class PieceStore:
             Path(name).unlink(missing_ok=True)
             raise
 
-    def run(self, parcel: Parcel) -> Path | None:
+    def run(self, snapshot: Snapshot) -> Path | None:
         """Return the folder of the recording; None if pieces are lacking or were damaged here.
 
         Damaged ones are thrown away, so that `lacking` names them.
         """
-        run = self._run(parcel)
+        run = self._run(snapshot)
         if run.is_dir():
             return run
         with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as name:
-            whole = [self._assemble(sheet, Path(name, "run")) for sheet in parcel.sheets]
+            whole = [self._assemble(file, Path(name, "run")) for file in snapshot.files]
             if not all(whole):
                 return None
             try:
@@ -239,15 +241,15 @@ class PieceStore:
                     raise
         return run
 
-    def _run(self, parcel: Parcel) -> Path:
-        return self._runs / parcel.digest
+    def _run(self, snapshot: Snapshot) -> Path:
+        return self._runs / snapshot.digest
 
-    def _assemble(self, sheet: Sheet, folder: Path) -> bool:
+    def _assemble(self, file: SnapshotFile, folder: Path) -> bool:
         folder.mkdir(exist_ok=True)
         whole = True
-        with (folder / sheet.name).open("wb", buffering=0) as file:
-            file.truncate(sheet.size)
-            for piece in sheet.pieces:
+        with (folder / file.name).open("wb", buffering=0) as target:
+            target.truncate(file.size)
+            for piece in file.pieces:
                 path = self._pieces / piece.digest
                 try:
                     data = path.read_bytes()
@@ -258,7 +260,7 @@ class PieceStore:
                     path.unlink(missing_ok=True)
                     whole = False
                     continue
-                _write_at(file.fileno(), data, piece.offset)
+                _write_at(target.fileno(), data, piece.offset)
         return whole
 
 

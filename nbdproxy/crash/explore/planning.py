@@ -20,7 +20,6 @@ from nbdproxy.crash.states.source import Source
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Coverage, Durability, Level
 from nbdproxy.recording.index import NEVER
-from nbdproxy.requests import Command
 
 EXHAUSTIVE_MAX = 1_000_000
 """States that --exhaustive agrees to visit."""
@@ -53,7 +52,7 @@ class ExploreOptions:
 class CutPlan:
     """One cut: the states that it has, as a decimal logarithm, and how many of each stage to visit.
 
-    `sizes` is how many each stage has, None for no end; `sectors` how many hang on chance.
+    `sizes` is how many each stage has, None for no end; `sectors` how many are undecided.
     """
 
     position: int
@@ -68,7 +67,7 @@ class CutPlan:
 class ExplorationPlan:
     """All cuts, ascending; `cuts_possible` is how many instants there would have been."""
 
-    wish: ExploreOptions
+    options: ExploreOptions
     cuts: tuple[CutPlan, ...]
     cuts_possible: int
 
@@ -91,20 +90,20 @@ class ExplorationPlan:
         return {stage: count for stage, count in found.items() if count != 0}
 
 
-def cuts_of(source: Source, fates: Durability, level: Level, every: Every) -> list[int]:
+def cuts_of(source: Source, durability: Durability, level: Level, every: Every) -> list[int]:
     """Return the positions at which to look, ascending."""
     table = source.table
-    changing = (table.command != Command.FLUSH) & (table.length > 0)
-    flying = [fates.durable_from, table.seq[table.is_flush]]
-    if fates.options.coverage is Coverage.REPLIED:
+    changing = table.is_changing
+    flying = [durability.durable_from, table.seq[table.is_flush]]
+    if durability.options.coverage is Coverage.REPLIED:
         # A flush in flight then covers more with each reply.
         flying.append(table.completed[changing])
     changes = {
         Level.NOTHING: [],
-        Level.FLUSHED: [fates.durable_from],
+        Level.FLUSHED: [durability.durable_from],
         Level.FLUSHED_OR_FLUSHING: flying,
-        Level.COMPLETED: [table.completed[changing], fates.lost_from],
-        Level.RECEIVED: [table.completed[changing], fates.lost_from, table.seq[changing]],
+        Level.COMPLETED: [table.completed[changing], durability.lost_from],
+        Level.RECEIVED: [table.completed[changing], durability.lost_from, table.seq[changing]],
     }[level]
     positions = [np.array([source.events], np.int64), *changes]
     if every is Every.WRITE:
@@ -114,9 +113,9 @@ def cuts_of(source: Source, fates: Durability, level: Level, every: Every) -> li
 
 
 def make_plan(
-    fields: CrashSpaceBuilder,
+    builder: CrashSpaceBuilder,
     cuts: Sequence[int],
-    wish: ExploreOptions,
+    options: ExploreOptions,
     *,
     cuts_possible: int,
     progress: Callable[[int], None] = lambda _: None,
@@ -125,34 +124,38 @@ def make_plan(
     found, unlisted = [], []
     for number, position in enumerate(cuts):
         progress(number)
-        field = fields.at(position)
-        sizes = stages_of(field, wish).sizes()
-        small = field.states_log10 < 18
-        states = field.states if small or wish.exhaustive else None
-        if wish.exhaustive and not field.is_complete:
+        space = builder.at(position)
+        sizes = stages_of(space, options).sizes()
+        small = space.states_log10 < 18
+        states = space.states if small or options.exhaustive else None
+        if options.exhaustive and not space.is_complete:
             unlisted.append(position)
-        found.append(CutPlan(position, field.states_log10, states, len(field.sectors), sizes, {}))
-    if wish.exhaustive:
-        _refuse_too_many(found, wish)
+        found.append(CutPlan(position, space.states_log10, states, len(space.sectors), sizes, {}))
+    if options.exhaustive:
+        _refuse_too_many(found, options)
         if unlisted:
             raise UsageError(
                 f"--exhaustive cannot list all states at cut {unlisted[0]}: too many requests end "
                 "inside the same sectors; leave --exhaustive out"
             )
-    return ExplorationPlan(wish, tuple(_deal(found, wish.budget)), cuts_possible)
+    return ExplorationPlan(options, tuple(_deal(found, options.budget)), cuts_possible)
 
 
-def stages_of(field: CrashSpace, wish: ExploreOptions) -> Stages:
-    """Return a field's stages as they were wished for."""
+def stages_of(space: CrashSpace, options: ExploreOptions) -> Stages:
+    """Return a space's stages as the options say."""
     return Stages(
-        field, seed=wish.seed, torn=wish.torn, stale=wish.stale, exhaustive=wish.exhaustive
+        space,
+        seed=options.seed,
+        torn=options.torn,
+        stale=options.stale,
+        exhaustive=options.exhaustive,
     )
 
 
-def visits_of(fields: CrashSpaceBuilder, plan: ExplorationPlan) -> Iterator[Visit]:
+def visits_of(builder: CrashSpaceBuilder, plan: ExplorationPlan) -> Iterator[Visit]:
     """Yield all states to visit, cut after cut; where there are few, each different one once."""
     for cut in plan.cuts:
-        stages = stages_of(fields.at(cut.position), plan.wish)
+        stages = stages_of(builder.at(cut.position), plan.options)
         seen: set[int] = set()
         for stage, quota in cut.quotas.items():
             visits = stages.visits(stage)
@@ -173,9 +176,9 @@ def states_text(log10: float, states: int | None = None) -> str:
     return f"{states:,}" if states is not None else f"10^{log10:.0f}"
 
 
-def _refuse_too_many(cuts: list[CutPlan], wish: ExploreOptions) -> None:
+def _refuse_too_many(cuts: list[CutPlan], options: ExploreOptions) -> None:
     total = sum(cut.states or 0 for cut in cuts)
-    limit = EXHAUSTIVE_MAX if wish.budget is None else wish.budget
+    limit = EXHAUSTIVE_MAX if options.budget is None else options.budget
     if total > limit:
         largest = max(cuts, key=lambda cut: cut.states_log10)
         sectors = sum(cut.sectors for cut in cuts)
@@ -209,14 +212,14 @@ def _deal(cuts: list[CutPlan], budget: int | None) -> list[CutPlan]:
 def _shares(sizes: Sequence[int | None], left: int) -> list[int]:
     """Deal `left` out evenly; nobody gets more than their size, None takes any."""
     shares = [0] * len(sizes)
-    hungry = [index for index, size in enumerate(sizes) if size != 0]
-    while left and hungry:
+    unfilled = [index for index, size in enumerate(sizes) if size != 0]
+    while left and unfilled:
         # What does not go round is dealt last, so that nobody is ahead by more than one.
-        each = left // len(hungry)
-        for index in hungry if each else hungry[:left]:
+        each = left // len(unfilled)
+        for index in unfilled if each else unfilled[:left]:
             size, offer = sizes[index], max(each, 1)
             take = offer if size is None else min(offer, size - shares[index])
             shares[index] += take
             left -= take
-        hungry = [i for i in hungry if sizes[i] is None or shares[i] < (sizes[i] or 0)]
+        unfilled = [i for i in unfilled if sizes[i] is None or shares[i] < (sizes[i] or 0)]
     return shares

@@ -12,9 +12,8 @@ import numpy as np
 
 from nbdproxy.crash.explore.crash_space import CrashSpace, StateChange
 from nbdproxy.crash.explore.judging import Judgement, ReadSet
-from nbdproxy.crash.states.cells import Numbers
 from nbdproxy.crash.states.naming import Choice
-from nbdproxy.recording.index import Mask
+from nbdproxy.recording.index import Mask, Numbers
 
 SETS_MAX = 16
 """So many different read sets are remembered, the latest; each costs a look-up for each state."""
@@ -24,14 +23,14 @@ KnownJudgement = tuple[str, Judgement]
 
 
 class _ReadSet:
-    """The sectors that a judge read, and the verdicts that hang on them alone."""
+    """The sectors that a judge read, and the verdicts that depend on them alone."""
 
-    def __init__(self, reads: ReadSet, field: CrashSpace) -> None:
-        sector = field.state.options.sector
+    def __init__(self, reads: ReadSet, space: CrashSpace) -> None:
+        sector = space.state.options.sector
         bounds = np.array([(r.offset // sector, -(-r.end // sector)) for r in reads], np.int64)
         self.starts, self.ends = bounds.reshape(-1, 2).T
         self.verdicts: dict[int, KnownJudgement] = {}
-        self._between_ends = self._part(field.ends)
+        self._between_ends = self._part(space.ends)
 
     def key(self, change: StateChange) -> int:
         """Return what this set's sectors add to the hash of MUST."""
@@ -57,8 +56,8 @@ class _ReadSet:
 class Sharing:
     """The verdicts of one cut."""
 
-    def __init__(self, field: CrashSpace) -> None:
-        self._field = field
+    def __init__(self, space: CrashSpace) -> None:
+        self._space = space
         self._sets: list[_ReadSet] = []
 
     def find(self, change: StateChange) -> KnownJudgement | None:
@@ -71,7 +70,7 @@ class Sharing:
 
     def add(self, change: StateChange, known: KnownJudgement, reads: ReadSet) -> None:
         """Remember a verdict and what it was made from."""
-        new = _ReadSet(reads, self._field)
+        new = _ReadSet(reads, self._space)
         for index, old in enumerate(self._sets):
             if old.same(new):
                 new = self._sets.pop(index)

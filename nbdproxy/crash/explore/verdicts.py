@@ -4,7 +4,7 @@
              what was explored: `version`, `recording` (its path then), `identity` (a digest of
              how it began), `base` (the image that was named, by size and time), `events`, `mode`,
              `failure`, `level`, `at` (the cut or the cuts), the model's `sector`, `coverage`,
-             `fsyncgate` and `losses`, `judge` (what was checked), and what was wished for: `seed`,
+             `fsyncgate` and `losses`, `judge` (what was checked), and what was asked for: `seed`,
              `torn`, `stale`, `exhaustive`
     state    one row a state that was visited, in the order in which they were
         id        TEXT PRIMARY KEY; with the recording all that is needed to rebuild the state
@@ -132,9 +132,18 @@ class Verdicts:
         """Enter rows, all or none."""
         values = [
             (
-                *(row.state, row.number, row.position, row.stage, f"{row.content:016x}"),
-                *(row.judgement.verdict.value, row.how, row.same_as, row.judgement.reason),
-                *(json.dumps(dict(row.judgement.counts)), row.judgement.looked, row.seconds),
+                row.state,
+                row.number,
+                row.position,
+                row.stage,
+                f"{row.content:016x}",
+                row.judgement.verdict.value,
+                row.how,
+                row.same_as,
+                row.judgement.reason,
+                json.dumps(dict(row.judgement.counts)),
+                row.judgement.looked,
+                row.seconds,
             )
             for row in rows
         ]
@@ -215,7 +224,7 @@ class Verdicts:
 
 
 def _make_ready(path: Path) -> None:
-    """Have a file that is its owner's alone, in a folder where nobody else can put its log."""
+    """Make the file for its owner alone; no other user may be able to add its log beside it."""
     try:
         check_folder(path.parent, sticky=False)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))

@@ -26,9 +26,10 @@ from nbdproxy.crash.explore.evaluator import (
     Judged,
     StateEvaluator,
     Unit,
-    open_bench,
+    open_evaluator,
 )
 from nbdproxy.crash.explore.judging import Judgement
+from nbdproxy.crash.states.timeline import Timeline
 from nbdproxy.errors import UsageError
 from nbdproxy.oracles.check import Verdict
 from nbdproxy.signals import held_back, told_to_end
@@ -61,19 +62,23 @@ class Runner(Protocol):
 
 
 class LocalRunner:
-    """Judges in this process, one unit after the other."""
+    """Judges in this process, one unit after the other; on a timeline that is open, if any is."""
 
-    def __init__(self, job: EvaluatorSetup) -> None:
-        self._bench = open_bench(job)
+    def __init__(self, job: EvaluatorSetup, timeline: Timeline | None = None) -> None:
+        self._evaluator = (
+            open_evaluator(job)
+            if timeline is None
+            else StateEvaluator(timeline.source, job, timeline)
+        )
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit."""
         for unit in units:
-            yield self._bench.judge(unit)
+            yield self._evaluator.judge(unit)
 
     def close(self) -> None:
         """Close the recording."""
-        self._bench.close()
+        self._evaluator.close()
 
 
 class Retry:
@@ -166,13 +171,13 @@ class PoolRunner:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-_bench: StateEvaluator | None = None
+_evaluator: StateEvaluator | None = None
 _judging = False
 _ended = False
 
 
 def _begin(job: EvaluatorSetup) -> None:
-    global _bench  # noqa: PLW0603 - a worker process has one job
+    global _evaluator  # noqa: PLW0603 - a worker process has one job
     # Ctrl-C is for the parent, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -180,9 +185,9 @@ def _begin(job: EvaluatorSetup) -> None:
     for number in told_to_end():
         signal.signal(number, _end)
     _end_with_parent()
-    bench = open_bench(job)
+    evaluator = open_evaluator(job)
     Finalize(None, _close, exitpriority=10)
-    _bench = bench
+    _evaluator = evaluator
     if _ended:
         _end_now()
 
@@ -201,7 +206,7 @@ def _end(number: int, frame: object) -> None:  # noqa: ARG001 - the form of a si
     if _ended:
         return
     _ended = True
-    _end_after(_GRACE_S if _judging or _bench is None else _IDLE_S)
+    _end_after(_GRACE_S if _judging or _evaluator is None else _IDLE_S)
     if _judging:
         raise SystemExit(128 + number)
 
@@ -218,8 +223,8 @@ def _end_now(*_: object) -> None:
 def _close() -> None:
     if _ended:
         _end_after(_GRACE_S)
-    if _bench is not None:
-        _bench.close()
+    if _evaluator is not None:
+        _evaluator.close()
 
 
 def _end_with_parent() -> None:
@@ -232,19 +237,24 @@ def _end_with_parent() -> None:
 
 def _judge(unit: Unit) -> list[Judged]:
     global _judging  # noqa: PLW0603 - there is one unit at a time
-    assert _bench is not None
+    assert _evaluator is not None
     try:
         _judging = True
         if _ended:  # the pool goes on as if nothing had happened
             raise SystemExit(128 + signal.SIGTERM)
-        return _bench.judge(unit)
+        return _evaluator.judge(unit)
     finally:
         _judging = False
         if _ended:
             _end_after(_IDLE_S)
 
 
-def make_runner(job: EvaluatorSetup, workers: int | None) -> Runner:
-    """Return a runner of this machine; None is a worker for each CPU that we may use."""
+def make_runner(
+    job: EvaluatorSetup, workers: int | None, timeline: Timeline | None = None
+) -> Runner:
+    """Return a runner of this machine; None is a worker for each CPU that we may use.
+
+    Who judges in this process does so on `timeline`, if it is given.
+    """
     count = workers if workers is not None else len(os.sched_getaffinity(0))
-    return LocalRunner(job) if count <= 1 else PoolRunner(job, count)
+    return LocalRunner(job, timeline) if count <= 1 else PoolRunner(job, count)

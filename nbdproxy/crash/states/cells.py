@@ -10,33 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nbdproxy.extents import Extent
-from nbdproxy.recording.index import Mask, RequestTable
+from nbdproxy.extents import Extent, expand
+from nbdproxy.recording.index import BASE, Mask, Numbers, RequestTable, Rows
 from nbdproxy.requests import Command
-
-Numbers = NDArray[np.int64]
-Rows = NDArray[np.int32]
-
-NONE = -1
-"""The row that shows where no request does: what was there before the recording."""
-
-
-def expand(starts: Numbers, counts: Numbers) -> Numbers:
-    """Return start, start + 1, ... for each start, `count` of them, one after the other."""
-    total = int(counts.sum())
-    skipped = np.cumsum(counts) - counts
-    found: Numbers = np.arange(total) + np.repeat(starts - skipped, counts)
-    return found
-
-
-def runs(numbers: Numbers) -> list[tuple[int, int]]:
-    """Return ascending numbers as runs [first, end) without gaps."""
-    if not len(numbers):
-        return []
-    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
-    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
 class Cells:
@@ -53,7 +30,7 @@ class Cells:
     ) -> None:
         self.table = table
         self.sector = sector
-        rows = np.flatnonzero((table.length > 0) & (table.command != Command.FLUSH))
+        rows = np.flatnonzero(table.is_changing)
         offset, end = table.offset[rows], table.offset[rows] + table.length[rows]
         outer = (offset // sector, -(-end // sector))
         inner = (-(-offset // sector), end // sector)
@@ -97,7 +74,7 @@ class Cells:
     def writes_data(self, rows: Rows, cells: Numbers) -> Mask:
         """Tell for each pair of row and cell whether data may show there, and not just zeroes."""
         data: Mask = np.where(
-            rows == NONE, self.base_data[cells], self.table.command[rows] == Command.WRITE
+            rows == BASE, self.base_data[cells], self.table.command[rows] == Command.WRITE
         )
         return data
 
@@ -108,7 +85,7 @@ def concurrent_pairs(table: RequestTable) -> tuple[Rows, Rows]:
     The first of a pair was received first. Takes as many steps as requests were in flight at once,
     each a pass over the table; those that were never answered are looked at one by one.
     """
-    rows = np.flatnonzero((table.length > 0) & (table.command != Command.FLUSH)).astype(np.int32)
+    rows = np.flatnonzero(table.is_changing).astype(np.int32)
     seq, completed = table.seq[rows], table.completed[rows]
     offset, end = table.offset[rows], table.offset[rows] + table.length[rows]
     earlier, later = [], []

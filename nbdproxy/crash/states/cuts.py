@@ -19,7 +19,7 @@ import numpy as np
 
 from nbdproxy.crash.states.source import Source
 from nbdproxy.errors import UsageError
-from nbdproxy.persistence.model import durable_from
+from nbdproxy.persistence.model import Durability
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.notes import Note, NoteKind
 
@@ -89,7 +89,7 @@ def _is_flushed_late(source: Source, position: int) -> bool:
         if not len(exits):
             return False
         position = int(table.seq[exits[0]])
-    since = durable_from(table)[table.is_modifying]
+    since = Durability(table).durable_from[table.is_modifying]
     return bool(((since >= position) & (since != NEVER)).any())
 
 
@@ -131,7 +131,7 @@ def riskiest(source: Source) -> Cut:
     rows = np.flatnonzero(table.is_modifying & (table.completed != NEVER) & (table.error == 0))
     if not len(rows):
         return Cut("riskiest", source.events, "nothing was ever written")
-    since = durable_from(table)[rows]
+    since = Durability(table).durable_from[rows]
     length = table.length[rows]
     at = np.concatenate((table.completed[rows], since[since != NEVER]))
     change = np.concatenate((length, -length[since != NEVER]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nbdproxy.crash.states.paint import NOTHING, Painting
+from nbdproxy.crash.states.paint import Painting
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
@@ -17,6 +17,7 @@ from nbdproxy.extents import Extent
 from nbdproxy.recording.foreign.dm_log_writes import DmLog
 from nbdproxy.recording.foreign.formats import TRIMMED
 from nbdproxy.recording.foreign.nbd_trlog import TransactionLog
+from nbdproxy.recording.index import BASE
 
 _PART = 1024 * 1024
 
@@ -87,7 +88,7 @@ class _End:
         """Fill `buffer` from `offset`."""
         for start, stop, row in self._painting.segments(offset, offset + len(buffer)):
             part = buffer[start - offset : stop - offset]
-            if row == NOTHING:
+            if row == BASE:
                 self._base.pread_into(start, part)
             elif self._position[row] < 0:
                 part[:] = bytes(len(part))
@@ -97,15 +98,15 @@ class _End:
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield what may hold anything but zeroes."""
         for start, stop, row in self._painting.segments(offset, offset + length):
-            if row == NOTHING:
+            if row == BASE:
                 yield from self._base.data_extents(start, stop - start)
             elif self._position[row] >= 0:
-                yield Extent(start, stop - start)
+                yield Extent.between(start, stop)
 
     def trimmed(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Yield start and end of the parts of [first, last) where a TRIM was the last."""
         for start, stop, row in self._painting.segments(first, last):
-            if row != NOTHING and self._position[row] == TRIMMED:
+            if row != BASE and self._position[row] == TRIMMED:
                 yield start, stop
 
     def close(self) -> None:

@@ -21,19 +21,17 @@ may be anything that a request left there, legal or not.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import DEFAULTS, Coverage, Level, Options
-
-BASE = -1
-"""The value of a sector that no request has written."""
+from nbdproxy.recording.index import BASE
 
 
 class Choice(Enum):
-    """Which of the requests that chance decides on are on the disk."""
+    """Which of the undecided requests are on the disk: those that the level does not keep."""
 
     MUST = "must"
     """None: only what the level keeps."""
@@ -44,7 +42,7 @@ class Choice(Enum):
     ONLY = "only"
     """None but the state's parts."""
     DRAW = "draw"
-    """Drawn by lot: see `nbdproxy.crash.states.presence`."""
+    """Drawn at random: see `nbdproxy.crash.states.presence`."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -79,10 +77,11 @@ class Pin:
     back: int | None = None
     mix: tuple[tuple[int, int], ...] = ()
 
-    @property
-    def value(self) -> tuple[int, int | None, tuple[tuple[int, int], ...]]:
-        """What each sector holds, wherever it is."""
-        return self.front, self.back, self.mix
+    def joined(self, behind: Pin) -> Pin | None:
+        """Return both as one if they hold the same and nothing is between them."""
+        both = replace(self, last=behind.last)
+        is_one = self.last + 1 == behind.first and both == replace(behind, first=self.first)
+        return both if is_one else None
 
     def __str__(self) -> str:
         value = "".join(f"{_value(one)}x{count}_" for one, count in self.mix) + _value(self.front)

@@ -12,13 +12,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nbdproxy.recording.index import Mask
+from nbdproxy.recording.index import BASE, Mask, Numbers, Rows
 
-NOTHING = -1
-"""The row that shows where nothing was painted."""
-
-Positions = NDArray[np.int64]
-Lengths = NDArray[np.int64]
 _CHUNK = 1 << 16
 _Int = TypeVar("_Int", np.int64, np.int32)
 
@@ -26,15 +21,15 @@ _Int = TypeVar("_Int", np.int64, np.int32)
 class Painting:
     """The extents of `rows`, ascending, painted in that order; none of them may be empty."""
 
-    def __init__(self, offsets: Positions, lengths: Lengths, rows: NDArray[np.int32]) -> None:
+    def __init__(self, offsets: Numbers, lengths: Numbers, rows: Rows) -> None:
         self._starts, self._owners = _paint(offsets, lengths, rows)
 
     def segments(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Yield [start, end) and the row that shows there, or NOTHING, for all of [first, last)."""
+        """Yield [start, end) and the row that shows there, or BASE, for all of [first, last)."""
         index = int(np.searchsorted(self._starts, first, side="right"))
         stop = int(np.searchsorted(self._starts, last, side="left"))
         at = first
-        owner = int(self._owners[index - 1]) if index else NOTHING
+        owner = int(self._owners[index - 1]) if index else BASE
         for low in range(index, stop, _CHUNK):
             high = min(low + _CHUNK, stop)
             starts, owners = self._starts[low:high].tolist(), self._owners[low:high].tolist()
@@ -46,10 +41,8 @@ class Painting:
             yield at, last, owner
 
 
-def _paint(
-    offsets: Positions, lengths: Lengths, rows: NDArray[np.int32]
-) -> tuple[Positions, NDArray[np.int32]]:
-    """Return where segments start, ascending, and which row each shows; the last shows NOTHING.
+def _paint(offsets: Numbers, lengths: Numbers, rows: Rows) -> tuple[Numbers, Rows]:
+    """Return where segments start, ascending, and which row each shows; the last shows BASE.
 
     The distinct boundaries of the requests cut the disk into cells. Each cell shows the greatest
     row that covers it. A request covers the cells [a, b); that range is the union of two (mostly
@@ -58,7 +51,7 @@ def _paint(
     are whole-array maxima: n log n, however the requests overlap.
     """
     if not len(rows):
-        return np.zeros(1, np.int64), np.full(1, NOTHING, np.int32)
+        return np.zeros(1, np.int64), np.full(1, BASE, np.int32)
     bounds = _bounds(offsets, lengths, rows)
     low, high = np.empty(len(rows), np.int32), np.empty(len(rows), np.int32)
     level = np.empty(len(rows), np.int8)
@@ -67,7 +60,7 @@ def _paint(
         low[part] = np.searchsorted(bounds, offset)
         high[part] = np.searchsorted(bounds, offset + lengths[rows[part]])
         level[part] = np.frexp(np.subtract(high[part], low[part], dtype=np.float64))[1] - 1
-    owners = np.full(len(bounds), NOTHING, np.int32)
+    owners = np.full(len(bounds), BASE, np.int32)
     for k in range(int(np.max(level)), -1, -1):
         for part in _chunks(len(rows)):
             at = np.flatnonzero(level[part] == k)
@@ -80,7 +73,7 @@ def _paint(
     return _compact(bounds, shown), _compact(owners, shown)
 
 
-def _bounds(offsets: Positions, lengths: Lengths, rows: NDArray[np.int32]) -> Positions:
+def _bounds(offsets: Numbers, lengths: Numbers, rows: Rows) -> Numbers:
     """Return where the rows start and end, ascending, each position once."""
     bounds = np.empty(2 * len(rows), np.int64)
     for part in _chunks(len(rows)):
@@ -91,14 +84,14 @@ def _bounds(offsets: Positions, lengths: Lengths, rows: NDArray[np.int32]) -> Po
     return _compact(bounds, _changes(bounds))
 
 
-def _hand_down(owners: NDArray[np.int32], half: int) -> None:
+def _hand_down(owners: Rows, half: int) -> None:
     """Give each run's row to its second half too; the first half starts where the run does."""
     for part in reversed(list(_chunks(len(owners) - half))):
         behind = slice(part.start + half, part.stop + half)
         np.maximum(owners[behind], owners[part], out=owners[behind])
 
 
-def _changes(array: NDArray[np.int64] | NDArray[np.int32]) -> Mask:
+def _changes(array: Numbers | Rows) -> Mask:
     """Mark each entry that differs from the one before it."""
     changes = np.empty(len(array), np.bool_)
     changes[0] = True

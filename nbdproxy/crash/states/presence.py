@@ -13,11 +13,10 @@ from nbdproxy.crash.states.naming import Choice, RequestPart, StateId
 from nbdproxy.dice import key_of, mix
 from nbdproxy.errors import UsageError
 from nbdproxy.persistence.model import Durability
-from nbdproxy.recording.index import Mask, RequestTable
+from nbdproxy.recording.index import Mask, RequestTable, Rows
 
 ABSENT, WHOLE, TORN = 0, 1, 2
 
-Rows = NDArray[np.int32]
 Fractions = NDArray[np.int8]
 
 _DENSITIES = (1 / 2, 7 / 8, 1 / 8, 31 / 32, 1 / 32)
@@ -28,17 +27,17 @@ _TORN_OF = 8
 
 def sectors_of(table: RequestTable, row: int, sector: int) -> tuple[int, int]:
     """Return the first sector that a request touches, and the first behind it."""
-    offset, length = int(table.offset[row]), int(table.length[row])
-    return offset // sector, -(-(offset + length) // sector)
+    extent = table.extent(row)
+    return extent.offset // sector, -(-extent.end // sector)
 
 
 class Presence:
-    """Answers for one state; `fates` are of its options."""
+    """Answers for one state; `durability` are of its options."""
 
-    def __init__(self, fates: Durability, state: StateId) -> None:
+    def __init__(self, durability: Durability, state: StateId) -> None:
         """Raise UsageError if the state's parts name requests that the recording lacks."""
-        self._fates = fates
-        self._table = fates.table
+        self._durability = durability
+        self._table = durability.table
         self._state = state
         self._parts = rows_of_parts(self._table, state)
         self._named = np.array(sorted(self._parts), np.int32)
@@ -49,8 +48,8 @@ class Presence:
 
     def of(self, rows: Rows) -> Fractions:
         """Tell for each row whether it is ABSENT, WHOLE or TORN."""
-        state, fates = self._state, self._fates
-        kept = fates.kept(rows, state.position, state.level)
+        state, durability = self._state, self._durability
+        kept = durability.kept(rows, state.position, state.level)
         if state.choice is Choice.MUST:
             return kept.astype(np.int8)
         if state.choice is Choice.DRAW:
@@ -60,7 +59,7 @@ class Presence:
         if state.choice is Choice.ONLY:
             found = kept.astype(np.int8)
         else:
-            found = (kept | fates.sent(rows, state.position)).astype(np.int8)
+            found = (kept | durability.sent(rows, state.position)).astype(np.int8)
         if len(self._named):
             self._name(rows, found, kept)
         return found
@@ -128,7 +127,7 @@ def rows_of_parts(table: RequestTable, state: StateId) -> dict[int, list[Request
 
 def row_of(table: RequestTable, state: StateId, seq: int) -> int:
     """Return the row of a changing request that was received before a state's cut."""
-    row = int(np.searchsorted(table.seq, seq))
+    row = table.rows_before(seq)
     there = row < len(table) and table.seq[row] == seq and seq < state.position
     if not there or not table.length[row]:
         raise UsageError(

@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from nbdproxy.crash.states.paint import NOTHING, Painting
+from nbdproxy.crash.states.paint import Painting
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.disks.file import FileDisk
 from nbdproxy.errors import ImageError
 from nbdproxy.extents import Extent, ExtentSet
 from nbdproxy.recording.format import base_path, data_path, events_path, index_path
+from nbdproxy.recording.index import BASE
 from nbdproxy.recording.meta import Fingerprint
 from nbdproxy.recording.packed import STREAMS, load_index
 from nbdproxy.recording.reader import Recording
@@ -63,7 +64,7 @@ class RecordedSource(Recording):
         """
         saved = self.befores
         for low, high, painted in self._painting.segments(start, end):
-            if painted == NOTHING:
+            if painted == BASE:
                 yield low, high, None
                 continue
             row = len(saved) - 1 - painted
@@ -93,13 +94,14 @@ class RecordedSource(Recording):
 
     def image_parts(self) -> Iterator[Extent]:
         """Yield, ascending and disjoint, the parts of the disk that are in the image only."""
-        data = ExtentSet()
-        for start, length in self.meta.data:
-            data.add(start, start + length)
-        for extent in data:
+        for extent in self.image_data():
             for low, high, position in self.saved_segments(extent.offset, extent.end):
                 if position is None:
-                    yield Extent(low, high - low)
+                    yield Extent.between(low, high)
+
+    def image_data(self) -> ExtentSet:
+        """Return what was no hole in the image at the start."""
+        return ExtentSet(Extent(*part) for part in self.meta.data)
 
     @property
     def needs_image(self) -> bool:
@@ -217,9 +219,7 @@ class BaseDisk:
         self._recording = recording
         self._image = image
         self._owned = owned
-        self._data = ExtentSet()
-        for start, length in recording.meta.data:
-            self._data.add(start, start + length)
+        self._data = recording.image_data()
 
     def pread(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`."""

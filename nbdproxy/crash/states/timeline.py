@@ -17,22 +17,23 @@ from itertools import pairwise
 
 import numpy as np
 
-from nbdproxy.crash.states.naming import BASE, Choice, Pin, StateId
-from nbdproxy.crash.states.paint import NOTHING, Painting
+from nbdproxy.crash.states.naming import Choice, Pin, StateId
+from nbdproxy.crash.states.paint import Painting
 from nbdproxy.crash.states.presence import ABSENT, TORN, Presence, row_of, sectors_of
 from nbdproxy.crash.states.source import Source
 from nbdproxy.crash.states.touches import TouchIndex
 from nbdproxy.disks.device import ReadableDevice
 from nbdproxy.errors import UsageError
-from nbdproxy.extents import Extent, ExtentSet
+from nbdproxy.extents import Extent, ExtentSet, join_neighbours
 from nbdproxy.persistence.model import Durability, Level, Options
+from nbdproxy.recording.index import BASE
 from nbdproxy.requests import Command
 
 _FEW = 64
 """Up to so many pieces are laid over each other one by one, more of them by whole arrays."""
 
 Segment = tuple[int, int, int]
-"""[start, end) in bytes, and the row that shows there, or NOTHING."""
+"""[start, end) in bytes, and the row that shows there, or BASE."""
 
 
 class Timeline:
@@ -46,7 +47,7 @@ class Timeline:
     def __init__(self, source: Source, *, base: ReadableDevice | None = None) -> None:
         self.source = source
         self.table = source.table
-        self._fates: dict[Options, Durability] = {}
+        self._durability: dict[Options, Durability] = {}
         self._base = base
         self._lock = threading.Lock()
 
@@ -55,12 +56,12 @@ class Timeline:
         """Which requests touch what."""
         return TouchIndex(self.table)
 
-    def fates(self, options: Options) -> Durability:
+    def durability(self, options: Options) -> Durability:
         """Return when each request became durable, in a reading of the model."""
         with self._lock:
-            if options not in self._fates:
-                self._fates[options] = Durability(self.table, options)
-            return self._fates[options]
+            if options not in self._durability:
+                self._durability[options] = Durability(self.table, options)
+            return self._durability[options]
 
     def base(self) -> ReadableDevice:
         """Return the disk as it was at the start; it belongs to the timeline."""
@@ -113,8 +114,8 @@ class CrashDisk:
         self.on_close: Callable[[], None] | None = None
         self._timeline = timeline
         self._table = timeline.table
-        self._presence = Presence(timeline.fates(state.options), state)
-        self._before = int(np.searchsorted(timeline.table.seq, state.position))
+        self._presence = Presence(timeline.durability(state.options), state)
+        self._before = timeline.table.rows_before(state.position)
         self._pins = [_Pinned(timeline, state, pin) for pin in state.pins]
 
     @property
@@ -133,7 +134,7 @@ class CrashDisk:
         table, source = self._table, self._timeline.source
         for start, end, row in self.segments(offset, offset + len(buffer)):
             part = buffer[start - offset : end - offset]
-            if row == NOTHING:
+            if row == BASE:
                 self._timeline.base().pread_into(start, part)
             elif table.command[row] == Command.WRITE:
                 source.read_payload(int(table.position[row]) + start - int(table.offset[row]), part)
@@ -157,16 +158,7 @@ class CrashDisk:
 
     def data_extents(self, offset: int, length: int) -> Iterator[Extent]:
         """Yield, ascending and disjoint, what may hold anything but zeroes."""
-        pending = Extent(offset, 0)
-        for extent in self._data(offset, offset + length):
-            if extent.offset == pending.end:
-                pending = Extent(pending.offset, pending.length + extent.length)
-                continue
-            if pending.length:
-                yield pending
-            pending = extent
-        if pending.length:
-            yield pending
+        return join_neighbours(self._data(offset, offset + length), Extent.joined)
 
     def close(self) -> None:
         """Do what `on_close` says, if it says anything: what serves many states stays open."""
@@ -175,10 +167,10 @@ class CrashDisk:
 
     def _data(self, first: int, last: int) -> Iterator[Extent]:
         for start, end, row in self.segments(first, last):
-            if row == NOTHING:
+            if row == BASE:
                 yield from self._timeline.base().data_extents(start, end - start)
             elif self._table.command[row] == Command.WRITE:
-                yield Extent(start, end - start)
+                yield Extent.between(start, end)
 
     def _painted(self, start: int, end: int) -> Iterator[Segment]:
         """Yield what shows where, pins aside: the newest of the requests that are there."""
@@ -198,7 +190,7 @@ class CrashDisk:
                 break
             covered.add(low, high)
         if bare:
-            found += [(part.offset, part.end, NOTHING) for part in covered.missing(start, end)]
+            found += [(part.offset, part.end, BASE) for part in covered.missing(start, end)]
         found.sort()
         yield from found
 
@@ -235,14 +227,14 @@ class CrashDisk:
             rows = rows[owner[ascending]]
             order = np.arange(len(rows), dtype=np.int32)
         for low, high, index in Painting(offset, length, order).segments(start, end):
-            yield low, high, NOTHING if index == NOTHING else int(rows[index])
+            yield low, high, BASE if index == BASE else int(rows[index])
 
     def _ranges(self, row: int, fraction: int) -> Iterator[tuple[int, int]]:
         """Yield the bytes that a request has on the disk."""
         if fraction == ABSENT:
             return
-        low = int(self._table.offset[row])
-        high = low + int(self._table.length[row])
+        extent = self._table.extent(row)
+        low, high = extent.offset, extent.end
         if fraction != TORN:
             yield low, high
             return
@@ -272,7 +264,7 @@ class _Pinned:
         self._parts: list[Segment] = []
         at = 0
         for value, count in parts:
-            row = NOTHING if value == BASE else row_of(timeline.table, state, value)
+            row = BASE if value == BASE else row_of(timeline.table, state, value)
             self._parts.append((at, min(at + count, self._sector), row))
             at += count
         if at >= 2 * self._sector:
@@ -291,10 +283,10 @@ class _Pinned:
 
     def _value(self, start: int, end: int, row: int) -> Iterator[tuple[int, int, int | None]]:
         low, high = start, end
-        if row != NOTHING:
-            offset = int(self._table.offset[row])
-            low = min(max(start, offset), end)
-            high = max(min(end, offset + int(self._table.length[row])), low)
+        if row != BASE:
+            extent = self._table.extent(row)
+            low = min(max(start, extent.offset), end)
+            high = max(min(end, extent.end), low)
         for first, last, value in ((start, low, None), (low, high, row), (high, end, None)):
             if first < last:
                 yield first, last, value

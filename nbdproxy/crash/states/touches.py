@@ -10,12 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nbdproxy.recording.index import RequestTable
-from nbdproxy.requests import Command
-
-Rows = NDArray[np.int32]
+from nbdproxy.recording.index import RequestTable, Rows
 
 _BLOCK_BITS = 12
 _LEVEL_BITS = 52
@@ -29,8 +25,7 @@ class TouchIndex:
 
     def __init__(self, table: RequestTable) -> None:
         self._offset, self._length = table.offset, table.length
-        rows = np.flatnonzero((table.length > 0) & (table.command != Command.FLUSH))
-        rows = rows.astype(np.int32)
+        rows = np.flatnonzero(table.is_changing).astype(np.int32)
         first = table.offset[rows] >> _BLOCK_BITS
         last = (table.offset[rows] + table.length[rows] - 1) >> _BLOCK_BITS
         # The least level whose cells are as long as the request's run of blocks.

@@ -26,7 +26,7 @@ LabProgress = Callable[[str], None]
 
 
 def silent(_line: str) -> None:
-    """Tell nobody."""
+    """Report no progress."""
 
 
 def default_cache() -> Path:

@@ -32,6 +32,15 @@ _SECTOR = 512
 _KIB = 1024
 
 
+def make_sparse(path: Path, size: int) -> None:
+    """Make `path` an empty file of `size` bytes; LabError if it cannot be."""
+    try:
+        with open(open_anew(path), "r+b") as image:  # noqa: PTH123 - a descriptor
+            image.truncate(size)
+    except OSError as error:
+        raise LabError(f"{path} cannot be made: {error.strerror}; name another file") from None
+
+
 def format_disk(
     path: Path,
     size: int,
@@ -52,11 +61,7 @@ def format_disk(
         raise LabError(f"a disk for the lab has whole MiB, at least 16, not {size} bytes")
     if path.exists() and not path.is_file():
         raise LabError(f"{path} is not a regular file; the lab formats only image files")
-    try:
-        with open(open_anew(path), "r+b") as image:  # noqa: PTH123 - a descriptor
-            image.truncate(size)
-    except OSError as error:
-        raise LabError(f"{path} cannot be made: {error.strerror}; name another file") from None
+    make_sparse(path, size)
     start = 0
     if partition_table is not None:
         start = PARTITION_START

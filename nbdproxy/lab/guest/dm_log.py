@@ -20,7 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nbdproxy.errors import LabError
-from nbdproxy.private import open_anew
+from nbdproxy.lab.guest.disk import make_sparse
 
 DISK = "/dev/dm-0"
 """What the filesystem is mounted from, as the kernel calls it; the guest has no udev."""
@@ -39,11 +39,7 @@ def prepare(path: Path) -> None:
     """Make `path` an empty file for a log; what it held is lost. `LabError` if it cannot be."""
     if path.exists() and not path.is_file():
         raise LabError(f"{path} is not a regular file; the lab logs writes only to files")
-    try:
-        with open(open_anew(path), "r+b") as file:  # noqa: PTH123 - a descriptor
-            file.truncate(LOG_BYTES)
-    except OSError as error:
-        raise LabError(f"{path} cannot be made: {error.strerror}; name another file") from None
+    make_sparse(path, LOG_BYTES)
 
 
 def drive(path: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The kernel's complaints, kept out of what a workload prints and told behind it.
+"""The kernel's errors, kept out of what a workload prints and printed behind it.
 
 The kernel writes to the console while others do, in the middle of their lines. A workload whose
 lines are parsed begins with `HUSH` and ends with `TELL`. Does not cover what the kernel says before

@@ -19,7 +19,6 @@ import json
 import re
 import socket
 from pathlib import Path
-from types import TracebackType
 
 from nbdproxy.errors import LabError
 
@@ -83,10 +82,5 @@ class Marker:
     def __enter__(self) -> Marker:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,4 +1,4 @@
-"""Names in directories that do not tell upper from lower case, as Linux compares them.
+"""Names in directories that ignore case (the feature casefold), as Linux compares them.
 
 The kernel folds and decomposes names by Unicode 12.1 and drops what is ignorable by default; a name
 that is not valid there is compared byte by byte. Python's tables are newer, and folding is stable
@@ -22,7 +22,7 @@ _IGNORED = {
 
 
 class Folded(NamedTuple):
-    """What a name is compared as; only perhaps so if it is not certain."""
+    """A name as the kernel folds it; without `is_certain` the kernel may fold it otherwise."""
 
     name: bytes
     is_certain: bool
@@ -31,7 +31,7 @@ class Folded(NamedTuple):
 
 @lru_cache(KEPT_MAX)
 def fold(name: bytes) -> Folded:
-    """Return what a name is compared as; one that is no UTF-8 stays as it is."""
+    """Fold a name; one that is not valid UTF-8 is returned unchanged."""
     if name.isascii():
         return Folded(name.lower(), is_certain=True, is_valid=True)
     try:

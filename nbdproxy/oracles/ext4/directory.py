@@ -1,37 +1,60 @@
-"""Blocks of directories: entries with names, and what else stands in one.
+"""Blocks of directories: entries with names, and the checksum at the end.
 
-Source: "ext4 Disk Layout", section Directory Entries, and the behaviour of Linux 6.1. A name is
-looked for as the kernel does it: entry after entry, until a length of zero, and only the entry that
-matches is looked at closely. `parse` lists all names of a directory instead, whatever index leads
-to them or does not; which of them a kernel finds is told by `lookup`.
+Source: "ext4 Disk Layout", section Directory Entries; struct ext4_dir_entry_2 and
+ext4_dir_entry_tail in Linux' fs/ext4/ext4.h; and the behaviour of Linux 6.1. `search` looks for
+names as the kernel does: entry after entry, until a record length of zero, and only the entry that
+matches is validated. `parse` lists all names of a directory without regard to its index; which of
+them a kernel finds is told by `lookup`.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
 from nbdproxy.oracles.ext4 import casefold
 from nbdproxy.oracles.ext4.checksum import crc32c
 from nbdproxy.oracles.ext4.faults import UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
+from nbdproxy.oracles.structs import Field, StructLayout
 
-ENTRY = struct.Struct("<IHBB")  # inode, record length, name length, file type
-TAIL = struct.Struct("<IHBBI")  # inode 0, record length 12, name length 0, type 0xDE, checksum
-TAIL_HEAD = (0, 12, 0, 0xDE)
+
+class EntryHead(NamedTuple):
+    """struct ext4_dir_entry_2, without the name behind it."""
+
+    inode: Annotated[int, Field(0, "I")]
+    rec_len: Annotated[int, Field(4, "H")]
+    name_len: Annotated[int, Field(6, "B")]
+    file_type: Annotated[int, Field(7, "B")]
+
+
+class EntryTail(NamedTuple):
+    """struct ext4_dir_entry_tail, which has the form of an entry without a name."""
+
+    inode: Annotated[int, Field(0, "I")]
+    rec_len: Annotated[int, Field(4, "H")]
+    name_len: Annotated[int, Field(6, "B")]
+    file_type: Annotated[int, Field(7, "B")]
+    checksum: Annotated[int, Field(8, "I")]
+
+
+ENTRY = StructLayout(EntryHead, "<")
+TAIL = StructLayout(EntryTail, "<")
+TAIL_HEAD = EntryHead(inode=0, rec_len=12, name_len=0, file_type=0xDE)
 ENTRY_MIN = 12
 BROKEN = -1
-"""Stands for the number of an entry that the kernel refuses when it finds it."""
+"""In place of the inode number of an entry that the kernel refuses when its name matches."""
 
 
 @dataclass(frozen=True, slots=True)
-class Leaf:
-    """What a search in one block finds: the first entry of each name, as names are compared.
+class BlockSearch:
+    """What the kernel's search of one block for a name gives, for all names at once.
 
-    `is_sound` is false if a search that finds nothing is an error. `doubtful` holds what names of
-    other entries might be compared as.
+    numbers   by the name, folded where the directory folds names, its first entry's inode or BROKEN
+    is_sound  whether a search that does not find its name says so; else it is an error
+    doubtful  names for which it is not certain whether they match an entry, as they are folded
     """
 
     numbers: dict[bytes, int]
@@ -41,9 +64,10 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The names of a directory; `is_complete` is false if a part of it cannot be read.
+    """The names of a directory, with the numbers of their inodes.
 
-    `is_plain` is false if a name stands there twice.
+    `is_complete` is false if some of its blocks cannot be read, `is_plain` if one name has several
+    entries.
     """
 
     names: dict[bytes, int]
@@ -51,12 +75,12 @@ class Directory:
     is_plain: bool = True
 
 
-def search(sb: Superblock, block: bytes, *, is_folded: bool) -> Leaf:
-    """Return what a search in a block comes to."""
+def search(sb: Superblock, block: bytes, *, is_folded: bool) -> BlockSearch:
+    """Search a block, for all names that are in it at once."""
     numbers: dict[bytes, int] = {}
     doubtful: set[bytes] = set()
     at, size = 0, len(block)
-    unpack = ENTRY.unpack_from
+    unpack = ENTRY.struct.unpack_from
     wide = size == 65536
     while at < size - ENTRY.size:
         number, length, name_length, _ = unpack(block, at)
@@ -70,35 +94,37 @@ def search(sb: Superblock, block: bytes, *, is_folded: bool) -> Leaf:
                 if not is_certain:
                     doubtful |= {name, key}
             if key not in numbers:
-                is_right = _is_right(sb, size - at, number, length, name)
-                numbers[key] = number if is_right else BROKEN
+                is_valid = _is_valid(sb, size - at, number, length, name)
+                numbers[key] = number if is_valid else BROKEN
         if not length:
-            return Leaf(numbers, is_sound=False, doubtful=frozenset(doubtful))
+            return BlockSearch(numbers, is_sound=False, doubtful=frozenset(doubtful))
         at += length
-    return Leaf(numbers, is_sound=True, doubtful=frozenset(doubtful))
+    return BlockSearch(numbers, is_sound=True, doubtful=frozenset(doubtful))
 
 
 def record_length(length: int, size: int) -> int:
-    """Return the length that an entry's 16 bits stand for in a block of `size` bytes."""
+    """Return the bytes of an entry by its `rec_len`, in a block of `size` bytes."""
     if size != 65536:
         return length
     return size if length in {0, 0xFFFF} else length & 0xFFFC | (length & 3) << 16
 
 
-def checksum_is_right(inode: Inode, block: bytes) -> bool:
-    """Tell whether a block with entries ends in its checksum."""
-    *head, found = TAIL.unpack_from(block, len(block) - TAIL.size)
-    if tuple(head) != TAIL_HEAD:
+def checksum_is_valid(inode: Inode, block: bytes) -> bool:
+    """Tell whether a block of entries ends in a tail with the right checksum."""
+    tail = TAIL.unpack_from(block, len(block) - TAIL.size)
+    if tail[:4] != TAIL_HEAD:
         return False
-    return bool(found == crc32c(inode.seed, block[: -TAIL.size]))
+    return tail.checksum == crc32c(inode.seed, block[: -TAIL.size])
 
 
 def is_inner(sb: Superblock, inode: Inode, index: int, block: bytes) -> bool:
-    """Tell whether a block belongs to the index, as far as that can be seen."""
+    """Tell whether a block looks as a block of the index does, and so has no tail."""
     if not (inode.flags & InodeFlag.INDEX and sb.has_index):
         return False
-    number, length, *_ = ENTRY.unpack_from(block)
-    return index == 0 or (number == 0 and record_length(length, len(block)) == len(block))
+    first = ENTRY.unpack_from(block)
+    return index == 0 or (
+        first.inode == 0 and record_length(first.rec_len, len(block)) == len(block)
+    )
 
 
 def parse(sb: Superblock, inode: Inode, blocks: Iterable[tuple[int, bytes]]) -> Directory:
@@ -112,7 +138,7 @@ def parse(sb: Superblock, inode: Inode, blocks: Iterable[tuple[int, bytes]]) -> 
         found = list(_entries(sb, block))
         sound = bool(found) and found[-1] is not None
         if sound and sb.has_checksums and not is_inner(sb, inode, index, block):
-            sound = checksum_is_right(inode, block)
+            sound = checksum_is_valid(inode, block)
         if not sound:
             is_complete = False
             continue
@@ -126,7 +152,7 @@ def parse(sb: Superblock, inode: Inode, blocks: Iterable[tuple[int, bytes]]) -> 
 
 
 def parse_inline(sb: Superblock, parts: Iterable[bytes]) -> Directory:
-    """List a directory that lives in its inode; such a part has no checksum of its own."""
+    """List a directory that is kept in its inode, whose checksum covers it."""
     names: dict[bytes, int] = {}
     is_complete = is_plain = True
     for part in parts:
@@ -140,24 +166,27 @@ def parse_inline(sb: Superblock, parts: Iterable[bytes]) -> Directory:
 
 
 def _entries(sb: Superblock, block: bytes) -> Iterator[tuple[bytes, int] | None]:
-    """Yield name and inode number of each entry; None ends a block that makes no sense."""
+    """Yield name and inode number of each entry; None, and no more, behind an invalid one."""
     at, size = 0, len(block)
     while at < size:
         if at + ENTRY.size > size:
             yield None
             return
-        number, length, name_length, _ = ENTRY.unpack_from(block, at)
+        number, length, name_length, _ = ENTRY.struct.unpack_from(block, at)
         length = record_length(length, size)
         name = block[at + ENTRY.size : at + ENTRY.size + name_length]
-        if not _is_right(sb, size - at, number, length, name):
+        if not _is_valid(sb, size - at, number, length, name):
             yield None
             return
         yield name, number
         at += length
 
 
-def _is_right(sb: Superblock, room: int, number: int, length: int, name: bytes) -> bool:
-    """Tell whether the kernel takes an entry for one; `room` is what is left of the block."""
+def _is_valid(sb: Superblock, room: int, number: int, length: int, name: bytes) -> bool:
+    """Tell whether the kernel takes an entry as valid (__ext4_check_dir_entry).
+
+    `room` is how many bytes of the block are left from its start on.
+    """
     return (
         length >= ENTRY_MIN
         and length % 4 == 0

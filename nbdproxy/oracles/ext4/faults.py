@@ -1,8 +1,8 @@
-"""The three ways in which a filesystem can resist being read.
+"""The errors of the ext4 reader.
 
-They matter because they lead to different verdicts: a `RefusedError` leaves the whole state
-*unknown*, a `CorruptError` is a certain loss of the one file, an `UnsupportedError` leaves that
-one file *unknown*.
+They lead to different verdicts: `NoFilesystemError` and `RefusedError` leave the whole state
+*unknown*, `CorruptError` is a certain loss of the one file, `UnsupportedError` leaves the one file
+*unknown*.
 """
 
 from nbdproxy.errors import FilesystemError

@@ -1,10 +1,10 @@
 """`Filesystem`: names, inodes and content of an ext2, ext3 or ext4 filesystem, read-only.
 
-Paths are the guest's, as its mount shows them (`nbdproxy.oracles.mounts`), the top of the
-filesystem by default.
+Paths are the guest's, by the filesystem's mount point (`nbdproxy.oracles.mounts`), which is `/` by
+default.
 
-It shows the disk as it is; `mounted.open_filesystem` replays the journal first. The orphan list
-needs no handling: orphans without links have no name, and those with links already carry the size
+The journal is not replayed here: `mounted.open_filesystem` does that first. The orphan list needs
+no handling: orphans without links have no name, and those with links already have the size that
 they are to be truncated to.
 """
 
@@ -17,29 +17,29 @@ from nbdproxy.oracles.ext4 import directory, inode, superblock
 from nbdproxy.oracles.ext4.directory import Directory
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
-from nbdproxy.oracles.ext4.lookup import Folder, Parsed
+from nbdproxy.oracles.ext4.lookup import DirectoryLookup, ParsedBlocks
 from nbdproxy.oracles.ext4.mapping import BlockRun, BlockTree, ReadBlock
 from nbdproxy.oracles.mounts import ONLY, Mount
 
 ROOT = 2
 CHUNK = 1 << 20
 HOLES_MAX = 4 << 30
-"""Bytes of a file that are read although nothing is stored of them: zeroes for some seconds."""
+"""Bytes of holes in a file that are read as zeroes, which takes some seconds."""
 CACHED_BLOCKS_MAX = 4096
 CACHED_INODES_MAX = 65536
 LINKS_MAX = 40  # symbolic links the kernel follows in one path
 STEPS_MAX = 500
-"""Names that are looked up for one path, those of its links included: the kernel goes on, and forty
-links of 4 KiB would take seconds for each file."""
+"""Names that are looked up for one path, those of its links included. The kernel has no such limit,
+but forty links of 4 KiB would take seconds for each file."""
 PATH_MAX = 4096  # bytes of a path that a kernel takes, its zero byte included
 _ZEROES = bytes(CHUNK)
 
 
 class Filesystem:
-    """A filesystem as it stands on `device`; the journal is none of its business."""
+    """A filesystem as it is on `device`, without regard to its journal."""
 
     def __init__(self, device: ReadableDevice, mount: Mount = ONLY) -> None:
-        """Read superblock and group descriptors; `mount` says where it shows.
+        """Read superblock and group descriptors; `mount` is its place in the guest's tree.
 
         Raises NoFilesystemError, or RefusedError for what a kernel would not mount.
         """
@@ -48,14 +48,14 @@ class Filesystem:
         self.tables, self._fixed = superblock.groups(device, self.superblock)
         self._blocks: dict[int, bytes] = {}
         self._inodes: dict[int, Inode] = {}
-        self._folders: dict[int, Folder] = {}
-        self._parsed: Parsed = {}
+        self._directories: dict[int, DirectoryLookup] = {}
+        self._parsed: ParsedBlocks = {}
         self._point = _names(mount.point)
         self._root = _names(mount.root)
         self._covered = {tuple(_names(point)) for point in mount.covered}
 
     def block(self, number: int) -> bytes:
-        """Return one block of metadata; blocks are kept for the next call."""
+        """Return one block of metadata, from a cache if it was read before."""
         found = self._blocks.get(number)
         if found is None:
             if len(self._blocks) >= CACHED_BLOCKS_MAX:
@@ -65,7 +65,7 @@ class Filesystem:
         return found
 
     def inode_offset(self, number: int) -> int:
-        """Return where an inode stands on the disk, in bytes."""
+        """Return the offset of an inode on the disk, in bytes."""
         sb = self.superblock
         if not 1 <= number <= sb.inodes:
             raise CorruptError(f"a name refers to inode {number}, which does not exist")
@@ -75,7 +75,7 @@ class Filesystem:
     def inode(self, number: int) -> Inode:
         """Return one inode; raises CorruptError if the kernel could not read it.
 
-        Inodes are kept for the next call.
+        Inodes are cached.
         """
         found = self._inodes.get(number)
         if found is None:
@@ -85,7 +85,7 @@ class Filesystem:
         return found
 
     def tree(self, node: Inode, read_block: ReadBlock) -> BlockTree:
-        """Return what tells where a file's blocks are, reading its own blocks as told."""
+        """Return a file's block map; `read_block` reads its extent or indirect blocks."""
         return BlockTree(self.superblock, self._fixed, node, read_block)
 
     def runs(self, node: Inode) -> list[BlockRun]:
@@ -112,7 +112,7 @@ class Filesystem:
         yield from _zeroes(node.size - at)
 
     def is_endless(self, node: Inode) -> bool:
-        """Tell whether a file has so many bytes of zeroes that it is not read."""
+        """Tell whether a file has more than HOLES_MAX bytes of holes, too many to be read."""
         if node.size <= HOLES_MAX:
             return False
         return node.size - self.blocks_in(node) * self.superblock.block_size > HOLES_MAX
@@ -122,7 +122,7 @@ class Filesystem:
         return sum(run.blocks for run in self.runs(node))
 
     def pieces(self, node: Inode) -> Iterator[tuple[int, bytes]]:
-        """Yield what of a file's content is stored, each with its offset; the rest is zeroes."""
+        """Yield the stored parts of a file's content with their offsets; all else is zeroes."""
         if node.flags & InodeFlag.ENCRYPT:
             raise UnsupportedError(f"inode {node.number} is encrypted; it needs its key")
         if node.flags & InodeFlag.VERITY and node.is_regular:
@@ -138,7 +138,7 @@ class Filesystem:
                 yield at, self.device.pread(at + shift, min(CHUNK, end - at))
 
     def listing(self, node: Inode) -> Directory:
-        """Return all names that stand in a directory, found by a kernel or not."""
+        """Return all names in a directory, also those that a kernel's lookup does not find."""
         return self._list(node)
 
     def child(self, node: Inode, name: bytes) -> int | None:
@@ -147,7 +147,7 @@ class Filesystem:
         Raises CorruptError where the kernel answers with an error, UnsupportedError where its
         answer cannot be told.
         """
-        number = self.folder(node).find(name)
+        number = self.directory_lookup(node).find(name)
         if number is None:
             return None
         sb = self.superblock
@@ -156,48 +156,48 @@ class Filesystem:
             raise CorruptError(f"a name refers to inode {number}, which none may have")
         return number
 
-    def folder(self, node: Inode) -> Folder:
-        """Return what looks names up in a directory; it is kept for the next call."""
-        found = self._folders.get(node.number)
+    def directory_lookup(self, node: Inode) -> DirectoryLookup:
+        """Return the lookup of a directory's names, cached."""
+        found = self._directories.get(node.number)
         if found is None:
-            if len(self._folders) >= CACHED_INODES_MAX:
-                self._folders.clear()
-            found = Folder(self.superblock, node, self.block, self.tree, self._parsed)
-            self._folders[node.number] = found
+            if len(self._directories) >= CACHED_INODES_MAX:
+                self._directories.clear()
+            found = DirectoryLookup(self.superblock, node, self.block, self.tree, self._parsed)
+            self._directories[node.number] = found
         return found
 
     def lookup(self, path: bytes, *, follow_last: bool = True) -> Inode | None:
-        """Return what a guest's absolute path leads to, links followed; None if nothing.
+        """Resolve a guest's absolute path, following links; None if there is nothing.
 
         Unless `follow_last`, a link that the path itself names is returned and not followed.
-        Raises CorruptError if a part of the way cannot be read, UnsupportedError if it is
-        encrypted, or leads into another filesystem.
+        Raises CorruptError if a directory or inode of the path cannot be read, UnsupportedError if
+        one is encrypted, or if the path leads into another filesystem.
         """
         top = self._top()
         if top is None:
             return None
-        todo = self._below_point(path)
-        way, names = {top.number: top}, list(self._point)
+        todo = self._names_below_point(path)
+        path_nodes, names = {top.number: top}, list(self._point)
         here = top
         links = 0
-        for name in _steps(todo):
+        for name in _pop_names(todo):
             if name in {b"", b"."}:
                 continue
             if name == b"..":
-                names, here = self._up(names), _leave(way)
+                names, here = self._names_above(names), _parent(path_nodes)
                 continue
             if not here.is_directory:
                 return None
             if (*names, name) in self._covered:
-                raise _elsewhere([*names, name])
+                raise _leaves_mount([*names, name])
             number = self.child(here, name)
             if number is None:
                 return None
             node = self.inode(number)
             if not node.is_symlink or (not todo and not follow_last):
-                if node.is_directory and number in way:
+                if node.is_directory and number in path_nodes:
                     return None  # it contains itself: the kernel does not go there
-                here = way[number] = node
+                here = path_nodes[number] = node
                 names.append(name)
                 continue
             links += 1
@@ -205,8 +205,8 @@ class Filesystem:
                 return None
             target = self.symlink_target(node)
             if target.startswith(b"/"):
-                way, names, here = {top.number: top}, list(self._point), top
-                todo += self._below_point(target)
+                path_nodes, names, here = {top.number: top}, list(self._point), top
+                todo += self._names_below_point(target)
             else:
                 todo += target.split(b"/")[::-1]
         return here
@@ -219,10 +219,10 @@ class Filesystem:
     ) -> Iterator[tuple[bytes, Inode]]:
         """Yield path and inode of every regular file and symbolic link, in the order of names.
 
-        Hard links appear under each of their names; symbolic links are not followed, but on the way
-        to `under`. Raises CorruptError, with the path, at what cannot be read; with a list
-        `broken` its path goes there, and the walk goes on. Nothing is read of the paths that
-        `without` means, nor of what is below them.
+        Hard links appear under each of their names; symbolic links are not followed, but in the
+        path `under`. Raises CorruptError, with the path, at what cannot be read; with a list
+        `broken` the path is appended to it instead. Paths that `without` matches are skipped with
+        all that is below them.
         """
         wanted = _split(under)
         if self._point[: len(wanted)] == wanted:
@@ -240,14 +240,14 @@ class Filesystem:
         names = self.superblock.names_max
         while todo:
             path, node = todo.pop()
-            left -= self._blocks_of_folder(node)
+            left -= self._blocks_of_directory(node)
             if left < 0:
-                raise UnsupportedError(f"{_shown(path)}: directories use the same blocks")
+                raise UnsupportedError(f"{_text(path)}: directories use the same blocks")
             below = []
             for full, number, child in self._children(path, node, broken, without):
                 names -= 1
                 if names < 0:
-                    raise UnsupportedError(f"{_shown(path)}: more names than are read here")
+                    raise UnsupportedError(f"{_text(path)}: more names than are read here")
                 if child.is_regular or child.is_symlink:
                     yield full, child
                 elif child.is_directory and number not in seen:
@@ -270,7 +270,7 @@ class Filesystem:
         return content[: min(node.size, len(content) - 1)].split(b"\0")[0]
 
     def _top(self) -> Inode | None:
-        """Return the directory that shows at the mount point; None if it is not there."""
+        """Return the directory that is mounted, `Mount.root`; None if it is not there."""
         node = self.inode(ROOT)
         for name in self._root:
             number = self.child(node, name) if node.is_directory else None
@@ -278,23 +278,23 @@ class Filesystem:
                 return None
             node = self.inode(number)
             if node.is_symlink:
-                raise UnsupportedError(f"{_shown(name)}, which is mounted, is a symbolic link")
+                raise UnsupportedError(f"{_text(name)}, which is mounted, is a symbolic link")
         return node
 
-    def _up(self, names: list[bytes]) -> list[bytes]:
+    def _names_above(self, names: list[bytes]) -> list[bytes]:
         """Return the names of the directory above, as the guest sees it."""
         if names and names == self._point:
-            raise _elsewhere(names[:-1])
+            raise _leaves_mount(names[:-1])
         return names[:-1]
 
-    def _below_point(self, path: bytes) -> list[bytes]:
+    def _names_below_point(self, path: bytes) -> list[bytes]:
         """Return the names of an absolute path below the mount point, the last one first."""
         names = path.split(b"/")
         for wanted in self._point:
             while names and names[0] in {b"", b"."}:
                 del names[0]
             if not names or names.pop(0) != wanted:
-                raise _elsewhere(_split(path))
+                raise _leaves_mount(_split(path))
         return names[::-1]
 
     def _read_inode(self, number: int) -> Inode:
@@ -314,7 +314,7 @@ class Filesystem:
         broken: list[bytes] | None,
         without: Callable[[bytes], bool],
     ) -> Iterator[tuple[bytes, int, Inode]]:
-        """Yield path, number and inode of what is in a directory, but for what is covered."""
+        """Yield path, number and inode of a directory's entries, without other mounts' points."""
         try:
             names = sorted(self._found(path, node).items())
         except (CorruptError, UnsupportedError):
@@ -328,7 +328,7 @@ class Filesystem:
                 continue
             if len(full) >= PATH_MAX:
                 error = UnsupportedError(
-                    f"{_shown(path)}: paths below it are longer than any kernel takes"
+                    f"{_text(path)}: paths below it are longer than any kernel takes"
                 )
                 if broken is None:
                     raise error
@@ -349,9 +349,9 @@ class Filesystem:
         try:
             return self.inode(number)
         except CorruptError as error:
-            raise CorruptError(f"{_shown(path)}: {error}") from error
+            raise CorruptError(f"{_text(path)}: {error}") from error
 
-    def _blocks_of_folder(self, node: Inode) -> int:
+    def _blocks_of_directory(self, node: Inode) -> int:
         try:
             return self.blocks_in(node)
         except (CorruptError, UnsupportedError):
@@ -361,12 +361,12 @@ class Filesystem:
         """Return the names in a directory; raises where they are not the ones that are found."""
         listed = self._list(node)
         if not listed.is_complete:
-            raise CorruptError(f"{_shown(path)}: the directory is broken")
-        folder = self.folder(node)
+            raise CorruptError(f"{_text(path)}: the directory is broken")
+        directory_lookup = self.directory_lookup(node)
         if not listed.is_plain or any(
-            folder.find(name) != number for name, number in listed.names.items()
+            directory_lookup.find(name) != number for name, number in listed.names.items()
         ):
-            raise UnsupportedError(f"{_shown(path)}: the directory has names that are not found")
+            raise UnsupportedError(f"{_text(path)}: the directory has names that are not found")
         return listed.names
 
     def _list(self, node: Inode) -> Directory:
@@ -386,8 +386,8 @@ class Filesystem:
                 yield index, self.block(run.physical + index - run.logical)
 
 
-def _steps(todo: list[bytes]) -> Iterator[bytes]:
-    """Take the last of what is to be looked up, again and again; more may come meanwhile."""
+def _pop_names(todo: list[bytes]) -> Iterator[bytes]:
+    """Pop names from the end of `todo`, to which the caller may append meanwhile."""
     for _ in range(STEPS_MAX):
         if not todo:
             return
@@ -396,11 +396,11 @@ def _steps(todo: list[bytes]) -> Iterator[bytes]:
         raise UnsupportedError(f"more than {STEPS_MAX} names lead there, by links")
 
 
-def _leave(way: dict[int, Inode]) -> Inode:
-    """Go up to where a way came from; the top is above itself."""
-    if len(way) > 1:
-        way.popitem()
-    return next(reversed(way.values()))
+def _parent(path_nodes: dict[int, Inode]) -> Inode:
+    """Go up to the parent directory, at the top to itself; `path_nodes` are those above it."""
+    if len(path_nodes) > 1:
+        path_nodes.popitem()
+    return next(reversed(path_nodes.values()))
 
 
 def _zeroes(length: int) -> Iterator[bytes]:
@@ -418,9 +418,9 @@ def _names(path: str) -> list[bytes]:
     return _split(path.encode("utf-8", "surrogateescape"))
 
 
-def _elsewhere(names: list[bytes]) -> UnsupportedError:
-    return UnsupportedError(f"a link leads to another filesystem, /{_shown(b'/'.join(names))}")
+def _leaves_mount(names: list[bytes]) -> UnsupportedError:
+    return UnsupportedError(f"a link leads to another filesystem, /{_text(b'/'.join(names))}")
 
 
-def _shown(path: bytes) -> str:
+def _text(path: bytes) -> str:
     return path.decode("utf-8", "backslashreplace")

@@ -1,12 +1,12 @@
-"""The journal's replay: what jbd2 would write to the filesystem before a mount shows it.
+"""The journal's replay: the blocks that jbd2 would write to the filesystem at a mount.
 
-Source: "ext4 Disk Layout", section Journal (jbd2), and the behaviour of Linux 6.1 where that page
-is silent. Three passes over the log as in the kernel: *scan* finds the last committed transaction,
-*revoke* collects the blocks that must not be replayed, *replay* collects the blocks that must.
-Nothing is written; the result is a map from block number to content.
+Source: "ext4 Disk Layout", section Journal (jbd2); Linux' include/linux/jbd2.h; and the behaviour
+of Linux 6.1 where that page is silent. Three passes over the log as in the kernel: *scan* finds the
+last committed transaction, *revoke* collects the blocks that must not be replayed, *replay* those
+that must. Nothing is written; the result is a map from block number to content.
 
-All checksums are verified (the first kind over whole transactions, v2 and v3 per block). Where
-they make the kernel give up, `RefusedError` says so. Not covered, and refused: external journals
+All checksums are verified (v1 over whole transactions, v2 and v3 per block). Where the kernel
+gives up because of one, `RefusedError` says so. Not covered, and refused: external journals
 and fast commits that are not empty.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from nbdproxy.errors import FilesystemError
 from nbdproxy.oracles.ext4 import superblock
@@ -24,10 +24,12 @@ from nbdproxy.oracles.ext4.faults import CorruptError, RefusedError, refusal
 from nbdproxy.oracles.ext4.filesystem import Filesystem
 from nbdproxy.oracles.ext4.replayed import ReplayedDevice
 from nbdproxy.oracles.ext4.superblock import HAS_JOURNAL
+from nbdproxy.oracles.structs import Field, StructLayout
 
 MAGIC = b"\xc0\x3b\x39\x98"
 DESCRIPTOR, COMMIT, SUPERBLOCK_V1, SUPERBLOCK_V2, REVOKE = 1, 2, 3, 4, 5
-HEADER = struct.Struct(">4sII")  # magic, kind, sequence
+_CONTROL = {DESCRIPTOR, COMMIT, REVOKE}
+SUPERBLOCK_SIZE = 1024
 COMPAT_CHECKSUM = 0x1
 BITS_64, ASYNC_COMMIT, CSUM_V2, CSUM_V3, FAST_COMMIT = 0x2, 0x4, 0x8, 0x10, 0x20
 INCOMPAT_KNOWN = 0x3F
@@ -35,14 +37,102 @@ TAG_ESCAPED, TAG_SAME_UUID, TAG_LAST = 1, 2, 8
 TAG_UUID_SIZE = 16
 CRC32, CRC32C = 1, 4  # checksum types
 CRC32_SIZE = 4
-COMMIT_CHECKSUM = slice(16, 20)
+TAIL_SIZE = 4  # struct jbd2_journal_block_tail: a checksum at the end of the block
 LOG_BLOCKS_MIN = 1024  # the log is never cut below this to make room for fast commits
 FAST_COMMIT_BLOCKS = 256
 FAST_COMMIT_HEAD = 9
 
 
+class BlockHeader(NamedTuple):
+    """struct journal_header_s, which each block of the log begins with that is no copy."""
+
+    magic: Annotated[bytes, Field(0, "4s")]
+    blocktype: Annotated[int, Field(4, "I")]
+    sequence: Annotated[int, Field(8, "I")]
+
+
+class JournalSuperblock(NamedTuple):
+    """struct journal_superblock_s, the fields that are used."""
+
+    magic: Annotated[bytes, Field(0x0, "4s")]
+    blocktype: Annotated[int, Field(0x4, "I")]
+    blocksize: Annotated[int, Field(0xC, "I")]
+    maxlen: Annotated[int, Field(0x10, "I")]
+    first: Annotated[int, Field(0x14, "I")]
+    sequence: Annotated[int, Field(0x18, "I")]
+    start: Annotated[int, Field(0x1C, "I")]
+    feature_compat: Annotated[int, Field(0x24, "I")]
+    feature_incompat: Annotated[int, Field(0x28, "I")]
+    feature_ro_compat: Annotated[int, Field(0x2C, "I")]
+    uuid: Annotated[bytes, Field(0x30, "16s")]
+    checksum_type: Annotated[int, Field(0x50, "B")]
+    num_fc_blks: Annotated[int, Field(0x54, "I")]
+    checksum: Annotated[int, Field(0xFC, "I")]
+
+
+class CommitHeader(NamedTuple):
+    """struct commit_header, behind its `BlockHeader`."""
+
+    chksum_type: Annotated[int, Field(12, "B")]
+    chksum_size: Annotated[int, Field(13, "B")]
+    chksum: Annotated[int, Field(16, "I")]
+    commit_sec: Annotated[int, Field(48, "Q")]
+
+
+class RevokeHeader(NamedTuple):
+    """struct jbd2_journal_revoke_header_s, behind its `BlockHeader`; r_count is in bytes."""
+
+    used: Annotated[int, Field(12, "I")]
+
+
+class RawTag(NamedTuple):
+    """struct journal_block_tag_s of a log with 32-bit block numbers."""
+
+    blocknr: Annotated[int, Field(0, "I")]
+    checksum: Annotated[int, Field(4, "H")]
+    flags: Annotated[int, Field(6, "H")]
+
+
+class RawTag64(NamedTuple):
+    """struct journal_block_tag_s of a log with 64-bit block numbers."""
+
+    blocknr: Annotated[int, Field(0, "I")]
+    checksum: Annotated[int, Field(4, "H")]
+    flags: Annotated[int, Field(6, "H")]
+    blocknr_high: Annotated[int, Field(8, "I")]
+
+
+class RawTag3(NamedTuple):
+    """struct journal_block_tag3_s, of a log with checksums v3."""
+
+    blocknr: Annotated[int, Field(0, "I")]
+    flags: Annotated[int, Field(4, "I")]
+    blocknr_high: Annotated[int, Field(8, "I")]
+    checksum: Annotated[int, Field(12, "I")]
+
+
+class FastCommitHead(NamedTuple):
+    """struct ext4_fc_tl and, behind it, struct ext4_fc_head (fs/ext4/fast_commit.h)."""
+
+    tag: Annotated[int, Field(0, "H")]
+    len: Annotated[int, Field(2, "H")]
+    features: Annotated[int, Field(4, "I")]
+    tid: Annotated[int, Field(8, "I")]
+
+
+HEADER = StructLayout(BlockHeader, ">")
+JOURNAL_SUPERBLOCK = StructLayout(JournalSuperblock, ">")
+COMMIT_HEADER = StructLayout(CommitHeader, ">")
+REVOKE_HEADER = StructLayout(RevokeHeader, ">")
+TAG = StructLayout(RawTag, ">")
+TAG_64 = StructLayout(RawTag64, ">")
+TAG_3 = StructLayout(RawTag3, ">")
+CSUM_V2_SIZE = 2  # bytes that checksums v2 add to a tag, of which nothing is read
+FAST_COMMIT_HEADER = StructLayout(FastCommitHead, "<")  # unlike the log
+
+
 class Tag(NamedTuple):
-    """One entry of a descriptor block: where the next block of the log belongs."""
+    """One entry of a descriptor block: the home, on the disk, of the next block of the log."""
 
     block: int
     flags: int
@@ -50,7 +140,7 @@ class Tag(NamedTuple):
 
 
 class ControlBlock(NamedTuple):
-    """A block of the log that is no data; the next one, or its data, is at `position`."""
+    """A descriptor, commit or revoke block; `position` is that of the block behind it."""
 
     position: int
     sequence: int
@@ -59,15 +149,19 @@ class ControlBlock(NamedTuple):
     tags: list[Tag]
 
 
-Sums = dict[int, tuple[bytes, int, int]]
-"""By position in the log: data, seed, and the checksum they give; for the same object only."""
+ChecksumCache = dict[int, tuple[bytes, int, int]]
+"""By position in the log: a block, a seed, and the checksum of both; valid for that very object."""
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
     """A journal's superblock, and where its blocks are on the disk.
 
-    `leading` are the blocks that say where they are, beside its inode.
+    blocks       by position in the log, the block of the disk
+    leading      blocks of the disk that are nodes of the journal's extent tree, or indirect blocks
+    first, last  the positions that transactions may use, [first, last)
+    start        the position of the oldest transaction; 0 if the log is empty
+    sequence     its number
     """
 
     filesystem: Filesystem
@@ -89,7 +183,7 @@ class Log:
     @property
     def tail(self) -> int:
         """The bytes at the end of a descriptor or revoke block that hold its checksum."""
-        return 4 if self.has_checksums else 0
+        return TAIL_SIZE if self.has_checksums else 0
 
     def read(self, position: int) -> bytes:
         """Return the block at a position of the log."""
@@ -103,7 +197,7 @@ class Log:
 
 
 class LogBlock(NamedTuple):
-    """A block of a committed transaction in the log: what it is, and what it is a copy of."""
+    """A block of a committed transaction: its role in the log, and of a copy its home."""
 
     transaction: int
     role: str
@@ -113,7 +207,7 @@ class LogBlock(NamedTuple):
 def log_map(filesystem: Filesystem) -> dict[int, LogBlock]:
     """Return the blocks of the disk that hold transactions which a mount would replay.
 
-    `target` is the block that a copy belongs to; descriptor, revoke and commit blocks have none.
+    `target` is the home of a copy; descriptor, revoke and commit blocks have none.
     Raises RefusedError as `replay` does.
     """
     sb = filesystem.superblock
@@ -131,11 +225,11 @@ def log_map(filesystem: Filesystem) -> dict[int, LogBlock]:
     return found
 
 
-def replay(filesystem: Filesystem, sums: Sums | None = None) -> dict[int, bytes]:
+def replay(filesystem: Filesystem, checksums: ChecksumCache | None = None) -> dict[int, bytes]:
     """Return the blocks that a mount would write from the journal; empty if it is clean.
 
-    Who replays many states hands over the same `sums` each time, and a device that returns for
-    an unchanged block the very same object: what was summed then is not summed again.
+    `checksums` is a cache for callers that replay many states. It helps if the device returns for
+    an unchanged block the same object each time.
 
     Raises RefusedError where the kernel would not mount, or where only it can tell.
     """
@@ -155,7 +249,9 @@ def replay(filesystem: Filesystem, sums: Sums | None = None) -> dict[int, bytes]
         controls = _scan(log)
         if not sb.needs_recovery:
             return {}  # the kernel looks through such a log all the same, before it empties it
-        blocks = _replay(log, controls, _revoked(log, controls), {} if sums is None else sums)
+        blocks = _replay(
+            log, controls, _revoked(log, controls), {} if checksums is None else checksums
+        )
     except IndexError as error:
         raise refusal("its journal leads out of itself") from error
     commits = sum(control.kind == COMMIT for control in controls)
@@ -181,57 +277,56 @@ def _open(filesystem: Filesystem) -> Log:
     blocks = [run.physical + i for run in runs for i in range(run.blocks)]
     if not node.is_regular or not blocks or runs[0].logical:
         raise refusal("its journal is not a file")
-    raw = filesystem.device.pread(blocks[0] * sb.block_size, 1024)
-    magic, kind, _ = HEADER.unpack_from(raw)
-    block_size, length, first, sequence, start = struct.unpack_from(">5I", raw, 12)
-    if magic != MAGIC or kind not in {SUPERBLOCK_V1, SUPERBLOCK_V2}:
+    block = filesystem.device.pread(blocks[0] * sb.block_size, SUPERBLOCK_SIZE)
+    raw = JOURNAL_SUPERBLOCK.unpack_from(block)
+    if raw.magic != MAGIC or raw.blocktype not in {SUPERBLOCK_V1, SUPERBLOCK_V2}:
         raise refusal("its journal has no superblock")
-    compat, incompat, ro_compat = struct.unpack_from(">3I", raw, 0x24)
-    if kind == SUPERBLOCK_V1:
-        compat = incompat = ro_compat = 0
-    if incompat & ~INCOMPAT_KNOWN or ro_compat:
+    if raw.blocktype == SUPERBLOCK_V1:
+        raw = raw._replace(feature_compat=0, feature_incompat=0, feature_ro_compat=0)
+    if raw.feature_incompat & ~INCOMPAT_KNOWN or raw.feature_ro_compat:
         raise refusal("its journal has unknown features")
-    if block_size != sb.block_size or length > len(blocks) or not 0 < first < length:
+    is_fitting = raw.blocksize == sb.block_size and raw.maxlen <= len(blocks)
+    if not is_fitting or not 0 < raw.first < raw.maxlen:
         raise refusal("its journal's superblock is impossible")
-    _check_superblock(raw, compat, incompat)
-    last = length
-    if incompat & FAST_COMMIT:
-        reserved = struct.unpack_from(">I", raw, 0x54)[0] or FAST_COMMIT_BLOCKS
-        if length - reserved >= LOG_BLOCKS_MIN:
-            last = length - reserved
-    if start and not first <= start < last:
+    _check_superblock(block, raw)
+    last = raw.maxlen
+    if raw.feature_incompat & FAST_COMMIT:
+        reserved = raw.num_fc_blks or FAST_COMMIT_BLOCKS
+        if raw.maxlen - reserved >= LOG_BLOCKS_MIN:
+            last = raw.maxlen - reserved
+    if raw.start and not raw.first <= raw.start < last:
         raise refusal("its journal's superblock is impossible")
     return Log(
         filesystem=filesystem,
-        blocks=blocks[:length],
+        blocks=blocks[: raw.maxlen],
         leading=frozenset(leading),
-        first=first,
+        first=raw.first,
         last=last,
-        start=start,
-        sequence=sequence,
-        compat=compat,
-        incompat=incompat,
-        seed=crc32c(ONES, raw[0x30:0x40]),
+        start=raw.start,
+        sequence=raw.sequence,
+        compat=raw.feature_compat,
+        incompat=raw.feature_incompat,
+        seed=crc32c(ONES, raw.uuid),
     )
 
 
-def _check_superblock(raw: bytes, compat: int, incompat: int) -> None:
-    kinds = [compat & COMPAT_CHECKSUM, incompat & CSUM_V2, incompat & CSUM_V3]
+def _check_superblock(block: bytes, raw: JournalSuperblock) -> None:
+    incompat = raw.feature_incompat
+    kinds = [raw.feature_compat & COMPAT_CHECKSUM, incompat & CSUM_V2, incompat & CSUM_V3]
     if sum(map(bool, kinds)) > 1:
         raise refusal("its journal claims two kinds of checksums")
     if incompat & (CSUM_V2 | CSUM_V3):
-        (found,) = struct.unpack_from(">I", raw, 0xFC)
-        covered = raw[:0xFC] + bytes(4) + raw[0x100:]
-        if raw[0x50] != CRC32C or found != crc32c(ONES, covered):
+        covered = JOURNAL_SUPERBLOCK.zeroed(block, "checksum")
+        if raw.checksum_type != CRC32C or raw.checksum != crc32c(ONES, covered):
             raise refusal("the checksum of its journal's superblock is wrong")
 
 
 def _scan(log: Log) -> list[ControlBlock]:
-    """Return the control blocks of all transactions that count, and behind them, of none."""
+    """Return the control blocks of all transactions that are to be replayed, in log order."""
     position, sequence = log.start, log.sequence
     time_last = 0
     doubtful = False  # a block's checksum was wrong: stale if its commit is older, else broken
-    running = ONES  # checksum of the first kind, over a transaction
+    running = ONES  # checksum v1, over the transaction so far
     found: list[ControlBlock] = []
     committed = passed = 0
     while passed <= log.last - log.first:
@@ -253,7 +348,7 @@ def _scan(log: Log) -> list[ControlBlock]:
         elif kind == REVOKE:
             doubtful |= not _tail_is_right(log, block)
         else:
-            (time,) = struct.unpack_from(">Q", block, 48)
+            time = COMMIT_HEADER.unpack_from(block).commit_sec
             if doubtful and time >= time_last:
                 raise refusal(f"a checksum in transaction {sequence} of its journal is wrong")
             if doubtful:
@@ -278,11 +373,11 @@ def _revoked(log: Log, controls: list[ControlBlock]) -> dict[int, int]:
     for control in controls:
         if control.kind != REVOKE:
             continue
-        (used,) = struct.unpack_from(">I", control.block, 12)
+        used = REVOKE_HEADER.unpack_from(control.block).used
         if used > len(control.block) - log.tail:
             raise refusal("its journal holds an impossible revoke block")
-        count = max(0, used - 16) // width
-        for number in struct.unpack_from(f">{count}{code}", control.block, 16):
+        count = max(0, used - REVOKE_HEADER.size) // width
+        for number in struct.unpack_from(f">{count}{code}", control.block, REVOKE_HEADER.size):
             if number >= blocks:
                 continue  # there is no such block, and nothing is written there
             if number not in revoked or _is_later(control.sequence, revoked[number]):
@@ -291,7 +386,7 @@ def _revoked(log: Log, controls: list[ControlBlock]) -> dict[int, int]:
 
 
 def _replay(
-    log: Log, controls: list[ControlBlock], revoked: dict[int, int], sums: Sums
+    log: Log, controls: list[ControlBlock], revoked: dict[int, int], checksums: ChecksumCache
 ) -> dict[int, bytes]:
     blocks: dict[int, bytes] = {}
     for control in controls:
@@ -304,15 +399,15 @@ def _replay(
             position = log.step(control.position, index)
             data = log.read(position)
             if log.has_checksums:
-                known = sums.get(position)
+                known = checksums.get(position)
                 if known is None or known[0] is not data or known[1] != seed:
-                    known = sums[position] = (data, seed, crc32c(seed, data))
+                    known = checksums[position] = (data, seed, crc32c(seed, data))
                 if tag.checksum != known[2] & mask:
                     raise refusal(f"a block in transaction {sequence} of its journal is corrupt")
             blocks[tag.block] = MAGIC + data[4:] if tag.flags & TAG_ESCAPED else data
             if tag.block == log.filesystem.superblock.own_block:
                 _check_own(log, blocks[tag.block])
-    # Without checksums, what is torn or stale may name these.
+    # Without checksums, a torn or stale descriptor block may name these.
     if not (blocks.keys().isdisjoint(log.blocks) and blocks.keys().isdisjoint(log.leading)):
         raise RefusedError(
             "the journal holds blocks of itself, and only a kernel can tell what it makes of that; "
@@ -340,49 +435,45 @@ def _check_own(log: Log, data: bytes) -> None:
 
 
 def _kind(block: bytes, sequence: int) -> int | None:
-    magic, kind, found = HEADER.unpack_from(block)
-    if magic == MAGIC and found == sequence and kind in {DESCRIPTOR, COMMIT, REVOKE}:
-        return int(kind)
-    return None
+    header = HEADER.unpack_from(block)
+    is_current = header.magic == MAGIC and header.sequence == sequence
+    return header.blocktype if is_current and header.blocktype in _CONTROL else None
 
 
 def _tags(log: Log, block: bytes) -> Iterator[Tag]:
-    wide = log.incompat & BITS_64
-    if log.incompat & CSUM_V3:
-        size = 16
-    else:
-        size = (12 if wide else 8) + (2 if log.incompat & CSUM_V2 else 0)
+    is_wide = log.incompat & BITS_64
+    layout: StructLayout[RawTag] | StructLayout[RawTag64] | StructLayout[RawTag3]
+    layout = TAG_3 if log.incompat & CSUM_V3 else TAG_64 if is_wide else TAG
+    size = layout.size + (CSUM_V2_SIZE if log.incompat & CSUM_V2 else 0)
     at = HEADER.size
     while at + size <= len(block) - log.tail:
-        number, checksum, flags = struct.unpack_from(">IHH", block, at)
-        if wide:
-            number |= struct.unpack_from(">I", block, at + 8)[0] << 32
-        if log.incompat & CSUM_V3:
-            (checksum,) = struct.unpack_from(">I", block, at + 12)
-        yield Tag(number, flags, checksum)
+        raw = layout.unpack_from(block, at)
+        high = 0 if isinstance(raw, RawTag) or not is_wide else raw.blocknr_high
+        yield Tag(raw.blocknr | high << 32, raw.flags, raw.checksum)
         at += size
-        if not flags & TAG_SAME_UUID:
+        if not raw.flags & TAG_SAME_UUID:
             at += TAG_UUID_SIZE
-        if flags & TAG_LAST:
+        if raw.flags & TAG_LAST:
             return
 
 
 def _tail_is_right(log: Log, block: bytes) -> bool:
     if not log.has_checksums:
         return True
-    found = int.from_bytes(block[-4:], "big")
-    return found == crc32c(log.seed, block[:-4] + bytes(4))
+    found = int.from_bytes(block[-TAIL_SIZE:], "big")
+    return found == crc32c(log.seed, block[:-TAIL_SIZE] + bytes(TAIL_SIZE))
 
 
 def _commit_is_right(log: Log, block: bytes, running: int) -> bool:
-    found = int.from_bytes(block[COMMIT_CHECKSUM], "big")
+    header = COMMIT_HEADER.unpack_from(block)
     if log.has_checksums:
-        start, stop = COMMIT_CHECKSUM.start, COMMIT_CHECKSUM.stop
-        return found == crc32c(log.seed, block[:start] + bytes(4) + block[stop:])
+        return header.chksum == crc32c(log.seed, COMMIT_HEADER.zeroed(block, "chksum"))
     if not log.compat & COMPAT_CHECKSUM:
         return True
-    kind, size = block[12], block[13]
-    return (kind, size, found) in {(CRC32, CRC32_SIZE, running), (0, 0, 0)}
+    return (header.chksum_type, header.chksum_size, header.chksum) in {
+        (CRC32, CRC32_SIZE, running),
+        (0, 0, 0),
+    }
 
 
 def _is_later(sequence: int, than: int) -> bool:
@@ -391,13 +482,12 @@ def _is_later(sequence: int, than: int) -> bool:
 
 
 def _check_fast_commits(log: Log, end: int) -> None:
-    """Raise RefusedError if fast commits would be replayed behind the transaction `end`."""
+    """Raise RefusedError if there are fast commits to be replayed, on top of transaction `end`."""
     first = log.last + 1  # the kernel leaves one block between the log and the area
     if not log.incompat & FAST_COMMIT or first >= len(log.blocks):
         return
-    # The area is little-endian, unlike the log; anything not of this transaction is stale.
-    kind, _, _, sequence = struct.unpack_from("<HHII", log.read(first))
-    if kind == FAST_COMMIT_HEAD and sequence == end:
+    head = FAST_COMMIT_HEADER.unpack_from(log.read(first))
+    if head.tag == FAST_COMMIT_HEAD and head.tid == end:  # else it is stale
         raise RefusedError(
             "the journal holds fast commits, which only a kernel replays; ask with --oracle kernel"
         )

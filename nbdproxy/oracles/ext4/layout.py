@@ -1,8 +1,7 @@
-"""Where an ext4 keeps what is not file content, and where a file's content is: bytes of a device.
+"""Extents of the disk that an ext4's metadata, its journal or a file's content occupies.
 
-Covers what stays where mke2fs put it: superblock, descriptors, bitmaps, inode tables, journal.
-Not covered: directories, blocks of extent trees and of extended attributes, which come and go; and
-backups of the superblock.
+Covers what mke2fs allocates: superblock, descriptors, bitmaps, inode tables, journal. Not covered:
+directories, blocks of extent trees and of extended attributes; backups of the superblock.
 """
 
 from __future__ import annotations
@@ -29,10 +28,8 @@ def metadata_extents(device: ReadableDevice) -> list[Extent]:
     size = found.block_size
     tables = -(-found.inodes_per_group * found.inode_size // size)
     blocks = [(found.own_block, 1), *((block, 1) for block in sb.descriptor_blocks(found))]
-    for raw in sb.descriptors(device, found):
-        blocks.append((sb.block_number(found, raw, sb.BLOCK_BITMAP), 1))
-        blocks.append((sb.block_number(found, raw, sb.INODE_BITMAP), 1))
-        blocks.append((sb.block_number(found, raw, sb.INODE_TABLE), tables))
+    for group in sb.descriptors(device, found):
+        blocks += [(group.block_bitmap, 1), (group.inode_bitmap, 1), (group.inode_table, tables)]
     extents = [Extent(block * size, count * size) for block, count in blocks]
     if found.journal_inode:
         extents += _content(filesystem, found.journal_inode)

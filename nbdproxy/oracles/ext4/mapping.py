@@ -1,31 +1,67 @@
-"""From a file's blocks to the disk's: extent trees and the older indirect blocks.
+"""Maps a file's blocks to the disk's: extent trees and the older indirect blocks.
 
-Source: "ext4 Disk Layout", section The Contents of inode.i_block, and the behaviour of Linux 6.1. A
-block of the tree that leads only to what is behind the file's end is not read, as no reader of the
-file comes there. What is not mapped, and what is mapped but unwritten, reads as zeroes: both are
-simply absent from the result. No block that leads to others is walked twice, and no file has more
-blocks than there are: what a made-up tree can ask for is bounded by the disk.
+Source: "ext4 Disk Layout", section The Contents of inode.i_block; Linux' fs/ext4/ext4_extents.h;
+and the behaviour of Linux 6.1. A node of the tree that maps only blocks behind the file's end is
+not read, as no reader of the file comes there. Blocks that are not mapped (holes) and those mapped
+as unwritten read as zeroes: both are absent from the result.
+
+A forged tree cannot cost more than the disk's size: no node is read twice for one file, and no file
+has more blocks than the filesystem.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from nbdproxy.oracles.ext4.checksum import crc32c
 from nbdproxy.oracles.ext4.faults import CorruptError, UnsupportedError
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.superblock import Superblock
-from nbdproxy.oracles.watched import Reads
+from nbdproxy.oracles.structs import Field, StructLayout
+from nbdproxy.oracles.watched import RangeSet
 
 EXTENT_MAGIC = 0xF30A
-EXTENT_ENTRY = 12
-WRITTEN_MAX = 32768  # a longer length means: less this, and not yet written
+WRITTEN_MAX = 32768  # a greater `len` stands for an unwritten extent of that many blocks less
 DEPTH_MAX = 5
 DIRECT = 12
-WALKED_ALWAYS, WALKED_SHARE = 64, 16
-"""Blocks that lead to a file's others: no more than these, and that part of the filesystem's."""
+NODES_ALWAYS, NODES_SHARE = 64, 16
+"""So many nodes of one file's tree are read: these, and one of each NODES_SHARE blocks."""
+
+
+class ExtentHeader(NamedTuple):
+    """struct ext4_extent_header, which a node of an extent tree begins with."""
+
+    magic: Annotated[int, Field(0, "H")]
+    entries: Annotated[int, Field(2, "H")]
+    max: Annotated[int, Field(4, "H")]
+    depth: Annotated[int, Field(6, "H")]
+    generation: Annotated[int, Field(8, "I")]
+
+
+class RawExtent(NamedTuple):
+    """struct ext4_extent, an entry of a leaf."""
+
+    block: Annotated[int, Field(0, "I")]
+    len: Annotated[int, Field(4, "H")]
+    start_hi: Annotated[int, Field(6, "H")]
+    start_lo: Annotated[int, Field(8, "I")]
+
+
+class RawExtentIndex(NamedTuple):
+    """struct ext4_extent_idx, an entry of an inner node."""
+
+    block: Annotated[int, Field(0, "I")]
+    leaf_lo: Annotated[int, Field(4, "I")]
+    leaf_hi: Annotated[int, Field(8, "H")]
+
+
+HEADER = StructLayout(ExtentHeader, "<")
+EXTENT = StructLayout(RawExtent, "<")
+INDEX = StructLayout(RawExtentIndex, "<", EXTENT.size)
+_CHECKSUM = struct.Struct("<I")  # struct ext4_extent_tail, behind the last entry there is room for
+_POINTERS = struct.Struct(f"<{DIRECT + 3}I")  # i_block without extents: direct, then indirect ones
 
 ReadBlock = Callable[[int], bytes]
 
@@ -47,8 +83,8 @@ class LeafExtent(NamedTuple):
     is_written: bool
 
 
-class Child(NamedTuple):
-    """An entry of an extent tree's inner node: where blocks from `logical` on are found."""
+class ExtentIndex(NamedTuple):
+    """An entry of an extent tree's inner node: the node that maps the blocks from `logical` on."""
 
     logical: int
     physical: int
@@ -61,34 +97,35 @@ class BlockTree:
     outside of the disk or in `fixed`, which are those that no file may have.
     """
 
-    def __init__(self, sb: Superblock, fixed: Reads, inode: Inode, read_block: ReadBlock) -> None:
+    def __init__(
+        self, sb: Superblock, fixed: RangeSet, inode: Inode, read_block: ReadBlock
+    ) -> None:
         self._sb = sb
         self._fixed = fixed
         self._inode = inode
         self._read_block = read_block
         self._fan = sb.block_size // 4
         self._blocks = -(-inode.size // sb.block_size)
-        self._is_doubtful = False  # a block of pointers that was read holds impossible ones
-        self._walked: set[int] = set()
+        self._has_bad_pointers = False  # in an indirect block that was read
+        self._nodes_read: set[int] = set()
 
     def check(self) -> None:
-        """Look at what stands in the inode itself, as the kernel does before anything is read."""
+        """Validate the root in the inode, as the kernel does when it loads the inode."""
         if self._inode.flags & InodeFlag.EXTENTS:
-            (depth,) = struct.unpack_from("<H", self._inode.block_map, 6)
-            self._entries(self._inode.block_map, depth, None)
+            self._entries(self._inode.block_map, None, None)
         else:
-            for pointer in struct.unpack_from("<12I", self._inode.block_map):
+            for pointer in _POINTERS.unpack(self._inode.block_map)[:DIRECT]:
                 if pointer:
                     self._require_valid(pointer, 1)
 
     def runs(self) -> list[BlockRun]:
         """Return the written blocks of a file in ascending order, neighbours joined.
 
-        Raises UnsupportedError if the kernel might read them or not, and for a tree that leads to
-        the same blocks again and again.
+        Raises UnsupportedError where it depends on the kernel's cache whether they can be read, and
+        for a tree that reaches one node by several ways.
         """
-        self._is_doubtful = False
-        self._walked.clear()
+        self._has_bad_pointers = False
+        self._nodes_read.clear()
         result: list[BlockRun] = []
         end = count = 0
         for run in self._extents() if self._inode.flags & InodeFlag.EXTENTS else self._indirect():
@@ -108,25 +145,26 @@ class BlockTree:
                     result[-1] = last._replace(blocks=last.blocks + run.blocks)
                     continue
             result.append(BlockRun(*run[:3]))
-        self._raise_doubt()
+        self._raise_if_cache_decides()
         return result
 
     def find(self, logical: int) -> int | None:
-        """Return where one block of the file is, reading only what leads there; None for a hole.
+        """Return the disk's block of one of the file's; None for a hole.
 
-        Raises UnsupportedError for one that is unwritten, or that the kernel might read or not.
+        Only the nodes on the way to it are read. Raises UnsupportedError if it is unwritten, or
+        where it depends on the kernel's cache whether it can be read.
         """
         if not self._inode.flags & InodeFlag.EXTENTS:
             return self._find_pointer(logical)
         node, parent = self._inode.block_map, None
         depth = self._depth()
         while True:
-            last: LeafExtent | Child | None = None
+            last: LeafExtent | ExtentIndex | None = None
             for entry in self._entries(node, depth, parent):
                 if entry.logical > logical and (last is not None or not depth):
                     break
                 last = entry
-            if isinstance(last, Child):
+            if isinstance(last, ExtentIndex):
                 depth, parent = depth - 1, last.logical
                 node = self._child(last.physical)
                 continue
@@ -143,7 +181,7 @@ class BlockTree:
         yield from self._leaves(self._inode.block_map, self._depth(), None)
 
     def _depth(self) -> int:
-        (depth,) = struct.unpack_from("<H", self._inode.block_map, 6)
+        _, _, _, depth, _ = HEADER.struct.unpack_from(self._inode.block_map)
         if depth > DEPTH_MAX:
             raise self._corrupt("its extent tree is too deep")
         return int(depth)
@@ -153,29 +191,36 @@ class BlockTree:
             if isinstance(entry, LeafExtent):
                 yield entry
             elif self._blocks and (not index or entry.logical < self._blocks):
-                self._walk_once(entry.physical)
+                self._count_node(entry.physical)
                 yield from self._leaves(self._child(entry.physical), depth - 1, entry.logical)
 
-    def _entries(self, node: bytes, depth: int, parent: int | None) -> list[LeafExtent | Child]:
-        """Return what a node holds, all of it checked; `parent` is where it is said to begin."""
-        magic, count, room, found_depth = struct.unpack_from("<HHHH", node)
+    def _entries(
+        self, node: bytes, depth: int | None, parent: int | None
+    ) -> list[LeafExtent | ExtentIndex]:
+        """Return a node's entries, validated as the kernel does (__ext4_ext_check).
+
+        `depth` is what it has to be by the node above; None if any is right. `parent` is the first
+        logical block by the entry that leads to the node; None of the root.
+        """
+        magic, count, room, found_depth, _ = HEADER.struct.unpack_from(node)
         if (
             magic != EXTENT_MAGIC
-            or found_depth != depth
-            or not count <= room <= len(node) // EXTENT_ENTRY - 1
+            or depth not in {None, found_depth}
+            or not count <= room <= len(node) // EXTENT.size - 1
             or not room
-            or (depth and not count)
+            or (found_depth and not count)
         ):
             raise self._corrupt("its extent tree has a bad node")
-        found: list[LeafExtent | Child] = []
+        found: list[LeafExtent | ExtentIndex] = []
         end = 0
-        for at in range(EXTENT_ENTRY, EXTENT_ENTRY * (count + 1), EXTENT_ENTRY):
-            entry: LeafExtent | Child
-            if depth:
-                logical, low, high = struct.unpack_from("<IIH", node, at)
-                entry, blocks = Child(logical, high << 32 | low), 1
+        entries = node[HEADER.size : HEADER.size + EXTENT.size * count]
+        for fields in (INDEX if found_depth else EXTENT).struct.iter_unpack(entries):
+            entry: LeafExtent | ExtentIndex
+            if found_depth:
+                logical, low, high = fields
+                entry, blocks = ExtentIndex(logical, high << 32 | low), 1
             else:
-                logical, blocks, high, low = struct.unpack_from("<IHHI", node, at)
+                logical, blocks, high, low = fields
                 is_written = blocks <= WRITTEN_MAX
                 blocks -= 0 if is_written else WRITTEN_MAX
                 entry = LeafExtent(logical, high << 32 | low, blocks, is_written)
@@ -193,16 +238,16 @@ class BlockTree:
     def _child(self, number: int) -> bytes:
         block = self._read_block(number)
         if self._sb.has_checksums:
-            tail = EXTENT_ENTRY * (struct.unpack_from("<H", block, 4)[0] + 1)
-            if tail + 4 > len(block):
+            tail = HEADER.size + EXTENT.size * HEADER.unpack_from(block).max
+            if tail + _CHECKSUM.size > len(block):
                 raise self._corrupt("its extent tree has a bad node")
-            if struct.unpack_from("<I", block, tail)[0] != crc32c(self._inode.seed, block[:tail]):
+            if _CHECKSUM.unpack_from(block, tail)[0] != crc32c(self._inode.seed, block[:tail]):
                 raise self._corrupt("an extent block's checksum is wrong")
         return block
 
     def _indirect(self) -> Iterator[LeafExtent]:
         """Yield the blocks of a file that has twelve direct and three indirect pointers."""
-        pointers = struct.unpack("<15I", self._inode.block_map)
+        pointers = _POINTERS.unpack(self._inode.block_map)
         for logical, physical in enumerate(pointers[:DIRECT]):
             if physical and logical < self._blocks:
                 self._require_valid(physical, 1)
@@ -214,7 +259,7 @@ class BlockTree:
             logical += self._fan**level
 
     def _pointers(self, number: int, level: int, logical: int) -> Iterator[LeafExtent]:
-        self._walk_once(number)
+        self._count_node(number)
         step = self._fan ** (level - 1)
         for index, physical in enumerate(self._pointer_block(number)):
             here = logical + index * step
@@ -228,18 +273,18 @@ class BlockTree:
             else:
                 yield from self._pointers(physical, level - 1, here)
 
-    def _walk_once(self, number: int) -> None:
-        if number in self._walked:
+    def _count_node(self, number: int) -> None:
+        if number in self._nodes_read:
             raise UnsupportedError(f"inode {self._inode.number} uses block {number} twice")
-        self._walked.add(number)
-        if len(self._walked) > WALKED_ALWAYS + self._sb.blocks // WALKED_SHARE:
+        self._nodes_read.add(number)
+        if len(self._nodes_read) > NODES_ALWAYS + self._sb.blocks // NODES_SHARE:
             raise UnsupportedError(
                 f"inode {self._inode.number} has too many blocks that lead to others"
             )
 
     def _find_pointer(self, logical: int) -> int | None:
-        self._is_doubtful = False
-        pointers = struct.unpack("<15I", self._inode.block_map)
+        self._has_bad_pointers = False
+        pointers = _POINTERS.unpack(self._inode.block_map)
         if logical < DIRECT:
             number, level = pointers[logical], 0
         else:
@@ -257,15 +302,15 @@ class BlockTree:
             number = self._pointer_block(number)[index]
         if number:
             self._require_valid(number, 1)
-        self._raise_doubt()
+        self._raise_if_cache_decides()
         return number or None
 
-    def _raise_doubt(self) -> None:
-        """Raise UnsupportedError if a block of pointers that was read is not wholly right.
+    def _raise_if_cache_decides(self) -> None:
+        """Raise UnsupportedError if an indirect block that was read holds an impossible pointer.
 
-        The kernel fails when it reads such a block, and no more once it has kept it.
+        The kernel fails when it reads such a block, but not where it has it in its cache.
         """
-        if self._is_doubtful:
+        if self._has_bad_pointers:
             raise UnsupportedError(
                 f"inode {self._inode.number} has a block of pointers that are not all possible"
             )
@@ -274,7 +319,7 @@ class BlockTree:
         if not 0 < number < self._sb.blocks:
             raise self._corrupt("a block is outside the disk")
         found = struct.unpack(f"<{self._fan}I", self._read_block(number))
-        self._is_doubtful |= not all(self._is_valid(one, 1) for one in {number, *found} - {0})
+        self._has_bad_pointers |= not all(self._is_valid(one, 1) for one in {number, *found} - {0})
         return found
 
     def _is_valid(self, block: int, blocks: int) -> bool:

@@ -1,13 +1,12 @@
-"""What each block of an ext4 belongs to: the fixed structures, and the files, by their paths.
+"""What each block of an ext4 is used for: fixed structures, and files, by their paths.
 
-Made once from all names and inodes that can be read; what is broken is passed over. Not told
-apart, but called unknown: blocks of extended attributes, blocks reserved for growth, and space
-that a file has and never wrote.
+Made once, from all names and inodes that can be read; others are skipped. Of kind UNKNOWN are
+blocks of extended attributes, blocks reserved for growth of the descriptors, and blocks that a file
+has allocated and never written.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -26,9 +25,6 @@ from nbdproxy.oracles.ext4.filesystem import PATH_MAX, ROOT, Filesystem
 from nbdproxy.oracles.ext4.inode import Inode, InodeFlag
 from nbdproxy.oracles.ext4.mounted import open_filesystem
 from nbdproxy.oracles.ext4.superblock import Incompat, RoCompat
-
-BITMAP_IS_ABSENT = 0x2  # a flag of a group's descriptor: its block bitmap was never written
-FLAGS = 0x12
 
 
 class OwnerKind(StrEnum):
@@ -54,7 +50,7 @@ class OwnerKind(StrEnum):
 
 
 class BlockClaim(NamedTuple):
-    """Whose a run of bytes is: an inode's, or none's (0); and how far into its owner it begins."""
+    """The use of a run of bytes: kind, inode (0: none), and its offset in what it belongs to."""
 
     kind: OwnerKind
     inode: int
@@ -62,7 +58,7 @@ class BlockClaim(NamedTuple):
 
 
 class OwnedBytes(NamedTuple):
-    """Bytes [start, end) of a filesystem with one owner; `offset` counts from its beginning."""
+    """Bytes [start, end) of a filesystem with one owner, from byte `offset` of it on."""
 
     start: int
     end: int
@@ -76,10 +72,13 @@ def _shifted(claim: BlockClaim, by: int) -> BlockClaim:
 
 
 @dataclass(slots=True)
-class Atlas:
-    """Who owns what in one filesystem, in bytes from its beginning.
+class FilesystemMap:
+    """The owners of all bytes of one filesystem, counted from its beginning.
 
-    `size` is the filesystem's; `free` says of each block whether it is, as far as that is known.
+    size    the filesystem's, in bytes
+    claims  runs of bytes with an owner
+    paths   by inode, all its paths
+    free    by group, its block bitmap, as far as that can be read
     """
 
     filesystem: Filesystem
@@ -140,59 +139,56 @@ class Atlas:
         return result
 
 
-def chart(device: ReadableDevice) -> Atlas:
-    """Find out who owns what on a device that begins with a filesystem, journal replayed.
+def map_filesystem(device: ReadableDevice) -> FilesystemMap:
+    """Map the filesystem that a device begins with, journal replayed.
 
-    If it cannot be mounted, only what stands at fixed places is known. Raises FilesystemError if
-    not even that can be read.
+    If it cannot be mounted, only the fixed structures are known. Raises FilesystemError if not even
+    they can be read.
     """
     try:
         filesystem = open_filesystem(device)
     except FilesystemError:
         filesystem = Filesystem(device)
-        return _empty(filesystem, {})
-    atlas = _empty(filesystem, _bitmaps(filesystem))
+        return _fixed_map(filesystem, {})
+    result = _fixed_map(filesystem, _bitmaps(filesystem))
     owned = ExtentMap[BlockClaim](_shifted)
     leading: set[int] = set()
-    for node in _tree(filesystem, atlas.paths):
+    for node in _tree(filesystem, result.paths):
         kind = OwnerKind.DIRECTORY if node.is_directory else OwnerKind.FILE_DATA
         _claim_blocks(filesystem, owned, node, kind, leading)
-    # Fixed places come last: a broken inode that claims them does not own them.
-    for start, end, claim in atlas.claims:
+    # Fixed structures win over a broken inode that claims their blocks.
+    for start, end, claim in result.claims:
         owned.set(start, end, claim)
-    atlas.claims = owned
-    return atlas
+    result.claims = owned
+    return result
 
 
-def _empty(filesystem: Filesystem, free: dict[int, bytes]) -> Atlas:
+def _fixed_map(filesystem: Filesystem, free: dict[int, bytes]) -> FilesystemMap:
     sb = filesystem.superblock
-    atlas = Atlas(filesystem, sb.blocks * sb.block_size, ExtentMap(_shifted), {}, free)
+    result = FilesystemMap(filesystem, sb.blocks * sb.block_size, ExtentMap(_shifted), {}, free)
     if sb.journal_inode:
         try:
             node = filesystem.inode(sb.journal_inode)
         except FilesystemError:
             pass
         else:
-            _claim_blocks(filesystem, atlas.claims, node, OwnerKind.JOURNAL, set())
+            _claim_blocks(filesystem, result.claims, node, OwnerKind.JOURNAL, set())
     for block, count, kind, inode in _fixed(filesystem):
         start = block * sb.block_size
-        atlas.claims.set(start, start + count * sb.block_size, BlockClaim(kind, inode, 0))
-    return atlas
+        result.claims.set(start, start + count * sb.block_size, BlockClaim(kind, inode, 0))
+    return result
 
 
 def _fixed(filesystem: Filesystem) -> Iterator[tuple[int, int, OwnerKind, int]]:
-    """Yield (block, blocks, kind, first inode) of what stands where mke2fs put it."""
+    """Yield (block, blocks, kind, first inode) of each fixed structure."""
     sb = filesystem.superblock
     tables = -(-sb.inodes_per_group * sb.inode_size // sb.block_size)
     descriptors = superblock.descriptor_blocks(sb)
     for block in descriptors:
         yield block, 1, OwnerKind.DESCRIPTORS, 0
-    for group, raw in enumerate(superblock.descriptors(filesystem.device, sb)):
-        for field, kind in (
-            (superblock.BLOCK_BITMAP, OwnerKind.BLOCK_BITMAP),
-            (superblock.INODE_BITMAP, OwnerKind.INODE_BITMAP),
-        ):
-            yield superblock.block_number(sb, raw, field), 1, kind, 0
+    for group, descriptor in enumerate(superblock.descriptors(filesystem.device, sb)):
+        yield descriptor.block_bitmap, 1, OwnerKind.BLOCK_BITMAP, 0
+        yield descriptor.inode_bitmap, 1, OwnerKind.INODE_BITMAP, 0
         first = group * sb.inodes_per_group + 1
         yield filesystem.tables[group], tables, OwnerKind.INODE_TABLE, first
         if superblock.has_backup(sb, group):
@@ -205,18 +201,17 @@ def _fixed(filesystem: Filesystem) -> Iterator[tuple[int, int, OwnerKind, int]]:
 
 
 def _bitmaps(filesystem: Filesystem) -> dict[int, bytes]:
-    """Return by group which blocks are in use, a bit for each; only where that can be read."""
+    """Return by group its block bitmap, where it can be read and its bits stand for blocks."""
     sb = filesystem.superblock
     if sb.ro_compat & RoCompat.BIGALLOC or sb.blocks_per_group > 8 * sb.block_size:
         return {}  # its bits stand for clusters
     found = {}
-    for group, raw in enumerate(superblock.descriptors(filesystem.device, sb)):
-        block = superblock.block_number(sb, raw, superblock.BLOCK_BITMAP)
-        (flags,) = struct.unpack_from("<H", raw, FLAGS)
-        if sb.ro_compat & (RoCompat.GDT_CSUM | RoCompat.METADATA_CSUM) and flags & BITMAP_IS_ABSENT:
+    has_flags = sb.ro_compat & (RoCompat.GDT_CSUM | RoCompat.METADATA_CSUM)
+    for group, descriptor in enumerate(superblock.descriptors(filesystem.device, sb)):
+        if has_flags and descriptor.flags & superblock.BLOCK_UNINIT:
             found[group] = bytes(sb.block_size)
-        elif block < sb.blocks:
-            found[group] = filesystem.block(block)
+        elif descriptor.block_bitmap < sb.blocks:
+            found[group] = filesystem.block(descriptor.block_bitmap)
     return found
 
 
@@ -254,9 +249,9 @@ def _claim_blocks(
     kind: OwnerKind,
     leading: set[int],
 ) -> None:
-    """Claim the blocks of a file, and those that say where they are, noted in `leading`.
+    """Claim the blocks of a file, and the nodes of its block tree, which go into `leading`.
 
-    A file whose blocks are told by a block of another one's owns nothing that is known.
+    A file that shares a node with another one claims no data blocks.
     """
     is_fast = node.is_symlink and node.size < len(node.block_map)
     if node.flags & InodeFlag.INLINE_DATA or (is_fast and not node.flags & InodeFlag.EXTENTS):

@@ -1,10 +1,10 @@
-"""`TracedFilesystem`: a filesystem that knows what each answer was made from.
+"""`TracedFilesystem`: a filesystem that records which blocks each of its answers depends on.
 
-Inodes and directories are read once and kept, with the blocks they stand in and the files that
-were found through them. When blocks change, `refresh` reads again what stood in them and tells
-which files may now be found elsewhere: an inode that came out equal, or a directory in which other
-names changed, concerns nobody. Not covered: changes of superblock and descriptors; those need a
-new one.
+Inodes and directory lookups are cached with the blocks they were read from and the files whose
+paths use them. When blocks change, `refresh` reads the inodes and names in them again and returns
+the files whose paths may now lead elsewhere: none, if an inode is equal to before, or if only other
+names of a directory changed. Not covered: changes of superblock and descriptors; those need a new
+object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nbdproxy.oracles.watched import ReadRange, WatchedDevice
 
 
 class AnswerKind(IntEnum):
-    """What can depend on a block."""
+    """The kinds of answers that depend on blocks."""
 
     INODE = 0
     DIRECTORY = 1
@@ -31,50 +31,50 @@ class AnswerKind(IntEnum):
 
 
 AnswerKey = tuple[AnswerKind, int]
-"""A kind and the number of an inode, or of a file of the manifest."""
+"""A kind, and the number of an inode (INODE, DIRECTORY) or of a file (PATH, CONTENT)."""
 
 
 @dataclass(frozen=True, slots=True)
-class KeptError:
-    """An answer that is an error: kept as its words, as an exception grows when raised again."""
+class CachedError:
+    """An answer that is an error; as text, since an exception grows with each time it is raised."""
 
     kind: type[CorruptError] | type[UnsupportedError]
-    words: str
+    message: str
 
     def error(self) -> CorruptError | UnsupportedError:
         """Return the error to raise."""
-        return self.kind(self.words)
+        return self.kind(self.message)
 
 
 class AnswerIndex:
-    """Which answers were made from which blocks; `at` leads from a block to them."""
+    """Which answers depend on which blocks; `by_block` has the keys of a block's answers."""
 
     def __init__(self) -> None:
-        self.at: dict[int, set[AnswerKey]] = {}
+        self.by_block: dict[int, set[AnswerKey]] = {}
         self._blocks: dict[AnswerKey, set[int]] = {}
 
     def put(self, key: AnswerKey, blocks: set[int]) -> None:
-        """Say that an answer was made from these blocks, and no longer from others."""
+        """Replace the blocks that an answer depends on."""
         before = self._blocks.get(key, set())
         for block in before - blocks:
-            keys = self.at[block]
+            keys = self.by_block[block]
             keys.discard(key)
             if not keys:
-                del self.at[block]
+                del self.by_block[block]
         for block in blocks - before:
-            self.at.setdefault(block, set()).add(key)
+            self.by_block.setdefault(block, set()).add(key)
         if blocks:
             self._blocks[key] = blocks
         else:
             self._blocks.pop(key, None)
 
     def add(self, key: AnswerKey, blocks: Iterable[int]) -> None:
-        """Say that an answer was made from these blocks as well."""
+        """Add blocks that an answer depends on."""
         known = self._blocks.setdefault(key, set())
         for block in blocks:
             if block not in known:
                 known.add(block)
-                self.at.setdefault(block, set()).add(key)
+                self.by_block.setdefault(block, set()).add(key)
 
     def drop(self, key: AnswerKey) -> None:
         """Forget an answer."""
@@ -82,27 +82,30 @@ class AnswerIndex:
 
 
 @dataclass(slots=True)
-class Way:
-    """What one path was followed through: inodes, and names looked for in directories."""
+class PathDependencies:
+    """What one path depends on: inodes, and names looked up in directories, by their inodes."""
 
     inodes: set[int] = field(default_factory=set)
     names: set[tuple[int, bytes]] = field(default_factory=set)
 
 
 @dataclass(slots=True)
-class Answers:
-    """What names of one directory were found to be, and the blocks that each was read from.
+class NameLookups:
+    """The names that were looked up in one directory, with the blocks each depends on.
 
-    `shared` is how many blocks all of them depend on, as far as is noted.
+    found   by name, an inode's number, None or an error
+    blocks  by name, the blocks that its lookup read
+    names   by block, the names whose lookups read it
+    shared  how many blocks all names depend on, of those that are in the index
     """
 
-    found: dict[bytes, int | KeptError | None] = field(default_factory=dict)
+    found: dict[bytes, int | CachedError | None] = field(default_factory=dict)
     blocks: dict[bytes, set[int]] = field(default_factory=dict)
     names: defaultdict[int, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     shared: int = 0
 
-    def put(self, name: bytes, found: int | KeptError | None, blocks: set[int]) -> None:
-        """Keep an answer."""
+    def put(self, name: bytes, found: int | CachedError | None, blocks: set[int]) -> None:
+        """Cache a lookup."""
         self.drop(name)
         self.found[name], self.blocks[name] = found, blocks
         for block in blocks:
@@ -125,12 +128,12 @@ class TracedFilesystem(Filesystem):
         super().__init__(device, mount)
         self.index = AnswerIndex()
         self._watched = device
-        self._way = Way()
-        self._ways: dict[int, Way] = {}
-        self._nodes: dict[int, Inode | KeptError] = {}
-        self._answers: dict[int, Answers] = {}
-        self._through: defaultdict[int, set[int]] = defaultdict(set)
-        self._asked: defaultdict[int, defaultdict[bytes, set[int]]] = defaultdict(
+        self._dependencies = PathDependencies()
+        self._dependencies_of: dict[int, PathDependencies] = {}
+        self._nodes: dict[int, Inode | CachedError] = {}
+        self._lookups: dict[int, NameLookups] = {}
+        self._files_by_inode: defaultdict[int, set[int]] = defaultdict(set)
+        self._files_by_name: defaultdict[int, defaultdict[bytes, set[int]]] = defaultdict(
             lambda: defaultdict(set)
         )
 
@@ -142,57 +145,57 @@ class TracedFilesystem(Filesystem):
 
     def inode(self, number: int) -> Inode:
         """Return one inode; raises CorruptError if the kernel could not read it."""
-        self._way.inodes.add(number)
+        self._dependencies.inodes.add(number)
         found = self._nodes.get(number)
         if found is None:
             found = self._read_node(number)
-        if isinstance(found, KeptError):
+        if isinstance(found, CachedError):
             raise found.error()
         return found
 
     def child(self, node: Inode, name: bytes) -> int | None:
         """Return the number under a name; raises as `Filesystem.child` does."""
-        self._way.names.add((node.number, name))
-        answers = self._answers.setdefault(node.number, Answers())
-        if name not in answers.found:
-            self._ask(node, name, answers)
-        found = answers.found[name]
-        if isinstance(found, KeptError):
+        self._dependencies.names.add((node.number, name))
+        lookups = self._lookups.setdefault(node.number, NameLookups())
+        if name not in lookups.found:
+            self._look_up(node, name, lookups)
+        found = lookups.found[name]
+        if isinstance(found, CachedError):
             raise found.error()
         return found
 
-    def follow(
+    def resolve(
         self, file: int, path: bytes, *, follow_last: bool = True
-    ) -> Inode | KeptError | None:
-        """Return what a path leads to, on behalf of a file; replaces the way of its last call."""
-        self._way = Way()
-        outer = self._watched.take()
-        found: Inode | KeptError | None
+    ) -> Inode | CachedError | None:
+        """Return what a file's path leads to; replaces the dependencies of its last call."""
+        self._dependencies = PathDependencies()
+        outer_ranges = self._watched.take()
+        found: Inode | CachedError | None
         try:
             found = self.lookup(path, follow_last=follow_last)
         except (CorruptError, UnsupportedError) as error:
-            found = KeptError(type(error), str(error))
+            found = CachedError(type(error), str(error))
         self.index.put((AnswerKind.PATH, file), self.blocks_of(self._watched.take()))
-        self._watched.ranges = outer
-        self._replace_way(file, self._way)
+        self._watched.ranges = outer_ranges
+        self._replace_dependencies(file, self._dependencies)
         return found
 
     def forget(self, file: int) -> None:
-        """Forget the way on behalf of a file."""
+        """Forget the dependencies of a file's path."""
         self.index.drop((AnswerKind.PATH, file))
-        self._replace_way(file, Way())
-        del self._ways[file]
+        self._replace_dependencies(file, PathDependencies())
+        del self._dependencies_of[file]
 
     def refresh(self, changed: Iterable[int]) -> tuple[set[int], set[int]]:
-        """Take note of changed blocks; return the files to follow and those to judge again."""
+        """Re-read what changed; return the files to resolve again, and those to judge again."""
         self._blocks.clear()
         kinds: dict[AnswerKind, set[int]] = {kind: set() for kind in AnswerKind}
-        touched: defaultdict[int, set[int]] = defaultdict(set)
+        changed_blocks: defaultdict[int, set[int]] = defaultdict(set)
         for block in changed:
-            for kind, number in self.index.at.get(block, ()):
+            for kind, number in self.index.by_block.get(block, ()):
                 kinds[kind].add(number)
                 if kind is AnswerKind.DIRECTORY:
-                    touched[number].add(block)
+                    changed_blocks[number].add(block)
         stale = kinds[AnswerKind.PATH]
         for number in kinds[AnswerKind.INODE]:
             before = self._nodes[number]
@@ -200,14 +203,14 @@ class TracedFilesystem(Filesystem):
             if now == before:
                 continue
             if _is_directory(before) and _is_directory(now):
-                if number in self._answers:
+                if number in self._lookups:
                     kinds[AnswerKind.DIRECTORY].add(number)
-                    self._folders.pop(number, None)
+                    self._directories.pop(number, None)
                 continue
-            stale |= self._through[number]
+            stale |= self._files_by_inode[number]
             self._forget_names(number)
         for number in kinds[AnswerKind.DIRECTORY]:
-            stale |= self._renew_names(number, touched[number])
+            stale |= self._renew_names(number, changed_blocks[number])
         return stale, kinds[AnswerKind.CONTENT]
 
     def blocks_of(self, ranges: Iterable[ReadRange]) -> set[int]:
@@ -218,90 +221,90 @@ class TracedFilesystem(Filesystem):
             found.update(range(start // size, -(-end // size)))
         return found
 
-    def _read_node(self, number: int) -> Inode | KeptError:
-        outer = self._watched.take()
-        found: Inode | KeptError
+    def _read_node(self, number: int) -> Inode | CachedError:
+        outer_ranges = self._watched.take()
+        found: Inode | CachedError
         try:
             found = self._read_inode(number)
         except CorruptError as error:
-            found = KeptError(type(error), str(error))
+            found = CachedError(type(error), str(error))
         self.index.put((AnswerKind.INODE, number), self.blocks_of(self._watched.take()))
-        self._watched.ranges = outer
+        self._watched.ranges = outer_ranges
         self._nodes[number] = found
         return found
 
-    def _ask(self, node: Inode, name: bytes, answers: Answers) -> None:
-        """Look a name up, and note what the answer was read from."""
-        outer = self._watched.take()
-        found: int | KeptError | None
+    def _look_up(self, node: Inode, name: bytes, lookups: NameLookups) -> None:
+        """Look a name up, and record the blocks that the answer depends on."""
+        outer_ranges = self._watched.take()
+        found: int | CachedError | None
         try:
             found = super().child(node, name)
         except (CorruptError, UnsupportedError) as error:
-            found = KeptError(type(error), str(error))
+            found = CachedError(type(error), str(error))
         blocks = self.blocks_of(self._watched.take())
-        self._watched.ranges = outer
-        answers.put(name, found, blocks)
+        self._watched.ranges = outer_ranges
+        lookups.put(name, found, blocks)
         key = (AnswerKind.DIRECTORY, node.number)
         self.index.add(key, blocks)
-        folder = self._folders.get(node.number)
-        if folder is not None and len(folder.shared) != answers.shared:
-            self.index.add(key, folder.shared)
-            answers.shared = len(folder.shared)
+        directory = self._directories.get(node.number)
+        if directory is not None and len(directory.shared) != lookups.shared:
+            self.index.add(key, directory.shared)
+            lookups.shared = len(directory.shared)
 
-    def _renew_names(self, number: int, touched: set[int]) -> set[int]:
-        """Look up again what was read from these blocks; return the files that it leads elsewhere.
+    def _renew_names(self, number: int, changed_blocks: set[int]) -> set[int]:
+        """Look up again the names that depend on these blocks; return the files that are affected.
 
-        Everything is looked up again if all of the directory depends on one of them.
+        All names are looked up again if one of the blocks is shared by them.
         """
-        answers, node = self._answers.get(number), self._nodes[number]
-        if answers is None:
+        lookups, node = self._lookups.get(number), self._nodes[number]
+        if lookups is None:
             return set()  # it is no directory any more
         assert isinstance(node, Inode)
-        folder = self._folders.get(number)
-        if folder is None or not folder.shared.isdisjoint(touched):
-            self._folders.pop(number, None)
-            names = set(answers.found)
-            answers.shared = 0
+        directory = self._directories.get(number)
+        if directory is None or not directory.shared.isdisjoint(changed_blocks):
+            self._directories.pop(number, None)
+            names = set(lookups.found)
+            lookups.shared = 0
             self.index.put((AnswerKind.DIRECTORY, number), set())
         else:
-            names = {name for block in touched for name in answers.names.get(block, ())}
+            names = {name for block in changed_blocks for name in lookups.names.get(block, ())}
         stale: set[int] = set()
         for name in names:
-            before = answers.found[name]
-            self._ask(node, name, answers)
-            if answers.found[name] != before:
-                stale |= self._asked[number][name]
+            before = lookups.found[name]
+            self._look_up(node, name, lookups)
+            if lookups.found[name] != before:
+                stale |= self._files_by_name[number][name]
         return stale
 
     def _forget_names(self, number: int) -> None:
-        self._folders.pop(number, None)
-        if self._answers.pop(number, None) is not None:
+        self._directories.pop(number, None)
+        if self._lookups.pop(number, None) is not None:
             self.index.drop((AnswerKind.DIRECTORY, number))
 
-    def _replace_way(self, file: int, way: Way) -> None:
-        before = self._ways.get(file, Way())
-        self._ways[file] = way
-        for number in way.inodes - before.inodes:
-            self._through[number].add(file)
-        for number, name in way.names - before.names:
-            self._asked[number][name].add(file)
-        for number, name in before.names - way.names:
-            files = self._asked[number][name]
+    def _replace_dependencies(self, file: int, dependencies: PathDependencies) -> None:
+        before = self._dependencies_of.get(file, PathDependencies())
+        self._dependencies_of[file] = dependencies
+        for number in dependencies.inodes - before.inodes:
+            self._files_by_inode[number].add(file)
+        for number, name in dependencies.names - before.names:
+            self._files_by_name[number][name].add(file)
+        for number, name in before.names - dependencies.names:
+            files = self._files_by_name[number][name]
             files.discard(file)
             if not files:
-                del self._asked[number][name]
-                if number in self._answers:
-                    self._answers[number].drop(name)
-                if not self._asked[number]:
-                    del self._asked[number]
+                del self._files_by_name[number][name]
+                if number in self._lookups:
+                    self._lookups[number].drop(name)
+                if not self._files_by_name[number]:
+                    del self._files_by_name[number]
                     self._forget_names(number)
-        for number in before.inodes - way.inodes:
-            self._through[number].discard(file)
-            if not self._through[number]:
-                del self._through[number]
+        for number in before.inodes - dependencies.inodes:
+            self._files_by_inode[number].discard(file)
+            if not self._files_by_inode[number]:
+                del self._files_by_inode[number]
                 del self._nodes[number]
                 self.index.drop((AnswerKind.INODE, number))
 
 
-def _is_directory(found: Inode | KeptError) -> bool:
+def _is_directory(found: Inode | CachedError) -> bool:
     return isinstance(found, Inode) and found.is_directory

@@ -11,10 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbdproxy.errors import RecordingError
 from nbdproxy.recording.format import data_path, events_path
+from nbdproxy.recording.index import Numbers
 from nbdproxy.recording.reader import no_recording
 
 DM_MAGIC = struct.pack("<Q", 0x6A736677736872)
@@ -24,7 +24,6 @@ TRLOG_MAGICS = (struct.pack(">I", 0x25609514), struct.pack(">I", 0x25609513))
 ConversionProgress = Callable[[int, int], None]
 """Told how much of how much is done, in the unit that the conversion counts in."""
 
-Column = NDArray[np.int64]
 
 STEP = 1024
 """After so many entries, progress is told."""
@@ -103,7 +102,7 @@ class Touches:
             self._position.append(position)
             self.end = max(self.end, offset + length)
 
-    def columns(self) -> tuple[Column, Column, Column]:
+    def columns(self) -> tuple[Numbers, Numbers, Numbers]:
         """Return offset, length and position; nothing may be added as long as they are in use."""
         offset, length, position = (
             np.frombuffer(column, np.int64) if column else np.empty(0, np.int64)

@@ -1,1 +1,1 @@
-"""What lies below an export: another NBD server, QEMU and its qcow2 driver."""
+"""What lies below an export: stores, another NBD server, QEMU's monitor and image formats."""

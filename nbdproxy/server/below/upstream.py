@@ -35,11 +35,11 @@ from nbdproxy.nbd.export_info import ExportInfo
 from nbdproxy.nbd.uri import NbdUri
 from nbdproxy.peers import TrustedPeers, user_number
 from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request, error_name
-from nbdproxy.server.budget import Budget
-from nbdproxy.server.export.jobs import LOST, RequestFailure, ToldError
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import client_context
-from nbdproxy.server.wire import SocketWire, TlsWire, Wire
+from nbdproxy.server.below.failures import LOST, RequestFailure, ToldError
+from nbdproxy.server.shared.budget import Budget
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import client_context
+from nbdproxy.server.shared.wire import SocketWire, TlsWire, Wire
 
 log = structlog.get_logger()
 
@@ -79,7 +79,7 @@ class _Pending:
 
 
 class Upstream:
-    """A connection to another server; a `Remote`."""
+    """A connection to another server. What it is asked and cannot do raises `ToldError`."""
 
     def __init__(self, uri: NbdUri, wire: SocketWire, connection: ClientConnection) -> None:
         self._uri = uri
@@ -219,7 +219,7 @@ class Upstream:
                     raise ConnectionError("it is shutting down")
 
     def lose(self, reason: str) -> None:
-        """Give the server up: all that it has not answered fails, now and from now on."""
+        """Give the server up: what it has not answered fails with `LOST`, and all that comes."""
         if self.lost is None:
             self.lost = reason
             while self._pending:
@@ -273,7 +273,10 @@ class Upstream:
         await self._ask(Command.READ, offset, len(buffer), buffer=buffer)
 
     async def change(self, request: Request, release: Callable[[], None]) -> None:
-        """Pass a change on; a long one goes in pieces where lengths have 32 bits."""
+        """Pass a change on; a long one goes in pieces where lengths have 32 bits.
+
+        `release` is called when it is over there; that may be after the caller was cancelled.
+        """
         at_work = ended = False
 
         def answered() -> None:
@@ -291,7 +294,9 @@ class Upstream:
             for offset, length in pieces:
                 at_work = True
                 await self._ask(
-                    *(request.command, offset, length),
+                    request.command,
+                    offset,
+                    length,
                     flags=request.flags,
                     payload=request.payload,
                     on_done=answered,
@@ -372,7 +377,7 @@ async def connected(uri: NbdUri, text: str) -> AsyncIterator[Upstream]:
 
 
 def _believed(uri: NbdUri) -> TrustedPeers:
-    """Return whose servers get the guest's data on a Unix socket without a certificate."""
+    """Return which users' servers are trusted on a Unix socket without a certificate."""
     user = None if uri.peer_user is None else user_number(uri.peer_user)
     advice = (
         "use a socket in a folder of your own, or write peer-user=USER into the URI if that user's "

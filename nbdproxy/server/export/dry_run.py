@@ -21,6 +21,7 @@ from nbdproxy.policy.effects import SECTOR
 from nbdproxy.policy.examples import GONE, NONSENSE, SILENCE, Example, Step
 from nbdproxy.policy.model import Policy
 from nbdproxy.requests import Command, CommandFlag, Request, error_name
+from nbdproxy.server.below.image_store import ImageStore
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.jobs import Job, LinkDroppedError
 from nbdproxy.server.export.places import find_places
@@ -33,7 +34,7 @@ _OK = "ok"
 
 @dataclass(frozen=True, slots=True)
 class Played:
-    """What became of one step: which rules struck, and what is not as the story says."""
+    """How one step ended: its outcome, its seconds, the rules that matched, and what is `wrong`."""
 
     step: Step
     outcome: str
@@ -44,7 +45,7 @@ class Played:
 
 @dataclass(frozen=True, slots=True)
 class DryRun:
-    """What became of a story; `wrong` is empty if all was as it says."""
+    """How an example ended; `wrong` is empty if all was as it says."""
 
     played: tuple[Played, ...]
     image: str
@@ -52,7 +53,7 @@ class DryRun:
     wrong: tuple[str, ...]
 
 
-def rehearse(policy: Policy, example: Example) -> DryRun:
+def dry_run(policy: Policy, example: Example) -> DryRun:
     """Run an example of a policy whose parameters are as the example wants them."""
     clock = trio.testing.MockClock()
     return trio.run(_Stage(policy, example, clock).play, clock=clock)
@@ -60,7 +61,7 @@ def rehearse(policy: Policy, example: Example) -> DryRun:
 
 @dataclass(slots=True)
 class _Answer:
-    """A request on its way: what came back so far."""
+    """The reply to a request, as far as it has come."""
 
     done: bool = False
     outcome: str = SILENCE
@@ -79,7 +80,9 @@ class _Stage:
     async def play(self) -> DryRun:
         """Play all steps, and see what is left."""
         self._export = Export(
-            *("", self._image, self._policy),
+            "",
+            ImageStore(self._image),
+            self._policy,
             seed=self._example.seed,
             places=find_places(self._policy, self._image),
         )
@@ -88,11 +91,11 @@ class _Stage:
             nursery.start_soon(self._export.run)
             await self._settle()
             for step in self._example.steps:
-                before = self._struck()
+                before = self._matched()
                 played.append(await self._play(step, before, nursery))
             self._look()
             if not self._export.power.off:
-                await self._export.regime.sync()
+                await self._export.active.store.sync()
             nursery.cancel_scope.cancel()
         image = letters(self._image.pread(0, self._image.size))
         wrong = [f'step "{one.step.text}": {one.wrong}' for one in played if one.wrong]
@@ -117,11 +120,11 @@ class _Stage:
             after_s = round(trio.current_time() - began, 6) if answer.done else 0.0
             outcome = answer.outcome
             wrong = _compare(step, outcome, after_s, dark=self._export.power.off)
-        rules = [name for name, count in self._struck().items() if count > before.get(name, 0)]
+        rules = [name for name, count in self._matched().items() if count > before.get(name, 0)]
         return Played(step, outcome, after_s, tuple(rules), wrong)
 
-    def _struck(self) -> dict[str, int]:
-        return self._export.regime.struck
+    def _matched(self) -> dict[str, int]:
+        return self._export.active.matched
 
     async def _request(self, step: Step, answer: _Answer) -> None:
         request = _request(step)
@@ -170,10 +173,8 @@ class _Stage:
         if self._export.power.off:
             self._shows = letters(self._image.pread(0, self._image.size))
             return
-        found = bytearray(self._export.regime.disk.pread(0, self._image.size))
-        request = Request(Command.READ, 0, 1, 0, len(found), memoryview(b""))
-        if self._export.regime.faults is not None:
-            self._export.regime.faults.patch(request, memoryview(found))
+        found = bytearray(self._image.size)
+        self._export.active.store.try_read(0, memoryview(found))
         self._shows = letters(bytes(found))
 
     async def _settle(self) -> bool:
@@ -181,7 +182,7 @@ class _Stage:
         while True:
             await trio.testing.wait_all_tasks_blocked()
             limiter = trio.to_thread.current_default_thread_limiter()
-            if limiter.borrowed_tokens or self._export.regime.in_threads:
+            if limiter.borrowed_tokens or self._export.active.store.in_threads:
                 await trio.testing.wait_all_tasks_blocked(0.001)
                 continue
             if self._export.power.off:
@@ -254,7 +255,7 @@ def _compare(step: Step, outcome: str, after_s: float, *, dark: bool) -> str:
 
 
 def explain(played: Sequence[Played]) -> list[str]:
-    """Return a line for each step: what it was, what came of it, which rules struck."""
+    """Return a line for each step: what it was, what came of it, which rules matched."""
     lines = []
     for one in played:
         said = one.step.text.partition("->")[0].strip()

@@ -1,14 +1,14 @@
-"""One disk as its clients see it: where requests meet policy, recording and disk.
+"""One disk as its clients see it: where requests meet policy, recording and store.
 
-`handle` does a whole batch inline (`fast_path.py`): record *received*, do what the page cache can
-do at once, record *completed*, prepare the replies. What may block comes back as jobs that
-`SlowPath` does beside the event loop (`slow_path.py`).
+`handle` does a whole batch at once (`fast_path.py`): record *received*, do what the store can do
+without blocking, record *completed*, prepare the replies. What may block comes back as jobs, which
+`finish` does beside the event loop (`slow_path.py`).
 
 Guarantees: a request is in the recording before it touches the disk, and its completion before the
 reply leaves. A flush makes durable what was completed before it was received, in whichever
-connection. Changes of the same place are done in the order received. After a cut no reply leaves
-and nothing lands, but what the policy lets survive. If the recording cannot grow, no modification
-succeeds any more, and `failed` is set.
+connection. Changes of the same range are done in the order received. After a cut no reply leaves
+and nothing is destaged, but what the policy lets survive. If the recording cannot grow, no
+modification succeeds any more, and `failure` is set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from nbdproxy.disks.device import BlockDevice
 from nbdproxy.errors import ImageError, NbdproxyError, RecordingError
 from nbdproxy.nbd.events import Refused
 from nbdproxy.nbd.export_info import ExportInfo
@@ -28,143 +27,122 @@ from nbdproxy.policy.model import QMP_CUTS, CutEvent, Policy
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.recording.writer import RecordingWriter
 from nbdproxy.requests import MODIFYING, Request
-from nbdproxy.server.below.remote import Remote
-from nbdproxy.server.complaints import disk_complaints
+from nbdproxy.server.below.store import Store
 from nbdproxy.server.export.active_policy import ActivePolicy
 from nbdproxy.server.export.fast_path import FastPath
 from nbdproxy.server.export.gate import Gate
 from nbdproxy.server.export.jobs import Counters, Job
 from nbdproxy.server.export.offer import offer
 from nbdproxy.server.export.places import NOWHERE, RulePlaces, find_places
-from nbdproxy.server.export.preserve import PreservingDisk
-from nbdproxy.server.export.request_log import RequestLog
-from nbdproxy.server.power import Power
+from nbdproxy.server.export.request_log import RecordingLog, RequestLog
+from nbdproxy.server.export.slow_path import SlowPath
+from nbdproxy.server.shared.complaints import disk_complaints
 
 
 class Export:
-    """A disk under a policy, recorded or not. Owns `disk`, and the recording until `close`.
+    """The store `base` under a policy, recorded or not. Owns its disk; the recorder is its owner's.
 
-    `offered` is what the disk below can do, if that is less than everything; `remote` is set where
-    changes are passed on to another server; `shared` is False where each connection has its own.
+    `offered` is what the disk below can do, if that is less than everything; `shared` is False
+    where each connection has its own.
     """
 
     def __init__(
         self,
         name: str,
-        disk: BlockDevice,
+        base: Store,
         policy: Policy,
         *,
         description: str = "",
         read_only: bool = False,
         shared: bool = True,
         recorder: RecordingWriter | None = None,
-        preserver: PreservingDisk | None = None,
-        power: Power | None = None,
         offered: ExportInfo | None = None,
-        remote: Remote | None = None,
         seed: int = 0,
         places: RulePlaces = NOWHERE,
     ) -> None:
-        self.info = offer(name, disk.size, description, offered, read_only=read_only, shared=shared)
-        self.power = power or Power()
-        self.ledger = RequestLog(recorder)
+        size = base.disk.size
+        self.info = offer(name, size, description, offered, read_only=read_only, shared=shared)
+        self.power = base.power
+        self.recorder = recorder
+        """The recording, if there is one."""
+        self.request_log = RecordingLog(recorder) if recorder is not None else RequestLog()
         self.held_at_cut = 0
         """Bytes that the cut took back."""
         self.ending = trio.Event()
         """The serving is about to end: what hangs has little time left."""
         self.ended = "nbdproxy failed"
         """How the serving ended, for the recording."""
-        self._honest = disk
-        self._preserver = preserver
-        self._below = remote
+        self._base = base
         self._gate = Gate()
         self._pausing = trio.Lock()
         self._cutting = trio.Lock()
         self._cut_noted = False
         self._background = trio.CancelScope()
-        self._regimes = itertools.count()
-        self._regime = self._make_regime(policy, seed, places)
-        self._batches = FastPath(self.ledger, self.power, preserver, self._regime)
+        self._numbers = itertools.count()
+        self._active = self._make_active(policy, seed, places)
+        self._fast_path = FastPath(self.request_log, self.power, self._active)
+        self._slow_path = SlowPath(self.request_log, self.power, self._active)
 
-    def _make_regime(self, policy: Policy, seed: int, places: RulePlaces) -> ActivePolicy:
-        regime = ActivePolicy(
+    def _make_active(self, policy: Policy, seed: int, places: RulePlaces) -> ActivePolicy:
+        active = ActivePolicy(
             policy,
-            self._honest,
-            remote=self._below,
-            power=self.power,
-            number=next(self._regimes),
+            self._base,
+            number=next(self._numbers),
             seed=seed,
             places=places,
-            complete=self.ledger.outcome,
-            keep=self.ledger.keep,
-            fail=self.ledger.fail,
+            fail=self.request_log.fail,
         )
-        self.note(NoteKind.POLICY, regime.describe())
-        return regime
+        self.note(NoteKind.POLICY, active.describe())
+        return active
 
     @property
     def policy(self) -> Policy:
         """The policy in force."""
-        return self._regime.policy
+        return self._active.policy
 
     @property
-    def regime(self) -> ActivePolicy:
+    def active(self) -> ActivePolicy:
         """The policy in force, at work."""
-        return self._regime
-
-    @property
-    def recorder(self) -> RecordingWriter | None:
-        """The recording, if there is one."""
-        return self.ledger.recorder
+        return self._active
 
     @property
     def failure(self) -> NbdproxyError | None:
         """Why it stopped, if it did."""
-        return self.ledger.failure
+        return self.request_log.failure
 
     @property
     def counters(self) -> Counters:
         """What passed."""
-        return self._batches.counters
+        return self._fast_path.counters
 
     def watch_before_flush(self, watch: Callable[[], object]) -> None:
         """Let `watch` be called before a flush is received: the last chance for a cut."""
-        self._batches.before_flush = watch
+        self._fast_path.before_flush = watch
 
     async def prepare(self, requests: Sequence[Request | Refused]) -> None:
         """Wait for what `handle` would block on: cold before-images, a slow recording.
 
-        What fails here fails again in `handle`, and is answered there.
+        What fails here fails again in `handle`, and is answered there. Only what is recorded has
+        anything to prepare.
         """
-        if self.recorder is None or self.power.off or self.failure is not None:
+        if not self.request_log.records or self.power.off or self.failure is not None:
             return
         try:
-            await self._prepare(self.recorder, requests)
+            payload = sum(len(r.payload) for r in requests if type(r) is Request)
+            await self.request_log.make_room(payload)
+            await self._active.store.prepare(
+                [r for r in requests if type(r) is Request and r.command in MODIFYING]
+            )
         except RecordingError as full:
-            self.ledger.fail(full)
+            self.request_log.fail(full)
         except OSError as error:
             disk_complaints.warn("a before-image cannot be read", str(error))
-
-    async def _prepare(
-        self, recorder: RecordingWriter, requests: Sequence[Request | Refused]
-    ) -> None:
-        payload = sum(len(r.payload) for r in requests if type(r) is Request)
-        if not recorder.has_room(payload):
-            await trio.to_thread.run_sync(recorder.wait_for_room, payload)
-        if self._preserver is not None and self._regime.landings is None:
-            changing = [
-                (r.offset, r.length)
-                for r in requests
-                if type(r) is Request and r.command in MODIFYING
-            ]
-            if cold := self._preserver.save_warm(changing):
-                await trio.to_thread.run_sync(self._preserver.save_all, cold)
 
     def handle(
         self, connection: int, requests: Sequence[Request | Refused], replies: Replies
     ) -> list[Job]:
         """Do a batch that was read off one connection together; return what has to wait."""
-        return self._batches.handle(connection, requests, replies)
+        return self._fast_path.handle(connection, requests, replies)
 
     async def finish(self, connection: int, job: Job, replies: Replies) -> bool:
         """Do a job and prepare its reply; False if the power went in between.
@@ -175,21 +153,22 @@ class Export:
             await self._gate.passed()
         self._gate.enter()
         try:
-            return await self._regime.waiting.finish(connection, job, replies)
+            return await self._slow_path.finish(connection, job, replies)
         finally:
             self._gate.leave()
 
     async def cut(self) -> None:
-        """Finish a cut of the power: return when no landing is at work any more."""
+        """Finish a cut of the power: return when nothing is destaged any more."""
         assert self.power.off
         async with self._cutting:
-            held = await self._regime.settled()
+            store = self._active.store
+            held = await store.settled()
             if self._cut_noted:
                 return
             self._cut_noted = True
             self.held_at_cut = held
-            survived = await self._regime.leave_survivors()
-            if survived is not None:
+            survived = await store.leave_survivors()
+            if survived:
                 self.note(NoteKind.FAULT, survived)
             self.note(NoteKind.CUT, self.power.reason)
 
@@ -217,13 +196,11 @@ class Export:
         self._happened(f"mark:{name}")
 
     def _happened(self, event: str) -> None:
-        if self._regime.engine is not None:
-            self._regime.engine.happened(event)
+        self._active.engine.happened(event)
 
     def lift(self) -> None:
         """Let reads show what the disk holds again, wherever a rule made it otherwise."""
-        if self._regime.faults is not None:
-            self._regime.faults.lift()
+        if self._active.store.lift():
             self.note(NoteKind.FAULT, json.dumps({"action": "lift"}))
 
     @property
@@ -246,9 +223,9 @@ class Export:
             was_paused = self.paused
             self._gate.close()
             try:
-                await self._batches.claims.settled()
+                await self._fast_path.claims.settled()
                 await self._gate.emptied()
-                await self._regime.sync()
+                await self._active.store.sync()
                 if self.power.off:
                     raise ImageError(f"the power went meanwhile ({self.power.reason})")
             except OSError as error:
@@ -272,9 +249,10 @@ class Export:
         was_paused = self.paused
         await self.pause()
         try:
-            places = await trio.to_thread.run_sync(find_places, policy, self._honest)
-            old, self._regime = self._regime, self._make_regime(policy, seed, places)
-            self._batches.adopt(self._regime)
+            places = await trio.to_thread.run_sync(find_places, policy, self._base.disk)
+            old, self._active = self._active.store, self._make_active(policy, seed, places)
+            self._fast_path.adopt(self._active)
+            self._slow_path.adopt(self._active)
             self._background.cancel()
             old.close()
         finally:
@@ -283,11 +261,11 @@ class Export:
 
     async def run(self) -> None:
         """Do what the policy does on its own, until cancelled."""
-        self._batches.begin()
+        self._fast_path.begin()
         while True:
             with trio.CancelScope() as self._background:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._regime.run)
+                    nursery.start_soon(self._active.store.run)
                     if self.policy.cut.after_s is not None:
                         nursery.start_soon(self._cut_later, self.policy.cut.after_s)
 
@@ -297,22 +275,21 @@ class Export:
 
     def note(self, kind: NoteKind, text: str = "", *, connection: int = 0) -> None:
         """Put an event that is not a request into the recording, if there is one."""
-        self.ledger.note(kind, text, connection=connection)
+        self.request_log.note(kind, text, connection=connection)
 
     def fail(self, error: NbdproxyError) -> None:
         """Stop for good: the recording is full, or the server below is gone."""
-        self.ledger.fail(error)
+        self.request_log.fail(error)
 
     def sync(self) -> None:
         """Make everything durable, held or not: an orderly end; blocks."""
-        self._regime.disk.sync()
+        self._active.store.disk.sync()
 
     def bake(self) -> None:
         """Write the faults that are shown to the image; blocks."""
-        if self._regime.faults is not None:
-            self._regime.faults.bake(self._honest)
+        self._active.store.bake(self._base.disk)
 
     def close(self) -> None:
         """Close the disk, dropping what is held."""
-        self._regime.close()
-        self._honest.close()
+        self._active.store.close()
+        self._base.disk.close()

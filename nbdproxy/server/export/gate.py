@@ -6,7 +6,7 @@ import trio
 
 
 class Gate:
-    """Open until it is shut. `shut` is read in hot paths, so it is a plain flag."""
+    """Open until `close`. `shut` is read in hot paths, so it is a plain flag."""
 
     def __init__(self) -> None:
         self.shut = False
@@ -20,17 +20,17 @@ class Gate:
             await self._opened.wait()
 
     def enter(self) -> None:
-        """Begin something that has to be finished before a pause."""
+        """Count one more that has to be finished before a pause."""
         self._inside += 1
 
     def leave(self) -> None:
-        """Finish it."""
+        """Count one less."""
         self._inside -= 1
         if not self._inside:
             self._empty.set()
 
     def close(self) -> None:
-        """Let nothing new begin."""
+        """Let what comes from now on wait in `passed`."""
         if not self.shut:
             self.shut = True
             self._opened = trio.Event()
@@ -42,6 +42,6 @@ class Gate:
             await self._empty.wait()
 
     def open(self) -> None:
-        """Let things begin again."""
+        """Let what waits go on."""
         self.shut = False
         self._opened.set()

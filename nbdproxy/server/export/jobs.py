@@ -1,94 +1,24 @@
-"""What an export keeps of requests that have to wait, and of those that passed."""
+"""Requests that have to wait, the claims on their ranges, and the counters of all."""
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import trio
 
-from nbdproxy.disks.volatile import Ticket
-from nbdproxy.errors import RecordingError
 from nbdproxy.policy.actions import ActionKind
 from nbdproxy.policy.engine import Decision
-from nbdproxy.policy.model import Handling
-from nbdproxy.requests import Command, CommandFlag, NbdErrno, Request
-
-_NBD_ERRNO = {
-    errno.EPERM: NbdErrno.EPERM,
-    errno.ENOMEM: NbdErrno.ENOMEM,
-    errno.ENOSPC: NbdErrno.ENOSPC,
-    errno.EDQUOT: NbdErrno.ENOSPC,
-    errno.EFBIG: NbdErrno.ENOSPC,
-}
-_FAST_ZERO = int(CommandFlag.FAST_ZERO)
-
-
-class RequestFailure(NamedTuple):
-    """Why a request failed: the NBD error number, and words for people."""
-
-    error: int
-    text: str
-
-
-class ToldError(OSError):
-    """An NBD server below told an error; it goes up as it is."""
-
-    def __init__(self, failure: RequestFailure) -> None:
-        super().__init__(failure.error, failure.text)
-        self.failure = failure
-
-
-NOT_RECORDED = RequestFailure(
-    NbdErrno.ENOSPC, "nothing may pass unrecorded, and the recording is full"
-)
-
-LOST = RequestFailure(NbdErrno.EIO, "the NBD server below is gone")
-
-NOT_SAVED = RequestFailure(NbdErrno.EIO, "what is there could not be read, and is not lost unsaved")
+from nbdproxy.requests import Command, Request
+from nbdproxy.server.below.failures import RequestFailure
+from nbdproxy.server.below.store import Promise
 
 
 def failure_by_rule(decision: Decision) -> RequestFailure:
     """Return the error that a rule gives."""
     assert decision.action is not None
     return RequestFailure(
-        decision.action.errno.number, f"the policy's rule {decision.lot.rule} says so"
+        decision.action.errno.number, f"the policy's rule {decision.draw_key.rule} says so"
     )
-
-
-def failure_of(error: Exception, request: Request | None = None) -> RequestFailure:
-    """Return how an error of a disk is told to the client (proto.md, "Error values").
-
-    A damaged recording, which is what a crash state's disk reads from, is EIO.
-    """
-    if isinstance(error, ToldError):
-        return error.failure
-    if isinstance(error, RecordingError):
-        return RequestFailure(NbdErrno.EIO, str(error))
-    number = error.errno if isinstance(error, OSError) else None
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    if number == errno.EOPNOTSUPP and request is not None and request.flags & _FAST_ZERO:
-        return RequestFailure(NbdErrno.ENOTSUP, "zeroes are not faster than writing here")
-    return RequestFailure(_NBD_ERRNO.get(number or 0, NbdErrno.EIO), text)
-
-
-@dataclass(slots=True, eq=False)
-class Destage:
-    """What a flush (`layer`), or a FUA request or write-back (`ticket`), has to land of the cache.
-
-    seq      -1 for a write-back, which nobody waits for and which promises nothing
-    drops    set if the flush is to fail so, and the cache to forget what it had in hand
-    over     it is down; `failure` says how that went
-    """
-
-    connection: int
-    seq: int
-    layer: int | None = None
-    ticket: Ticket | None = None
-    drops: RequestFailure | None = None
-    over: bool = False
-    failure: RequestFailure | None = None
 
 
 class RangeClaim:
@@ -125,7 +55,7 @@ class LinkDroppedError(Exception):
 
 
 class Claims:
-    """The changes that are at work beside the event loop: two of one place land in order."""
+    """The changes that are at work beside the event loop: two of one range are done in order."""
 
     def __init__(self) -> None:
         # In the order in which they were made; those that are over are not in it.
@@ -133,6 +63,8 @@ class Claims:
 
     def overlap(self, request: Request) -> bool:
         """Tell whether a request has to wait for another."""
+        if not self._claims:
+            return False
         start, end = request.offset, request.end
         return any(c.offset < end and start < c.end for c in self._claims)
 
@@ -151,22 +83,22 @@ class Job:
     """A request that has to wait for the disk.
 
     seq       its place in the recording, -1 if it changes nothing
-    landing   set for a flush or FUA request that lands what a volatile cache holds
+    policy    the number of the policy that was in force when it came
     claim     set for a change that is done beside the event loop
+    promise   set for what was done or received, and only has to be made durable
     decision  what a rule decided on it
-    handling  how it is done, where that is not the disk's own way
-    layer     for a flush that is late: what of the cache it covers
-    regime    the number of the policy in force when it came
+    honest    False if a FLUSH or FUA is answered and makes nothing durable
+    line      for a FLUSH that is late: what it covers, as the store drew it
     """
 
     request: Request
     seq: int = -1
-    landing: Destage | None = None
+    policy: int = 0
     claim: RangeClaim | None = None
+    promise: Promise | None = None
     decision: Decision | None = None
-    handling: Handling = Handling.PASS
-    layer: int | None = None
-    regime: int = 0
+    honest: bool = True
+    line: int = 0
 
     @property
     def action(self) -> ActionKind | None:
@@ -184,8 +116,14 @@ class Job:
     @property
     def fails(self) -> bool:
         """Whether it is answered with an error, and nothing else becomes of it."""
-        hollow = self.action is ActionKind.FSYNCGATE and self.handling is not Handling.LAND
+        hollow = self.action is ActionKind.FSYNCGATE and not self.honest
         return hollow or self.action is ActionKind.ERROR
+
+    @property
+    def drops(self) -> RequestFailure | None:
+        """How a FLUSH fails that drops what it covers; None for any other."""
+        drops = self.decision is not None and self.action is ActionKind.FSYNCGATE
+        return failure_by_rule(self.decision) if drops and self.decision is not None else None
 
     @property
     def cost(self) -> int:

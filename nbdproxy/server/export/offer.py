@@ -1,4 +1,4 @@
-"""What an export tells its clients of itself: what we can do, and what is below can as well."""
+"""What an export offers to its clients: what both nbdproxy and the disk below support."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def offer(
     read_only: bool,
     shared: bool = True,
 ) -> ExportInfo:
-    """Return what clients are told: what we can do, and what is below as well.
+    """Return what clients are told at negotiation (proto.md, "Transmission flags").
 
     `shared` is whether all connections have one disk, and one cache.
     """

@@ -1,4 +1,4 @@
-"""Where the rules of a policy strike on one disk: their ranges, regions and files, looked up in it.
+"""Where the rules of a policy match on one disk: their ranges, regions and files, looked up in it.
 
 Looked up once, when a policy comes into force; the disk is read. Raises PolicyError, with file and
 key path, for a place that the disk does not have.
@@ -34,7 +34,7 @@ class RulePlaces:
     metadata: ExtentSet = field(default_factory=ExtentSet)
 
     def of(self, rule: Rule) -> list[Extent] | None:
-        """Return where a rule strikes."""
+        """Return where a rule matches."""
         return self.of_rules[rule.name]
 
 
@@ -69,7 +69,7 @@ def _of_rule(rule: Rule, disk: ReadableDevice) -> list[Extent] | None:
         return _file(f"{rule.where}.file", when.file, disk)
     if when.ranges is None:
         return None
-    found = [Extent(low, min(high, disk.size) - low) for low, high in when.ranges]
+    found = [Extent.between(low, min(high, disk.size)) for low, high in when.ranges]
     if all(extent.length <= 0 for extent in found):
         raise PolicyError(
             f"{rule.where}.range: lies behind the end of the disk, which has {disk.size} bytes, so "

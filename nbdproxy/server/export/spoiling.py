@@ -1,10 +1,10 @@
-"""Spoils a reply on its way out: another magic or cookie, twice, garbage, or only its beginning."""
+"""Breaks a reply as a rule says: wrong magic or cookie, sent twice, garbage, or cut short."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nbdproxy.dice import Lot
+from nbdproxy.dice import DrawKey
 from nbdproxy.policy.actions import Action, ActionKind, Moment, Violation
 from nbdproxy.policy.engine import Decision
 
@@ -20,7 +20,7 @@ def spoiled(decision: Decision | None, parts: Parts) -> tuple[Parts, bool]:
     if decision is None or action is None:
         return parts, False
     if action.kind is ActionKind.VIOLATE:
-        return _violated(action, decision.lot, parts), False
+        return _violated(action, decision.draw_key, parts), False
     if action.kind is ActionKind.DISCONNECT:
         if action.moment is Moment.MIDDLE:
             return [memoryview(_joined(parts)[: action.at_byte])], True
@@ -28,7 +28,7 @@ def spoiled(decision: Decision | None, parts: Parts) -> tuple[Parts, bool]:
     return parts, False
 
 
-def _violated(action: Action, lot: Lot, parts: Parts) -> Parts:
+def _violated(action: Action, draw_key: DrawKey, parts: Parts) -> Parts:
     reply = _joined(parts)
     match action.violation:
         case Violation.MAGIC:
@@ -39,7 +39,7 @@ def _violated(action: Action, lot: Lot, parts: Parts) -> Parts:
         case Violation.TWICE:
             reply *= 2
         case Violation.GARBAGE:
-            reply[:] = bytes(lot.draw_below(256, "garbage", at) for at in range(len(reply)))
+            reply[:] = bytes(draw_key.draw_below(256, "garbage", at) for at in range(len(reply)))
     return [memoryview(reply)]
 
 

@@ -34,7 +34,7 @@ from nbdproxy.lines import LONGEST, parse_object
 from nbdproxy.policy.compose import load_all
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.front.endpoints import Endpoint
-from nbdproxy.server.power import Power
+from nbdproxy.server.shared.power import Power
 
 log = structlog.get_logger()
 
@@ -215,13 +215,13 @@ class ControlSocket:
         except trio.TooSlowError:
             raise UsageError(f"{names[0]} cannot be read within {_LOAD_S} s") from None
         for export in self._meant(asked):
-            await export.change_policy(policy, export.regime.seed if seed is None else seed)
+            await export.change_policy(policy, export.active.seed if seed is None else seed)
         return {"policy": policy.name}
 
     async def _lift(self, asked: Mapping[str, Any]) -> ControlReply:
         self._need_power()
         exports = self._meant(asked)
-        shown = sum(export.regime.shown_bytes for export in exports)
+        shown = sum(export.active.store.shown_bytes for export in exports)
         for export in exports:
             export.lift()
         return {"lifted_bytes": shown}
@@ -238,22 +238,22 @@ def _are_texts(value: object) -> bool:
 
 
 def _describe(export: Export) -> ControlReply:
-    counted, recorder, regime = export.counters, export.recorder, export.regime
+    counted, recorder, active = export.counters, export.recorder, export.active
     return {
         "name": export.info.name,
         "description": export.info.description,
         "size": export.info.size,
         "policies": list(export.policy.names),
-        "seed": regime.seed,
+        "seed": active.seed,
         "paused": export.paused,
         "failure": None if export.failure is None else str(export.failure),
         "reads": counted.reads,
         "writes": counted.writes,
         "written_bytes": counted.written,
         "flushes": counted.flushes,
-        "held_bytes": export.held_at_cut if export.power.off else regime.held_bytes,
-        "shown_bytes": regime.shown_bytes,
-        "rules": regime.struck,
+        "held_bytes": export.held_at_cut if export.power.off else active.store.held_bytes,
+        "shown_bytes": active.store.shown_bytes,
+        "rules": active.matched,
         "recording": None if recorder is None else str(recorder.path),
         "events": None if recorder is None else recorder.seq,
     }

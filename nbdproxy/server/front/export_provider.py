@@ -10,7 +10,7 @@ from nbdproxy.server.export.export import Export
 
 
 class ExportProvider(Protocol):
-    """What a door offers."""
+    """What a listener offers."""
 
     @property
     def infos(self) -> Mapping[str, ExportInfo]:

@@ -1,9 +1,9 @@
-"""Lets clients in, at most `MAX_CLIENTS` at once, and shows them out.
+"""Accepts clients, at most `MAX_CLIENTS` at once, and runs their sessions.
 
 Where there are fewer descriptors (`ulimit -n`) there are fewer places: some are left for all else.
 
 Who has not opened an export yet holds no place against somebody new: when all are taken, the one
-that has been at the door the longest goes. So idle connections never keep a real client out.
+that has been negotiating the longest goes. So idle connections never keep a real client out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from nbdproxy.server.front.control import CLIENTS
 from nbdproxy.server.front.endpoints import Endpoint
 from nbdproxy.server.front.export_provider import ExportProvider
 from nbdproxy.server.front.session import Session
-from nbdproxy.server.power import Power
-from nbdproxy.server.tls import ServerTls
+from nbdproxy.server.shared.power import Power
+from nbdproxy.server.shared.tls import ServerTls
 
 log = structlog.get_logger()
 
@@ -39,9 +39,9 @@ class Listener:
     """The listening end of a service: accepts clients and runs their sessions."""
 
     def __init__(
-        self, shelf: ExportProvider, endpoint: Endpoint, tls: ServerTls, power: Power
+        self, exports: ExportProvider, endpoint: Endpoint, tls: ServerTls, power: Power
     ) -> None:
-        self._shelf = shelf
+        self._exports = exports
         self._endpoint = endpoint
         self._tls = tls
         self._power = power
@@ -55,7 +55,7 @@ class Listener:
         self._clients = trio.CancelScope()
 
     async def run(self) -> None:
-        """Serve clients until the door is shut and the last of them has left."""
+        """Serve clients until `shut` is called and the last of them has left."""
         with self._clients:
             async with trio.open_nursery() as sessions:
                 with self._accepting:
@@ -111,7 +111,7 @@ class Listener:
             return
         self._connections += 1
         session = Session(
-            *(sock, self._connections, client, self._shelf), power=self._power, tls=self._tls
+            sock, self._connections, client, self._exports, power=self._power, tls=self._tls
         )
         self._sessions[session] = None
         sessions.start_soon(self._serve_one, session)
@@ -132,7 +132,7 @@ class Listener:
             return  # a flood of them must not fill the recordings
         self._noted = trio.current_time()
         log.warning("a client is turned away", reason=reason)
-        for export in self._shelf.noted:
+        for export in self._exports.noted:
             export.note(NoteKind.REFUSED, reason)
 
     async def _serve_one(self, session: Session) -> None:

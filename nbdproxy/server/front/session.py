@@ -1,4 +1,4 @@
-"""One client: bytes from its wire to the export in batches, and replies back.
+"""One client's connection: requests to the export in batches, and replies back.
 
 One wake-up reads what has arrived, parses every whole request in it, lets the export do what it
 can at once, and sends all replies with one call. Requests that have to wait run beside, as many as
@@ -21,15 +21,15 @@ from nbdproxy.nbd.replies import Replies
 from nbdproxy.nbd.server import Phase, ServerConnection
 from nbdproxy.recording.notes import NoteKind
 from nbdproxy.requests import NbdErrno, Request
-from nbdproxy.server.budget import Budget
-from nbdproxy.server.complaints import complaints
 from nbdproxy.server.export.export import Export
 from nbdproxy.server.export.jobs import Job, LinkDroppedError
 from nbdproxy.server.export.spoiling import spoiled
 from nbdproxy.server.front.export_provider import ExportProvider
-from nbdproxy.server.power import Power, PowerLostError
-from nbdproxy.server.tls import ServerTls
-from nbdproxy.server.wire import SocketWire, TlsWire, Wire
+from nbdproxy.server.shared.budget import Budget
+from nbdproxy.server.shared.complaints import complaints
+from nbdproxy.server.shared.power import Power, PowerLostError
+from nbdproxy.server.shared.tls import ServerTls
+from nbdproxy.server.shared.wire import SocketWire, TlsWire, Wire
 
 log = structlog.get_logger()
 
@@ -71,7 +71,7 @@ class Session:
         sock: socket.socket,
         number: int,
         client: str,
-        shelf: ExportProvider,
+        exports: ExportProvider,
         *,
         power: Power,
         tls: ServerTls | None = None,
@@ -80,11 +80,11 @@ class Session:
         self._wire: Wire = self._socket_wire
         self._number = number
         self._client = client
-        self._shelf = shelf
+        self._exports = exports
         self._power = power
         self._tls = tls or ServerTls()
         self._export: Export | None = None
-        self._connection = ServerConnection(shelf.infos, tls=self._tls.mode)
+        self._connection = ServerConnection(exports.infos, tls=self._tls.mode)
         self._replies = Replies(arena=0)
         self._sending = trio.Lock()
         self._jobs = Budget(MAX_JOBS)
@@ -149,7 +149,7 @@ class Session:
             export.note(self._goodbye, connection=self._number)
             if not self._stopping and not self._dropped:
                 export.client_left(said=self._goodbye is NoteKind.DISC)
-        self._shelf.put_back(export)
+        self._exports.put_back(export)
 
     async def _pump(self, jobs: trio.Nursery) -> None:
         await self._send([memoryview(greeting())])
@@ -229,7 +229,7 @@ class Session:
     def _open(self, name: str) -> None:
         assert self._connection.terms is not None
         self._replies = Replies(self._connection.terms.style)
-        self._export = self._shelf.take(name)
+        self._export = self._exports.take(name)
         self._negotiating.deadline = float("inf")
         self._export.note(NoteKind.CONNECT, self._client, connection=self._number)
 
@@ -248,7 +248,7 @@ class Session:
             await export.passed()
         if self._stopping and export.failure is None:
             requests = [_refused(one) for one in requests]
-        if export.recorder is not None:
+        if export.request_log.records:
             await export.prepare(requests)
         if not self._changes.take(len(requests)):
             await self._changes.acquire(len(requests))
@@ -256,14 +256,14 @@ class Session:
             await self._change_bytes.acquire(size)
         while export.paused:  # since it was looked at
             await export.passed()
-        waiting = export.handle(self._number, requests, self._replies)
-        changes = [job for job in waiting if job.claim is not None]
+        late = export.handle(self._number, requests, self._replies)
+        changes = [job for job in late if job.claim is not None]
         for job in changes:
             jobs.start_soon(self._finish, export, job, self._changes, self._change_bytes)
         self._changes.release(len(requests) - len(changes))
         self._change_bytes.release(size - sum(job.cost for job in changes))
         await self._send_batch()
-        for job in waiting:
+        for job in late:
             if job.claim is None:
                 await self._jobs.acquire(1)
                 await self._job_bytes.acquire(job.cost)
@@ -290,7 +290,7 @@ class Session:
             size.release(job.cost)
 
     def _drop_link(self) -> None:
-        """End the connection as a broken link would: because a rule says so."""
+        """End the connection without a good-bye, as a broken link would."""
         self._dropped = True
         self._all.cancel()
 

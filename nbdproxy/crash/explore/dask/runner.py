@@ -31,7 +31,7 @@ try:
     from distributed.comm.core import connect
 
     from nbdproxy.crash.explore.dask import worker as dask_worker
-    from nbdproxy.crash.explore.dask.crew import Crew, WorkerState, say
+    from nbdproxy.crash.explore.dask.cluster import DaskCluster, WorkerState, say
 except ImportError as missing:
     raise UsageError(
         f"--dask needs a package that is not installed ({missing.name}); "
@@ -77,32 +77,32 @@ class DaskRunner:
         except BaseException:
             self._source.close()
             raise
-        self._crew = Crew(client, order, self._source, patience_s=patience_s, tell=tell)
+        self._cluster = DaskCluster(client, order, self._source, patience_s=patience_s, tell=tell)
 
     def run(self, units: Iterable[Unit]) -> Iterator[list[Judged]]:
         """Yield what became of the states of each unit, as they are done."""
         stock = _Stock(units)
-        while self._crew.is_busy or not stock.is_empty():
-            for member in self._crew.look():
-                yield from stock.take_back(member)
-            _deal(stock, self._crew)
-            for member, key, result in self._crew.finished():
-                if result is not None and result.process != member.process:
+        while self._cluster.is_busy or not stock.is_empty():
+            for worker in self._cluster.look():
+                yield from stock.take_back(worker)
+            _deal(stock, self._cluster)
+            for worker, key, result in self._cluster.finished():
+                if result is not None and result.process != worker.process:
                     # Another process at the same address: the one that had this unit died.
-                    yield from stock.take_back(member)
-                    self._crew.enlist_again(member)
+                    yield from stock.take_back(worker)
+                    self._cluster.enlist_again(worker)
                     continue
-                unit = member.flying.pop(key)[1]
+                unit = worker.flying.pop(key)[1]
                 if result is None or result.judged is None:
                     stock.again.append(unit)
                     if result is not None:
-                        self._crew.enlist_again(member)
+                        self._cluster.enlist_again(worker)
                 else:
                     yield result.judged
 
     def close(self) -> None:
         """Give up what the workers are at, and leave the cluster; the workers stay."""
-        self._crew.close()
+        self._cluster.close()
         self._source.close()
 
 
@@ -128,38 +128,38 @@ class _Stock:
         unit = next(self._units, None)
         return [] if unit is None else [unit]
 
-    def take_back(self, member: WorkerState) -> Iterator[list[Judged]]:
+    def take_back(self, worker: WorkerState) -> Iterator[list[Judged]]:
         """Take what a dead worker had; yield what is said without running it."""
-        lost = [unit for _, unit in member.flying.values()]
-        member.flying.clear()
+        lost = [unit for _, unit in worker.flying.values()]
+        worker.flying.clear()
         # Workers do first what they were given first.
-        for unit in lost[: member.threads]:
+        for unit in lost[: worker.threads]:
             todo, said = self._retry.again(unit)
             self.suspects += todo
             if said:
                 yield said
-        self.again += lost[member.threads :]
+        self.again += lost[worker.threads :]
 
 
-def _deal(stock: _Stock, crew: Crew) -> None:
+def _deal(stock: _Stock, cluster: DaskCluster) -> None:
     """Give out units, each to the worker that has the fewest."""
-    ready = [member for member in crew.members if member.is_ready]
-    for member in ready:
-        if not member.flying:
-            member.has_suspect = False
+    ready = [worker for worker in cluster.workers if worker.is_ready]
+    for worker in ready:
+        if not worker.flying:
+            worker.has_suspect = False
             if stock.suspects:
-                crew.give(member, stock.suspects.popleft())
-                member.has_suspect = True
+                cluster.give(worker, stock.suspects.popleft())
+                worker.has_suspect = True
     # While suspects wait, the others get nothing: nobody would ever be free for one.
-    free = [member for member in ready if not member.has_suspect]
+    free = [worker for worker in ready if not worker.has_suspect]
     while free and not stock.suspects:
-        member = min(free, key=lambda member: len(member.flying) / member.threads)
-        if len(member.flying) >= _AHEAD * member.threads:
+        worker = min(free, key=lambda worker: len(worker.flying) / worker.threads)
+        if len(worker.flying) >= _AHEAD * worker.threads:
             return
         taken = stock.take()
         if not taken:
             return
-        crew.give(member, taken[0])
+        cluster.give(worker, taken[0])
 
 
 def _connect(address: str) -> Client:

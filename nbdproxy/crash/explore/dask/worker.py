@@ -1,9 +1,9 @@
 """What runs on the workers of a Dask cluster: opens a recording there, and judges units.
 
-A worker process keeps a bench for each `WorkOrder` that it was given, the latest few; they are used
-by one thread at a time, whatever number of threads the worker has. It opens the recording where the
-client sees it, if the one there is the same, and else puts it together from pieces, in a folder
-beside the workers' own that all workers of the machine share.
+A worker process keeps a `StateEvaluator` for each `WorkOrder` that it was given, the latest few;
+they are used by one thread at a time, whatever number of threads the worker has. It opens the
+recording where the client sees it, if the one there is the same, and else puts it together from
+pieces, in a folder beside the workers' own that all workers of the machine share.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distributed import get_worker
 
 from nbdproxy import __version__
 from nbdproxy.crash.explore.evaluator import EvaluatorSetup, Judged, StateEvaluator, Unit
-from nbdproxy.crash.explore.pieces import IMAGE, Parcel, PieceStore
+from nbdproxy.crash.explore.pieces import IMAGE, PieceStore, Snapshot
 from nbdproxy.crash.states.recorded import RecordedSource
 from nbdproxy.errors import NbdproxyError, UsageError
 from nbdproxy.recording.meta import Fingerprint
@@ -26,7 +26,7 @@ from nbdproxy.recording.reader import Event
 
 _PROCESS = uuid.uuid4().hex
 
-BENCHES_MAX = 4
+EVALUATORS_MAX = 4
 """Explorations that take turns on a worker without opening their recordings anew each time."""
 
 
@@ -50,7 +50,7 @@ class RecordingIdentity:
 class WorkOrder:
     """What a worker has to have at hand. `key` names it; the same key is the same order.
 
-    With `shared` the recording may be where the client sees it. Without a `parcel` that is the
+    With `shared` the recording may be where the client sees it. Without a `snapshot` that is the
     only place where it can be.
     """
 
@@ -59,12 +59,12 @@ class WorkOrder:
     job: EvaluatorSetup
     identity: RecordingIdentity
     shared: bool
-    parcel: Parcel | None = None
+    snapshot: Snapshot | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReady:
-    """Whether a worker is ready; if not, it needs a parcel, or the pieces that it is `lacking`.
+    """Whether a worker is ready; if not, it needs a snapshot, or the pieces that it is `lacking`.
 
     `process` is a name that no other process has.
     """
@@ -87,15 +87,15 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a unit in a process; None if there is no bench for it there (any more)."""
+    """What became of a unit in a process; None if no evaluator for it is there (any more)."""
 
     process: str
     judged: list[Judged] | None
 
 
 _lock = threading.Lock()
-_benches: dict[str, tuple[RecordedSource, StateEvaluator]] = {}
-"""The benches of this process, the latest last."""
+_evaluators: dict[str, tuple[RecordedSource, StateEvaluator]] = {}
+"""Those of this process, the latest last, by the keys of their orders."""
 
 
 def identity_of(source: RecordedSource, base: Path | None) -> RecordingIdentity:
@@ -111,36 +111,36 @@ def identity_of(source: RecordedSource, base: Path | None) -> RecordingIdentity:
 def enlist(order: WorkOrder) -> WorkerReady:
     """Open the recording if it is here, or say what is lacking.
 
-    Raises UsageError if another nbdproxy is installed here, and what opening a bench raises.
+    Raises UsageError if another nbdproxy is installed here, and what opening an evaluator raises.
     """
     if order.version != __version__:
         raise UsageError(
             f"nbdproxy is {__version__} there and {order.version} here; install the same on all"
         )
     with _lock:
-        if order.key in _benches:
+        if order.key in _evaluators:
             return WorkerReady(True)
         source = _shared(order) if order.shared else None
         job = order.job
         if source is None:
-            if order.parcel is None:
+            if order.snapshot is None:
                 return WorkerReady(False)
             store = _store()
-            lacking = store.lacking(order.parcel)
-            run = store.run(order.parcel) if not lacking else None
+            lacking = store.lacking(order.snapshot)
+            run = store.run(order.snapshot) if not lacking else None
             if run is None:
-                return WorkerReady(False, lacking or store.lacking(order.parcel))
-            base = run / IMAGE if order.parcel.has_image else None
+                return WorkerReady(False, lacking or store.lacking(order.snapshot))
+            base = run / IMAGE if order.snapshot.has_image else None
             job = replace(job, run=run, base=base)
             source = RecordedSource(run, image=base)
         try:
-            bench = StateEvaluator(source, job)
+            evaluator = StateEvaluator(source, job)
         except BaseException:
             source.close()
             raise
-        while len(_benches) >= BENCHES_MAX:
-            _close(next(iter(_benches)))
-        _benches[order.key] = source, bench
+        while len(_evaluators) >= EVALUATORS_MAX:
+            _close(next(iter(_evaluators)))
+        _evaluators[order.key] = source, evaluator
         return WorkerReady(True)
 
 
@@ -152,20 +152,20 @@ def accept(digest: str, data: bytes) -> None:
 def judge(task: Task) -> Result:
     """Judge a unit."""
     with _lock:
-        found = _benches.get(task.key)
+        found = _evaluators.get(task.key)
         return Result(_PROCESS, found[1].judge(task.unit) if found is not None else None)
 
 
 def dismiss(key: str) -> None:
     """Forget an order."""
     with _lock:
-        if key in _benches:
+        if key in _evaluators:
             _close(key)
 
 
 def _close(key: str) -> None:
-    source, bench = _benches.pop(key)
-    bench.close()
+    source, evaluator = _evaluators.pop(key)
+    evaluator.close()
     source.close()
 
 

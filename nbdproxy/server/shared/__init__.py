@@ -1,0 +1,1 @@
+"""What all rooms of the server use: sockets, TLS, the power supply, budgets, warnings."""
