@@ -302,6 +302,8 @@ class Case:
         Without `paths` only the histories of all files are told. Without a manifest a file should
         be what it was in the end; UsageError if it was not there, or is not listed.
         """
+        if not paths and self.files is None:
+            raise UsageError("which file? name one by its path in the filesystem, or a manifest")
         options = self._replay_options(modes, failures)
         cut = options.cut(self.source)
         if self.files is not None:
@@ -312,7 +314,7 @@ class Case:
             tree = survey_tree(self.oracle, end, self.where)
             wanted = explaining.as_in_the_end(end, paths, tree, self.oracle)
         files = JudgedFiles(self.timeline, wanted, tree, self.oracle, self._about_to_judge)
-        told = histories(files, progress=self._about_to_look)
+        told = histories(files, options=self.model, progress=self._about_to_look)
         return Explained(told, explain(files, told, options) if paths else [])
 
     def state(self, choice: StateChoice | None = None) -> DiskState:

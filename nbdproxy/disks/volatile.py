@@ -52,7 +52,7 @@ class Layer:
 class VolatileDisk:
     """`below` behind a volatile cache, as a `BlockDevice` whose `sync` destages everything.
 
-    `history` keeps all held writes, for `writes`, for `land_pieces`, and for writing back.
+    `history` keeps all held writes, for `writes`, for `destage_pieces`, and for writing back.
     """
 
     def __init__(self, below: BlockDevice, *, history: bool = False) -> None:

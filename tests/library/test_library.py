@@ -85,3 +85,9 @@ def test_questions_of_one_recording_refuse_several(here: Prepared) -> None:
         case.explain(["/flushed.bin"])
     with pytest.raises(nbdproxy.NbdproxyError, match="base"):
         nbdproxy.Case.open("run1", "run1", base="recorded.img")
+
+
+def test_explain_needs_to_know_which_files(here: Prepared) -> None:
+    case = nbdproxy.Case.open("run1")
+    with case, pytest.raises(nbdproxy.NbdproxyError, match="which file"):
+        case.explain()

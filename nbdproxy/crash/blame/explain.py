@@ -55,7 +55,7 @@ def explain(
     found = []
     for history in histories:
         table = tables[history.entry.path]
-        requests = carrying_requests(owners, history.entry)
+        requests = carrying_requests(owners, history.entry, options=options.model)
         lacking = _losses(finder, history.entry, table)
         found.append(FileExplanation(history, requests, table, lacking))
     return found

@@ -4,8 +4,8 @@ A request is tried at once, in the event loop (`try_read`, `try_change`: what th
 do); where that would block it is awaited (`read`, `change`). Stores stack as nbdkit's filters do:
 
     FaultyStore             reads show other bytes than the store below holds
-    CopyBeforeWriteStore    what is there is recorded before it is changed
     CachedStore             a volatile cache over a disk
+    CopyBeforeWriteStore    what is there is recorded before it is changed
     ImageStore              a disk of this machine: a file, an overlay, memory
     RemoteStore             the disk of another NBD server
 

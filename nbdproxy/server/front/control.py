@@ -13,7 +13,7 @@ With `"export": NAME` a command but `cut` is for one export only. An answer is {
 {"ok": false, "error": "a sentence"}. Commands of one connection are done one after the other.
 
 Who may connect is trusted with all of this (the socket is its owner's alone), and still cannot end
-the serving by what it sends. At most `_CLIENTS` are connected: for one more the connection goes
+the serving by what it sends. At most `CLIENTS` are connected: for one more the connection goes
 that has been idle the longest.
 """
 
