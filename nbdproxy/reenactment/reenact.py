@@ -53,8 +53,8 @@ _LONGEST = 1 << 30
 """Bytes of one request: the headers that QEMU 7.2 takes have 32 bits for them."""
 _CACHE = 32 << 20
 _EVICTED = (
-    "the L2 tables of this disk may be larger than QEMU's cache for them (32 MiB, if nobody set it): "
-    "what the guest read, which is not recorded, may have made QEMU write some of them earlier"
+    "the L2 tables of this disk may be larger than QEMU's cache for them (32 MiB by default): what "
+    "the guest read, which is not recorded, may have made QEMU write some of them earlier"
 )
 _WRITE, _FUA = int(Command.WRITE), int(CommandFlag.FUA)
 _NOTHING = memoryview(b"")
