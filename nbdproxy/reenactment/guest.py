@@ -25,7 +25,7 @@ _PARTS = 256
 """Pieces that are sent at once; IOV_MAX is 1024."""
 
 
-class RefusedError(ProtocolError):
+class RequestRefusedError(ProtocolError):
     """A request was answered with an error."""
 
 
@@ -75,7 +75,7 @@ class Guest:
     def receive(self) -> None:
         """Take in what has arrived; blocks only where nothing has.
 
-        Raises RefusedError for an answer that is an error, and ProtocolError for one that is none.
+        Raises RequestFailedError for an answer that is an error, and ProtocolError for one that is none.
         """
         count = self.sock.recv_into(self._buffer[self._filled :])
         if not count:
@@ -107,6 +107,6 @@ class Guest:
             if magic != SIMPLE_REPLY_MAGIC or cookie not in self.unanswered:
                 raise ProtocolError("it sent what is no answer to a request")
             if error:
-                raise RefusedError(error_name(error))
+                raise RequestRefusedError(error_name(error))
             self.unanswered.discard(cookie)
         return used

@@ -61,7 +61,7 @@ _NOTHING = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class PlaySource:
     """What is played: a recording, and the image as it was when that began.
 
     image      the qcow2 file, unchanged or put back; it is not written to
@@ -76,7 +76,7 @@ class Played:
 
 
 def reenact(
-    played: Played,
+    played: PlaySource,
     mode: CacheMode,
     run: Path,
     *,
@@ -150,7 +150,7 @@ def _play(
 
 
 def _open(
-    played: Played, layout: Layout, image: FileDisk, run: Path, stack: ExitStack
+    played: PlaySource, layout: Layout, image: FileDisk, run: Path, stack: ExitStack
 ) -> tuple[dict[str, tuple[ScratchCopy, RecordingWriter]], dict[str, object]]:
     """Open the files that the driver writes; return them by the node's child, and its options."""
     size = _room(played.recording, layout, image.size)

@@ -24,19 +24,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nbdproxy.persistence.modes import THROUGH, CacheMode
-from nbdproxy.recording.index import Mask, RequestTable
-
-Positions = NDArray[np.int64]
+from nbdproxy.recording.index import Mask, Positions, RequestTable
 
 _NEAR = 64
 """Requests in flight that are compared by whole columns, and beyond that one by one."""
 _CHUNK = 1 << 16
 
 
-class Step(NamedTuple):
+class PlayStep(NamedTuple):
     """A step of a play: see `Schedule` and `RequestTable`."""
 
     cut: int
@@ -67,14 +64,14 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.row)
 
-    def steps(self, table: RequestTable) -> Iterator[Step]:
+    def steps(self, table: RequestTable) -> Iterator[PlayStep]:
         """Yield the steps, with what the table says of each one's request."""
         for first in range(0, len(self), _CHUNK):
             part = slice(first, first + _CHUNK)
             rows = self.row[part]
             told = (table.command, table.flags, table.offset, table.length, table.position)
             columns = [self.cut[part], rows, self.is_wait[part], *(one[rows] for one in told)]
-            yield from map(Step._make, zip(*(one.tolist() for one in columns), strict=True))
+            yield from map(PlayStep._make, zip(*(one.tolist() for one in columns), strict=True))
 
 
 def schedule(

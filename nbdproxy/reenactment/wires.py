@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from nbdproxy.errors import ImageError, ProtocolError
 from nbdproxy.reenactment.driver import FormatDriver
 from nbdproxy.reenactment.file_server import FileServer
-from nbdproxy.reenactment.guest import Guest, RefusedError
+from nbdproxy.reenactment.guest import Guest, RequestRefusedError
 from nbdproxy.requests import Request
 
 _PATIENCE_S = 600
@@ -68,7 +68,7 @@ class Wires:
         """Send what can be sent, wait until something has arrived, and take that in."""
         try:
             self._exchange()
-        except RefusedError as error:
+        except RequestRefusedError as error:
             raise ImageError(
                 f"QEMU answered with {error} what it had done when it was recorded; see whether "
                 "the image is as it was then"

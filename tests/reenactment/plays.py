@@ -17,7 +17,7 @@ from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.recording.index import NEVER
 from nbdproxy.recording.reader import Recording
-from nbdproxy.reenactment.reenact import Played, reenact
+from nbdproxy.reenactment.reenact import PlaySource, reenact
 from nbdproxy.reenactment.result import FileSource, Reenacted
 from tests.reenactment.images import CLUSTER, DATA_FILE, SIZE, guests
 from tests.support.nbd_client import FLUSH, FUA, TRIM, WRITE, ZERO, NbdClient, Op
@@ -39,7 +39,7 @@ class Recorded:
     def play(self, mode: CacheMode, *, cuts: Iterable[int] = (), name: str = "") -> Reenacted:
         """Play it for a cache mode."""
         with Recording(self.run) as recording:
-            played = Played(recording, self.image, self.data_file)
+            played = PlaySource(recording, self.image, self.data_file)
             return reenact(played, mode, self.folder / (name or mode.value), cuts=cuts)
 
     def above(self, cut: int, level: Level) -> bytes:

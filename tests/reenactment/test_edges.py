@@ -17,7 +17,7 @@ from nbdproxy.persistence.model import Level
 from nbdproxy.persistence.modes import CacheMode
 from nbdproxy.recording.format import data_path
 from nbdproxy.recording.reader import Recording
-from nbdproxy.reenactment.reenact import Played, reenact
+from nbdproxy.reenactment.reenact import PlaySource, reenact
 from nbdproxy.reenactment.result import FileSource, Reenacted
 from nbdproxy.requests import Command
 from tests.reenactment.images import KINDS, SIZE
@@ -170,7 +170,7 @@ def test_a_disk_with_more_tables_than_qemu_caches_is_remarked(tmp_path: Path) ->
                 client.flush()
             assert proxy.stop() == 0
         with Recording(run) as recording:
-            done = reenact(Played(recording, image), CacheMode.NONE, folder / "run")
+            done = reenact(PlaySource(recording, image), CacheMode.NONE, folder / "run")
         remarks.append(done.remark)
     assert "larger than QEMU's cache" in remarks[0]
     assert remarks[1] == ""
@@ -182,9 +182,9 @@ def test_another_disk_is_refused(recorded: Recorded, tmp_path: Path) -> None:
         recorded.play(CacheMode.NONE)
     with Recording(recorded.run) as recording:
         with pytest.raises(ImageError, match="no qcow2 header"):
-            reenact(Played(recording, recorded.raw), CacheMode.NONE, tmp_path / "raw")
+            reenact(PlaySource(recording, recorded.raw), CacheMode.NONE, tmp_path / "raw")
         with pytest.raises(ImageError, match="there is no image"):
-            reenact(Played(recording, tmp_path / "gone"), CacheMode.NONE, tmp_path / "gone-run")
+            reenact(PlaySource(recording, tmp_path / "gone"), CacheMode.NONE, tmp_path / "gone-run")
 
 
 def test_what_qemu_cannot_open_is_told_in_its_words(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_driver_that_dies_is_told(recorded: Recorded, tmp_path: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
     with Recording(recorded.run) as recording, pytest.raises(ImageError, match="is lost"):
-        played = Played(recording, recorded.image)
+        played = PlaySource(recording, recorded.image)
         reenact(played, CacheMode.NONE, tmp_path / "run", progress=kill)
 
 
@@ -243,11 +243,13 @@ def test_the_image_is_held_and_never_written_to(recorded: Recorded, tmp_path: Pa
             FileDisk(recorded.image).close()
 
     with Recording(recorded.run) as recording:
-        reenact(Played(recording, recorded.image), CacheMode.NONE, tmp_path / "a", progress=look)
+        reenact(
+            PlaySource(recording, recorded.image), CacheMode.NONE, tmp_path / "a", progress=look
+        )
     assert recorded.image.read_bytes() == content
     FileDisk(recorded.image).close()
     with Recording(recorded.run) as recording, pytest.raises(RecordingError, match="not empty"):
-        reenact(Played(recording, recorded.image), CacheMode.NONE, tmp_path / "a")
+        reenact(PlaySource(recording, recorded.image), CacheMode.NONE, tmp_path / "a")
 
 
 def test_a_flush_in_flight_makes_its_cuts_inexact(tmp_path: Path) -> None:
