@@ -75,7 +75,7 @@ class Guest:
     def receive(self) -> None:
         """Take in what has arrived; blocks only where nothing has.
 
-        Raises RequestFailedError for an answer that is an error, ProtocolError for what is none.
+        Raises RequestRefusedError for an answer that is an error, ProtocolError for what is none.
         """
         count = self.sock.recv_into(self._buffer[self._filled :])
         if not count:
